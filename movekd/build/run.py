@@ -1,0 +1,385 @@
+"""Pipeline 1, from shards to a sealed cache: the local engine.
+
+Comes in: a corpus and the specs of some teachers. Goes out: one Zarr group a teacher. The unit of
+work is one Zarr shard (one row range); a unit without a seal does not exist, so a rerun does what
+is missing and nothing else.
+
+    corpus -> decode (worker processes) -> teacher (device) -> grid, codec (device) -> one Zarr
+    shard in memory -> writer (thread) -> seal
+
+Legend: B batch, C H W image, N tokens, D channels.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from movekd.build.images import PixelBatch, image_transform, pixel_batches
+from movekd.build.lock import build_lock
+from movekd.cache import codec, grid, layout
+from movekd.cache.catalog import Catalog, update_catalog
+from movekd.cache.check import TeacherStatus, teacher_status
+from movekd.cache.codec import ChannelStats
+from movekd.cache.reader import TeacherCache
+from movekd.cache.spec import CacheSpec, Geometry
+from movekd.cache.writer import (
+    Calibration,
+    create_group,
+    read_calibration,
+    resize_group,
+    stats_checksum,
+    write_shard,
+)
+from movekd.corpus.index import Corpus
+from movekd.errors import CacheError
+from movekd.teachers import Teacher, TeacherOutput, load_teacher
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many images are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Where and how a build runs; nothing here changes which features are asked for."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 32
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build of one teacher did."""
+
+    status: TeacherStatus
+    images_built: int
+    skipped: Mapping[str, str]
+    seconds: float
+    calibration_seconds: float
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One Zarr shard: its number, and the rows and corpus positions that it holds."""
+
+    shard: int
+    rows: npt.NDArray[np.int64]
+    images: npt.NDArray[np.int64]
+
+
+def build_cache(
+    cache_dir: Path,
+    corpus: Corpus,
+    specs: Sequence[CacheSpec],
+    *,
+    geometry: Geometry,
+    options: BuildOptions,
+    replace: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Iterator[BuildSummary]:
+    """Build what is missing of some teachers, one after the other; yield a summary each.
+
+    Interrupted at any instant and run again, it ends byte-identical to an undisturbed build
+    (for equal device, dtype, thread count and library versions).
+
+    Raises:
+        CacheError: the cache is of another geometry, corpus, spec or weights (names which);
+            or another build of the teacher is running.
+    """
+    if not len(corpus):
+        raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
+    catalog = update_catalog(cache_dir, corpus, geometry)
+    for spec in specs:
+        seals = layout.seals_dir(cache_dir, spec.name)
+        with build_lock(seals / ".lock"):
+            if replace:
+                delete_teacher(cache_dir, spec.name)
+            for leftover in seals.glob(".*.tmp"):
+                leftover.unlink()
+            yield _build_teacher(cache_dir, corpus, catalog, spec, options, progress)
+
+
+def delete_teacher(cache_dir: Path, teacher: str) -> None:
+    """Delete a teacher's features and seals, the seals first: nothing half-valid remains."""
+    seals = layout.seals_dir(cache_dir, teacher)
+    for seal in seals.glob("*.json"):
+        seal.unlink()
+    shutil.rmtree(layout.group_dir(cache_dir, teacher), ignore_errors=True)
+
+
+def _build_teacher(
+    cache_dir: Path,
+    corpus: Corpus,
+    catalog: Catalog,
+    spec: CacheSpec,
+    options: BuildOptions,
+    progress: Progress,
+) -> BuildSummary:
+    started = time.perf_counter()
+    calibration = _sealed_calibration(cache_dir, spec)
+    teacher: Teacher | None = None
+    if calibration is None:
+        teacher = load_teacher(spec, options.device, options.dtype)
+        calibration = _calibrate(cache_dir, corpus, catalog, spec, teacher, options, progress)
+    calibration_seconds = time.perf_counter() - started
+    resize_group(cache_dir, spec.name, catalog.num_rows)
+
+    started = time.perf_counter()
+    store = TeacherCache(cache_dir, spec.name, catalog.num_rows)
+    units = _units(catalog, calibration.layout(spec), store.missing_shards)
+    if units:
+        if teacher is None:
+            teacher = load_teacher(spec, options.device, options.dtype)
+        if teacher.weights_sha256 != calibration.weights_sha256:
+            raise CacheError(
+                f"the weights of '{spec.name}' have SHA-256 {teacher.weights_sha256[:16]}..., the "
+                f"cache was begun with {calibration.weights_sha256[:16]}...; bring those weights "
+                "back, or build anew with --replace."
+            )
+        _build_units(cache_dir, corpus, catalog, spec, store, teacher, units, options, progress)
+    store = TeacherCache(cache_dir, spec.name, catalog.num_rows)
+    keys = catalog.index["key"]
+    return BuildSummary(
+        status=teacher_status(store, catalog.num_images),
+        images_built=sum(len(unit.images) for unit in units),
+        skipped={
+            keys[int(np.searchsorted(catalog.rows, row))].as_py(): reason
+            for row, reason in store.skipped.items()
+        },
+        seconds=time.perf_counter() - started,
+        calibration_seconds=calibration_seconds,
+    )
+
+
+def _sealed_calibration(cache_dir: Path, spec: CacheSpec) -> Calibration | None:
+    """Return the calibration of an earlier build of the same spec, or None for a new teacher."""
+    calibration = read_calibration(cache_dir, spec.name)
+    if calibration is None or calibration.spec_fingerprint == spec.fingerprint:
+        return calibration
+    stored = TeacherCache(cache_dir, spec.name, 0).spec.model_dump()
+    asked = spec.model_dump()
+    differs = [
+        f"{key} is {stored[key]!r} in the cache, {asked[key]!r} asked for"
+        for key in asked
+        if stored[key] != asked[key] and key not in ("description", "weights")
+    ]
+    if (stored["weights"] == "random") != (asked["weights"] == "random"):
+        differs.append(f"weights are {stored['weights']!r} in the cache")
+    raise CacheError(
+        f"teacher '{spec.name}' in {cache_dir} was built from another spec: "
+        f"{'; '.join(differs)}. Give the old value, use another --cache, or --replace it."
+    )
+
+
+def _calibrate(
+    cache_dir: Path,
+    corpus: Corpus,
+    catalog: Catalog,
+    spec: CacheSpec,
+    teacher: Teacher,
+    options: BuildOptions,
+    progress: Progress,
+) -> Calibration:
+    """Fix channel statistics and batch size once, and make the group.
+
+    The images are those with the smallest keys: a key is the SHA-256 of the image, so that is a
+    uniform draw which does not depend on the corpus' (biased) order.
+    """
+    delete_teacher(cache_dir, spec.name)
+    num_images = min(spec.calibration_images, len(corpus))
+    keys = np.asarray(corpus.index["key"].to_numpy(zero_copy_only=False), dtype="S")
+    chosen = np.sort(np.argsort(keys, kind="stable")[:num_images])
+    batches = _chunks(chosen, options.batch_size)
+    statistics = codec.StatsAccumulator()
+    output: TeacherOutput | None = None
+    done = 0
+    for batch in _batches(corpus, catalog, spec, batches, options):
+        if len(batch.unreadable) < len(batch.images):
+            output = _on_grid(teacher.forward(_to_device(batch, options)), spec)
+            readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
+            statistics.add(output.tokens_BND[readable].float())
+        done += len(batch.images)
+        progress(f"{spec.name}: calibrate", done, num_images)
+    stats = statistics.result()
+    assert output is not None  # result() raises when nothing was added
+    calibration = Calibration(
+        spec_fingerprint=spec.fingerprint,
+        weights_sha256=teacher.weights_sha256,
+        batch_size=options.batch_size,
+        num_images=num_images,
+        num_tokens=output.tokens_BND.shape[1],
+        width=output.tokens_BND.shape[2],
+        cls_width=None if output.cls_BD is None else output.cls_BD.shape[1],
+        num_heads=None if output.cls_attention_BHN is None else output.cls_attention_BHN.shape[1],
+        channel_stats_xxh3_128=stats_checksum(stats),
+    )
+    create_group(cache_dir, spec, calibration, stats, catalog.num_rows)
+    return calibration
+
+
+def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int]) -> list[_Unit]:
+    """Return the units of the given Zarr shards; a shard wholly in a gap has no rows."""
+    rows = catalog.rows
+    units = []
+    for shard in shards:
+        first = shard * teacher.rows_per_shard
+        low, high = np.searchsorted(rows, [first, first + teacher.rows_per_shard])
+        units.append(_Unit(shard, rows[low:high], np.arange(low, high)))
+    return units
+
+
+def _build_units(
+    cache_dir: Path,
+    corpus: Corpus,
+    catalog: Catalog,
+    spec: CacheSpec,
+    store: TeacherCache,
+    teacher: Teacher,
+    units: Sequence[_Unit],
+    options: BuildOptions,
+    progress: Progress,
+) -> None:
+    """Run the teacher over the units; encode on the device, write and seal in a thread."""
+    stats = store.stats.to(torch.device(options.device))
+    per_unit = [_chunks(unit.images, store.calibration.batch_size) for unit in units]
+    batches = [batch for chunks in per_unit for batch in chunks]
+    stream = _batches(corpus, catalog, spec, batches, options)
+    total, done = sum(len(unit.images) for unit in units), 0
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for unit, chunks in zip(units, per_unit, strict=True):
+            filling = _ShardInMemory(store, unit)
+            for _ in chunks:
+                batch = next(stream)
+                if len(batch.unreadable) < len(batch.images):
+                    output = _on_grid(teacher.forward(_to_device(batch, options)), spec)
+                    filling.add(output, batch, stats)
+                else:
+                    filling.skip(batch)
+                done += len(batch.images)
+                progress(f"{spec.name}: build", done, total)
+            if written is not None:
+                written.result()  # at most one Zarr shard waits for the disk
+            written = writer.submit(filling.write, cache_dir)
+        if written is not None:
+            written.result()
+
+
+class _ShardInMemory:
+    """The rows of one unit while the teacher fills them; NaN until then."""
+
+    def __init__(self, store: TeacherCache, unit: _Unit) -> None:
+        self._store, self._unit = store, unit
+        self._first = unit.shard * store.layout.rows_per_shard
+        length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
+        self._arrays = {
+            name: np.full((length, *array.row_shape), array.fill_value, array.dtype)
+            for name, array in store.layout.arrays.items()
+        }
+        self._filled = 0
+        self._skipped: dict[int, str] = {}
+        self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
+
+    def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
+        """Encode a batch and put it into its rows."""
+        rows = self._next_rows(batch)
+        readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
+        tokens_BND = output.tokens_BND[readable].float()
+        try:
+            stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
+        except CacheError as error:
+            raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
+        error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
+        self._error_sum += error_sum.item()
+        self._error_max = max(self._error_max, error_max.item())
+        self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
+        if output.cls_BD is not None:
+            stored["cls"] = _half(output.cls_BD[readable], "[CLS] embedding")
+        if output.cls_attention_BHN is not None:
+            stored["cls_attention"] = _half(output.cls_attention_BHN[readable], "attention")
+        for name, values in stored.items():
+            self._arrays[name][rows[readable]] = values.cpu().numpy()
+
+    def skip(self, batch: PixelBatch) -> None:
+        """Leave a batch of which no image could be read."""
+        self._next_rows(batch)
+
+    def write(self, cache_dir: Path) -> None:
+        """Write and seal the Zarr shard."""
+        write_shard(
+            cache_dir,
+            self._store.spec,
+            self._store.calibration,
+            self._unit.shard,
+            self._arrays,
+            skipped=self._skipped,
+            error={
+                "mean": self._error_sum / max(self._num_tokens, 1),
+                "max": self._error_max,
+                "num_tokens": self._num_tokens,
+            },
+        )
+
+    def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
+        """Return the batch's rows, counted from the shard's first, and note the unreadable."""
+        end = self._filled + len(batch.images)
+        rows = self._unit.rows[self._filled : end]
+        self._filled = end
+        for position, reason in batch.unreadable.items():
+            self._skipped[int(rows[position])] = reason
+        return rows - self._first
+
+
+def _batches(
+    corpus: Corpus,
+    catalog: Catalog,
+    spec: CacheSpec,
+    batches: Sequence[npt.NDArray[np.int64]],
+    options: BuildOptions,
+) -> Iterator[PixelBatch]:
+    return pixel_batches(
+        corpus,
+        image_transform(spec, catalog.geometry),
+        [batch.tolist() for batch in batches],
+        num_workers=options.num_workers,
+        pin_memory=options.device.startswith("cuda"),
+    )
+
+
+def _to_device(batch: PixelBatch, options: BuildOptions) -> Tensor:
+    return batch.pixels_BCHW.to(options.device, options.dtype, non_blocking=True)
+
+
+def _on_grid(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
+    """Return the output resized to the grid that the spec stores."""
+    if spec.grid == "native":
+        return output
+    attention = output.cls_attention_BHN
+    return TeacherOutput(
+        grid.resize_tokens(output.tokens_BND.float(), spec.grid),
+        output.cls_BD,
+        None if attention is None else grid.resize_attention(attention.float(), spec.grid),
+    )
+
+
+def _half(values: Tensor, what: str) -> Tensor:
+    half = values.half()
+    if not bool(torch.isfinite(half).all()):
+        raise CacheError(
+            f"the {what} holds values beyond float16's 65504, or not numbers; check the weights, "
+            "or use --dtype float32."
+        )
+    return half
+
+
+def _chunks(values: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -1,0 +1,138 @@
+"""What the rows of a cache are: cache.json, index.parquet and names.parquet.
+
+The build makes the catalog from a corpus and extends it when images were appended; the reader
+looks names up in it. A row is one view of one image. Appended images start at a multiple of
+1,024 rows, so that no teacher's sealed Zarr shard is ever written again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from movekd.cache.layout import CACHE_JSON, FORMAT_VERSION, INDEX, MAX_SHARD_ROWS, NAMES
+from movekd.cache.seal import file_entry, read_sealed, write_atomic, write_sealed
+from movekd.cache.spec import Geometry
+from movekd.corpus.index import Corpus
+from movekd.errors import CacheError, CorruptCacheError
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The rows of a cache and what names mean them."""
+
+    geometry: Geometry
+    corpus_fingerprint: str
+    num_images: int
+    index: pa.Table
+    names: pa.Table
+
+    @property
+    def num_rows(self) -> int:
+        """Length of every teacher's arrays: the last row plus one, gaps included."""
+        return int(self.index["row"][-1].as_py()) + 1 if len(self.index) else 0
+
+    @property
+    def rows(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The rows that stand for an image, ascending."""
+        return np.asarray(self.index["row"])
+
+
+def open_catalog(cache_dir: Path) -> Catalog:
+    """Return the catalog of a cache.
+
+    Raises:
+        CacheError: there is no cache here, or of another format version.
+        CorruptCacheError: a file is damaged.
+    """
+    if not (cache_dir / CACHE_JSON).exists():
+        raise CacheError(
+            f"{cache_dir} holds no cache (no {CACHE_JSON}); expected a folder that "
+            "`movekd cache build --shards data/ --cache DIR --teacher NAME` made."
+        )
+    content = read_sealed(cache_dir / CACHE_JSON)
+    if content["format_version"] != FORMAT_VERSION:
+        raise CacheError(
+            f"{cache_dir} is of format {content['format_version']}; this movekd reads format "
+            f"{FORMAT_VERSION}. Use the version of movekd that built it."
+        )
+    if content["geometry"] not in get_args(Geometry):
+        raise CacheError(
+            f"{cache_dir} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
+        )
+    for name, entry in content["files"].items():
+        path = cache_dir / name
+        found = path.stat().st_size if path.exists() else None
+        if found != entry["size_bytes"]:
+            raise CorruptCacheError(
+                f"{path} has {found if found is not None else 'no'} bytes; {CACHE_JSON} says "
+                f"{entry['size_bytes']}. If a build was interrupted, run it again."
+            )
+    try:
+        index, names = pq.read_table(cache_dir / INDEX), pq.read_table(cache_dir / NAMES)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptCacheError(f"the index of {cache_dir} cannot be read: {error}") from None
+    return Catalog(
+        content["geometry"], content["corpus_fingerprint"], content["num_images"], index, names
+    )
+
+
+def update_catalog(cache_dir: Path, corpus: Corpus, geometry: Geometry) -> Catalog:
+    """Make the catalog of a new cache, or extend it by the images appended to its corpus.
+
+    Raises:
+        CacheError: the cache is of another geometry or another corpus.
+    """
+    if not (cache_dir / CACHE_JSON).exists():
+        return _write(cache_dir, corpus, geometry, np.arange(len(corpus), dtype=np.int64))
+    old = open_catalog(cache_dir)
+    if old.geometry != geometry:
+        raise CacheError(
+            f"{cache_dir} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
+            f"cache has one geometry: give --geometry {old.geometry}, or another --cache."
+        )
+    if (
+        len(corpus) < old.num_images
+        or corpus.fingerprint(old.num_images) != old.corpus_fingerprint
+    ):
+        raise CacheError(
+            f"{cache_dir} was built from {old.num_images} images of another corpus than "
+            f"{corpus.data_dir} ({len(corpus)} images). Images may only be appended: build into "
+            "another --cache, or restore the shards."
+        )
+    if len(corpus) == old.num_images and corpus.names.equals(old.names):
+        return old
+    start = -(-old.num_rows // MAX_SHARD_ROWS) * MAX_SHARD_ROWS
+    appended = start + np.arange(len(corpus) - old.num_images, dtype=np.int64)
+    return _write(cache_dir, corpus, geometry, np.concatenate([old.rows, appended]))
+
+
+def _write(
+    cache_dir: Path,
+    corpus: Corpus,
+    geometry: Geometry,
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+) -> Catalog:
+    """Write the three files, cache.json last."""
+    views = pa.array(np.zeros(len(corpus), np.int16))
+    index = corpus.index.add_column(0, "row", pa.array(rows))
+    index = index.add_column(index.schema.get_field_index("key") + 1, "view", views)
+    for name, table in ((INDEX, index), (NAMES, corpus.names)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_atomic(cache_dir / name, [memoryview(sink.getvalue())])
+    fingerprint = corpus.fingerprint()
+    write_sealed(
+        cache_dir / CACHE_JSON,
+        {
+            "format_version": FORMAT_VERSION,
+            "geometry": geometry,
+            "corpus_fingerprint": fingerprint,
+            "num_images": len(corpus),
+            "files": {name: file_entry(cache_dir / name) for name in (INDEX, NAMES)},
+        },
+    )
+    return Catalog(geometry, fingerprint, len(corpus), index, corpus.names)

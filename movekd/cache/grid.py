@@ -1,0 +1,70 @@
+"""From one square grid of tokens to another, by exact area.
+
+A teacher's 64x64 map becomes the student's 24x24 by averaging over the area that each new cell
+covers, fractions of old cells included; this also holds where 64 -> 24 does not divide. Used by
+the build before encoding, and by the training for caches that were kept on the native grid.
+
+Legend: B batch, N tokens (row-major over the square), D channels, H heads, S side of the grid.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from movekd.errors import CacheError
+
+
+def grid_side(num_tokens: int) -> int:
+    """Return the side of a square grid of ``num_tokens``.
+
+    Raises:
+        CacheError: the tokens form no square.
+    """
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise CacheError(f"{num_tokens} tokens form no square grid; movekd expects side x side.")
+    return side
+
+
+@lru_cache(maxsize=32)
+def resize_matrix(side_in: int, side_out: int) -> Tensor:
+    """Return the (side_out, side_in) float32 matrix that resizes one axis; rows sum to 1.
+
+    Shrinking weighs each input cell by its overlap with the output cell. Enlarging
+    interpolates linearly between cell centres, clamped at the border.
+    """
+    scale = side_in / side_out
+    cells = torch.arange(side_in, dtype=torch.float64)
+    low = torch.arange(side_out, dtype=torch.float64)[:, None] * scale
+    if side_out <= side_in:
+        high = low + scale
+        overlap = torch.minimum(high, cells + 1) - torch.maximum(low, cells)
+        weights = overlap.clamp(min=0)
+    else:
+        centre = (low + scale / 2 - 0.5).clamp(0, side_in - 1)
+        weights = (1 - (centre - cells).abs()).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def resize_tokens(tokens_BND: Tensor, side_out: int) -> Tensor:
+    """Return tokens (B, side_out**2, D): the area average of a square grid (B, N, D)."""
+    side_in = grid_side(tokens_BND.shape[1])
+    if side_in == side_out:
+        return tokens_BND
+    weights = resize_matrix(side_in, side_out).to(tokens_BND)
+    tokens_BSSD = tokens_BND.unflatten(1, (side_in, side_in))
+    return torch.einsum("yi,xj,bijd->byxd", weights, weights, tokens_BSSD).flatten(1, 2)
+
+
+def resize_attention(attention_BHN: Tensor, side_out: int) -> Tensor:
+    """Return attention (B, H, side_out**2) with the mass of (B, H, N): cells are summed by area."""
+    side_in = grid_side(attention_BHN.shape[-1])
+    if side_in == side_out:
+        return attention_BHN
+    weights = resize_matrix(side_in, side_out).to(attention_BHN)
+    attention_BHSS = attention_BHN.unflatten(-1, (side_in, side_in))
+    resized = torch.einsum("yi,xj,bhij->bhyx", weights, weights, attention_BHSS).flatten(-2)
+    mass, before = resized.sum(-1, keepdim=True), attention_BHN.sum(-1, keepdim=True)
+    return resized * torch.where(mass > 0, before / mass, 0.0)

@@ -1,0 +1,147 @@
+"""Format 1 in one place: names, shapes, chunks and attributes of what lies in a cache.
+
+    cache/
+      cache.json                 format version, geometry, corpus fingerprint
+      index.parquet              row, key, view, shard, offset, size, width, height
+      names.parquet              name, key
+      <teacher>.zarr/            a Zarr v3 group that stock libraries open
+      <teacher>.seals/           what is finished, with checksums; foreign to Zarr, so outside it
+
+The chunk of an array is one row; a Zarr shard is ``rows_per_shard`` rows of every array, written
+by one writer in one go.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+GROUP_CHANNELS = 128
+"""Channels that share one int8 scale."""
+SHARD_BYTES = 128 * 2**20
+MAX_SHARD_ROWS = 1024
+"""Also what appended images are aligned to: a multiple of every teacher's rows_per_shard."""
+
+CACHE_JSON = "cache.json"
+INDEX = "index.parquet"
+NAMES = "names.parquet"
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a teacher's group, a row of which is one chunk."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    dimension_names: tuple[str, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def fill_value(self) -> float | int:
+        """What a row reads as that was never written: NaN, or 0 for int8 tokens (scale is NaN)."""
+        return 0 if self.dtype == "int8" else float("nan")
+
+
+@dataclass(frozen=True)
+class TeacherLayout:
+    """The arrays of one teacher's group, by name, and how many rows make a Zarr shard."""
+
+    arrays: Mapping[str, ArrayLayout]
+    rows_per_shard: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image: tokens, scales, [CLS] and attention."""
+        return sum(array.row_bytes for array in self.arrays.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image."""
+        return self.arrays["tokens"].row_shape[0]
+
+    @property
+    def width(self) -> int:
+        """Channels a token."""
+        return self.arrays["tokens"].row_shape[1]
+
+    def num_shards(self, num_rows: int) -> int:
+        """Return how many Zarr shards hold ``num_rows`` rows."""
+        return -(-num_rows // self.rows_per_shard)
+
+
+def teacher_layout(
+    codec: str, num_tokens: int, width: int, *, cls_width: int | None, num_heads: int | None
+) -> TeacherLayout:
+    """Return the arrays that a teacher of these shapes has (None: it has no such array)."""
+    tokens_dtype = "int8" if codec == "int8" else "float16"
+    arrays = [
+        ArrayLayout("tokens", (num_tokens, width), tokens_dtype, ("row", "token", "channel"))
+    ]
+    if codec == "int8":
+        groups = -(-width // GROUP_CHANNELS)
+        arrays.append(
+            ArrayLayout("token_scale", (num_tokens, groups), "float16", ("row", "token", "group"))
+        )
+    if cls_width is not None:
+        arrays.append(ArrayLayout("cls", (cls_width,), "float16", ("row", "channel")))
+    if num_heads is not None:
+        arrays.append(
+            ArrayLayout(
+                "cls_attention", (num_heads, num_tokens), "float16", ("row", "head", "token")
+            )
+        )
+    return TeacherLayout({a.name: a for a in arrays}, rows_per_shard(arrays[0].row_bytes))
+
+
+def rows_per_shard(token_row_bytes: int) -> int:
+    """Return the largest power of two that keeps a shard's tokens under 128 MiB, at most 1,024."""
+    rows = MAX_SHARD_ROWS
+    while rows > 1 and rows * token_row_bytes > SHARD_BYTES:
+        rows //= 2
+    return rows
+
+
+def group_dir(cache_dir: Path, teacher: str) -> Path:
+    """Return the folder of a teacher's Zarr group."""
+    return cache_dir / f"{teacher}.zarr"
+
+
+def seals_dir(cache_dir: Path, teacher: str) -> Path:
+    """Return the folder of a teacher's seals."""
+    return cache_dir / f"{teacher}.seals"
+
+
+def seal_path(cache_dir: Path, teacher: str, shard: int) -> Path:
+    """Return the seal of one Zarr shard."""
+    return seals_dir(cache_dir, teacher) / f"{shard:05d}.json"
+
+
+def shard_file(array: ArrayLayout, shard: int) -> str:
+    """Return the file of one Zarr shard, relative to the group: Zarr's default chunk key."""
+    return "/".join([array.name, "c", str(shard), *("0" for _ in array.row_shape)])
+
+
+def group_attributes(
+    spec: Mapping[str, Any], fingerprint: str, weights_sha256: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the attributes of a teacher's group."""
+    return {
+        "movekd": {
+            "format_version": FORMAT_VERSION,
+            "spec": dict(spec),
+            "spec_fingerprint": fingerprint,
+            "weights_sha256": weights_sha256,
+            "versions": dict(versions),
+            "decoding": "float16: tokens. int8: channel_mean + channel_std * token_scale[group of "
+            f"{GROUP_CHANNELS} channels] * tokens",
+        }
+    }

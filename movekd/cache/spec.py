@@ -1,0 +1,133 @@
+"""CacheSpec: what one file of cache_specs/ says about a teacher and how its features are kept.
+
+Comes in from YAML, goes to ``teachers.load`` (which model, which layer), ``corpus.images``
+(what its pixels look like) and ``cache.codec`` (how tokens are stored), and is written whole
+into the attributes of the teacher's Zarr group.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from movekd.config import FrozenModel, read_yaml, validate
+from movekd.errors import ConfigError, did_you_mean
+from movekd.resources import resource_dir
+
+Geometry = Literal["crop", "pad", "stretch", "longest_side"]
+"""How an image of any shape becomes the square that a model sees.
+
+crop: short side to the model's size, then the centre. pad: to a square with the fill colour,
+then to size. stretch: both sides to size. longest_side: long side to size, the fill colour to
+the right and below (SAM's own rule).
+"""
+
+Codec = Literal["float16", "int8"]
+Provider = Literal["transformers", "timm", "open_clip", "movekd"]
+
+
+class CacheSpec(FrozenModel):
+    """One teacher: its model, its input, what is taken from it, and how that is stored."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="Name of the teacher's group in the cache.")
+    description: str = Field(default="", description="One line for people.")
+
+    provider: Provider = Field(description="The library that defines the architecture.")
+    model: str = Field(description="The model's name in that library, or a hub id.")
+    revision: str = Field(default="main", description="Revision of the weights on the hub.")
+    weights: str = Field(
+        default="hub",
+        description="hub, a local directory, a .safetensors or .pth file, or `random` (tests and benchmarks only).",
+    )
+    seed: int = Field(default=0, description="Seed of `weights: random`.")
+    model_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the architecture's constructor; not needed for a published model.",
+    )
+
+    image_size: int = Field(gt=0, description="Side of the square input in pixels.")
+    geometry: Geometry | None = Field(
+        default=None, description="This teacher's own geometry; null takes the cache's."
+    )
+    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = Field(
+        default="bicubic", description="Pillow filter of the resize."
+    )
+    mean: tuple[float, float, float] = Field(description="Channel means, of pixels in 0..1.")
+    std: tuple[float, float, float] = Field(description="Channel standard deviations.")
+    fill: tuple[float, float, float] | None = Field(
+        default=None, description="Colour of padding in 0..1; null is the mean."
+    )
+
+    layer: int | Literal["last", "neck"] = Field(
+        description="Index into the hidden states (-2: before the last block), `last` (the model's "
+        "own output), or `neck` (SAM)."
+    )
+    cls: bool = Field(default=False, description="Store the [CLS] embedding of that layer.")
+    cls_attention: bool = Field(
+        default=False, description="Store the attention row of [CLS] in the block before that layer."
+    )
+
+    grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
+        default="native", description="Side of the stored grid; `native` keeps the teacher's."
+    )
+    codec: Codec = Field(default="int8", description="float16, or int8 with a scale a group.")
+    compressor: Literal["none", "zstd", "blosc"] = Field(
+        default="none", description="For archives; the fast reading path needs `none`."
+    )
+    calibration_images: int = Field(
+        default=512, gt=0, description="Images whose features fix the channel statistics."
+    )
+
+    @field_validator("std")
+    @classmethod
+    def _std_is_positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError("every value must be above 0")
+        return std
+
+    @model_validator(mode="after")
+    def _attention_needs_cls(self) -> "CacheSpec":
+        if self.cls_attention and self.layer in ("last", "neck"):
+            raise ValueError("cls_attention needs a layer by index: the block before it is read")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of every key that changes what is stored.
+
+        The description does not; nor does the place that weights come from, because their own
+        SHA-256 is recorded beside this one.
+        """
+        content = self.model_dump(mode="json", exclude={"description"})
+        content["weights"] = "random" if self.weights == "random" else "given"
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_specs() -> dict[str, Path]:
+    """Return the teachers in cache_specs/, name -> YAML file, sorted by name."""
+    return {path.stem: path for path in sorted(resource_dir("cache_specs").glob("*.yaml"))}
+
+
+def load_spec(teacher: str) -> CacheSpec:
+    """Return the spec of a shipped teacher, or of a YAML file of the user's own.
+
+    A relative ``weights`` directory or file is taken from the YAML file's own folder.
+
+    Raises:
+        ConfigError: no such teacher (names the nearest), or a wrong key.
+    """
+    shipped = shipped_specs()
+    is_file = teacher.endswith((".yaml", ".yml"))
+    if not is_file and teacher not in shipped:
+        raise ConfigError(
+            f"no teacher '{teacher}' in cache_specs/.{did_you_mean(teacher, shipped)} "
+            f"Known: {', '.join(shipped)}; or give the path of a YAML file."
+        )
+    path = Path(teacher) if is_file else shipped[teacher]
+    content = read_yaml(path)
+    weights = content.get("weights")
+    if isinstance(weights, str) and weights not in ("hub", "random"):
+        content["weights"] = str((path.parent / weights).resolve())
+    return validate(CacheSpec, content, str(path))

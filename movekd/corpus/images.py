@@ -1,0 +1,326 @@
+"""Bytes of an image file in, the square pixels that a model sees out.
+
+Comes in from the shards (``corpus.index``) or from a user's own file. Goes to the packer, which
+asks for ``probe_image`` alone, and to the build, training and evaluation, which hold one
+``ImageTransform`` for each model: the same rule on the original pixels at each model's own size,
+so that all models see the same field.
+
+Dimensions: B images, C channels (3, RGB), H height, W width, S side of the square.
+"""
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from movekd.errors import UnreadableImageError
+
+Geometry = Literal["crop", "pad", "stretch", "longest_side"]
+"""How an image of any shape becomes the square that a model sees.
+
+crop: short side to the model's size, then the centre. pad: to a square with the fill colour,
+then to size. stretch: both sides to size. longest_side: long side to size, the fill colour to
+the right and below (SAM's own rule).
+"""
+
+Resample = Literal["bicubic", "bilinear", "lanczos", "nearest"]
+"""Pillow's filters."""
+
+Colour = tuple[float, float, float]
+"""Red, green, blue in 0..1."""
+
+MAX_ASPECT_RATIO = 200
+"""Longer strips would grow to gigabytes when their short side is brought to a model's size."""
+
+FILE_EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with further pictures behind the first
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+}
+"""The formats that are read, by Pillow's name, and the extension that each gets in a shard.
+
+Named one by one: Pillow would otherwise hand an EPS file to Ghostscript.
+"""
+
+_OPENABLE = tuple(name for name in FILE_EXTENSIONS if name != "MPO")  # opened by way of JPEG
+_FILTERS: dict[Resample, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+_UPRIGHT = {  # EXIF orientation -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images on their way to a model.
+
+    Attributes:
+        keys: B keys, the SHA-256 of each image's bytes in hex.
+        pixels_BCHW: float32, normalised.
+    """
+
+    keys: list[str]
+    pixels_BCHW: NDArray[np.float32]
+
+
+class ImageInfo(NamedTuple):
+    """What ``probe_image`` finds: file extension, and size in pixels as a viewer shows it."""
+
+    extension: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Image bytes to one model's input.
+
+    ``crop`` is bit-equal to the PIL-backed Hugging Face CLIP processor, ``pad`` to LLaVA's
+    padding followed by it, ``longest_side`` to the PIL-backed SAM processor.
+
+    Attributes:
+        image_size: side S in pixels.
+        geometry: how the image becomes a square.
+        resample: Pillow filter.
+        mean: channel means, of pixels in 0..1.
+        std: channel standard deviations.
+        fill: colour of padding in 0..1; None is the mean.
+    """
+
+    image_size: int
+    geometry: Geometry
+    resample: Resample
+    mean: Colour
+    std: Colour
+    fill: Colour | None = None
+
+    def __call__(self, data: bytes) -> NDArray[np.float32]:
+        """Return ``data`` as float32 pixels (3, S, S), normalised.
+
+        Raises:
+            UnreadableImageError: ``data`` is not an image that can be decoded.
+        """
+        image = decode_image(data)
+        fill = self.mean if self.fill is None else self.fill
+        square = apply_geometry(image, self.image_size, self.geometry, self.resample, fill)
+        levels_HWC = np.asarray(square)
+        table = _normalisation_table(self.mean, self.std)
+        pixels_CHW = np.empty((3, self.image_size, self.image_size), np.float32)
+        for channel in range(3):
+            np.take(table[channel], levels_HWC[..., channel], out=pixels_CHW[channel], mode="clip")
+        if self.geometry == "longest_side":
+            # SAM pads after normalising, so its padding never sees the rounding to 8 bits.
+            width, height = _fit(image.size, self.image_size)
+            mean_C, std_C = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+            level_C = (np.array(fill, np.float32) - mean_C) / std_C
+            pixels_CHW[:, height:, :] = level_C[:, None, None]
+            pixels_CHW[:, :, width:] = level_C[:, None, None]
+        return pixels_CHW
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Return the image in ``data`` as 8-bit RGB, as a viewer would show it.
+
+    EXIF orientation is applied, transparency lies over white, 16-bit grey is scaled to 8 bits,
+    CMYK is converted, and of an animation the first frame is taken.
+
+    Raises:
+        UnreadableImageError: not an image, truncated, too large to be decoded safely, or of a
+            pixel format without a plain meaning in RGB.
+    """
+    with _quiet_pillow():
+        image = _load(data)
+        try:
+            return _to_rgb(image)
+        except (OSError, ValueError) as error:
+            raise UnreadableImageError(
+                f"the image's pixels, mode {image.mode}, have no plain meaning in RGB ({error}); "
+                "save the image as 8-bit RGB."
+            ) from None
+
+
+def probe_image(data: bytes) -> ImageInfo:
+    """Return format and size of the image in ``data``, after decoding it whole.
+
+    Raises:
+        UnreadableImageError: as ``decode_image``.
+    """
+    with _quiet_pillow():
+        opened = _open(data)
+        extension = FILE_EXTENSIONS[str(opened.format)]
+    image = decode_image(data)
+    return ImageInfo(extension, image.width, image.height)
+
+
+def apply_geometry(
+    image: Image.Image,
+    size: int,
+    geometry: Geometry,
+    resample: Resample = "bicubic",
+    fill: Colour = (0.0, 0.0, 0.0),
+) -> Image.Image:
+    """Return an RGB image as a ``size`` x ``size`` square.
+
+    The fill colour is cut to 8 bits as LLaVA cuts its padding: ``int(value * 255)``.
+
+    Source: crop, transformers image_transforms.py (get_resize_output_image_size, center_crop);
+    pad, haotian-liu/LLaVA llava/mm_utils.py (expand2square); longest_side,
+    facebookresearch/segment-anything utils/transforms.py (ResizeLongestSide).
+    """
+    kernel = _FILTERS[resample]
+    if geometry == "stretch":
+        return image.resize((size, size), kernel)
+    if geometry == "crop":
+        short = min(image.size)
+        width, height = (int(size * side / short) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), kernel)
+        return resized.crop((left, top, left + size, top + size))
+    red, green, blue = (int(value * 255 + 1e-9) for value in fill)  # 1e-9: 100/255 stays 100
+    if geometry == "longest_side":
+        square = Image.new("RGB", (size, size), (red, green, blue))
+        square.paste(image.resize(_fit(image.size, size), kernel), (0, 0))
+        return square
+    if Image.MAX_IMAGE_PIXELS and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
+        image = image.resize(_fit(image.size, size), kernel)  # its square would take gigabytes
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size), kernel)
+
+
+def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return width and height scaled so that the longer one is ``side``."""
+    scale = side / max(size)
+    width, height = (max(1, int(length * scale + 0.5)) for length in size)
+    return width, height
+
+
+@lru_cache(maxsize=32)
+def _normalisation_table(mean: Colour, std: Colour) -> NDArray[np.float32]:
+    """Return the model's input for each channel and each of the 256 levels, float32 (3, 256).
+
+    The order of operations and dtypes is that of the Hugging Face processors.
+    """
+    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    centred = levels[None, :] - np.array(mean, np.float32)[:, None]
+    return np.asarray(centred / np.array(std, np.float32)[:, None], np.float32)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Return the image of ``data`` with its header read."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_OPENABLE)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImageError(
+            f"the image has more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, Pillow's limit "
+            "against decompression bombs; make it smaller."
+        ) from None
+    except UnidentifiedImageError:
+        known = ", ".join(sorted(set(FILE_EXTENSIONS.values())))
+        raise UnreadableImageError(
+            f"{len(data)} bytes are no image that can be read; expected one of {known}."
+        ) from None
+    except Exception as error:  # a damaged header makes Pillow's parsers raise anything
+        raise _unreadable(error) from None
+
+
+def _load(data: bytes) -> Image.Image:
+    """Return the first frame of ``data``, decoded and upright."""
+    image = _open(data)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise UnreadableImageError(
+            f"the image is {image.width} x {image.height} pixels; expected sides of at most "
+            f"{MAX_ASPECT_RATIO}:1. Cut it into pieces."
+        )
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise _unreadable(error) from None
+    try:
+        # After load: TIFF turns itself upright and drops the tag, PNG may hold it at its end.
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data; a viewer shows the image all the same
+        orientation = 1
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _unreadable(error: Exception) -> UnreadableImageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UnreadableImageError(f"the image cannot be decoded ({reason}); replace the file.")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return a decoded image of any mode as RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
+        raise ValueError("32 bits a pixel, of a range that the file does not say")
+    if image.mode.startswith("I"):
+        levels_HW = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((levels_HW + 128) // 257).astype(np.uint8))
+        return grey.convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Return whether the 32-bit integers hold 16-bit values, as of a PGM."""
+    levels_HW = np.asarray(image)
+    return bool(levels_HW.min() >= 0 and levels_HW.max() <= 65535)
+
+
+_quiet_lock = threading.Lock()
+_quiet_depth = 0
+_quiet_filters = warnings.catch_warnings()
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Make Pillow's bomb warning an error and its other warnings silent, in any thread.
+
+    ``warnings.catch_warnings`` alone would lose the filters when two threads decode: here the
+    first one in sets them and the last one out restores them.
+    """
+    global _quiet_depth, _quiet_filters
+    with _quiet_lock:
+        if _quiet_depth == 0:
+            _quiet_filters = warnings.catch_warnings()
+            _quiet_filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        _quiet_depth += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _quiet_filters.__exit__(None, None, None)

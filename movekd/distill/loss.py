@@ -1,0 +1,132 @@
+"""The distillation loss, and the number that shows whether it means anything.
+
+Predicted and target tokens of every teacher come in, with the weights of ``weights``; one loss a
+sample goes out. The trainer adds up the samples of a whole optimizer step and divides by the
+number of images that have targets.
+
+Dimensions: B batch, N patch tokens, D channels (may differ between teachers), T teachers.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from movekd.errors import ConfigError
+
+Combine = Literal["mean", "sum"]
+
+
+class KDTerms(NamedTuple):
+    """Distillation losses of a batch, float32; samples without targets are zero.
+
+    Attributes:
+        total_B: sum over teachers of weight times loss.
+        per_teacher_BT: the losses before the teachers' weights.
+    """
+
+    total_B: Tensor
+    per_teacher_BT: Tensor
+
+
+def kd_loss(
+    predictions_BND: Sequence[Tensor],
+    targets_BND: Sequence[Tensor],
+    teacher_weights_BT: Tensor,
+    token_weights_BN: Tensor | None = None,
+    *,
+    combine: Combine,
+    has_targets_B: Tensor | None = None,
+) -> KDTerms:
+    """Return the distillation loss of every sample, for the caller to average.
+
+    With l_t[n] = mean_d (prediction_t[n, d] - target_t[n, d])^2, in float32 even under autocast:
+
+    - ``combine="mean"`` (revised): L_t = mean_n w[n] l_t[n], for weights of mean 1.
+    - ``combine="sum"`` (official): L_t = mean_n l_t[n] + sum_n w[n] l_t[n], for weights that sum
+      to 1.
+
+    Both are mean_n l_t[n] without token weights. The total is sum_t weight_t L_t. Rows of samples
+    without targets may hold anything, NaN included: they give zero loss and zero gradient.
+
+    Args:
+        predictions_BND: One (B, N, D_t) a teacher. Official: the student's tokens, T times.
+        targets_BND: One (B, N, D_t) a teacher. Official: the adapted teacher tokens.
+        teacher_weights_BT: From ``teacher_weights``.
+        token_weights_BN: From ``token_weights``; None treats all tokens alike.
+        combine: How tokens are added up.
+        has_targets_B: bool, which samples have targets; None means all.
+
+    Raises:
+        ConfigError: an unknown ``combine``, or tensors that do not fit each other.
+
+    Source: MoVE-KD (arXiv 2501.01709) for ``"sum"``.
+    """
+    if combine not in ("mean", "sum"):
+        raise ConfigError(
+            f"unknown way to combine tokens {combine!r}; expected 'mean' (weights of mean 1) or "
+            "'sum' (weights that sum to 1). Set one of the two."
+        )
+    _check_shapes(predictions_BND, targets_BND, teacher_weights_BT, token_weights_BN)
+    if has_targets_B is not None:
+        # Before any arithmetic: zero times NaN would be NaN, in the gradient as well.
+        missing_B11 = ~has_targets_B[:, None, None]
+        predictions_BND = [tokens.masked_fill(missing_B11, 0.0) for tokens in predictions_BND]
+        targets_BND = [tokens.masked_fill(missing_B11, 0.0) for tokens in targets_BND]
+        teacher_weights_BT = teacher_weights_BT.masked_fill(missing_B11[..., 0], 0.0)
+        if token_weights_BN is not None:
+            token_weights_BN = token_weights_BN.masked_fill(missing_B11[..., 0], 0.0)
+
+    losses_B = []
+    for prediction_BND, target_BND in zip(predictions_BND, targets_BND, strict=True):
+        error_BN = (prediction_BND.float() - target_BND.float()).square().mean(dim=2)
+        if token_weights_BN is None:
+            losses_B.append(error_BN.mean(dim=1))
+        elif combine == "mean":
+            losses_B.append((token_weights_BN * error_BN).mean(dim=1))
+        else:
+            losses_B.append(error_BN.mean(dim=1) + (token_weights_BN * error_BN).sum(dim=1))
+    per_teacher_BT = torch.stack(losses_B, dim=1)
+    return KDTerms((teacher_weights_BT * per_teacher_BT).sum(dim=1), per_teacher_BT)
+
+
+def token_statistics(student_BND: Tensor) -> Tensor:
+    """Return the spread of the student's tokens as a scalar, float32, without gradient.
+
+    The mean over channels of the standard deviation over all tokens of the batch. A distillation
+    loss that falls while this falls is collapse, not learning: log them side by side.
+    """
+    tokens_XD = student_BND.detach().float().flatten(0, -2)
+    return tokens_XD.std(dim=0, correction=0).mean()
+
+
+def _check_shapes(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    teacher_weights_BT: Tensor,
+    token_weights_BN: Tensor | None,
+) -> None:
+    """Refuse tensors that would broadcast instead of matching.
+
+    Raises:
+        ConfigError: naming both shapes.
+    """
+    if not len(predictions) == len(targets) == teacher_weights_BT.shape[-1] > 0:
+        raise ConfigError(
+            f"{len(predictions)} predictions, {len(targets)} targets and weights of "
+            f"{teacher_weights_BT.shape[-1]} teachers; expected one of each a teacher, and at "
+            "least one teacher. Pass them in the same order."
+        )
+    for at, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+        expected = {"target": (prediction.shape, target.shape)}
+        if token_weights_BN is not None:
+            expected["token weights"] = (prediction.shape[:2], token_weights_BN.shape)
+        expected["teacher weights"] = (prediction.shape[:1], teacher_weights_BT.shape[:1])
+        for what, (wanted, found) in expected.items():
+            if wanted != found:
+                raise ConfigError(
+                    f"teacher {at}: its prediction is {tuple(prediction.shape)} and the {what} "
+                    f"are {tuple(found)}; expected {tuple(wanted)}. Bring both to the student's "
+                    "grid first."
+                )

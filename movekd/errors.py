@@ -1,0 +1,62 @@
+"""Every error a user can cause, as one tree.
+
+    MovekdError                 what the command line prints as a sentence, exit code 2
+    ├── ConfigError             a YAML file, a flag or a JSON file says what cannot be
+    ├── CorpusError             shards or their index are missing or damaged
+    │   └── UnreadableImageError  one image cannot be decoded
+    ├── CacheError              a cache is missing, incomplete or does not fit
+    │   ├── UnknownKeyError     a name or key that the cache does not hold (also a KeyError)
+    │   └── CorruptCacheError   bytes differ from what their seal says
+    ├── WeightsError            weights are missing, or not the ones expected
+    └── TrainingError           a run cannot go on, a loss that is not a number for one
+
+A message carries three facts: what was found, what was expected, what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MovekdError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(MovekdError):
+    """A YAML file, a flag or a JSON file says what cannot be."""
+
+
+class CorpusError(MovekdError):
+    """Shards or their index are missing or damaged."""
+
+
+class UnreadableImageError(CorpusError):
+    """One image cannot be decoded."""
+
+
+class CacheError(MovekdError):
+    """A cache is missing, incomplete, or does not fit what is asked of it."""
+
+
+class UnknownKeyError(CacheError, KeyError):
+    """A name or key that the cache does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the repr
+
+
+class CorruptCacheError(CacheError):
+    """Bytes on disk differ from what their seal says."""
+
+
+class WeightsError(MovekdError):
+    """Weights are missing, or not the ones expected."""
+
+
+class TrainingError(MovekdError):
+    """A run cannot go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,22 @@
+"""The model that ships: a vision tower with a Mixture of LoRA Experts inside LLaVA.
+
+Names below are imported when first used, so that looking at the package costs neither torch nor
+PEFT. Importing ``MoleConfig`` is what makes PEFT know the tuner.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from movekd.student.adapters import StudentHead, TeacherAdapter
+    from movekd.student.mole import MoleConfig, Routing, clear_routing, routing
+
+__all__ = ["MoleConfig", "Routing", "StudentHead", "TeacherAdapter", "clear_routing", "routing"]
+
+_MODULES = dict.fromkeys(("StudentHead", "TeacherAdapter"), "movekd.student.adapters")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES.get(name, "movekd.student.mole")), name)

@@ -1,0 +1,103 @@
+"""MoleConfig: what a Mixture of LoRA Experts looks like, as PEFT keeps it in adapter_config.json.
+
+Comes in from the student's YAML (or from a saved adapter), goes to ``layer.MoleLayer``.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, get_args
+
+from peft import PeftConfig
+
+from movekd.errors import ConfigError, did_you_mean
+
+LoraInit = Literal["kaiming", "zero"]
+"""How the experts begin.
+
+kaiming: both factors Kaiming-uniform, so the student differs from its base at step 0 (official).
+zero: the second factor is zero, so the student is its base at step 0 (revised).
+"""
+
+
+class MolePeftType(StrEnum):
+    """The name under which PEFT knows the tuner; name and value must agree, as in PEFT's enum."""
+
+    MOLE = "MOLE"
+
+
+@dataclass
+class MoleConfig(PeftConfig):  # type: ignore[misc]  # PEFT is untyped here
+    """Configuration of a Mixture of LoRA Experts.
+
+    The defaults are those of the revised recipe. The official one is
+    ``MoleConfig(lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming")``.
+
+    Attributes:
+        num_experts: Experts a layer.
+        r: Rank of each expert.
+        lora_alpha: The experts' output is scaled by ``lora_alpha / r``; None means ``r``.
+        lora_dropout: Dropout on the input of both LoRA pairs (fc1's and fc2's).
+        use_gate: Multiply an expert's output by the router's probability, so that the task's loss
+            reaches the router.
+        init_lora_weights: ``"kaiming"`` or ``"zero"``, see ``LoraInit``.
+        target_modules: Names of the MLP modules, or one regular expression.
+        exclude_modules: Names (or one regular expression) of modules to leave alone.
+        layers_to_transform: Indices of the blocks that get experts; None means all. A student that
+            is read at hidden state -2 leaves the last block out.
+        layers_pattern: Name of the list of blocks, where PEFT cannot tell.
+        modules_to_save: Other modules to train and save whole with the adapter.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    num_experts: int = 3
+    r: int = 32
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.05
+    use_gate: bool = True
+    init_lora_weights: LoraInit = "zero"
+    target_modules: list[str] | str = field(default_factory=lambda: ["mlp"])
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MolePeftType.MOLE
+        if self.num_experts < 1 or self.r < 1:
+            raise ConfigError(
+                f"MoleConfig has num_experts={self.num_experts} and r={self.r}; expected at least "
+                "one expert of at least rank 1. Set both to 1 or more."
+            )
+        if self.lora_alpha is None:
+            self.lora_alpha = float(self.r)
+        if self.lora_alpha <= 0:
+            raise ConfigError(
+                f"MoleConfig has lora_alpha={self.lora_alpha}; expected a number above 0, because "
+                "it scales the experts' output. Set 1.0 (official) or leave it out (equal to r)."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"MoleConfig has lora_dropout={self.lora_dropout}; expected a probability below 1. "
+                "Set 0.0 for none."
+            )
+        if self.init_lora_weights not in get_args(LoraInit):
+            raise ConfigError(
+                f"MoleConfig has init_lora_weights={self.init_lora_weights!r}; expected one of "
+                f"{', '.join(get_args(LoraInit))}."
+                f"{did_you_mean(str(self.init_lora_weights), get_args(LoraInit))}"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "MoleConfig has layers_to_transform beside target_modules as a regular expression; "
+                "PEFT would ignore the former. Give target_modules as a list, or put the layers "
+                "into the expression."
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor ``s = lora_alpha / r`` on the experts' output."""
+        assert self.lora_alpha is not None  # set in __post_init__
+        return self.lora_alpha / self.r

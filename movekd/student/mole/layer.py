@@ -1,0 +1,259 @@
+"""One MLP of a vision tower with a Mixture of LoRA Experts around it.
+
+In comes the MLP's input, out goes the MLP's output; on the way a router sends every token to one
+expert, which adds a low-rank term to both ``fc1`` and ``fc2``:
+
+    p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
+    h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
+    y =     W_2 h + b_2 + s g (B2_e (A2_e h + a2_e) + c2_e)
+
+All experts are computed at once, as one wide low-rank product whose columns are masked with the
+one-hot choice. This is exact, needs no gather and no wait for the device, and every expert gets a
+gradient in every step (zeros where no token chose it), as distributed training wants.
+
+``model.MoleModel`` puts these layers into a tower; the trainer reads ``routing(model)``.
+
+Dimensions: B batch, N tokens with [CLS], X all tokens of a batch, E experts, R rank, K = E R,
+J = K + E, I features in, O features out.
+
+Source: equations of MoVE-KD (arXiv 2501.01709); the parameters correspond to the released code's
+``moe_down`` (here ``mole_fc1``), ``moe_up`` (``mole_fc2``) and ``router``. There an expert's
+``lora_B.weight`` is (O, R); here it is stored transposed.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from movekd.errors import ConfigError, TrainingError
+from movekd.student.mole.config import LoraInit, MoleConfig
+
+
+class Routing(NamedTuple):
+    """What one layer's router did in its last forward pass, [CLS] included.
+
+    Attributes:
+        probabilities_BNE: float32, rows sum to 1, with gradient.
+        choice_BNE: float32, one-hot, without gradient.
+    """
+
+    probabilities_BNE: Tensor
+    choice_BNE: Tensor
+
+
+class StackedLora(nn.Module):
+    """The low-rank terms of all experts on one linear layer, stacked.
+
+    Attributes:
+        lora_A: (E, R, I), first factors.
+        lora_A_bias: (E, R).
+        lora_B: (E, R, O), second factors, transposed.
+        lora_B_bias: (E, O).
+    """
+
+    def __init__(self, base: nn.Linear, num_experts: int, r: int, init: LoraInit) -> None:
+        super().__init__()
+        zeros = base.weight.new_zeros
+        self.lora_A = nn.Parameter(zeros(num_experts, r, base.in_features))
+        self.lora_A_bias = nn.Parameter(zeros(num_experts, r))
+        self.lora_B = nn.Parameter(zeros(num_experts, r, base.out_features))
+        self.lora_B_bias = nn.Parameter(zeros(num_experts, base.out_features))
+        for expert in range(num_experts):
+            nn.init.kaiming_uniform_(self.lora_A.data[expert], nonlinearity="relu")
+            if init == "kaiming":
+                nn.init.kaiming_uniform_(self.lora_B.data[expert].T, nonlinearity="relu")
+
+    def forward(self, inputs_XI: Tensor, base_XO: Tensor, mask_XE: Tensor, scale: float) -> Tensor:
+        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``.
+
+        The product runs in the dtype of ``base_XO``, so half-precision towers and autocast never
+        make a float32 copy of the activations.
+        """
+        dtype = base_XO.dtype
+        low_XK = F.linear(
+            inputs_XI, self.lora_A.flatten(0, 1).to(dtype), self.lora_A_bias.flatten().to(dtype)
+        )
+        masked_XER = low_XK.view(-1, *self.lora_A_bias.shape) * mask_XE.unsqueeze(-1)
+        # The second bias is E more rows of B, which the mask itself multiplies.
+        wide_XJ = torch.cat([masked_XER.flatten(1), mask_XE], dim=1)
+        rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0).to(dtype)
+        return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
+
+
+class MoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is untyped here
+    """An MLP (``fc1``, activation, ``fc2``) with experts and one router for both linear layers.
+
+    Attributes:
+        base_layer: The MLP itself, frozen by PEFT.
+        routing: ``Routing`` of the last forward pass that trained, or None.
+
+    Raises:
+        ConfigError: the module is no such MLP.
+    """
+
+    adapter_layer_names = ("mole_fc1", "mole_fc2", "mole_router")
+    other_param_names = ("mole_config",)
+
+    base_layer: Any  # an MLP of transformers; the next two are BaseTunerLayer's properties
+    active_adapters: list[str]
+    disable_adapters: bool
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoleConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.activation_name = _activation_name(base_layer)
+        self.mole_fc1 = nn.ModuleDict()
+        self.mole_fc2 = nn.ModuleDict()
+        self.mole_router = nn.ModuleDict()
+        self.mole_config: dict[str, MoleConfig] = {}
+        self.routing: Routing | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: MoleConfig) -> None:
+        """Add the experts and the router of one more adapter."""
+        fc1, fc2 = self.base_layer.fc1, self.base_layer.fc2
+        shape = (config.num_experts, config.r, config.init_lora_weights)
+        self.mole_fc1[adapter_name] = StackedLora(fc1, *shape)
+        self.mole_fc2[adapter_name] = StackedLora(fc2, *shape)
+        self.mole_router[adapter_name] = nn.Linear(
+            fc1.in_features, config.num_experts, device=fc1.weight.device, dtype=fc1.weight.dtype
+        )
+        self.mole_config[adapter_name] = config
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ConfigError: several at once; each would bring its own router.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ConfigError(
+                f"MoLE adapters {', '.join(adapter_names)} were made active together; expected "
+                "one, because each routes the tokens in its own way. Call set_adapter with one "
+                "name."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the MLP's output with the active adapter's experts, (..., N, D) -> (..., N, D)."""
+        active = [name for name in self.active_adapters if name in self.mole_config]
+        if self.disable_adapters or not active:
+            self.routing = None
+            output: Tensor = self.base_layer(hidden_states)
+            return output
+        name, base = active[0], self.base_layer
+        config, router = self.mole_config[name], self.mole_router[name]
+        assert isinstance(router, nn.Linear)
+
+        base_fc1 = base.fc1(hidden_states)
+        inputs = hidden_states.to(base_fc1.dtype)
+        logits = F.linear(inputs, router.weight.to(inputs.dtype), router.bias.to(inputs.dtype))
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+        experts = torch.arange(config.num_experts, device=logits.device)
+        choice = (probabilities.argmax(dim=-1, keepdim=True) == experts).to(probabilities.dtype)
+        mask = (choice * probabilities if config.use_gate else choice).to(inputs.dtype)
+        self._record(probabilities, choice)
+
+        hidden = self._experts(self.mole_fc1[name], inputs, base_fc1, mask, config)
+        hidden = getattr(base, self.activation_name)(hidden)
+        return self._experts(self.mole_fc2[name], hidden, base.fc2(hidden), mask, config)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse.
+
+        Raises:
+            ConfigError: always, with the reason.
+        """
+        raise merge_refusal()
+
+    def unmerge(self) -> None:
+        """Refuse, as nothing was ever merged.
+
+        Raises:
+            ConfigError: always, with the reason.
+        """
+        raise merge_refusal()
+
+    def _experts(
+        self, lora: nn.Module, inputs: Tensor, base: Tensor, mask: Tensor, config: MoleConfig
+    ) -> Tensor:
+        """Add one linear layer's experts to its output, whatever the leading dimensions are."""
+        dropped = F.dropout(inputs, config.lora_dropout, training=self.training)
+        flat = [tensor.flatten(0, -2) for tensor in (dropped, base, mask)]
+        output: Tensor = lora(*flat, config.scale)
+        return output.view(base.shape)
+
+    def _record(self, probabilities: Tensor, choice: Tensor) -> None:
+        """Keep the routing of a pass that trains.
+
+        A recomputation by gradient checkpointing is the same pass again, inside backward: its
+        record would be used by nobody and would hold the recomputed activations until the next
+        step, so the first one stays.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        trains = self.training or torch.is_grad_enabled()
+        self.routing = Routing(probabilities, choice) if trains else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copy.deepcopy refuses tensors that carry a gradient graph
+        return {**self.__dict__, "routing": None}
+
+    def __repr__(self) -> str:
+        return "mole." + super().__repr__()
+
+
+def routing(model: nn.Module) -> list[Routing]:
+    """Return what each MoLE layer's router did in the last forward pass, in depth order.
+
+    Raises:
+        TrainingError: no layer has a record: no forward pass that trains went before.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoleLayer)]
+    records = [layer.routing for layer in layers if layer.routing is not None]
+    if not records:
+        raise TrainingError(
+            f"the model has {len(layers)} MoLE layers and no routing of a forward pass; expected "
+            "a forward pass in training mode with a MoLE adapter active. Add the adapter, or run "
+            "the model before asking."
+        )
+    return records
+
+
+def clear_routing(model: nn.Module) -> None:
+    """Forget the last forward pass, so that its graph can be freed."""
+    for module in model.modules():
+        if isinstance(module, MoleLayer):
+            module.routing = None
+
+
+def merge_refusal() -> ConfigError:
+    """Return the error that says why experts cannot be merged into their base."""
+    return ConfigError(
+        "a MoLE adapter was to be merged into its base model; every token chooses its own expert, "
+        "so no single weight matrix equals them. Save the adapter with save_pretrained, or drop "
+        "it with unload()."
+    )
+
+
+def _activation_name(mlp: nn.Module) -> str:
+    """Return the name of the activation, after checking that ``fc1`` and ``fc2`` are all else.
+
+    Raises:
+        ConfigError: another kind of module.
+    """
+    children = dict(mlp.named_children())
+    linear = sorted(name for name, child in children.items() if isinstance(child, nn.Linear))
+    others = [name for name in children if name not in linear]
+    if linear != ["fc1", "fc2"] or others not in (["activation_fn"], ["activation"]):
+        raise ConfigError(
+            f"a MoLE was to be put around {type(mlp).__name__} with the parts "
+            f"{', '.join(children) or 'none'}; expected fc1, fc2 and activation_fn or activation, "
+            "as in the MLPs of CLIP, SigLIP and DINOv2. Name such modules in target_modules."
+        )
+    return others[0]

@@ -1,0 +1,125 @@
+"""The [CLS] row of one block's attention, without the T x T map.
+
+Comes in: the attention module of a transformer block, watched by a pre-hook while the model runs
+its own fused kernel. Goes out: how much the [CLS] query attends to every patch. ``teachers.load``
+uses it; the row weighs the tokens of the distillation loss.
+
+The module's own projections compute one query and all keys again, which costs about a sixth of
+the block's attention and no memory to speak of.
+
+Legend: B batch, T tokens, P prefix tokens ([CLS], then registers), N = T - P patches, H heads,
+K width of a head, C width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from movekd.errors import ConfigError
+
+_KNOWN = {
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.eva.EvaAttention",
+    "timm.models.vision_transformer.Attention",
+    "transformers.models.clip.modeling_clip.CLIPAttention",
+    "transformers.models.deit.modeling_deit.DeiTAttention",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersAttention",
+    "transformers.models.vit.modeling_vit.ViTAttention",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNAttention",
+}
+"""Classes whose arithmetic is known: softmax(q k^T), with or without timm's rotary embedding.
+
+A list, because others hide terms that a row computed here would miss without a word: BEiT adds
+a relative position bias to the logits, for one.
+"""
+
+
+def find_attention(block: nn.Module) -> nn.Module:
+    """Return the attention module inside a transformer block.
+
+    Raises:
+        ConfigError: the block has none whose arithmetic is known.
+    """
+    for module in block.modules():
+        if f"{type(module).__module__}.{type(module).__qualname__}" in _KNOWN:
+            return module
+    known = ", ".join(sorted({name.rsplit(".", 1)[1] for name in _KNOWN}))
+    raise ConfigError(
+        f"cls_attention cannot be read from a {type(block).__name__}; known attention classes: "
+        f"{known}. Set cls_attention: false."
+    )
+
+
+def watch_cls_attention(
+    attention: nn.Module, num_prefix: int, keep: Callable[[Tensor], None]
+) -> RemovableHandle:
+    """Hand ``keep`` the [CLS] row at every forward pass of ``attention``; remove by the handle.
+
+    Args:
+        attention: what ``find_attention`` returned.
+        num_prefix: P, the tokens before the patches; the [CLS] token is the first.
+        keep: called with cls_attention_BHN, float32. Rows are a softmax over all T tokens with
+            the P prefix columns dropped, so they sum to less than 1.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # CLIP passes hidden_states by keyword, DINOv2 and timm by position.
+        hidden_BTC = args[0] if args else kwargs["hidden_states"]
+        keep(cls_attention_row(module, hidden_BTC, num_prefix, kwargs.get("rope")))
+
+    return attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def cls_attention_row(
+    attention: nn.Module, hidden_BTC: Tensor, num_prefix: int, rope: Tensor | None = None
+) -> Tensor:
+    """Return cls_attention_BHN, float32, for the input that ``attention`` is about to see.
+
+    Args:
+        attention: what ``find_attention`` returned.
+        hidden_BTC: its input, after the block's first norm.
+        num_prefix: P, the tokens before the patches.
+        rope: timm's rotary embedding, (N, 2 K), as the block passes it on.
+    """
+    module: Any = attention
+    num_heads = int(getattr(module, "num_heads", 0) or module.num_attention_heads)
+    query_B1C, keys_BTC = _query_and_keys(module, hidden_BTC)
+    query_BH1K = query_B1C.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    keys_BHTK = keys_BTC.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    if hasattr(module, "q_norm"):
+        query_BH1K, keys_BHTK = module.q_norm(query_BH1K), module.k_norm(keys_BHTK)
+    if rope is not None:
+        keys_BHTK = _rotate(keys_BHTK, rope, num_prefix, bool(getattr(module, "rotate_half", 0)))
+    logits_BHT = (query_BH1K * query_BH1K.shape[-1] ** -0.5 @ keys_BHTK.transpose(-2, -1))[:, :, 0]
+    return logits_BHT.float().softmax(dim=-1)[..., num_prefix:]
+
+
+def _query_and_keys(module: Any, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the projected [CLS] query (B, 1, C) and all keys (B, T, C)."""
+    cls_B1C = hidden_BTC[:, :1]
+    if getattr(module, "qkv", None) is None:
+        return module.q_proj(cls_B1C), module.k_proj(hidden_BTC)
+    weight_q, weight_k, _ = module.qkv.weight.chunk(3)
+    bias = module.qkv.bias
+    if bias is None and getattr(module, "q_bias", None) is not None:
+        bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))  # EVA keeps them apart
+    bias_q, bias_k, _ = (None, None, None) if bias is None else bias.chunk(3)
+    return (
+        functional.linear(cls_B1C, weight_q, bias_q),
+        functional.linear(hidden_BTC, weight_k, bias_k),
+    )
+
+
+def _rotate(keys_BHTK: Tensor, rope: Tensor, num_prefix: int, is_half: bool) -> Tensor:
+    """Rotate the patches' keys as timm does; prefix tokens, the query among them, stay."""
+    from timm.layers import apply_rot_embed_cat  # only rotary timm models come here
+
+    patches_BHNK = apply_rot_embed_cat(keys_BHTK[:, :, num_prefix:], rope, half=is_half)
+    return torch.cat((keys_BHTK[:, :, :num_prefix], patches_BHNK.type_as(keys_BHTK)), dim=2)

@@ -1,0 +1,330 @@
+"""Scenes of real handwriting: the embedded corpus, written as images and LLaVA JSON.
+
+In: the 1,797 scans of ``sklearn.datasets.load_digits`` (8x8), split by instance, so that no scan
+seen in training appears in a test scene. Out: 48x48 scenes of 2 to 4 digits in 2x2 cells, among
+clutter and noise; ``images/*.png``, and ``pretrain.json`` (captions), ``finetune.json`` (several
+questions an image), ``val.json`` and ``test.json`` (one question an entry, its kind under
+``question_type``). Used by ``movekd demo`` through :func:`write_corpus`, and by ``pretrain.py``,
+which trains the teachers on fresh training scenes and their ground truth.
+
+    python pipelines/digits/scenes.py --out DIR
+
+Dimensions: B scenes, C the four cells (row by row), K strokes, H and W pixels, G grid side,
+S pixels of a cell's side, R a scan's side (8).
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Split = Literal["train", "val", "test"]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+SIZE = 48  # pixels of a scene's side
+CELL = SIZE // 2  # pixels of a cell's side
+SCAN = 8  # pixels of a scan's side
+EMPTY = -1  # a cell without a digit
+NUM_CLASSES = 11  # of a grid label: the ten digits, and 10 for none
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+QUESTION_TYPES = ("where", "exists", "sum", "largest")
+
+SPLIT_SEED = 0  # fixed: the shipped teachers were trained on this split's training scans
+SHARES: dict[Split, tuple[float, float]] = {
+    "train": (0.0, 0.6),
+    "val": (0.6, 0.75),
+    "test": (0.75, 1.0),
+}  # of each digit's scans, from one shuffle
+MAX_STROKES = 5
+MIN_PATCH_INK = 0.12  # mean ink from which a patch counts as covered by its digit
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes and what is in them.
+
+    Attributes:
+        images_BHW: grey images, uint8.
+        digits_BC: the digit in each cell, int64, ``EMPTY`` where there is none.
+        ink_BHW: how much of a digit's stroke each pixel holds, before clutter, contrast and
+            noise; float32 in 0..1.
+        scans_BC: index of each cell's scan in ``load_digits``, ``EMPTY`` where there is none.
+    """
+
+    images_BHW: NDArray[np.uint8]
+    digits_BC: Ints
+    ink_BHW: Floats
+    scans_BC: Ints
+
+    def __len__(self) -> int:
+        return len(self.images_BHW)
+
+
+@cache
+def load_scans() -> tuple[Floats, Ints]:
+    """Return all scans, float32 in 0..1 of shape (1797, 8, 8), and their digits."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images.astype(np.float32) / 16, data.target.astype(np.int64)
+
+
+@cache
+def split_scans(split: Split) -> tuple[Ints, ...]:
+    """Return, for each digit, the indices of the scans that ``split`` may use.
+
+    Stratified and independent of any seed a user gives: whatever corpus is drawn, its test scans
+    were never seen by the shipped teachers.
+    """
+    _, labels = load_scans()
+    rng = np.random.default_rng(SPLIT_SEED)
+    first, last = SHARES[split]
+    chosen = []
+    for digit in range(10):
+        order = rng.permutation(np.flatnonzero(labels == digit))
+        chosen.append(order[round(first * len(order)) : round(last * len(order))])
+    return tuple(chosen)
+
+
+def draw_digits(num_scenes: int, rng: np.random.Generator, topic: str = "any") -> Ints:
+    """Return digits_BC: 2 to 4 digits in random cells of each scene.
+
+    The digits are uniform, unless ``topic`` is ``largest``: then the largest one is, because
+    among uniform digits it is a nine in more than a quarter of the scenes.
+    """
+    caps_B = rng.integers(0, 10, num_scenes) if topic == "largest" else np.full(num_scenes, 9)
+    digits_BC = rng.integers(0, caps_B[:, None] + 1, (num_scenes, 4))
+    rank_BC = rng.random((num_scenes, 4)).argsort(1).argsort(1)  # a random order of the cells
+    if topic == "largest":
+        digits_BC[rank_BC == 0] = caps_B
+    num_digits_B = rng.integers(2, 5, num_scenes)
+    digits_BC[rank_BC >= num_digits_B[:, None]] = EMPTY
+    return digits_BC
+
+
+def compose(digits_BC: Ints, split: Split, rng: np.random.Generator) -> Scenes:
+    """Return scenes that show ``digits_BC`` in the handwriting of ``split``.
+
+    Every digit has its own scan, size, place inside its cell and contrast; every scene its own
+    background, strokes of clutter and noise.
+    """
+    num_scenes = len(digits_BC)
+    scans, _ = load_scans()
+    pools = split_scans(split)
+    counts = np.array([len(pool) for pool in pools])
+    starts = np.concatenate([[0], counts.cumsum()[:-1]])
+    picks_BC = starts[digits_BC] + (rng.random((num_scenes, 4)) * counts[digits_BC]).astype(int)
+    scans_BC = np.where(digits_BC == EMPTY, EMPTY, np.concatenate(pools)[picks_BC])
+
+    ink_BCSS = _place(scans[scans_BC], rng) * (digits_BC != EMPTY)[..., None, None]
+    contrast_BC11 = rng.uniform(0.3, 0.7, (num_scenes, 4, 1, 1)).astype(np.float32)
+    images_BHW = _background(num_scenes, rng)
+    images_BHW += _join_cells(ink_BCSS * contrast_BC11)
+    images_BHW = np.maximum(images_BHW, _clutter(num_scenes, rng))
+    sigma_B11 = rng.uniform(0.02, 0.1, (num_scenes, 1, 1)).astype(np.float32)
+    images_BHW += sigma_B11 * rng.standard_normal(images_BHW.shape, dtype=np.float32)
+    return Scenes(
+        images_BHW=(images_BHW.clip(0, 1) * 255).round().astype(np.uint8),
+        digits_BC=digits_BC,
+        ink_BHW=_join_cells(ink_BCSS),
+        scans_BC=scans_BC,
+    )
+
+
+def grid_labels(scenes: Scenes, side: int = 6) -> Ints:
+    """Return labels_BGG: the digit that covers each patch of a ``side`` x ``side`` grid, or 10.
+
+    ``side`` must divide 48 and be even, so that no patch lies in two cells.
+    """
+    patch = SIZE // side
+    cover_BGG = scenes.ink_BHW.reshape(-1, side, patch, side, patch).mean((2, 4))
+    digits_BGG = scenes.digits_BC.reshape(-1, 2, 2).repeat(side // 2, 1).repeat(side // 2, 2)
+    return np.where(cover_BGG > MIN_PATCH_INK, digits_BGG, NUM_CLASSES - 1)
+
+
+def _place(scans_BCRR: Floats, rng: np.random.Generator) -> Floats:
+    """Return each scan enlarged and moved inside its cell, (B, C, 24, 24)."""
+    shape = scans_BCRR.shape[:2]
+    height_BC = rng.uniform(14, 20, shape)
+    width_BC = (height_BC * rng.uniform(0.8, 1.1, shape)).clip(13, 20)
+    rows_BCSR = _interpolation(height_BC, rng.uniform(1, CELL - 1 - height_BC))
+    columns_BCSR = _interpolation(width_BC, rng.uniform(1, CELL - 1 - width_BC))
+    return np.asarray(rows_BCSR @ scans_BCRR @ columns_BCSR.swapaxes(2, 3), np.float32)
+
+
+def _interpolation(extent_BC: NDArray[Any], start_BC: NDArray[Any]) -> Floats:
+    """Return weights (B, C, 24, 8): bilinear, 8 pixels stretched to ``extent`` at ``start``."""
+    pixel_S = np.arange(CELL, dtype=np.float32) + 0.5
+    source_BCS = (pixel_S - start_BC[..., None]) / extent_BC[..., None] * SCAN - 0.5
+    distance_BCSR = np.abs(source_BCS[..., None] - np.arange(SCAN))
+    return np.asarray((1 - distance_BCSR).clip(0, None), np.float32)
+
+
+def _join_cells(cells_BCSS: Floats) -> Floats:
+    """Return the 48x48 scene of four 24x24 cells."""
+    grid = cells_BCSS.reshape(-1, 2, 2, CELL, CELL).transpose(0, 1, 3, 2, 4)
+    return grid.reshape(-1, SIZE, SIZE)
+
+
+def _background(num_scenes: int, rng: np.random.Generator) -> Floats:
+    """Return a grey level with a linear gradient for each scene, (B, H, W)."""
+    level, slope_y, slope_x = rng.uniform(-0.5, 0.5, (3, num_scenes, 1, 1)).astype(np.float32)
+    axis = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
+    slope_BHW = slope_y * axis[:, None] + slope_x * axis[None, :]
+    return np.asarray(0.2 + 0.25 * level + 0.3 * slope_BHW, np.float32)
+
+
+def _clutter(num_scenes: int, rng: np.random.Generator) -> Floats:
+    """Return up to five short straight strokes a scene, (B, H, W), 0 where there is none."""
+    shape = (num_scenes, MAX_STROKES, 1, 1)
+    centre_y, centre_x = rng.uniform(0, SIZE, (2, *shape)).astype(np.float32)
+    angle = rng.uniform(0, np.pi, shape).astype(np.float32)
+    half_length = rng.uniform(2, 7, shape).astype(np.float32)
+    level = rng.uniform(0.3, 0.8, shape).astype(np.float32) * (rng.random(shape) < 0.6)
+    axis = np.arange(SIZE, dtype=np.float32) + 0.5
+    dy, dx = axis[:, None] - centre_y, axis[None, :] - centre_x
+    along = np.abs(dx * np.cos(angle) + dy * np.sin(angle)) - half_length
+    across = dy * np.cos(angle) - dx * np.sin(angle)
+    distance_BKHW = np.sqrt(across**2 + along.clip(0, None) ** 2)
+    return np.asarray((level * (1.6 - distance_BKHW).clip(0, 1)).max(1), np.float32)
+
+
+def caption(digits_C: Ints) -> str:
+    """Return what a scene shows: ``a 7 at the top left, a 3 at the bottom right.``"""
+    there = [f"a {d} at the {p}" for d, p in zip(digits_C, PLACES, strict=True) if d != EMPTY]
+    return ", ".join(there) + "."
+
+
+def ask(question_type: str, digits_C: Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Return a question of a kind about a scene, and its answer."""
+    present = digits_C[digits_C != EMPTY]
+    if question_type == "where":
+        cell = int(rng.choice(np.flatnonzero(digits_C != EMPTY)))
+        return f"Which digit is at the {PLACES[cell]}?", str(digits_C[cell])
+    if question_type == "exists":
+        is_there = rng.random() < 0.5
+        pool = np.unique(present) if is_there else np.setdiff1d(np.arange(10), present)
+        return f"Is there a {rng.choice(pool)}?", "yes" if is_there else "no"
+    if question_type == "sum":
+        return "What is the sum of the digits?", str(present.sum())
+    return "What is the largest digit?", str(present.max())
+
+
+def draw_questions(
+    num_scenes: int, rng: np.random.Generator, turns: int
+) -> tuple[Ints, list[list[tuple[str, str, str]]]]:
+    """Return digits_BC, and for each scene ``turns`` questions as (type, question, answer).
+
+    The first question's type goes round the four kinds; the digits of a scene that is asked for
+    the largest are drawn for it, and only there is it asked, so that guessing by a kind's
+    commonest answer is right as rarely as can be.
+    """
+    topics = [QUESTION_TYPES[i % 4] for i in range(num_scenes)]
+    plain_BC = draw_digits(num_scenes, rng)
+    largest_BC = draw_digits(num_scenes, rng, "largest")
+    is_largest_B = np.array([topic == "largest" for topic in topics])
+    digits_BC = np.where(is_largest_B[:, None], largest_BC, plain_BC)
+    questions = []
+    for topic, digits_C in zip(topics, digits_BC, strict=True):
+        others = ["where", "sum"] if topic == "largest" else ["where", "exists", "sum"]
+        kinds = [topic, *(others[i % len(others)] for i in range(turns))]
+        kinds = list(dict.fromkeys(kinds))[:turns]
+        kinds += ["where"] * (turns - len(kinds))
+        questions.append([(kind, *ask(kind, digits_C, rng)) for kind in kinds])
+    return digits_BC, questions
+
+
+def majority_accuracy(entries: list[dict[str, Any]]) -> float:
+    """Return the accuracy of answering each kind of question with its commonest answer."""
+    answers: dict[str, list[str]] = {}
+    for entry in entries:
+        answers.setdefault(entry["question_type"], []).append(entry["conversations"][1]["value"])
+    right = sum(max(map(given.count, set(given))) for given in answers.values())
+    return right / len(entries)
+
+
+def write_corpus(
+    out: Path,
+    num_pretrain: int = 4096,
+    num_finetune: int = 2048,
+    num_val: int = 512,
+    num_test: int = 512,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Write the corpus below ``out`` and return its figures.
+
+    The image paths in the JSON files are relative to ``out/images``. The same arguments write the
+    same bytes.
+
+    Returns:
+        The number of scenes of each file, and ``majority_val`` and ``majority_test``, the
+        accuracy of guessing the commonest answer to each kind of question.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    figures: dict[str, float] = {}
+    parts: list[tuple[str, Split, int, int]] = [
+        ("pretrain", "train", num_pretrain, 0),
+        ("finetune", "train", num_finetune, 4),
+        ("val", "val", num_val, 1),
+        ("test", "test", num_test, 1),
+    ]
+    for number, (name, split, num_scenes, turns) in enumerate(parts):
+        rng = np.random.default_rng([seed, number])
+        if turns:
+            digits_BC, questions = draw_questions(num_scenes, rng, turns)
+        else:
+            digits_BC, questions = draw_digits(num_scenes, rng), [[]] * num_scenes
+        entries = []
+        for first in range(0, num_scenes, 256):  # bounds memory
+            scenes = compose(digits_BC[first : first + 256], split, rng)
+            for i, image_HW in enumerate(scenes.images_BHW, start=first):
+                image = f"{name}_{i:05d}.png"
+                picture = Image.fromarray(image_HW).convert("RGB")
+                picture.save(out / "images" / image, compress_level=1)
+                entries.append(_entry(image, digits_BC[i], questions[i], is_single=turns == 1))
+        (out / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        figures[name] = num_scenes
+        if turns == 1:
+            figures[f"majority_{name}"] = majority_accuracy(entries)
+    return figures
+
+
+def _entry(
+    image: str, digits_C: Ints, questions: list[tuple[str, str, str]], is_single: bool
+) -> dict[str, Any]:
+    """Return one LLaVA entry: a caption, or the turns of a conversation."""
+    turns = [(q, a) for _, q, a in questions] or [("", caption(digits_C))]
+    conversations = []
+    for i, (question, answer) in enumerate(turns):
+        asked = f"<image>\n{question}".strip() if i == 0 else question
+        conversations += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    entry = {"id": image.removesuffix(".png"), "image": image, "conversations": conversations}
+    return {**entry, "question_type": questions[0][0]} if is_single else entry
+
+
+def main() -> None:
+    """Write the corpus that the command line asks for, and print its figures."""
+    parser = argparse.ArgumentParser(description="Write the scenes of the embedded corpus.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train-pretrain", type=int, default=4096)
+    parser.add_argument("--train-finetune", type=int, default=2048)
+    parser.add_argument("--val", type=int, default=512)
+    parser.add_argument("--test", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    figures = write_corpus(
+        args.out, args.train_pretrain, args.train_finetune, args.val, args.test, args.seed
+    )
+    for name, value in figures.items():
+        print(f"{name:14s} {value:.3f}" if name.startswith("majority") else f"{name:14s} {value}")
+
+
+if __name__ == "__main__":
+    main()
