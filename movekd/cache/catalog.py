@@ -94,10 +94,7 @@ def update_catalog(cache_dir: Path, corpus: Corpus, geometry: Geometry) -> Catal
             f"{cache_dir} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
             f"cache has one geometry: give --geometry {old.geometry}, or another --cache."
         )
-    if (
-        len(corpus) < old.num_images
-        or corpus.fingerprint(old.num_images) != old.corpus_fingerprint
-    ):
+    if len(corpus) < old.num_images or corpus.fingerprint(old.num_images) != old.corpus_fingerprint:
         raise CacheError(
             f"{cache_dir} was built from {old.num_images} images of another corpus than "
             f"{corpus.data_dir} ({len(corpus)} images). Images may only be appended: build into "

@@ -64,9 +64,7 @@ def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
     )
 
 
-def verify(
-    cache_dir: Path, progress: Callable[[int], None] = lambda _: None
-) -> Iterator[str]:
+def verify(cache_dir: Path, progress: Callable[[int], None] = lambda _: None) -> Iterator[str]:
     """Yield a sentence for each thing that is wrong: checksums of every byte, and completeness.
 
     Args:

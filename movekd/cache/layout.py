@@ -83,9 +83,7 @@ def teacher_layout(
 ) -> TeacherLayout:
     """Return the arrays that a teacher of these shapes has (None: it has no such array)."""
     tokens_dtype = "int8" if codec == "int8" else "float16"
-    arrays = [
-        ArrayLayout("tokens", (num_tokens, width), tokens_dtype, ("row", "token", "channel"))
-    ]
+    arrays = [ArrayLayout("tokens", (num_tokens, width), tokens_dtype, ("row", "token", "channel"))]
     if codec == "int8":
         groups = -(-width // GROUP_CHANNELS)
         arrays.append(

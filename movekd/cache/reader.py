@@ -15,7 +15,7 @@ Legend: B batch, N tokens, D channels, H heads.
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorstore
 import torch
 import zarr
@@ -39,7 +40,7 @@ from movekd.cache.seal import read_sealed
 from movekd.cache.spec import CacheSpec
 from movekd.cache.writer import Calibration, read_calibration
 from movekd.config import validate
-from movekd.corpus.index import lookup, require_known
+from movekd.corpus.index import find_rows, require_known
 from movekd.errors import CacheError, CorruptCacheError, did_you_mean
 
 Rows = npt.NDArray[np.int64] | Sequence[int]
@@ -123,8 +124,8 @@ class FeatureCache:
         """Return the row of each name or key, -1 where the cache does not hold it."""
         index = self.catalog.index
         if view != 0:
-            index = index.filter(pa.compute.equal(index["view"], view))
-        found = lookup(names, index["key"], self.catalog.names)
+            index = index.filter(pc.equal(index["view"], view))
+        found = find_rows(names, index["key"], self.catalog.names)
         rows = np.asarray(index["row"])
         return np.where(found >= 0, rows[found], -1) if len(rows) else found
 
@@ -376,9 +377,7 @@ class _MappedShard:
         start = int(self._position[offset]) * self._row_bytes
         if start >= 0:
             aligned = start - start % mmap.PAGESIZE
-            self._bytes.madvise(
-                mmap.MADV_WILLNEED, aligned, start - aligned + self._row_bytes
-            )
+            self._bytes.madvise(mmap.MADV_WILLNEED, aligned, start - aligned + self._row_bytes)
 
     def row(self, offset: int) -> npt.NDArray[Any]:
         """Return a view of one row."""
@@ -412,13 +411,3 @@ def _read_stats(group: Path) -> ChannelStats:
     parts = [zarr.open_array(group / name, mode="r")[:] for name in ("channel_mean", "channel_std")]
     mean, std = (torch.from_numpy(np.array(part, np.float32)) for part in parts)
     return ChannelStats(mean, std)
-
-
-def concatenate(batches: Iterable[TeacherTargets]) -> TeacherTargets:
-    """Return several batches of one teacher as one."""
-    batches = list(batches)
-    names = batches[0].stored
-    return TeacherTargets(
-        {name: torch.cat([batch.stored[name] for batch in batches]) for name in names},
-        batches[0].stats,
-    )

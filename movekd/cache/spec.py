@@ -13,16 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
+from movekd.corpus.images import Geometry, Resample
 from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
-
-Geometry = Literal["crop", "pad", "stretch", "longest_side"]
-"""How an image of any shape becomes the square that a model sees.
-
-crop: short side to the model's size, then the centre. pad: to a square with the fill colour,
-then to size. stretch: both sides to size. longest_side: long side to size, the fill colour to
-the right and below (SAM's own rule).
-"""
 
 Codec = Literal["float16", "int8"]
 Provider = Literal["transformers", "timm", "open_clip", "movekd"]
@@ -31,7 +24,9 @@ Provider = Literal["transformers", "timm", "open_clip", "movekd"]
 class CacheSpec(FrozenModel):
     """One teacher: its model, its input, what is taken from it, and how that is stored."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$", description="Name of the teacher's group in the cache.")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_]*$", description="Name of the teacher's group in the cache."
+    )
     description: str = Field(default="", description="One line for people.")
 
     provider: Provider = Field(description="The library that defines the architecture.")
@@ -51,9 +46,7 @@ class CacheSpec(FrozenModel):
     geometry: Geometry | None = Field(
         default=None, description="This teacher's own geometry; null takes the cache's."
     )
-    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = Field(
-        default="bicubic", description="Pillow filter of the resize."
-    )
+    resample: Resample = Field(default="bicubic", description="Pillow filter of the resize.")
     mean: tuple[float, float, float] = Field(description="Channel means, of pixels in 0..1.")
     std: tuple[float, float, float] = Field(description="Channel standard deviations.")
     fill: tuple[float, float, float] | None = Field(
@@ -66,7 +59,8 @@ class CacheSpec(FrozenModel):
     )
     cls: bool = Field(default=False, description="Store the [CLS] embedding of that layer.")
     cls_attention: bool = Field(
-        default=False, description="Store the attention row of [CLS] in the block before that layer."
+        default=False,
+        description="Store the attention row of [CLS] in the block before that layer.",
     )
 
     grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
@@ -92,6 +86,14 @@ class CacheSpec(FrozenModel):
         if self.cls_attention and self.layer in ("last", "neck"):
             raise ValueError("cls_attention needs a layer by index: the block before it is read")
         return self
+
+    def with_changes(self, **changes: Any) -> "CacheSpec":
+        """Return the spec with some keys changed, checked again.
+
+        Raises:
+            ConfigError: a changed value cannot be.
+        """
+        return validate(CacheSpec, self.model_dump() | changes, f"teacher '{self.name}'")
 
     @property
     def fingerprint(self) -> str:

@@ -48,7 +48,8 @@ def kd_loss(
       to 1.
 
     Both are mean_n l_t[n] without token weights. The total is sum_t weight_t L_t. Rows of samples
-    without targets may hold anything, NaN included: they give zero loss and zero gradient.
+    without targets may hold anything, NaN included: they give zero loss, and the tensors given
+    here get zero gradient. (An adapter that was fed NaN still has NaN gradients: feed it zeros.)
 
     Args:
         predictions_BND: One (B, N, D_t) a teacher. Official: the student's tokens, T times.

@@ -87,7 +87,8 @@ def teacher_weights(
         cls_BD: The anchor's [CLS] embedding; needed by ``anchor``.
         anchor: Position of the anchor.
         anchor_share: Weight of the anchor.
-        has_targets_B: bool; samples without targets stay out of the mean over the batch.
+        has_targets_B: bool; samples without targets stay out of the mean over the batch, and
+            what they hold is not looked at.
 
     Raises:
         ConfigError: an unknown kind, or ``anchor`` without ``cls_BD``.
@@ -121,13 +122,15 @@ def _similarity_shares(
     """Return softmax_t(mean_n <c, adapted_t[n]>) as (B, O), flattened where it is one-sided."""
     # The mean over tokens and the inner product commute: O (B, D) tensors instead of (B, N, D).
     means_BOD = torch.stack([tokens.float().mean(dim=1) for tokens in others_BND], dim=1)
+    cls_B1D = cls_BD.float().unsqueeze(1)
+    held_B1 = torch.ones_like(cls_B1D[..., 0], dtype=torch.bool)
+    if has_targets_B is not None:
+        held_B1 = has_targets_B.unsqueeze(1)
+        means_BOD = means_BOD.masked_fill(~held_B1.unsqueeze(2), 0.0)
+        cls_B1D = cls_B1D.masked_fill(~held_B1.unsqueeze(2), 0.0)
     # A product and a sum rather than a matmul, which autocast would run in half precision.
-    shares_BO = (means_BOD * cls_BD.float().unsqueeze(1)).sum(dim=-1).softmax(dim=1)
-    if has_targets_B is None:
-        mean_O = shares_BO.mean(dim=0)
-    else:
-        held_BO = shares_BO.masked_fill(~has_targets_B.unsqueeze(1), 0.0)
-        mean_O = held_BO.sum(dim=0) / has_targets_B.sum().clamp(min=1)
+    shares_BO = (means_BOD * cls_B1D).sum(dim=-1).softmax(dim=1)
+    mean_O = (shares_BO * held_B1).sum(dim=0) / held_B1.sum().clamp(min=1)
     return torch.where(mean_O.max() > FLATTEN_ABOVE, shares_BO.softmax(dim=1), shares_BO)
 
 

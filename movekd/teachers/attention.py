@@ -91,14 +91,16 @@ def cls_attention_row(
     module: Any = attention
     num_heads = int(getattr(module, "num_heads", 0) or module.num_attention_heads)
     query_B1C, keys_BTC = _query_and_keys(module, hidden_BTC)
-    query_BH1K = query_B1C.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    keys_BHTK = keys_BTC.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    batch, num_tokens, _ = keys_BTC.shape
+    query_BH1K = query_B1C.view(batch, 1, num_heads, -1).transpose(1, 2)
+    keys_BHTK = keys_BTC.view(batch, num_tokens, num_heads, -1).transpose(1, 2)
     if hasattr(module, "q_norm"):
         query_BH1K, keys_BHTK = module.q_norm(query_BH1K), module.k_norm(keys_BHTK)
     if rope is not None:
         keys_BHTK = _rotate(keys_BHTK, rope, num_prefix, bool(getattr(module, "rotate_half", 0)))
     logits_BHT = (query_BH1K * query_BH1K.shape[-1] ** -0.5 @ keys_BHTK.transpose(-2, -1))[:, :, 0]
-    return logits_BHT.float().softmax(dim=-1)[..., num_prefix:]
+    row_BHT: Tensor = logits_BHT.float().softmax(dim=-1)
+    return row_BHT[..., num_prefix:]
 
 
 def _query_and_keys(module: Any, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Legend: B batch, C channels, R rows, S columns of the patch grid, N = R x S toke
 H heads, K width of a head.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,7 +61,7 @@ def rotate(x_BHNK: Tensor, angles: Tensor) -> Tensor:
 
     The rotation runs in float32 whatever the dtype of ``x_BHNK``, which the result has too.
     """
-    even, odd = x_BHNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_BHNK.float().view(*x_BHNK.shape[:-1], -1, 2).unbind(-1)
     cos, sin = angles.cos(), angles.sin()
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return turned.flatten(-2).to(x_BHNK.dtype)
@@ -81,8 +82,9 @@ class Attention(nn.Module):
 
     def forward(self, tokens_BND: Tensor, angles: Tensor) -> Tensor:
         """Return (B, N, D); every token attends to all tokens of its row of the batch."""
+        batch, num_tokens, _ = tokens_BND.shape
         q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projected.view(batch, num_tokens, self.num_heads, -1).transpose(1, 2)
             for projected in (
                 functional.linear(tokens_BND, self.q_proj.weight, self.q_bias),
                 self.k_proj(tokens_BND),
@@ -132,7 +134,8 @@ class Block(nn.Module):
         else:
             attended = self.attn(normed.flatten(1, 2), angles).view(x_BRSD.shape)
         x_BRSD = x_BRSD + attended
-        return x_BRSD + self.mlp(self.norm2(x_BRSD))
+        out: Tensor = x_BRSD + self.mlp(self.norm2(x_BRSD))
+        return out
 
 
 def partition(x_BRSD: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -143,16 +146,17 @@ def partition(x_BRSD: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]
     Returns:
         Windows (B x windows, window_size^2, D) and the padded (rows, columns).
     """
-    _, rows, cols, _ = x_BRSD.shape
-    padded = functional.pad(x_BRSD, (0, 0, 0, -cols % window_size, 0, -rows % window_size))
-    windows = padded.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
-    return windows.transpose(2, 3).flatten(0, 2).flatten(1, 2), (padded.shape[1], padded.shape[2])
+    side = window_size
+    x_BRSD = functional.pad(x_BRSD, (0, 0, 0, -x_BRSD.shape[2] % side, 0, -x_BRSD.shape[1] % side))
+    batch, rows, cols, width = x_BRSD.shape
+    cells = x_BRSD.view(batch, rows // side, side, cols // side, side, width).transpose(2, 3)
+    return cells.reshape(-1, side * side, width), (rows, cols)
 
 
 def unpartition(windows: Tensor, padded: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """Put windows back to a (B, R, S, D) grid of ``shape``; the inverse of ``partition``."""
     batch, rows, cols, width = shape
-    side = int(windows.shape[1] ** 0.5)
+    side = math.isqrt(windows.shape[1])
     grid = windows.view(batch, padded[0] // side, padded[1] // side, side, side, width)
     return grid.transpose(2, 3).reshape(batch, *padded, width)[:, :rows, :cols]
 
@@ -188,6 +192,7 @@ class Eva02Det(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size, self.base_grid = window_size, base_grid
+        self.global_blocks = frozenset(global_blocks)
         self.head_dim = embed_dim // num_heads
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)}
@@ -210,19 +215,18 @@ class Eva02Det(nn.Module):
         rows, cols = x_BRSD.shape[1:3]
         x_BRSD = x_BRSD + self._positions(rows, cols)
         side = self.window_size
-        tables = {
-            is_global: rotary_table(*shape, self.base_grid, self.head_dim).to(x_BRSD.device)
-            for is_global, shape in ((True, (rows, cols)), (False, (side, side)))
-        }
-        for block in self.blocks:
-            x_BRSD = block(x_BRSD, tables[block.window_size == 0])
-        return x_BRSD.permute(0, 3, 1, 2)
+        whole = rotary_table(rows, cols, self.base_grid, self.head_dim).to(x_BRSD.device)
+        window = rotary_table(side, side, self.base_grid, self.head_dim).to(x_BRSD.device)
+        for index, block in enumerate(self.blocks):
+            x_BRSD = block(x_BRSD, whole if index in self.global_blocks else window)
+        out_BDRS: Tensor = x_BRSD.permute(0, 3, 1, 2)
+        return out_BDRS
 
     def _positions(self, rows: int, cols: int) -> Tensor:
         """Return the absolute position embedding (1, R, S, D), resized bicubically."""
         stored_1ND = self.pos_embed[:, 1:]  # the first entry belongs to a [CLS] token, dropped
-        side = int(stored_1ND.shape[1] ** 0.5)
-        stored = stored_1ND.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        side = math.isqrt(stored_1ND.shape[1])
+        stored = stored_1ND.view(1, side, side, -1).permute(0, 3, 1, 2)
         if (rows, cols) != (side, side):
             stored = functional.interpolate(
                 stored, size=(rows, cols), mode="bicubic", align_corners=False

@@ -11,7 +11,6 @@ student can reach.
 Dimensions: B texts, T tokens, C cells, G grid side, Q questions, M cell masks.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
-WORDS = (
-    "a at there is the top bottom left right which digit what sum of digits largest empty yes no "
-    "? , ."
-).split()
+WORDS = [
+    *("a", "at", "there", "is", "the", "top", "bottom", "left", "right", "which", "digit", "what"),
+    *("sum", "of", "digits", "largest", "empty", "yes", "no", "?", ",", "."),
+]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
@@ -94,10 +93,12 @@ def cell_masks(scenes: Scenes) -> Ints:
     """Return masks_M33: which of a cell's nine patches its digit covers, over all filled cells."""
     covered_BGG = (grid_labels(scenes) < 10).astype(np.int64)
     cells_BC33 = covered_BGG.reshape(-1, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4).reshape(-1, 4, 3, 3)
-    return cells_BC33[scenes.digits_BC != EMPTY]
+    return np.asarray(cells_BC33[scenes.digits_BC != EMPTY], np.int64)
 
 
-def grid_text(digits_BC: Ints, masks_M33: Ints, rng: np.random.Generator, noise: float) -> list[str]:
+def grid_text(
+    digits_BC: Ints, masks_M33: Ints, rng: np.random.Generator, noise: float
+) -> list[str]:
     """Return 36 words a scene, row by row; a share ``noise`` of the words is replaced at random."""
     masks_BC33 = masks_M33[rng.integers(0, len(masks_M33), digits_BC.shape)]
     is_covered = (masks_BC33 > 0) & (digits_BC[..., None, None] != EMPTY)
@@ -149,8 +150,8 @@ def encode(texts: list[str], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor
 
 def train_language_model(
     masks_M33: Ints, steps: int, seed: int, lr: float = 2e-3, batch_size: int = 48
-) -> Iterator[tuple[int, float, Any, Any]]:
-    """Train, and yield (step, loss, model, tokenizer) every hundredth step and at the end."""
+) -> tuple[Any, Any]:
+    """Train, print the progress, and return the model and its tokenizer."""
     rng = np.random.default_rng([seed, 100])
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -162,14 +163,17 @@ def train_language_model(
         ids_BT, labels_BT = encode(texts, tokenizer)
         hidden_BTD = model.model(ids_BT).last_hidden_state[:, :-1]
         wanted_BT = labels_BT[:, 1:] != -100
-        loss = F.cross_entropy(model.lm_head(hidden_BTD[wanted_BT]), labels_BT[:, 1:][wanted_BT])
+        loss: torch.Tensor = F.cross_entropy(
+            model.lm_head(hidden_BTD[wanted_BT]), labels_BT[:, 1:][wanted_BT]
+        )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps:
-            yield step, loss.item(), model, tokenizer
+        if step % 100 == 0:
+            print(f"language_model step {step}: loss {loss.item():.3f}", flush=True)
+    return model, tokenizer
 
 
 @torch.no_grad()

@@ -231,10 +231,11 @@ def test_long_strips_and_floating_point_pixels_are_refused():
 
 
 def test_huge_sides_are_padded_without_a_huge_square(monkeypatch, photographs):
-    exact = apply_geometry(photographs[0], 32, "pad", fill=CLIP_MEAN)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 427)
-    thrifty = apply_geometry(photographs[0], 32, "pad", fill=CLIP_MEAN)
-    assert np.abs(np.asarray(exact).astype(int) - np.asarray(thrifty)).mean() < 8
+    photograph = photographs[0].crop((0, 0, 640, 320))
+    exact = apply_geometry(photograph, 32, "pad", fill=CLIP_MEAN)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 320)
+    thrifty = apply_geometry(photograph, 32, "pad", fill=CLIP_MEAN)
+    assert np.abs(np.asarray(exact).astype(int) - np.asarray(thrifty)).mean() < 4
 
 
 def test_warning_filters_survive_decoding_in_many_threads():

@@ -50,5 +50,14 @@ class MoleModel(BaseTuner):  # type: ignore[misc]  # PEFT is untyped here
             layer.requires_grad_(False)  # a further adapter on a layer that had none
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Swap the two; PEFT's own also moves devices and expects a ``weight``, as MLPs have none.
+
+        The layer creates its parameters where its base has them.
+        """
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise merge_refusal()

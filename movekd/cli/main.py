@@ -1,0 +1,65 @@
+"""`movekd`: the commands, and how their errors are shown.
+
+Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from movekd import __version__
+from movekd.cli import ask, cache, demo, evaluate, shards, train
+from movekd.errors import MovekdError
+
+app = typer.Typer(
+    name="movekd",
+    help="Distil several vision encoders into one, from a cache of their features.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(shards.app, name="shards", help="Image corpora: pack and look.")
+app.add_typer(cache.app, name="cache", help="Pipeline 1: features of teachers, on disk.")
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("ask")(ask.ask)
+app.command("demo")(demo.demo)
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Distil several vision encoders into one, from a cache of their features."""
+
+
+def main() -> None:
+    """Run the command line; a MovekdError is a sentence, not a traceback."""
+    try:
+        app()
+    except MovekdError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"movekd: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo(
+            "movekd: interrupted. What is sealed or saved stays; run the same command again to go "
+            "on (`train` with --resume).",
+            err=True,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What commands print: tables, JSON, progress; bars on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+Progress = Callable[[str, int, int], None]
+_PLAIN_EVERY_S = 10.0
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on standard output."""
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; numbers go to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for at, column in enumerate(columns):
+        is_number = bool(rows) and all(_looks_numeric(row[at]) for row in rows)
+        table.add_column(column, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes as people read them, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yield a function (what, done, total) that shows progress on standard error."""
+    if not sys.stderr.isatty():
+        yield _plain_progress()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import (
+        Progress as RichProgress,
+    )
+
+    with RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bars:
+        tasks: dict[str, tuple[TaskID, float]] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, rate=""), time.monotonic()
+            task, started = tasks[what]
+            rate = f"{done / max(time.monotonic() - started, 1e-6):,.1f}/s"
+            bars.update(task, completed=done, total=total, rate=rate)
+
+        yield show
+
+
+def _plain_progress() -> Progress:
+    """Return a progress function that prints a line now and then."""
+    printed: dict[str, tuple[float, float]] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        started, last = printed.setdefault(what, (now, now))
+        if now - last >= _PLAIN_EVERY_S or (done == total and now - started > 2):
+            rate = done / max(now - started, 1e-6)
+            left = (total - done) / max(rate, 1e-6)
+            typer.echo(f"{what}: {done}/{total}, {rate:,.1f}/s, {left:,.0f} s left", err=True)
+            printed[what] = (started, now)
+
+    return show
+
+
+def _looks_numeric(cell: Any) -> bool:
+    return str(cell)[:1].isdigit() or str(cell) in ("-", "")

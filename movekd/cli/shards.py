@@ -1,0 +1,190 @@
+"""`movekd shards`: pack images and conversations into tar shards, and look at what is there."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from movekd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from movekd.corpus.report import PackReport
+
+app = typer.Typer(
+    help="Pack images and conversations into tar shards, and list them.", no_args_is_help=True
+)
+
+_DEFAULT_OUT = Path("data")
+_NUM_EXAMPLES = 3
+
+
+@app.command()
+def pack(
+    llava_json: Annotated[
+        list[Path] | None,
+        typer.Option("--llava-json", help="LLaVA conversations, .json or .jsonl; repeatable."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the paths in them are relative to; alone: pack all of it."),
+    ] = None,
+    webdataset: Annotated[
+        Path | None,
+        typer.Option(help="Index the tars of this folder where they are, instead of packing."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Corpus folder to write.", show_default="data/")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace another corpus, its shard-*.tar included."),
+    ] = False,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode.", show_default="cores, up to 8")
+    ] = None,
+    max_shard_mib: Annotated[int, typer.Option(min=1, help="Largest tar, in MiB.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Pack images into tar shards, each distinct one once, and index them.
+
+    Exit code 0: everything was kept. 1: done, but something was dropped; report.json lists it.
+    """
+    if (webdataset is None) == (images is None) or (webdataset and (llava_json or out)):
+        raise ConfigError(
+            "pack needs one source; expected --images DIR (with --llava-json FILE for "
+            "conversations, and --out DIR), or --webdataset DIR alone."
+        )
+    from movekd.corpus import pack as packer
+
+    workers = num_workers or packer.DEFAULT_WORKERS
+    target = webdataset or out or _DEFAULT_OUT
+    shard_bytes = max_shard_mib * 2**20
+    with _progress("tars" if webdataset else "images") as progress:
+        if webdataset is not None:
+            report = packer.index_webdataset(
+                webdataset, num_workers=workers, overwrite=overwrite, progress=progress
+            )
+        elif images is not None and llava_json:
+            report = packer.pack_llava(
+                llava_json,
+                images,
+                target,
+                max_shard_bytes=shard_bytes,
+                num_workers=workers,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        elif images is not None:
+            report = packer.pack_folder(
+                images,
+                target,
+                max_shard_bytes=shard_bytes,
+                num_workers=workers,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    report.write(target / "report.json")
+    if as_json:
+        typer.echo(json.dumps({"out": str(target), **report.counts}))
+    else:
+        _print_report(report, target)
+    if report.num_dropped:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def list_shards(
+    data_dir: Annotated[Path, typer.Argument(help="Corpus folder.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Say what a corpus folder holds."""
+    import pyarrow.compute as pc
+
+    from movekd.corpus.conversations import iter_conversations
+    from movekd.corpus.index import open_corpus
+
+    corpus = open_corpus(data_dir)
+    width, height = (pc.min_max(corpus.index[side]).as_py() for side in ("width", "height"))
+    figures: dict[str, Any] = {
+        "shards": len(corpus.shards),
+        "shard_bytes": sum((data_dir / shard).stat().st_size for shard in corpus.shards),
+        "images": len(corpus),
+        "image_bytes": pc.sum(corpus.index["size"]).as_py() or 0,
+        "width": [width["min"], width["max"]],
+        "height": [height["min"], height["max"]],
+        "names": len(corpus.names),
+        "conversations": 0,
+        "text_only": 0,
+        "fingerprint": corpus.fingerprint(),
+    }
+    if corpus.conversations_path is not None:
+        for conversation in iter_conversations(corpus.conversations_path):
+            figures["conversations"] += 1
+            figures["text_only"] += not conversation.images
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    typer.echo(
+        f"{data_dir}: {figures['images']:,} images ({_bytes(figures['image_bytes'])}) in "
+        f"{figures['shards']:,} shards ({_bytes(figures['shard_bytes'])})\n"
+        f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']} "
+        f"pixels\n"
+        f"  {figures['names']:,} names\n"
+        f"  {figures['conversations']:,} conversations, {figures['text_only']:,} of them text only\n"
+        f"  fingerprint {figures['fingerprint'][:16]}"
+    )
+
+
+def _print_report(report: "PackReport", target: Path) -> None:
+    """Print counts, and the first few of each list."""
+    typer.echo(
+        f"{target}: {report.num_images:,} images ({_bytes(report.size_bytes)}) in "
+        f"{report.num_shards:,} shards, {report.num_names:,} names\n"
+        f"  {report.num_kept:,} of {report.num_entries:,} conversations kept, "
+        f"{report.num_text_only:,} of them text only"
+    )
+    for kind, count in report.counts.items():
+        problems = getattr(report, kind)
+        if not isinstance(problems, tuple) or not count:
+            continue
+        typer.echo(f"  {kind.replace('_', ' ')}: {count:,}")
+        for identity, reason in problems[:_NUM_EXAMPLES]:
+            typer.echo(f"    {identity}: {reason}")
+        if count > _NUM_EXAMPLES:
+            typer.echo(f"    ... all of them in {target / 'report.json'}")
+    if report.num_dropped:
+        typer.echo(f"  {report.num_dropped:,} dropped; see {target / 'report.json'}")
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a progress callback: a bar on a terminal, a line every tenth elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: _print_tenths(unit, done, total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (unit, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_tenths(unit: str, done: int, total: int) -> None:
+    if done * 10 // total > (done - 1) * 10 // total:
+        typer.echo(f"{done:,} of {total:,} {unit}", err=True)
+
+
+def _bytes(count: int) -> str:
+    """Return a number of bytes for people, in powers of 1024."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,50 @@
+"""`movekd train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="student.yaml: the run.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the feature cache; needed to distil.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/student"),
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="a.b=c overrides a key of the config.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in --output.")] = False,
+    allow_random_teachers: Annotated[
+        bool, typer.Option(help="Take features of teachers with random weights: tests only.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Train the student and the projector while streaming cached targets.
+
+    Several processes: torchrun --nproc-per-node 8 -m movekd train ...
+
+    Example: movekd train --cache cache/ --config student.yaml --output runs/pretrain
+    """
+    from movekd.train.config import load_config
+
+    resolved = load_config(config, override)
+    if dry_run:
+        typer.echo(resolved.to_yaml())
+        return
+    from movekd.train.run import quiet_libraries
+    from movekd.train.run import train as run
+
+    quiet_libraries()
+    summary = run(
+        resolved,
+        output,
+        cache,
+        resume=resume,
+        overwrite=overwrite,
+        allow_random_teachers=allow_random_teachers,
+    )
+    typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
+    typer.echo(f"curves: tensorboard --logdir {output}")

@@ -1,0 +1,273 @@
+"""The index of a corpus: which image lies where, and by which names it goes.
+
+``pack`` writes two Parquet files beside the tar shards; ``open_corpus`` opens them for the build
+(which reads images), for training (which joins names with keys) and for ``movekd shards ls``.
+
+    index.parquet   key, shard, offset, size, width, height    one row a distinct image
+    names.parquet   name, key                                  every path that means an image
+
+A key is the SHA-256 of the image's bytes in hex. Ten million rows are a normal size: both tables
+stay Arrow arrays, and look-ups are vectorised.
+"""
+
+import hashlib
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from movekd.errors import CorpusError, UnknownKeyError
+
+INDEX_FILE = "index.parquet"
+NAMES_FILE = "names.parquet"
+CONVERSATIONS_FILE = "conversations.jsonl"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # path of the tar, relative to the index
+        ("offset", pa.int64()),  # of the image's first byte in the tar
+        ("size", pa.int64()),  # in bytes
+        ("width", pa.int32()),  # in pixels, as shown: after EXIF rotation
+        ("height", pa.int32()),
+    ]
+)
+NAMES_SCHEMA = pa.schema([("name", pa.string()), ("key", pa.string())])
+
+_FINGERPRINT_BLOCK = 1024
+_MAX_OPEN_FILES = 256
+
+
+class Corpus:
+    """Images in tar shards, read by row number, from any thread and any worker process.
+
+    Pickling one sends the folder's path; the other process opens it anew.
+
+    Attributes:
+        data_dir: folder of the index.
+        index: Arrow table of ``INDEX_SCHEMA``, one row a distinct image.
+        names: Arrow table of ``NAMES_SCHEMA``.
+    """
+
+    def __init__(self, data_dir: Path, index: pa.Table, names: pa.Table):
+        self.data_dir = data_dir
+        self.index = index
+        self.names = names
+        self._offset = _numpy(index["offset"])
+        self._size = _numpy(index["size"])
+        shard = index["shard"].dictionary_encode().combine_chunks()
+        self._shards: list[str] = shard.dictionary.to_pylist()
+        self._shard = _numpy(shard.indices)
+        self._files: dict[str, int] = {}  # shard -> file descriptor
+        weakref.finalize(self, _close_all, self._files)
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_corpus, (self.data_dir,)
+
+    @property
+    def shards(self) -> list[str]:
+        """Tar files that hold an image, in order of first use, relative to ``data_dir``."""
+        return list(self._shards)
+
+    @property
+    def conversations_path(self) -> Path | None:
+        """The conversations packed with the images, or None for a corpus of images alone."""
+        path = self.data_dir / CONVERSATIONS_FILE
+        return path if path.is_file() else None
+
+    def read_image(self, row: int) -> bytes:
+        """Return the bytes of the image file in one row.
+
+        Raises:
+            CorpusError: the shard has gone or become shorter since the corpus was opened.
+        """
+        shard = self._shards[self._shard[row]]
+        offset, size = int(self._offset[row]), int(self._size[row])
+        try:
+            data = self._read(shard, offset, size)
+        except OSError as error:
+            raise CorpusError(
+                f"{self.data_dir / shard} cannot be read ({error.strerror}); expected {size} "
+                f"bytes of an image at {offset}. Restore the shard, or pack the corpus again."
+            ) from None
+        if len(data) != size:
+            raise _short_shard(self.data_dir / shard, offset + len(data), offset + size)
+        return data
+
+    def rows(self, names_or_keys: Sequence[str] | pa.Array) -> NDArray[np.int64]:
+        """Return the row of each name or key, int64, in the order asked.
+
+        One call costs a pass over the corpus, so ask for many at a time.
+
+        Raises:
+            UnknownKeyError: says how many are unknown, and the first three.
+        """
+        rows = find_rows(names_or_keys, self.index["key"], self.names)
+        require_known(names_or_keys, rows, str(self.data_dir))
+        return rows
+
+    def fingerprint(self, num_rows: int | None = None) -> str:
+        """Return the SHA-256, in hex, of the keys of the first ``num_rows`` rows (all by default).
+
+        A hash chain over blocks of 1,024 rows. A corpus that was appended to has, over the old
+        number of rows, the old fingerprint.
+        """
+        keys = self.index["key"].slice(0, num_rows)
+        link = hashlib.sha256(b"movekd corpus").digest()
+        for start in range(0, len(keys), _FINGERPRINT_BLOCK):
+            block = keys.slice(start, _FINGERPRINT_BLOCK).to_pylist()
+            link = hashlib.sha256(link + "\n".join(block).encode()).digest()
+        return link.hex()
+
+    def _read(self, shard: str, offset: int, size: int) -> bytes:
+        """Return up to ``size`` bytes of a shard, keeping it open if few others are."""
+        file = self._files.get(shard)
+        if file is not None:
+            return _pread(file, offset, size)
+        file = os.open(self.data_dir / shard, os.O_RDONLY)
+        is_kept = False
+        try:
+            if len(self._files) < _MAX_OPEN_FILES:
+                is_kept = self._files.setdefault(shard, file) == file  # another thread may win
+            return _pread(file, offset, size)
+        finally:
+            if not is_kept:
+                os.close(file)
+
+
+def open_corpus(data_dir: Path | str) -> Corpus:
+    """Return the corpus in a folder that ``movekd shards pack`` has written or indexed.
+
+    Raises:
+        CorpusError: no index, a damaged one, or a shard that is missing or too short for it.
+    """
+    data_dir = Path(data_dir)
+    if not (data_dir / INDEX_FILE).is_file():
+        raise CorpusError(
+            f"{data_dir} holds no {INDEX_FILE}; expected a corpus. "
+            "Make one with `movekd shards pack`."
+        )
+    index, names = read_tables(data_dir)
+    ends = pa.table({"shard": index["shard"], "end": pc.add(index["offset"], index["size"])})
+    last = ends.group_by("shard", use_threads=False).aggregate([("end", "max")])
+    for shard, end in zip(last["shard"].to_pylist(), last["end_max"].to_pylist(), strict=True):
+        path = data_dir / shard
+        if not path.is_file():
+            raise CorpusError(
+                f"{path} is missing; {INDEX_FILE} beside it expects it. "
+                "Restore the shard, or pack the corpus again with --overwrite."
+            )
+        if path.stat().st_size < end:
+            raise _short_shard(path, path.stat().st_size, end)
+    return Corpus(data_dir, index, names)
+
+
+def find_rows(
+    names_or_keys: Sequence[str] | pa.Array, keys: pa.ChunkedArray, names: pa.Table
+) -> NDArray[np.int64]:
+    """Return the position in ``keys`` of each name or key, int64; -1 where there is none.
+
+    Args:
+        names_or_keys: what is asked for.
+        keys: the key of each row.
+        names: Arrow table of ``NAMES_SCHEMA``.
+    """
+    asked = pa.array(names_or_keys, pa.string())
+    key = pc.take(names["key"], pc.index_in(asked, value_set=names["name"]))
+    row = pc.index_in(pc.coalesce(key, asked), value_set=keys)
+    return _numpy(pc.fill_null(row, -1)).astype(np.int64)
+
+
+def require_known(
+    names_or_keys: Sequence[str] | pa.Array, rows: NDArray[np.int64], where: str
+) -> None:
+    """Refuse rows of -1, as ``find_rows`` gives them.
+
+    Raises:
+        UnknownKeyError: says how many names are unknown in ``where``, and the first three.
+    """
+    if (rows >= 0).all():
+        return
+    asked = pa.array(names_or_keys, pa.string())
+    missing = asked.filter(pa.array(rows < 0)).unique()
+    first = ", ".join(repr(name) for name in missing[:3].to_pylist())
+    raise UnknownKeyError(
+        f"{where} holds no image named {first}"
+        f"{' ...' if len(missing) > 3 else ''} ({len(missing)} of {len(asked)} unknown); "
+        f"expected names as in {NAMES_FILE} or keys as in {INDEX_FILE}. "
+        "Pack the images that are missing, or correct the names."
+    )
+
+
+def read_tables(data_dir: Path) -> tuple[pa.Table, pa.Table]:
+    """Return index and names of a corpus, without a look at its shards.
+
+    Raises:
+        CorpusError: a file is missing, damaged, or has other columns.
+    """
+    index = _read_table(data_dir / INDEX_FILE, INDEX_SCHEMA)
+    return index, _read_table(data_dir / NAMES_FILE, NAMES_SCHEMA)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow table as Parquet: the same table gives the same bytes."""
+    pq.write_table(table, path, compression="zstd", row_group_size=1 << 17)
+
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Return a Parquet file whose columns are those of ``schema``."""
+    try:
+        table = pq.read_table(path, columns=schema.names, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise CorpusError(
+            f"{path} cannot be read ({reason}); expected a Parquet table with the columns "
+            f"{', '.join(schema.names)}. Pack the corpus again with --overwrite."
+        ) from None
+    if not table.schema.equals(schema) or any(column.null_count for column in table.columns):
+        found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+        expected = ", ".join(f"{field.name} {field.type}" for field in schema)
+        raise CorpusError(
+            f"{path} holds {found or 'no column'}; expected {expected}, without nulls. "
+            "Pack the corpus again with --overwrite."
+        )
+    return table
+
+
+def _short_shard(path: Path, found: int, expected: int) -> CorpusError:
+    return CorpusError(
+        f"{path} ends after {found:,} bytes; {INDEX_FILE} expects at least {expected:,}. "
+        "Copy the shard again, or pack the corpus again with --overwrite."
+    )
+
+
+def _pread(file: int, offset: int, size: int) -> bytes:
+    """Return ``size`` bytes at ``offset``, fewer at the file's end."""
+    data = os.pread(file, size, offset)
+    while 0 < len(data) < size:  # an interrupted or a very large read comes in parts
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _numpy(column: Any) -> NDArray[Any]:
+    """Return an Arrow column without nulls as a numpy array."""
+    return np.asarray(column)
+
+
+def _close_all(files: dict[str, int]) -> None:
+    """Close the files of a corpus that nobody holds any more."""
+    while files:
+        os.close(files.popitem()[1])

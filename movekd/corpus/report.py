@@ -1,0 +1,95 @@
+"""PackReport: what packing a corpus kept, and everything that it did not, with reasons.
+
+Made by ``corpus.pack``; written as ``report.json`` and summed up by ``movekd shards pack``.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+Problem = tuple[str, str]
+"""(id, reason). The id of a LLaVA entry, the path of an image, or a member of a tar."""
+
+ProblemKind = Literal[
+    "missing_files",
+    "unreadable_images",
+    "refused_paths",
+    "surplus_placeholders",
+    "duplicate_samples",
+    "malformed_entries",
+    "damaged_shards",
+    "added_placeholders",
+    "duplicate_ids",
+    "duplicate_images",
+]
+
+_DROPPED: tuple[ProblemKind, ...] = (
+    "missing_files",
+    "unreadable_images",
+    "refused_paths",
+    "surplus_placeholders",
+    "duplicate_samples",
+    "malformed_entries",
+    "damaged_shards",
+)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """Counts, and (id, reason) of whatever is worth knowing.
+
+    Attributes:
+        num_shards: tars that hold the images.
+        num_images: distinct images in the index.
+        num_names: names that mean one of them.
+        size_bytes: bytes of the images, without the tars' headers.
+        num_entries: conversations found.
+        num_kept: conversations kept.
+        num_text_only: those of the kept that have no image.
+        missing_files: dropped: the file is not there.
+        unreadable_images: dropped: the file is no image, or a damaged one.
+        refused_paths: dropped: the path leads out of the folder, or is not Unicode.
+        surplus_placeholders: dropped: more ``<image>`` in the text than images.
+        duplicate_samples: dropped: a WebDataset sample or member of the same name came before.
+        malformed_entries: dropped: a .json member that is no conversation, or an entry whose
+            ``<image>`` is missing and that has no human turn to put it in.
+        damaged_shards: tars that could be read in part or not at all, or hold no image.
+        added_placeholders: kept, after the missing ``<image>`` was put before the first question.
+        duplicate_ids: kept: an earlier conversation has the same id.
+        duplicate_images: kept as a further name: another file has the same bytes.
+    """
+
+    num_shards: int
+    num_images: int
+    num_names: int
+    size_bytes: int
+    num_entries: int = 0
+    num_kept: int = 0
+    num_text_only: int = 0
+    missing_files: tuple[Problem, ...] = ()
+    unreadable_images: tuple[Problem, ...] = ()
+    refused_paths: tuple[Problem, ...] = ()
+    surplus_placeholders: tuple[Problem, ...] = ()
+    duplicate_samples: tuple[Problem, ...] = ()
+    malformed_entries: tuple[Problem, ...] = ()
+    damaged_shards: tuple[Problem, ...] = ()
+    added_placeholders: tuple[Problem, ...] = ()
+    duplicate_ids: tuple[Problem, ...] = ()
+    duplicate_images: tuple[Problem, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Every figure: the numbers as they are, the lists by their length."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: len(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+    @property
+    def num_dropped(self) -> int:
+        """How many entries, images or shards were left out."""
+        return sum(len(getattr(self, kind)) for kind in _DROPPED)
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON: the same report gives the same bytes."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8", errors="replace")

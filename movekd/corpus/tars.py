@@ -1,0 +1,117 @@
+"""Tar files: deterministic shards out, and the members of any tar in, by byte offset.
+
+Used by ``corpus.pack`` alone. A shard is a plain USTAR file whose members are named as WebDataset
+expects; the same images in the same order give the same bytes.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+from movekd.errors import CorpusError
+
+_BLOCK = tarfile.BLOCKSIZE
+_END = 2 * _BLOCK  # two empty blocks end a tar
+
+
+class TarMember(NamedTuple):
+    """A file in a tar: its name, and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class ShardWriter:
+    """Writes members to ``shard-00000.tar``, ``shard-00001.tar`` ... in one folder.
+
+    A shard is closed before the member that would take it over ``max_shard_bytes``; a member
+    larger than that gets a shard of its own.
+    """
+
+    def __init__(self, out_dir: Path, max_shard_bytes: int):
+        self._out_dir = out_dir
+        self._max_bytes = max_shard_bytes
+        self._num_shards = 0
+        self._file: BinaryIO | None = None
+        self._position = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def add(self, name: str, data: bytes) -> tuple[str, int]:
+        """Append one member; return the shard's file name and the offset of ``data`` in it."""
+        member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode is 0644
+        member.size = len(data)
+        header = member.tobuf(tarfile.USTAR_FORMAT)
+        padding = bytes(-len(data) % _BLOCK)
+        length = len(header) + len(data) + len(padding)
+        if self._file is None or self._position + length + _END > self._max_bytes:
+            self._close()
+            self._file = (self._out_dir / shard_name(self._num_shards)).open("wb")
+            self._num_shards += 1
+        self._file.write(header)
+        self._file.write(data)
+        self._file.write(padding)
+        offset = self._position + len(header)
+        self._position += length
+        return shard_name(self._num_shards - 1), offset
+
+    def _close(self) -> None:
+        """End the open shard, if there is one."""
+        if self._file is not None:
+            with self._file:
+                self._file.write(bytes(_END))
+        self._file, self._position = None, 0
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.tar"
+
+
+def read_members(path: Path) -> Iterator[TarMember]:
+    """Yield the regular files of a tar, without reading their bytes.
+
+    Raises:
+        CorpusError: after the members that are whole, if the rest is damaged or truncated.
+    """
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + member.size
+                if member.isreg() and not member.issparse() and end <= size:
+                    yield TarMember(member.name, member.offset_data, member.size)
+            stopped_at = tar.offset
+        with path.open("rb") as file:
+            file.seek(stopped_at)
+            if any(file.read(_BLOCK)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no valid header at byte {stopped_at}")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise CorpusError(
+            f"{path} is not a whole, uncompressed tar ({error}). "
+            "Copy it again, or unpack it if it is compressed."
+        ) from None
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """Return sample key and extension of a member as WebDataset does, None if it has neither.
+
+    The key ends at the first dot of the last path component; the extension is in lower case.
+
+    Source: webdataset/webdataset webdataset/tariterators.py (base_plus_ext).
+    """
+    match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
+    return (match[1], match[2].lower()) if match else None

@@ -1,0 +1,108 @@
+"""Exact match a question type over a LLaVA-style file: `movekd evaluate`.
+
+Answers go to a file in LLaVA's own form (question_id, prompt, text), so that its scorers read it.
+"""
+
+import json
+import math
+import string
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from movekd.corpus.conversations import Conversation
+from movekd.errors import ConfigError
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among some questions."""
+
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the accuracy over questions (not over training seeds).
+
+        Source: Wilson (1927).
+        """
+        z, n, p = 1.959964, self.total, self.accuracy
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def split_questions(
+    conversations: Sequence[Conversation],
+) -> tuple[list[Conversation], list[str]]:
+    """Return the conversations without their last answer, and those answers.
+
+    Raises:
+        ConfigError: a conversation does not end with an answer.
+    """
+    questions, answers = [], []
+    for conversation in conversations:
+        if len(conversation.turns) < 2 or conversation.turns[-1][0] != "gpt":
+            raise ConfigError(
+                f"conversation '{conversation.id}' does not end with a 'gpt' turn; expected the "
+                "right answer there."
+            )
+        questions.append(
+            Conversation(
+                conversation.id,
+                conversation.images,
+                conversation.turns[:-1],
+                conversation.question_type,
+            )
+        )
+        answers.append(conversation.turns[-1][1])
+    return questions, answers
+
+
+def normalise(answer: str) -> str:
+    """Return an answer in lower case, without punctuation at its ends or doubled spaces."""
+    return " ".join(answer.lower().split()).strip(string.punctuation + " ")
+
+
+def exact_match(
+    conversations: Sequence[Conversation], right: Sequence[str], given: Sequence[str]
+) -> dict[str, Score]:
+    """Return the score of each question type, and of ``all``.
+
+    Raises:
+        ConfigError: there is no question.
+    """
+    if not conversations:
+        raise ConfigError("there is no question to evaluate; expected a LLaVA JSON file with some.")
+    counts: defaultdict[str, list[bool]] = defaultdict(list)
+    for conversation, expected, found in zip(conversations, right, given, strict=True):
+        is_right = normalise(expected) == normalise(found)
+        counts[conversation.question_type or "other"].append(is_right)
+        counts[ALL].append(is_right)
+    order = sorted(counts, key=lambda name: (name == ALL, name))
+    return {name: Score(sum(counts[name]), len(counts[name])) for name in order}
+
+
+def write_answers(
+    path: Path,
+    questions: Sequence[Conversation],
+    answers: Sequence[str],
+) -> None:
+    """Write answers in LLaVA's jsonl: question_id, prompt, text."""
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers, strict=True):
+            line = {
+                "question_id": question.id,
+                "prompt": question.turns[-1][1],
+                "text": answer,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

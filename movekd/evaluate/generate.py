@@ -1,0 +1,95 @@
+"""Greedy answers of a trained student to conversations about images.
+
+Legend: B questions, L tokens, I images, C H W an image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from movekd.corpus.conversations import Conversation
+from movekd.corpus.images import Geometry
+from movekd.errors import CorpusError
+from movekd.student.config import PromptFormat
+from movekd.student.prompts import tokenize_question
+from movekd.student.vlm import Student, image_features
+
+
+def generate_answers(
+    student: Student,
+    conversations: Sequence[Conversation],
+    read_image: Callable[[str], bytes],
+    *,
+    prompt: PromptFormat,
+    geometry: Geometry,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+) -> Iterator[str]:
+    """Yield the answer to each conversation's last human turn, in order.
+
+    Args:
+        student: the model.
+        conversations: what was said so far; answers in it before the last question are kept.
+        read_image: name of an image -> its bytes.
+        prompt: the format that the model was trained with.
+        geometry: how images become square; that of the training.
+        batch_size: questions at a time.
+        max_new_tokens: longest answer.
+    """
+    transform = student.image_transform(geometry)
+    tokenizer, device = student.tokenizer, student.vlm.device
+    for start in range(0, len(conversations), batch_size):
+        batch = conversations[start : start + batch_size]
+        questions = [
+            tokenize_question(c, tokenizer, prompt, student.num_image_tokens) for c in batch
+        ]
+        length = max(map(len, questions))
+        input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+        attention_mask = torch.zeros((len(batch), length), dtype=torch.int64)
+        for i, question in enumerate(questions):  # on the left: generation goes on at the right
+            input_ids[i, length - len(question) :] = torch.tensor(question)
+            attention_mask[i, length - len(question) :] = 1
+        pixels = [transform(read_image(name)) for c in batch for name in c.images]
+        with torch.inference_mode():
+            outputs = {}
+            if pixels:
+                pixels_ICHW = torch.from_numpy(np.stack(pixels)).to(device, student.vlm.dtype)
+                outputs = {"image": image_features(student.vlm, pixels_ICHW)[0]}
+            generated = student.vlm.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                mm_encoder_outputs=outputs or None,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        yield from (
+            text.strip()
+            for text in tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
+        )
+
+
+def read_from_folder(folder: Path) -> Callable[[str], bytes]:
+    """Return a reader of images by name that never leaves ``folder``.
+
+    Raises (when called):
+        CorpusError: the image is missing, or its name leads out of the folder.
+    """
+    root = folder.resolve()
+
+    def read(name: str) -> bytes:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise CorpusError(f"the image name '{name}' leads out of {folder}; it is refused.")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise CorpusError(
+                f"image '{name}' cannot be read in {folder} ({error.strerror}); give the folder "
+                "that the names in the questions start from with --images."
+            ) from None
+
+    return read

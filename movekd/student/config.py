@@ -1,0 +1,81 @@
+"""What a student is made of: the ``student:`` part of student.yaml.
+
+Used by ``vlm.build_vlm``; written into every run, so that a run can be loaded again.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from movekd.config import FrozenModel
+
+PromptFormat = Literal["plain", "v1", "chat_template"]
+"""plain: image, then caption (LLaVA's stage 1). v1: Vicuna's chat (LLaVA's stage 2).
+chat_template: whatever template the tokenizer brings."""
+
+
+class MoleKeys(FrozenModel):
+    """A Mixture of LoRA Experts in the tower's MLPs. Null keys take the recipe's value."""
+
+    num_experts: int = Field(default=3, ge=1, description="Experts a layer.")
+    r: int = Field(default=32, ge=1, description="Rank of each expert.")
+    lora_alpha: float | None = Field(
+        default=None, description="Scale is lora_alpha / r. official: 1; revised: r."
+    )
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="On the experts' input.")
+    use_gate: bool | None = Field(
+        default=None,
+        description="Multiply the expert's output by its probability. official: false; "
+        "revised: true.",
+    )
+    init_lora_weights: Literal["kaiming", "zero"] | None = Field(
+        default=None,
+        description="kaiming: the student differs from its base at step 0 (official). zero: it is "
+        "its base (revised).",
+    )
+    last_block: bool | None = Field(
+        default=None,
+        description="Experts in blocks behind the layer that is read, too. official: true; "
+        "revised: false.",
+    )
+    balance: Literal["sample", "batch"] | None = Field(
+        default=None,
+        description="Form of the loss that keeps the experts equally busy. official: sample; "
+        "revised: batch.",
+    )
+    balance_weight: float = Field(default=0.01, ge=0, description="Of that loss.")
+
+
+class StudentConfig(FrozenModel):
+    """A LLaVA: vision tower with experts, projector, language model."""
+
+    vision_tower: str = Field(description="Hub id or directory of the CLIP to start from.")
+    language_model: str = Field(description="Hub id or directory of a causal language model.")
+    vision_feature_layer: int = Field(
+        default=-2, lt=0, description="Hidden state of the tower that is projected and distilled."
+    )
+    projector_hidden_act: str = Field(
+        default="gelu", description="gelu makes LLaVA's mlp2x_gelu projector."
+    )
+    mole: MoleKeys | None = Field(
+        default_factory=MoleKeys, description="The experts; null trains or freezes the plain tower."
+    )
+    prompt: PromptFormat | None = Field(
+        default=None, description="Prompt format; null: plain in pretrain, v1 in finetune."
+    )
+    image_mean: tuple[float, float, float] | None = Field(
+        default=None, description="Null takes the vision tower's preprocessor_config.json."
+    )
+    image_std: tuple[float, float, float] | None = Field(
+        default=None, description="Null takes the vision tower's preprocessor_config.json."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of the weights in memory; `bf16: true` computes in bfloat16.",
+    )
+
+    @model_validator(mode="after")
+    def _mean_and_std_together(self) -> "StudentConfig":
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("image_mean and image_std go together: give both, or neither")
+        return self

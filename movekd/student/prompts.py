@@ -1,0 +1,193 @@
+"""Conversations as tokens and labels, in LLaVA's prompt formats.
+
+The text is tokenised whole (pieces tokenised one by one come out otherwise at their seams); which
+tokens are the answer is read off the character offsets. Each ``<image>`` becomes as many image
+tokens as the projector gives.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from movekd.corpus.conversations import Conversation
+from movekd.errors import ConfigError
+from movekd.student.config import PromptFormat
+
+IMAGE_TOKEN = "<image>"
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""Vicuna's system prompt, as LLaVA-1.5 was trained with it."""
+
+
+@dataclass(frozen=True)
+class TokenizedConversation:
+    """One conversation, ready for a model: ``input_ids`` and ``labels`` are of one length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A rendered conversation and the character ranges that the loss is taken on."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    has_special_tokens: bool
+
+
+def tokenize(
+    conversation: Conversation,
+    tokenizer: Any,
+    prompt: PromptFormat,
+    num_image_tokens: int,
+    max_length: int | None = None,
+) -> TokenizedConversation:
+    """Return tokens and labels of a conversation; only the answers have labels.
+
+    Args:
+        conversation: turns of "human" and "gpt".
+        tokenizer: a fast tokenizer that knows ``<image>`` as one token.
+        prompt: the format.
+        num_image_tokens: tokens an image.
+        max_length: longer samples are cut at the end.
+
+    Raises:
+        ConfigError: the cut would go through an image, or the template cannot be used.
+    """
+    rendered = _render(conversation, tokenizer, prompt)
+    encoded = tokenizer(
+        rendered.text,
+        add_special_tokens=not rendered.has_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == image_id:
+            input_ids += [token] * num_image_tokens
+            labels += [IGNORED] * num_image_tokens
+            continue
+        in_answer = end > start and any(
+            start < high and end > low for low, high in rendered.answers
+        )
+        input_ids.append(token)
+        labels.append(token if in_answer else IGNORED)
+    if max_length is not None and len(input_ids) > max_length:
+        if image_id in input_ids[max_length:]:
+            raise ConfigError(
+                f"conversation '{conversation.id}' has {len(input_ids)} tokens, and cutting it at "
+                f"data.model_max_length {max_length} would cut an image; raise the limit."
+            )
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+    return TokenizedConversation(input_ids, labels)
+
+
+def tokenize_question(
+    conversation: Conversation, tokenizer: Any, prompt: PromptFormat, num_image_tokens: int
+) -> list[int]:
+    """Return the tokens up to where the model must answer: the last human turn, then its cue."""
+    if prompt == "plain":
+        rendered = _Text(IMAGE_TOKEN, [], False)
+    elif prompt == "v1":
+        rendered = _render_v1(conversation)
+        rendered = _Text(rendered.text + "ASSISTANT:", [], False)
+    else:
+        text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
+        rendered = _Text(text, [], True)
+    ids = tokenizer(rendered.text, add_special_tokens=not rendered.has_special_tokens)["input_ids"]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    expanded: list[int] = []
+    for token in ids:
+        expanded += [token] * (num_image_tokens if token == image_id else 1)
+    return expanded
+
+
+def _render(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) -> _Text:
+    if prompt == "plain":
+        return _render_plain(conversation)
+    if prompt == "v1":
+        return _render_v1(conversation)
+    return _render_template(conversation, tokenizer)
+
+
+def _render_plain(conversation: Conversation) -> _Text:
+    """The image, then the caption and a line break.
+
+    Source: haotian-liu/LLaVA llava/train/train.py, preprocess_plain.
+    """
+    images = IMAGE_TOKEN * len(conversation.images)
+    captions = [text for role, text in conversation.turns if role == "gpt"]
+    text = images + captions[0] + "\n"
+    return _Text(text, [(len(images), len(text))], False)
+
+
+def _render_v1(conversation: Conversation) -> _Text:
+    """Vicuna's chat.
+
+    Source: haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1; llava/train/train.py,
+    preprocess_multimodal (the image goes to the front of its turn) and preprocess_v1.
+    """
+    text, answers = V1_SYSTEM + " ", []
+    for role, turn in conversation.turns:
+        if role == "human":
+            text += f"USER: {_image_first(turn)} "
+            continue
+        text += "ASSISTANT: "
+        start = len(text)
+        text += f"{turn}</s>"
+        answers.append((start, len(text)))
+    return _Text(text, answers, False)
+
+
+def _render_template(conversation: Conversation, tokenizer: Any) -> _Text:
+    """Whatever chat template the tokenizer brings; an answer ends where its turn does."""
+    messages = _messages(conversation)
+    text = _apply_template(tokenizer, messages)
+    answers = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        cue = _apply_template(tokenizer, messages[:position], add_generation_prompt=True)
+        turn = _apply_template(tokenizer, messages[: position + 1])
+        if not text.startswith(turn) or not turn.startswith(cue):
+            raise ConfigError(
+                "the tokenizer's chat template writes earlier turns differently when later ones "
+                "follow, so the answers cannot be told apart; use student.prompt: v1, or a "
+                "template whose prefix is stable."
+            )
+        answers.append((len(cue), len(turn)))
+    return _Text(text, answers, True)
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    roles = {"human": "user", "gpt": "assistant"}
+    return [
+        {"role": roles[role], "content": _image_first(text)} for role, text in conversation.turns
+    ]
+
+
+def _apply_template(
+    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "student.prompt is chat_template, but the tokenizer brings none; use prompt: v1, or "
+            "a tokenizer with a chat template."
+        )
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return text
+
+
+def _image_first(turn: str) -> str:
+    """Return the turn with its one image in front, on a line of its own; several stay in place."""
+    if turn.count(IMAGE_TOKEN) != 1:
+        return turn
+    return f"{IMAGE_TOKEN}\n{turn.replace(IMAGE_TOKEN, '').strip()}".strip()

@@ -1,0 +1,213 @@
+"""LLaVA-1.5 on transformers, with the student as its vision tower.
+
+Comes in: a StudentConfig (hub ids or directories). Goes out: a LlavaForConditionalGeneration
+whose tower has a Mixture of LoRA Experts in its MLPs, its tokenizer, and what its images look
+like. Used by training, evaluation and ``ask``; knows nothing of teachers.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import cached_file
+
+from movekd.corpus.images import Geometry, ImageTransform
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.config import StudentConfig
+from movekd.student.mole import MoleConfig
+from movekd.student.prompts import IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class Student:
+    """A vision-language model and what feeds it."""
+
+    vlm: Any
+    tokenizer: Any
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The student encoder, with its experts."""
+        tower: nn.Module = self.vlm.model.vision_tower
+        return tower
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return int(self.vlm.config.vision_config.image_size)
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of patch tokens."""
+        return self.image_size // int(self.vlm.config.vision_config.patch_size)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens an image."""
+        return self.grid**2
+
+    @property
+    def width(self) -> int:
+        """Channels of a patch token."""
+        return int(self.vlm.config.vision_config.hidden_size)
+
+    def image_transform(self, geometry: Geometry) -> ImageTransform:
+        """Return what turns image bytes into the tower's input."""
+        return ImageTransform(
+            image_size=self.image_size,
+            geometry=geometry,
+            resample="bicubic",
+            mean=self.image_mean,
+            std=self.image_std,
+            fill=None,
+        )
+
+
+def build_vlm(config: StudentConfig) -> Student:
+    """Load tower, language model and tokenizer, and put a new projector and experts between.
+
+    The projector and the experts take their random numbers from torch's current seed.
+
+    Raises:
+        WeightsError: a tower or a language model cannot be found; says which and what to do.
+        ConfigError: the tower is not one that experts fit into.
+    """
+    dtype = getattr(torch, config.dtype)
+    with _loading(config.vision_tower, "student.vision_tower"):
+        tower_config = AutoConfig.from_pretrained(config.vision_tower)
+        tower_config = getattr(tower_config, "vision_config", tower_config)
+        tower = AutoModel.from_pretrained(config.vision_tower, config=tower_config, dtype=dtype)
+    with _loading(config.language_model, "student.language_model"):
+        language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+    _add_image_token(tokenizer, language_model)
+    llava_config = LlavaConfig(
+        vision_config=tower_config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        projector_hidden_act=config.projector_hidden_act,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy="default",
+        image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):  # the parts are here already
+        vlm = LlavaForConditionalGeneration(llava_config)
+    vlm.model.vision_tower = tower
+    vlm.model.language_model = language_model.model
+    vlm.lm_head = _untied(language_model)
+    vlm.model.multi_modal_projector = LlavaMultiModalProjector(llava_config).to(dtype)
+    vlm.generation_config = language_model.generation_config
+    if config.mole is not None:
+        inject_adapter_in_model(mole_config(config, tower_config.num_hidden_layers), tower)
+    mean, std = _mean_and_std(config)
+    vlm.requires_grad_(True)
+    return Student(vlm, tokenizer, mean, std)
+
+
+def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
+    """Return the PEFT config of the experts of a tower with ``num_layers`` blocks."""
+    keys = config.mole
+    assert keys is not None
+    read_layer = (
+        num_layers + 1 + config.vision_feature_layer
+    )  # blocks before the layer that is read
+    layers = range(num_layers) if keys.last_block else range(read_layer)
+    return MoleConfig(
+        num_experts=keys.num_experts,
+        r=keys.r,
+        lora_alpha=keys.lora_alpha,
+        lora_dropout=keys.lora_dropout,
+        use_gate=bool(keys.use_gate),
+        init_lora_weights=keys.init_lora_weights or "zero",
+        target_modules=["mlp"],
+        layers_to_transform=list(layers),
+    )
+
+
+def image_features(vlm: Any, pixels_BCHW: Tensor) -> tuple[Any, Tensor]:
+    """Return transformers' image output and the student's patch tokens (B, N, D).
+
+    The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
+    runs once for both the projector and the distillation.
+    """
+    layer = vlm.config.vision_feature_layer
+    output = vlm.model.get_image_features(
+        pixel_values=pixels_BCHW,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy="default",
+        return_dict=True,
+    )
+    return output, output.hidden_states[layer][:, 1:]
+
+
+def _add_image_token(tokenizer: Any, language_model: Any) -> None:
+    """Make ``<image>`` one token, and give it an embedding where it is new."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a "
+            "fast tokenizer (a tokenizer.json beside the language model)."
+        )
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def _untied(language_model: Any) -> nn.Module:
+    """Return the output layer with weights of its own: a stage may train one and not the other."""
+    head: nn.Module = language_model.get_output_embeddings()
+    if head.weight is language_model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        language_model.config.tie_word_embeddings = False
+    return head
+
+
+def _mean_and_std(
+    config: StudentConfig,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    if config.image_mean is not None and config.image_std is not None:
+        return config.image_mean, config.image_std
+    with _loading(config.vision_tower, "student.vision_tower"):
+        path = cached_file(config.vision_tower, "preprocessor_config.json")
+    keys = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        mean, std = (tuple(map(float, keys[key])) for key in ("image_mean", "image_std"))
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{path} holds no image_mean and image_std; give student.image_mean and image_std."
+        ) from None
+    return mean, std  # type: ignore[return-value]  # three channels, as every RGB tower has
+
+
+@contextlib.contextmanager
+def _loading(source: str, key: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{key} '{source}' cannot be loaded: {reason[:300]} Expected a hub id or a directory "
+            "with config.json and safetensors; without a network, download it elsewhere and give "
+            "the directory."
+        ) from None

@@ -1,0 +1,112 @@
+"""Trunks from timm, and from open_clip, whose newer image towers are timm's.
+
+Comes in: a CacheSpec. Goes out: a ``Trunk`` for ``teachers.providers``. Both libraries are
+imported when a spec asks for them.
+
+Legend: B batch, C channels, H x W pixels.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from movekd.cache.spec import CacheSpec
+from movekd.errors import ConfigError
+from movekd.teachers.checkpoints import (
+    keys_differ,
+    load_exactly,
+    quiet,
+    read_state_dict,
+    weights_file,
+)
+from movekd.teachers.trunk import Trunk, check_name
+
+
+def timm_trunk(spec: CacheSpec) -> Trunk:
+    """Build a timm model, ``architecture`` or ``architecture.tag``."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    check_name(spec, known)
+    if spec.weights == "random":
+        return _trunk(_create(spec, spec.model))
+    published = get_pretrained_cfg(spec.model)
+    repo = published.hf_hub_id if published else None
+    name = (published.hf_hub_filename if published else None) or "model.safetensors"
+    path = weights_file(spec, repo, (name, "pytorch_model.bin"))
+    # timm loads through its own filters, which know every older layout of its weights. The same
+    # number of classes on both sides keeps it strict.
+    overlay: dict[str, Any] = {"state_dict": read_state_dict(path)}
+    if "num_classes" in spec.model_args:
+        overlay["num_classes"] = spec.model_args["num_classes"]
+    try:
+        module = _create(spec, spec.model, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise keys_differ(path, RuntimeError(str(error))) from None
+    module.pretrained_cfg.pop("state_dict", None)  # the tensors now live in the module
+    return _trunk(module)
+
+
+def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
+    import timm
+
+    try:
+        with quiet():
+            return timm.create_model(name, **spec.model_args, **options)
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"model_args of '{spec.name}' make no {name}: {error}. Correct them."
+        ) from None
+
+
+def _trunk(module: Any) -> Trunk:
+    is_channels_last = str(getattr(module, "output_fmt", "NCHW")) == "NHWC"  # Swin
+
+    def run(pixels_BCHW: Tensor) -> Tensor:
+        output: Tensor = module.forward_features(pixels_BCHW)
+        return output.permute(0, 3, 1, 2) if is_channels_last and output.ndim == 4 else output
+
+    is_transformer = hasattr(module, "num_prefix_tokens")  # EfficientNets have `blocks` as well
+    return Trunk(
+        module,
+        run,
+        blocks=tuple(module.blocks) if is_transformer and hasattr(module, "blocks") else (),
+        num_prefix=int(getattr(module, "num_prefix_tokens", 0)),
+        has_cls=getattr(module, "cls_token", None) is not None,
+    )
+
+
+def open_clip_trunk(spec: CacheSpec) -> Trunk:
+    """Build the timm trunk of an open_clip model, ``architecture`` or ``architecture.tag``.
+
+    The trunk is all of the image side but its head (pooling and projection), which is not built.
+    """
+    import open_clip
+
+    pairs = [".".join(pair) for pair in open_clip.list_pretrained()]
+    check_name(spec, [*open_clip.list_models(), *pairs])
+    name, _, tag = spec.model.partition(".")
+    tower = open_clip.get_model_config(name)["vision_cfg"]
+    if "timm_model_name" not in tower:
+        raise ConfigError(
+            f"open_clip model '{name}' has no timm trunk; movekd reads those alone. Use provider "
+            "timm or transformers for this vision transformer."
+        )
+    module = _create(spec, tower["timm_model_name"])
+    module.head = nn.Identity()
+    if spec.weights == "random":
+        return _trunk(module)
+    published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    repo, _, file = (published.get("hf_hub") or "").rpartition("/")
+    names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    path = weights_file(spec, repo or None, names)
+    load_exactly(module, _trunk_weights(read_state_dict(path)), path)
+    return _trunk(module)
+
+
+def _trunk_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the trunk's tensors of an open_clip checkpoint, or of a trunk saved on its own."""
+    prefix = "visual.trunk."
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return {k: v for k, v in (inside or state).items() if not k.startswith("head.")}

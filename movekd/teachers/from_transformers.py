@@ -1,0 +1,172 @@
+"""Trunks from transformers: any of its vision models, alone or out of a larger checkpoint.
+
+Comes in: a CacheSpec. Goes out: a ``Trunk`` for ``teachers.providers``. transformers is imported
+when a spec asks for it, and code from the hub is never run.
+
+Legend: B batch, C channels, H x W pixels.
+"""
+
+import inspect
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from movekd.cache.spec import CacheSpec
+from movekd.errors import ConfigError, WeightsError, did_you_mean
+from movekd.teachers.checkpoints import (
+    first_line,
+    given_path,
+    quiet,
+    read_state_dict,
+    unreachable,
+)
+from movekd.teachers.trunk import Trunk
+
+
+def transformers_trunk(spec: CacheSpec) -> Trunk:
+    """Build a vision model of transformers.
+
+    The architecture comes from the config.json beside the weights (the vision part of it, where
+    the checkpoint is of a larger model). Without one (``random``, a single file) it comes from
+    ``model_args``, which then hold ``model_type``. Where both speak they must agree.
+    """
+    with quiet():
+        module = _model(spec)
+    config = module.config
+    extra: dict[str, bool] = {}
+    is_resized = getattr(config, "image_size", spec.image_size) != spec.image_size
+    if is_resized and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+        extra["interpolate_pos_encoding"] = True
+
+    def run(pixels_BCHW: Tensor) -> Tensor:
+        output: Tensor = module(pixel_values=pixels_BCHW, **extra).last_hidden_state
+        return output
+
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = (m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in module.named_parameters()}
+    num_prefix = len(leaves & {"cls_token", "class_embedding", "distillation_token"})
+    num_prefix += getattr(config, "num_register_tokens", 0) if num_prefix else 0
+    return Trunk(
+        module,
+        run,
+        blocks=tuple(next(stacks, ())) if depth else (),
+        num_prefix=num_prefix,
+        has_cls=num_prefix > 0,
+        has_neck=any(name.rsplit(".", 1)[-1] == "neck" for name, _ in module.named_modules()),
+    )
+
+
+def _model(spec: CacheSpec) -> Any:
+    """Return the model in float32, every weight of it from where the spec says."""
+    from transformers import AutoConfig, AutoModel
+
+    if spec.weights == "random":
+        return AutoModel.from_config(_config_from_args(spec), dtype=torch.float32)
+    path = None if spec.weights == "hub" else given_path(spec)
+    if path is not None and path.is_file():
+        config = _config_from_args(spec)
+        return _load_all(spec, path, config, config, None, state_dict=read_state_dict(path))
+    source = str(path or spec.model)
+    where = {"revision": spec.revision} if path is None else {"local_files_only": True}
+    try:
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        config = getattr(whole, "vision_config", whole)
+        _check_args_agree(spec, config, source)
+        return _load_all(spec, source, config, whole, source, **where)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if path is None:
+            names = ("config.json with model.safetensors", "pytorch_model.bin")
+            raise unreachable(spec, spec.model, names, error) from None
+        raise WeightsError(
+            f"weights of '{spec.name}': {path} is not a transformers checkpoint "
+            f"({first_line(error)}). Expected config.json and model.safetensors in it, as "
+            "save_pretrained writes them."
+        ) from None
+
+
+def _load_all(
+    spec: CacheSpec, shown: object, config: Any, whole: Any, source: str | None, **options: Any
+) -> Any:
+    """Return the base model of ``config`` with every weight loaded and none left over.
+
+    ``whole`` is the checkpoint's own config. Where that is of a larger model (CLIP with its text
+    side, a classifier), the checkpoint may hold more than the vision model.
+    """
+    from transformers import MODEL_MAPPING
+
+    if type(config) not in MODEL_MAPPING:
+        raise ConfigError(
+            f"'{spec.name}': transformers has no base model for {type(config).__name__}; expected "
+            "a vision model such as clip_vision_model, dinov2 or convnextv2."
+        )
+    model_class = MODEL_MAPPING[type(config)]
+    module, report = model_class.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # reported, and refused below
+        output_loading_info=True,
+        **options,
+    )
+    is_larger = model_class.__name__ not in (whole.architectures or [model_class.__name__])
+    wrong = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": [] if is_larger else sorted(report["unexpected_keys"]),
+        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
+    }
+    said = "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for kind, names in wrong.items()
+        if names
+    )
+    if said:
+        raise WeightsError(
+            f"{shown} does not fit {model_class.__name__}: {said}. Take weights that were saved "
+            "from this architecture, or correct `model_args`."
+        )
+    return module
+
+
+def _config_from_args(spec: CacheSpec) -> Any:
+    """Return the config that ``model_args`` alone describe."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    args = dict(spec.model_args)
+    model_type = args.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        found = "no model_type" if model_type is None else f"model_type '{model_type}'"
+        raise ConfigError(
+            f"model_args of '{spec.name}' have {found}; weights without a config.json need one "
+            f"that transformers knows, clip_vision_model for one."
+            f"{did_you_mean(str(model_type), CONFIG_MAPPING.keys())}"
+        )
+    known = AutoConfig.for_model(model_type).to_dict()
+    for key in args:
+        if key not in known:
+            raise ConfigError(
+                f"model_args of '{spec.name}': unknown key '{key}' for {model_type}."
+                f"{did_you_mean(key, known)}"
+            )
+    try:
+        return AutoConfig.for_model(model_type, **args)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"model_args of '{spec.name}' make no {model_type}: {said}. Correct them."
+        ) from None
+
+
+def _check_args_agree(spec: CacheSpec, config: Any, source: str) -> None:
+    for key, asked in spec.model_args.items():
+        found = getattr(config, key, None)
+        found = list(found) if isinstance(found, tuple) else found
+        if found != (list(asked) if isinstance(asked, tuple) else asked):
+            raise WeightsError(
+                f"{source}/config.json has {key}: {found}; model_args of '{spec.name}' ask for "
+                f"{asked}. Take the weights that were meant, or drop the key from model_args."
+            )

@@ -1,0 +1,164 @@
+"""``load_teacher``: a spec goes in, a frozen network that turns pixels into features comes out.
+
+``build`` runs the result once over a corpus; nothing in training imports it.
+
+Legend: B batch, C channels, H W pixels (in pixels_BCHW) or H heads (in cls_attention_BHN),
+T tokens with prefix, N patch tokens on a square grid, row-major, D width.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from movekd.cache.spec import CacheSpec
+from movekd.errors import ConfigError
+from movekd.teachers.attention import find_attention, watch_cls_attention
+from movekd.teachers.providers import build_trunk
+from movekd.teachers.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says about a batch of images; float32, on the teacher's device.
+
+    Attributes:
+        tokens_BND: patch tokens on the native grid, row-major, without prefix tokens.
+        cls_BD: the [CLS] embedding of the same layer, None unless the spec asks for it.
+        cls_attention_BHN: the [CLS] row of the attention in the block before that layer, None
+            unless asked for. A row is a softmax over all tokens with the prefix dropped.
+    """
+
+    tokens_BND: Tensor
+    cls_BD: Tensor | None
+    cls_attention_BHN: Tensor | None
+
+
+class Teacher(nn.Module):
+    """A frozen encoder that takes what its spec says from every forward pass.
+
+    ``layer: i`` counts as transformers counts ``hidden_states``, without the final norm: -1 is
+    the output of the last block, -2 of the block before it, 1 of the first. ``layer: last`` is
+    the model's own output: ``last_hidden_state`` in transformers and ``forward_features`` in
+    timm (after the final norm where the model has one), the last stage's map of a convolutional
+    network, the last block of eva02_det. ``layer: neck`` is the same for SAM, and nothing else.
+
+    Attributes:
+        spec: what it was loaded from.
+        weights_sha256: SHA-256 of its weights; see ``weights_sha256``.
+    """
+
+    def __init__(self, trunk: Trunk, spec: CacheSpec, weights_sha256: str) -> None:
+        super().__init__()
+        self.spec, self.weights_sha256 = spec, weights_sha256
+        self.module = trunk.module.eval().requires_grad_(False)
+        self._run, self._num_prefix = trunk.run, trunk.num_prefix
+        self._caught: dict[str, Tensor] = {}
+        self._watch(trunk)
+
+    def _watch(self, trunk: Trunk) -> None:
+        """Hook the block that the spec asks for, once it is clear that the network has it."""
+        spec, depth = self.spec, len(trunk.blocks)
+        if (spec.cls or spec.cls_attention) and not trunk.has_cls:
+            raise ConfigError(
+                f"'{spec.name}' asks for cls or cls_attention; {spec.model} has no [CLS] token. "
+                "Set both to false."
+            )
+        if spec.layer == "neck" and not trunk.has_neck:
+            raise ConfigError(
+                f"'{spec.name}' asks for layer: neck; {spec.model} has none, SAM alone does. "
+                "Set layer: last, or an index."
+            )
+        if isinstance(spec.layer, str):
+            return
+        if not -depth <= spec.layer <= depth or spec.layer == 0:
+            counts = f"has {depth} blocks" if depth else "has no blocks to count"
+            valid = f"-{depth}..-1, 1..{depth} or last" if depth else "last"
+            raise ConfigError(
+                f"'{spec.name}' asks for layer {spec.layer}; {spec.model} {counts}. "
+                f"Set layer to {valid}."
+            )
+        block = trunk.blocks[spec.layer - 1 if spec.layer > 0 else spec.layer]
+
+        def keep_hidden(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._caught["hidden"] = output[0] if isinstance(output, tuple) else output
+
+        block.register_forward_hook(keep_hidden)
+        if spec.cls_attention:
+            watch_cls_attention(
+                find_attention(block),
+                trunk.num_prefix,
+                lambda row_BHN: self._caught.__setitem__("attention", row_BHN),
+            )
+
+    @torch.inference_mode()
+    def forward(self, pixels_BCHW: Tensor) -> TeacherOutput:
+        """Return the features of normalised pixels, (B, 3, image_size, image_size).
+
+        Any floating dtype and device; the pixels go to the teacher's own.
+
+        Raises:
+            ConfigError: the model does not take images of this size, or its tokens are not on a
+                square grid.
+        """
+        parameter = next(self.module.parameters())
+        try:
+            output = self._run(pixels_BCHW.to(parameter.device, parameter.dtype))
+        except (ValueError, AssertionError) as error:
+            size = "x".join(str(side) for side in pixels_BCHW.shape[2:])
+            raise ConfigError(
+                f"{self.spec.model} does not take {size} pixels: {error} Set image_size of "
+                f"'{self.spec.name}' to the model's own (or, in timm, model_args.img_size)."
+            ) from None
+        if isinstance(self.spec.layer, int):
+            hidden = self._caught.pop("hidden")  # (B, T, D), or (B, rows, columns, D) in SAM
+            tokens_BTD = hidden.flatten(1, 2) if hidden.ndim == 4 else hidden
+        else:
+            tokens_BTD = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+        tokens_BTD = tokens_BTD.float()
+        tokens_BND = tokens_BTD[:, self._num_prefix :].contiguous()
+        if math.isqrt(tokens_BND.shape[1]) ** 2 != tokens_BND.shape[1]:
+            raise ConfigError(
+                f"{self.spec.model} gives {tokens_BND.shape[1]} tokens an image, which are no "
+                f"square grid; '{self.spec.name}' needs a model with one token a patch."
+            )
+        return TeacherOutput(
+            tokens_BND=tokens_BND,
+            cls_BD=tokens_BTD[:, 0].contiguous() if self.spec.cls else None,
+            cls_attention_BHN=self._caught.pop("attention", None),
+        )
+
+
+def load_teacher(
+    spec: CacheSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Teacher:
+    """Return the teacher that ``spec`` describes: frozen, in evaluation mode, on ``device``.
+
+    Weights are read in float32 and hashed before they become ``dtype``, so that the hash says
+    the same whatever the teacher runs on.
+
+    Raises:
+        ConfigError: the model, one of its arguments or the layer does not exist.
+        WeightsError: the weights are missing, unreadable, or do not fit.
+    """
+    trunk = build_trunk(spec)
+    teacher = Teacher(trunk, spec, weights_sha256(trunk.module))
+    return teacher.to(device=device, dtype=dtype)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers as a hex string.
+
+    Names are sorted; each counts with its shape and its bytes, floating ones in float32, so that
+    neither the device nor a float16 or bfloat16 copy of the same values changes the hash.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

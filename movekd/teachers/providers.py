@@ -1,0 +1,64 @@
+"""``build_trunk``: a spec's architecture with its weights, from the library that defines it.
+
+Comes in: a CacheSpec. Goes out: a ``Trunk``, which ``teachers.load`` wraps.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from movekd.cache.spec import CacheSpec
+from movekd.errors import ConfigError
+from movekd.teachers.checkpoints import load_exactly, read_state_dict, weights_file
+from movekd.teachers.eva02_det import RELEASED_FILE, RELEASED_REPO, Eva02Det, backbone_weights
+from movekd.teachers.from_timm import open_clip_trunk, timm_trunk
+from movekd.teachers.from_transformers import transformers_trunk
+from movekd.teachers.trunk import Trunk, check_name
+
+
+def build_trunk(spec: CacheSpec) -> Trunk:
+    """Return the network that ``spec`` describes, weights loaded, in float32 on the CPU.
+
+    ``weights: random`` draws them from ``spec.seed`` and leaves PyTorch's generator as it was.
+
+    Raises:
+        ConfigError: the model or one of ``model_args`` is unknown.
+        WeightsError: the weights are missing, unreadable, or do not fit.
+    """
+    with _seeded(spec.seed):
+        return _PROVIDERS[spec.provider](spec)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Run with the CPU generator at ``seed`` and put its state back."""
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def movekd_trunk(spec: CacheSpec) -> Trunk:
+    """Build the one network that lives here, EVA-02's detection backbone."""
+    check_name(spec, ["eva02_det"])
+    try:
+        module = Eva02Det(**spec.model_args)
+    except TypeError as error:
+        raise ConfigError(
+            f"model_args of '{spec.name}' make no eva02_det: {error}. Correct them."
+        ) from None
+    if spec.weights != "random":
+        path = weights_file(spec, RELEASED_REPO, (RELEASED_FILE,))
+        load_exactly(module, backbone_weights(read_state_dict(path)), path)
+    return Trunk(module, module.forward, blocks=tuple(module.blocks))
+
+
+_PROVIDERS: dict[str, Callable[[CacheSpec], Trunk]] = {
+    "transformers": transformers_trunk,
+    "timm": timm_trunk,
+    "open_clip": open_clip_trunk,
+    "movekd": movekd_trunk,
+}

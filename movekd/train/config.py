@@ -1,0 +1,277 @@
+"""student.yaml: one training run, checked and resolved.
+
+Comes in from YAML and ``--set a.b=c``; goes to every part of pipeline 2, and is written beside
+the output with every default filled in. ``recipe`` sets the defaults of the keys in which the
+released code (``official``) and this project (``revised``) differ; each is a key of its own.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from movekd.cache.spec import Geometry
+from movekd.config import FrozenModel, read_yaml, validate
+from movekd.distill.weights import TeacherWeighting, TokenWeighting
+from movekd.errors import ConfigError, did_you_mean
+from movekd.student.config import StudentConfig
+
+Recipe = Literal["official", "revised"]
+Stage = Literal["pretrain", "finetune"]
+Part = Literal["mole", "projector", "vision_tower", "language_model"]
+
+RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
+    "official": {
+        "mole": {
+            "lora_alpha": 1.0,
+            "use_gate": False,
+            "init_lora_weights": "kaiming",
+            "last_block": True,
+            "balance": "sample",
+        },
+        "distill": {
+            "kd_weight": 0.5,
+            "adapters": "teacher",
+            "targets": "raw",
+            "grid": "native",
+            "token_weighting": "softmax",
+            "teacher_weighting": "anchor",
+        },
+    },
+    "revised": {
+        "mole": {
+            "lora_alpha": None,  # r, so that the scale is 1
+            "use_gate": True,
+            "init_lora_weights": "zero",
+            "last_block": False,
+            "balance": "batch",
+        },
+        "distill": {
+            "kd_weight": 2.0,
+            "adapters": "student",
+            "targets": "standardised",
+            "grid": "student",
+            "token_weighting": "blend",
+            "teacher_weighting": "equal",
+        },
+    },
+}
+"""What `recipe` decides, unless student.yaml gives the key itself."""
+
+TRAINED: dict[Stage, tuple[Part, ...]] = {
+    "pretrain": ("mole", "projector"),
+    "finetune": ("mole", "projector", "vision_tower", "language_model"),
+}
+"""Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
+
+
+class DistillConfig(FrozenModel):
+    """What is learned from the teachers. Null keys take the recipe's value."""
+
+    teachers: list[str] = Field(min_length=1, description="Groups of the cache, by name.")
+    anchor: str = Field(
+        default="clip", description="The teacher whose [CLS] weighs tokens and teachers."
+    )
+    kd_weight: float | None = Field(
+        default=None, ge=0, description="Of the KD loss. official: 0.5; revised: 2."
+    )
+    adapters: Literal["teacher", "student"] | None = Field(
+        default=None,
+        description="teacher: adapted teacher tokens against the student's (official). student: a "
+        "head a teacher predicts its tokens (revised).",
+    )
+    targets: Literal["raw", "standardised"] | None = Field(
+        default=None,
+        description="raw features (official), or standardised by the cache's channel statistics "
+        "(revised).",
+    )
+    grid: Literal["native", "student"] | None = Field(
+        default=None,
+        description="native: the cache's own grid, mixed over tokens by the adapter (official). "
+        "student: area-averaged to the student's grid (revised).",
+    )
+    token_weighting: TokenWeighting | None = Field(
+        default=None, description="softmax (official), blend (revised) or none."
+    )
+    token_blend: float = Field(
+        default=0.5, ge=0, le=1, description="Share of attention in `blend`."
+    )
+    teacher_weighting: TeacherWeighting | None = Field(
+        default=None, description="anchor (official), anchor_equal, or equal (revised)."
+    )
+
+    @field_validator("teachers")
+    @classmethod
+    def _no_teacher_twice(cls, teachers: list[str]) -> list[str]:
+        if len(set(teachers)) < len(teachers):
+            raise ValueError("a teacher is named twice")
+        return teachers
+
+
+class DataConfig(FrozenModel):
+    """Images and conversations."""
+
+    shards: Path = Field(description="Folder that `movekd shards pack` wrote.")
+    conversations: list[Path] = Field(
+        default_factory=list, description="LLaVA JSON files; empty: those packed with the images."
+    )
+    geometry: Geometry = Field(
+        default="crop", description="Must be the cache's, so that all see the same field."
+    )
+    group_by_modality_length: bool | None = Field(
+        default=None,
+        description="Batches of like kind and length. Null: true in finetune, as LLaVA does.",
+    )
+    model_max_length: int = Field(default=2048, gt=0, description="Longer samples are cut.")
+
+
+class TrainConfig(FrozenModel):
+    """One run."""
+
+    recipe: Recipe = Field(description="Sets defaults: `official` as released, `revised` as ours.")
+    stage: Stage = Field(description="pretrain (stage 1) or finetune (stage 2).")
+    student: StudentConfig
+    distill: DistillConfig | None = Field(
+        default=None, description="Null trains without distillation."
+    )
+    data: DataConfig
+    init_from: Path | None = Field(
+        default=None, description="Output of an earlier stage, to go on from."
+    )
+    trained: list[Part] | None = Field(
+        default=None,
+        description="Parts that learn. Null: mole and projector in pretrain, all in finetune.",
+    )
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of transformers.TrainingArguments."
+    )
+
+    @field_validator("training")
+    @classmethod
+    def _not_ours(cls, training: dict[str, Any]) -> dict[str, Any]:
+        for key in ("output_dir", "remove_unused_columns", "resume_from_checkpoint"):
+            if key in training:
+                raise ValueError(f"'{key}' is set by the command line, not here")
+        return training
+
+    def resolved(self) -> "TrainConfig":
+        """Return the same run with every key of the recipe and the stage filled in."""
+        defaults = RECIPES[self.recipe]
+        student, distill = self.student, self.distill
+        if student.mole is not None:
+            student = student.model_copy(update={"mole": _fill(student.mole, defaults["mole"])})
+            if student.mole is not None and student.mole.lora_alpha is None:
+                alpha = {"lora_alpha": float(student.mole.r)}
+                student = student.model_copy(update={"mole": student.mole.model_copy(update=alpha)})
+        if distill is not None:
+            distill = _fill(distill, defaults["distill"])
+        if student.prompt is None:
+            prompt = "plain" if self.stage == "pretrain" else "v1"
+            student = student.model_copy(update={"prompt": prompt})
+        data = self.data
+        if data.group_by_modality_length is None:
+            grouped = {"group_by_modality_length": self.stage == "finetune"}
+            data = data.model_copy(update=grouped)
+        trained = self.trained
+        if trained is None:
+            trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
+        update = {"student": student, "distill": distill, "data": data, "trained": trained}
+        return self.model_copy(update=update)
+
+    def to_yaml(self) -> str:
+        """Return this run as YAML, as ``load_config`` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Return the resolved run that a YAML file and ``a.b=c`` overrides describe.
+
+    Relative paths that exist beside the YAML file are taken from there, others from the working
+    directory; hub ids stay as they are.
+
+    Raises:
+        ConfigError: a wrong key or value; names the key and the nearest right one.
+    """
+    content = read_yaml(path)
+    for override in overrides or []:
+        _override(content, override)
+    _resolve_paths(content, path.parent)
+    config = validate(TrainConfig, content, str(path)).resolved()
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse combinations that cannot train.
+
+    Raises:
+        ConfigError: says which keys contradict each other.
+    """
+    distill, student = config.distill, config.student
+    if "mole" in (config.trained or []) and student.mole is None:
+        raise ConfigError(
+            "trained names 'mole', but student.mole is null; give student.mole its keys, or take "
+            "'mole' out of trained."
+        )
+    if distill is None:
+        return
+    if distill.anchor not in distill.teachers and (
+        distill.token_weighting != "none" or distill.teacher_weighting != "equal"
+    ):
+        raise ConfigError(
+            f"distill.anchor '{distill.anchor}' is not among distill.teachers "
+            f"({', '.join(distill.teachers)}).{did_you_mean(distill.anchor, distill.teachers)} "
+            "Add it, or set token_weighting: none and teacher_weighting: equal."
+        )
+    if distill.adapters == "student" and distill.grid == "native":
+        raise ConfigError(
+            "distill.adapters: student predicts token by token and needs distill.grid: student; "
+            "only adapters: teacher can mix a native grid."
+        )
+
+
+def _fill(keys: Any, defaults: dict[str, Any]) -> Any:
+    """Return ``keys`` with every null taken from ``defaults``."""
+    missing = {key: value for key, value in defaults.items() if getattr(keys, key) is None}
+    return keys.model_copy(update=missing)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=c`` in the YAML's content; c is read as YAML."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form a.b=c.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = content.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = content[parent] = {}
+        content = inner
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: '{value}' is not YAML.") from None
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Make paths that exist beside the YAML file, or from here, absolute; leave hub ids alone."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if isinstance(value, str):
+            for path in (folder / value, Path(value)):
+                if path.exists():
+                    return str(path.resolve())
+        return value
+
+    for section, keys in (
+        ("student", ("vision_tower", "language_model")),
+        ("data", ("shards", "conversations")),
+    ):
+        part = content.get(section)
+        if isinstance(part, dict):
+            part.update({key: resolve(part[key]) for key in keys if key in part})
+    if "init_from" in content:
+        content["init_from"] = resolve(content["init_from"])

@@ -1,0 +1,272 @@
+"""The student, what stands between it and its teachers, and the terms of the loss.
+
+Comes in: a collated batch, with targets as the cache stores them. Goes out: the loss terms of the
+batch as sums, for the Trainer to divide by what the whole optimizer step holds. Everything that
+learns lives in one module, so that DDP and FSDP see it.
+
+Legend: B samples, I images, N student tokens, D student width, M teacher tokens, T teachers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.cache.reader import FeatureCache, TeacherTargets
+from movekd.distill import (
+    balance_loss,
+    kd_loss,
+    routing_statistics,
+    teacher_weights,
+    token_statistics,
+    token_weights,
+)
+from movekd.distill.balance import BalanceKind
+from movekd.errors import ConfigError
+from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
+from movekd.student.prompts import IGNORED
+from movekd.student.vlm import Student, image_features
+from movekd.train.config import DistillConfig
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What a run must know of a teacher before it reads a row."""
+
+    num_tokens: int
+    width: int
+
+
+class DistillModel(nn.Module):
+    """A vision-language model and the adapters or heads of its teachers.
+
+    Args:
+        student: the model; its parameters say themselves whether they learn.
+        distill: what is learned from the teachers; None trains on text alone.
+        shapes: shape of each teacher's targets, in the order of ``distill.teachers``.
+        balance: form of the routers' loss.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        distill: DistillConfig | None,
+        shapes: Mapping[str, TargetShape],
+        balance: BalanceKind = "batch",
+    ) -> None:
+        super().__init__()
+        self.vlm = student.vlm
+        self.distill = distill
+        self.side = student.grid
+        self.balance = balance
+        self.has_experts = any(".mole_" in name for name, _ in self.vlm.named_parameters())
+        self.adapters = nn.ModuleDict()
+        if distill is not None:
+            self.adapters.update(_adapters(student, distill, shapes))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None,
+        targets: Mapping[str, TeacherTargets] | None,
+    ) -> dict[str, Tensor]:
+        """Return the loss terms of a batch, float32 scalars.
+
+        ``text_sum`` over answer tokens, ``kd_sum`` and ``kd_<teacher>_sum`` over images with
+        targets, ``balance``; besides ``num_images``, and statistics without gradient.
+        """
+        clear_routing(self.vlm)
+        has_images = pixel_values is not None
+        if pixel_values is None:  # every process needs a gradient for every parameter, in each step
+            size = self.vlm.config.vision_config.image_size
+            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
+        output, student_IND = image_features(self.vlm, pixel_values.to(self.vlm.dtype))
+        text = self.vlm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            mm_encoder_outputs={"image": output} if has_images else None,
+            num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean
+            use_cache=False,
+        )
+        terms = {
+            "text_sum": text.loss,
+            "num_images": torch.tensor(float(len(student_IND) if has_images else 0)),
+            "token_std": token_statistics(student_IND),
+        }
+        if not has_images:
+            projected = torch.cat(list(output.pooler_output))
+            terms["text_sum"] = terms["text_sum"] + 0.0 * projected.sum()
+        if self.has_experts:
+            terms |= self._balance()
+        if self.distill is not None:
+            terms |= self._distil(student_IND, targets)
+        return terms
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations in backward; Trainer calls this for `gradient_checkpointing`."""
+        self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _balance(self) -> dict[str, Tensor]:
+        records = routing(self.vlm)
+        statistics = routing_statistics(records)
+        return {
+            "balance": balance_loss(records, self.balance),
+            "routing_entropy": statistics.entropy_L.mean(),
+            "routing_max_share": statistics.share_LE.max(),
+        }
+
+    def _distil(
+        self, student_IND: Tensor, targets: Mapping[str, TeacherTargets] | None
+    ) -> dict[str, Tensor]:
+        """Return the terms of the distillation; zero, but with a graph, without targets."""
+        distill = self.distill
+        assert distill is not None
+        if targets is None:
+            touched = [head(student_IND).sum() for head in self._heads_on_student()]
+            touched += [p.sum() for a in self._adapters_on_teacher() for p in a.parameters()]
+            return {"kd_sum": 0.0 * sum(touched, student_IND.sum())}
+        batch = {name: targets[name].to(student_IND.device) for name in distill.teachers}
+        predictions, goals = [], []
+        for name in distill.teachers:
+            goal_IMD = (
+                batch[name].standardised_BND
+                if distill.targets == "standardised"
+                else (batch[name].tokens_BND)
+            )
+            if distill.grid == "student":
+                goal_IMD = resize_tokens(goal_IMD, self.side)
+            adapter = self.adapters[name] if name in self.adapters else None
+            if distill.adapters == "student":
+                assert adapter is not None
+                predictions.append(adapter(student_IND))
+                goals.append(goal_IMD)
+            else:
+                predictions.append(student_IND)
+                goals.append(goal_IMD if adapter is None else adapter(goal_IMD))
+        weights_IT, anchor = self._teacher_weights(goals, batch)
+        weights_IN = self._token_weights(anchor)
+        terms = kd_loss(
+            predictions,
+            goals,
+            weights_IT,
+            weights_IN,
+            combine="sum" if distill.token_weighting == "softmax" else "mean",
+        )
+        logged = {"kd_sum": terms.total_B.sum()}
+        for at, name in enumerate(distill.teachers):
+            logged[f"kd_{name}_sum"] = terms.per_teacher_BT[:, at].sum().detach()
+            logged[f"teacher_weight_{name}"] = weights_IT[:, at].mean().detach()
+        if weights_IN is not None:
+            share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
+            logged["token_weight_entropy"] = torch.special.entr(share_IN).sum(1).mean()
+        return logged
+
+    def _teacher_weights(
+        self, goals: list[Tensor], batch: Mapping[str, TeacherTargets]
+    ) -> tuple[Tensor, TeacherTargets | None]:
+        distill = self.distill
+        assert distill is not None
+        assert distill.teacher_weighting is not None
+        anchor = batch.get(distill.anchor)
+        weights_IT = teacher_weights(
+            goals,
+            distill.teacher_weighting,
+            cls_BD=None if anchor is None else anchor.cls_BD,
+            anchor=distill.teachers.index(distill.anchor) if anchor is not None else 0,
+        )
+        return weights_IT, anchor
+
+    def _token_weights(self, anchor: TeacherTargets | None) -> Tensor | None:
+        distill = self.distill
+        assert distill is not None
+        if distill.token_weighting in (None, "none") or anchor is None:
+            return None
+        attention = anchor.cls_attention_BHN
+        assert attention is not None  # checked when the run was set up
+        assert distill.token_weighting is not None
+        return token_weights(
+            resize_attention(attention, self.side),
+            distill.token_weighting,
+            blend=distill.token_blend,
+        )
+
+    def _heads_on_student(self) -> list[nn.Module]:
+        return [a for a in self.adapters.values() if isinstance(a, StudentHead)]
+
+    def _adapters_on_teacher(self) -> list[nn.Module]:
+        return [a for a in self.adapters.values() if isinstance(a, TeacherAdapter)]
+
+
+def count_answer_tokens(labels: Tensor) -> Tensor:
+    """Return how many labels the text loss is taken on (the first has no predecessor)."""
+    return labels[:, 1:].ne(IGNORED).sum()
+
+
+def _adapters(
+    student: Student, distill: DistillConfig, shapes: Mapping[str, TargetShape]
+) -> dict[str, nn.Module]:
+    if distill.adapters == "student":
+        return {name: StudentHead(student.width, shapes[name].width) for name in distill.teachers}
+    return {
+        name: TeacherAdapter(
+            shapes[name].width, shapes[name].num_tokens, student.width, student.num_image_tokens
+        )
+        for name in distill.teachers
+        if name != distill.anchor
+    }
+
+
+def check_targets(
+    cache: FeatureCache, distill: DistillConfig, student: Student
+) -> dict[str, TargetShape]:
+    """Return the shape of each teacher's targets, after checking that they fit the run.
+
+    Raises:
+        ConfigError: a key of the run contradicts the cache; names both.
+        CacheError: a teacher is missing or not built to its end.
+    """
+    shapes = {}
+    for name in distill.teachers:
+        teacher = cache[name]
+        num_tokens = teacher.layout.num_tokens
+        if distill.grid == "student" and teacher.grid != student.grid:
+            num_tokens = student.num_image_tokens
+        shapes[name] = TargetShape(num_tokens, teacher.width)
+    if distill.anchor in shapes:
+        _check_anchor(cache, distill, student, shapes[distill.anchor])
+    return shapes
+
+
+def _check_anchor(
+    cache: FeatureCache, distill: DistillConfig, student: Student, shape: TargetShape
+) -> None:
+    anchor = cache[distill.anchor]
+    if distill.token_weighting in ("softmax", "blend") and (
+        "cls_attention" not in anchor.layout.arrays
+    ):
+        raise ConfigError(
+            f"distill.token_weighting '{distill.token_weighting}' needs the [CLS] attention of the "
+            f"anchor, which '{distill.anchor}' in {cache.cache_dir} was built without. Build it "
+            "with cls_attention: true, or set token_weighting: none."
+        )
+    if distill.teacher_weighting == "anchor" and "cls" not in anchor.layout.arrays:
+        raise ConfigError(
+            f"distill.teacher_weighting 'anchor' needs the [CLS] embedding of '{distill.anchor}', "
+            f"which {cache.cache_dir} was built without. Build it with cls: true, or set "
+            "teacher_weighting: equal."
+        )
+    if distill.adapters == "teacher" and (
+        shape.width != student.width or shape.num_tokens != student.num_image_tokens
+    ):
+        raise ConfigError(
+            f"distill.adapters: teacher compares the anchor '{distill.anchor}' with the student as "
+            f"it is, but it has {shape.num_tokens} tokens of {shape.width} channels and the "
+            f"student {student.num_image_tokens} of {student.width}. Take the student's own CLIP "
+            "as the anchor, or set adapters: student."
+        )

@@ -1,0 +1,164 @@
+"""DistillTrainer: transformers' Trainer with the project's reductions, order and checkpoints.
+
+- Text loss by answer tokens and KD loss by images with targets, each over the whole optimizer
+  step: all processes, all accumulation steps.
+- One global order of samples, fixed by seed and epoch, exact after a resume.
+- Checkpoints hold what learns and nothing else.
+- Each term of the loss is logged by itself.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from movekd.errors import TrainingError
+from movekd.student.files import load_exact
+from movekd.train.config import TrainConfig
+from movekd.train.data import Collator, ConversationDataset
+from movekd.train.model import DistillModel, count_answer_tokens
+from movekd.train.sampler import GlobalOrderSampler
+
+CHECKPOINT_FILE = "trained.safetensors"
+
+
+class DistillTrainer(Trainer):
+    """Trains a DistillModel on conversations and cached targets.
+
+    Args:
+        config: the resolved run.
+        model: the model; parameters that do not learn have ``requires_grad`` off.
+        dataset: the conversations.
+        collator: reads their images and targets.
+        kwargs: further arguments of transformers.Trainer, ``args`` among them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DistillModel,
+        dataset: ConversationDataset,
+        collator: Collator,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
+        self.config = config
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
+        self._step_counts: Tensor | None = None
+        self._logged: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._num_logged = 0
+        self._sampler: GlobalOrderSampler | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
+        args = self.args
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        dataset = self.train_dataset
+        lengths = dataset.modality_lengths() if self.config.data.group_by_modality_length else None
+        self._sampler = GlobalOrderSampler(
+            len(dataset),
+            args.data_seed if args.data_seed is not None else args.seed,
+            global_batch_size=batch,
+            lengths=lengths,
+        )
+        return self._sampler
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        # A dataloader that skips to a resumed step does not hand set_epoch down to the sampler.
+        assert self._sampler is not None
+        self._sampler.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Return (answer tokens, images with targets, micro-batches) of the whole step."""
+        counts = torch.zeros(3, device=device)
+        for batch in batch_samples:
+            images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
+            tokens = int(count_answer_tokens(batch["labels"]))
+            counts += torch.tensor([tokens, images, 1], device=device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return this micro-batch's part of the step's loss.
+
+        DDP averages gradients over processes, so the sums are multiplied by their number.
+        """
+        assert num_items_in_batch is not None
+        keys = inputs.pop("keys")
+        num_tokens, num_images, num_batches = num_items_in_batch.clamp(min=1)
+        terms: dict[str, Tensor] = model(**inputs)
+        world = self.args.world_size
+        parts = {"text": terms["text_sum"] * world / num_tokens}
+        distill = self.config.distill
+        if "kd_sum" in terms and distill is not None:
+            parts["kd"] = terms["kd_sum"] * world / num_images
+            for name in distill.teachers:
+                if f"kd_{name}_sum" in terms:
+                    parts[f"kd_{name}"] = terms[f"kd_{name}_sum"] * world / num_images
+        if "balance" in terms:
+            parts["balance"] = terms["balance"] * world / num_batches
+        loss = parts["text"]
+        if distill is not None and "kd" in parts:
+            assert distill.kd_weight is not None
+            loss = loss + distill.kd_weight * parts["kd"]
+        if "balance" in parts:
+            assert self.config.student.mole is not None
+            loss = loss + self.config.student.mole.balance_weight * parts["balance"]
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step}, in the batch of "
+                f"{', '.join(keys)}. Parts: "
+                f"{', '.join(f'{name} {value.item():.4g}' for name, value in parts.items())}. "
+                "Lower training.learning_rate, or look at those samples; --resume goes on from "
+                "the last checkpoint."
+            )
+        statistics = {
+            name: terms[name] / num_batches * world
+            for name in terms
+            if not name.endswith("_sum") and name not in ("num_images", "balance")
+        }
+        self._note({f"loss_{name}": value for name, value in parts.items()} | statistics)
+        return (loss, terms) if return_outputs else loss
+
+    def _note(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._logged[name] = self._logged[name] + value.detach().float().cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean of each term over the steps since the last log, beside Trainer's own."""
+        if "loss" in logs and self._logged:
+            steps = max(self.state.global_step - self._num_logged, 1)
+            names = sorted(self._logged)
+            sums = torch.stack([self._logged[name] for name in names]).to(self.args.device)
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums, "mean")
+            logs |= {name: (sums[i] / steps).item() for i, name in enumerate(names)}
+            self._logged.clear()
+            self._num_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+            if parameter.requires_grad
+        }
+        save_file(tensors, directory / CHECKPOINT_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        module = self.model if model is None else model
+        learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        load_exact(Path(resume_from_checkpoint) / CHECKPOINT_FILE, learning)

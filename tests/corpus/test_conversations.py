@@ -1,0 +1,112 @@
+"""Tests of movekd.corpus.conversations."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from movekd.corpus.conversations import (
+    Conversation,
+    iter_conversations,
+    load_conversations,
+    parse_conversation,
+)
+from movekd.errors import ConfigError
+
+ENTRY = {
+    "id": "7",
+    "image": "coco/7.jpg",
+    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"}],
+}
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+conversations = st.builds(
+    Conversation,
+    id=text,
+    images=st.lists(text.filter(bool), max_size=3).map(tuple),
+    turns=st.lists(st.tuples(st.sampled_from(["human", "gpt"]), text), min_size=1).map(tuple),
+    question_type=st.none() | text,
+)
+
+
+@settings(deadline=None)
+@given(conversations)
+def test_json_and_back_is_the_identity(conversation):
+    line = conversation.to_json()
+    assert "\n" not in line
+    assert parse_conversation(json.loads(line), "here") == conversation
+
+
+def test_an_array_and_lines_hold_the_same(tmp_path):
+    entries = [ENTRY, {**ENTRY, "image": ["a", "b"]}, {**ENTRY, "image": None, "id": 3, "x": 1}]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(entries), encoding="utf-8")
+    lines = "\n\n".join(json.dumps(entry) for entry in entries)
+    (tmp_path / "b.jsonl").write_text(lines + "\n")
+    loaded = load_conversations(tmp_path / "a.json")
+    assert loaded == load_conversations(str(tmp_path / "b.jsonl"))
+    assert [c.images for c in loaded] == [("coco/7.jpg",), ("a", "b"), ()]
+    assert [c.id for c in loaded] == ["7", "7", "3"]
+    assert loaded[0].turns[0] == ("human", "<image>\nWhat?")
+    assert loaded[0].num_placeholders == 1
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(ENTRY) + "\nbroken\n")
+    entries = iter_conversations(path)
+    assert next(entries).id == "7"
+    with pytest.raises(ConfigError, match="line 2 is not JSON"):
+        next(entries)
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    entry = json.loads('{"id": "a", "conversations": [{"from": "gpt", "value": "x\\ud83d"}]}')
+    assert parse_conversation(entry, "here").turns == (("gpt", "x?"),)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": None}, r"entry 1: id is missing or null; expected a string"),
+        ({"id": True}, r"id is true; expected"),
+        ({"image": 5}, r"image is 5; expected a file name"),
+        ({"image": ["a", ""]}, r'image is ""; expected'),
+        ({"conversations": []}, r"conversations is a list of 0; expected a list of turns"),
+        ({"conversations": ["hi"]}, r'entry 1, turn 0: the turn is "hi"; expected'),
+        ({"conversations": [{"from": "user", "value": ""}]}, r'from is "user"; expected "human"'),
+        ({"conversations": [{"from": ["x"], "value": ""}]}, r"from is a list of 1; expected"),
+        ({"conversations": [{"from": "gpt"}]}, r"value is missing or null; expected a string"),
+        ({"question_type": 3}, r"question_type is 3; expected a string"),
+    ],
+)
+def test_a_malformed_entry_is_named(tmp_path, change, message):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([ENTRY, {**ENTRY, **change}]))
+    with pytest.raises(ConfigError, match=message):
+        load_conversations(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b'{"id": 1}', "holds an object of 1; expected an array"),
+        (b"[3]", "entry 0: the entry is 3; expected an object"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"1" * 5000, "is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_llava_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_conversations(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist; expected LLaVA"):
+        load_conversations(tmp_path / "no.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_conversations(tmp_path)

@@ -1,0 +1,184 @@
+"""Tests of movekd.corpus.index."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from movekd.corpus.index import (
+    INDEX_SCHEMA,
+    NAMES_SCHEMA,
+    Corpus,
+    open_corpus,
+    write_table,
+)
+from movekd.errors import CorpusError, UnknownKeyError
+
+CONTENTS = [bytes([n]) * (10 + n) for n in range(20)]
+KEYS = [hashlib.sha256(data).hexdigest() for data in CONTENTS]
+
+
+def tables(num_rows=20):
+    """Rows alternate between two tars; every image has two names."""
+    position = {"a.tar": 0, "sub/b.tar": 0}
+    rows, names = [], []
+    for n in range(num_rows):
+        shard = ("a.tar", "sub/b.tar")[n % 2]
+        rows.append((KEYS[n], shard, position[shard], len(CONTENTS[n]), n + 1, 2 * n + 1))
+        position[shard] += len(CONTENTS[n])
+        names += [(f"{n}.jpg", KEYS[n]), (f"copy/{n}.jpg", KEYS[n])]
+    columns = zip(INDEX_SCHEMA, zip(*rows, strict=True), strict=True)
+    index = pa.table([pa.array(c, f.type) for f, c in columns], schema=INDEX_SCHEMA)
+    columns = zip(NAMES_SCHEMA, zip(*names, strict=True), strict=True)
+    return index, pa.table([pa.array(c, f.type) for f, c in columns], schema=NAMES_SCHEMA)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.tar").write_bytes(b"".join(CONTENTS[::2]))
+    (tmp_path / "sub" / "b.tar").write_bytes(b"".join(CONTENTS[1::2]))
+    index, names = tables()
+    write_table(tmp_path / "index.parquet", index)
+    write_table(tmp_path / "names.parquet", names)
+    return tmp_path
+
+
+def test_a_row_gives_the_bytes_of_its_key(data_dir):
+    corpus = open_corpus(str(data_dir))
+    assert len(corpus) == 20
+    assert [corpus.read_image(row) for row in range(20)] == CONTENTS
+    assert corpus.shards == ["a.tar", "sub/b.tar"]
+
+
+def test_names_and_keys_give_rows_in_the_order_asked(data_dir):
+    corpus = open_corpus(data_dir)
+    asked = ["3.jpg", KEYS[7], "copy/3.jpg", "0.jpg", "3.jpg"]
+    for form in (asked, tuple(asked), pa.array(asked)):
+        rows = corpus.rows(form)
+        assert rows.dtype == "int64"
+        assert rows.tolist() == [3, 7, 3, 0, 3]
+    assert corpus.rows([]).tolist() == []
+
+
+def test_tables_of_many_chunks_are_searched_whole(data_dir):
+    index, names = tables()
+    pieces = [index.slice(start, 3) for start in range(0, 20, 3)]
+    halves = [names.slice(0, 7), names.slice(7)]
+    corpus = Corpus(data_dir, pa.concat_tables(pieces), pa.concat_tables(halves))
+    assert corpus.rows([f"copy/{n}.jpg" for n in range(20)]).tolist() == list(range(20))
+    assert [corpus.read_image(row) for row in range(20)] == CONTENTS
+    assert corpus.fingerprint() == open_corpus(data_dir).fingerprint()
+
+
+def test_unknown_names_are_counted_and_the_first_three_named(data_dir):
+    corpus = open_corpus(data_dir)
+    with pytest.raises(
+        UnknownKeyError, match=r"no image named 'x', 'y', 'z' \.\.\. \(4 of 6 unknown\).*Pack"
+    ):
+        corpus.rows(["x", "1.jpg", "y", "x", "z", "w"])
+    with pytest.raises(KeyError, match=r"named 'x' \(1 of 1"):
+        corpus.rows(["x"])
+
+
+def test_reading_works_in_threads_and_in_other_processes(data_dir):
+    corpus = open_corpus(data_dir)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(corpus.read_image, list(range(20)) * 5)) == CONTENTS * 5
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [corpus.read_image(row) for row in range(20)] == CONTENTS else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    (data_dir / "corpus.bin").write_bytes(pickle.dumps(corpus))
+    script = (
+        "import pickle, sys; c = pickle.load(open(sys.argv[1], 'rb'));"
+        "sys.stdout.buffer.write(b''.join(c.read_image(r) for r in range(len(c))))"
+    )
+    command = [sys.executable, "-c", script, str(data_dir / "corpus.bin")]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b"".join(CONTENTS)
+
+
+def test_open_files_are_bounded_and_closed(data_dir, monkeypatch):
+    monkeypatch.setattr("movekd.corpus.index._MAX_OPEN_FILES", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    corpus = open_corpus(data_dir)
+    assert [corpus.read_image(row) for row in range(20)] == CONTENTS
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del corpus
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 2999))
+def test_the_fingerprint_of_a_prefix_survives_an_append(data_dir_big, num_old, num_new, changed):
+    whole = data_dir_big
+    num_old, num_new = sorted((num_old, num_new))
+    old = Corpus(whole.data_dir, whole.index.slice(0, num_old), whole.names)
+    new = Corpus(whole.data_dir, whole.index.slice(0, num_new), whole.names)
+    assert new.fingerprint(num_old) == old.fingerprint()
+    if num_old != num_new:
+        assert new.fingerprint() != old.fingerprint()
+    if changed < num_old:
+        keys = whole.index["key"].to_pylist()
+        keys[changed] = "0" * 64
+        other = whole.index.set_column(0, "key", pa.array(keys))
+        other = Corpus(whole.data_dir, other, whole.names)
+        assert other.fingerprint(num_old) != old.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def data_dir_big(tmp_path_factory):
+    keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(3000)]
+    columns = [keys, ["a.tar"] * 3000, *([range(3000)] * 4)]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
+    index = pa.table(arrays, schema=INDEX_SCHEMA)
+    return Corpus(tmp_path_factory.mktemp("big"), index, NAMES_SCHEMA.empty_table())
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write_table(tmp_path / name, tables()[0])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert pq.read_table(tmp_path / "one").equals(tables()[0])
+
+
+def test_conversations_are_found_if_they_are_there(data_dir):
+    assert open_corpus(data_dir).conversations_path is None
+    (data_dir / "conversations.jsonl").write_text("")
+    assert open_corpus(data_dir).conversations_path == data_dir / "conversations.jsonl"
+
+
+def test_damaged_corpora_are_refused(data_dir, tmp_path_factory):
+    with pytest.raises(CorpusError, match="holds no index.parquet.*movekd shards pack"):
+        open_corpus(tmp_path_factory.mktemp("empty"))
+    corpus = open_corpus(data_dir)
+    tar = data_dir / "a.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:-1])
+    with pytest.raises(CorpusError, match=rf"ends after {len(data) - 1} bytes; .* {len(data)}"):
+        open_corpus(data_dir)
+    with pytest.raises(CorpusError, match=r"a\.tar ends after"):
+        corpus.read_image(18)
+    tar.unlink()
+    with pytest.raises(CorpusError, match=r"a\.tar is missing.*Restore"):
+        open_corpus(data_dir)
+    with pytest.raises(CorpusError, match=r"a\.tar cannot be read .*Restore"):
+        Corpus(data_dir, *tables()).read_image(0)
+    tar.write_bytes(data)
+    (data_dir / "names.parquet").unlink()
+    with pytest.raises(CorpusError, match=r"names\.parquet cannot be read"):
+        open_corpus(data_dir)
+    write_table(data_dir / "names.parquet", pa.table({"name": ["a"]}))
+    with pytest.raises(CorpusError, match=r"names\.parquet holds name string; expected name .*key"):
+        open_corpus(data_dir)
+    (data_dir / "index.parquet").write_bytes(b"PAR1 but not really PAR1")
+    with pytest.raises(CorpusError, match=r"index\.parquet cannot be read"):
+        open_corpus(data_dir)

@@ -1,0 +1,50 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+
+from movekd.errors import ConfigError
+from movekd.student import MoleConfig
+
+
+def test_alpha_follows_the_rank_unless_given() -> None:
+    assert MoleConfig(r=8).scale == 1.0
+    assert MoleConfig(r=32, lora_alpha=1.0).scale == 1 / 32
+
+
+def test_a_saved_config_comes_back_equal_through_peft(tmp_path: Path) -> None:
+    config = MoleConfig(num_experts=2, r=4, use_gate=False, layers_to_transform=[0, 1])
+    config.save_pretrained(str(tmp_path))
+    assert PeftConfig.from_pretrained(str(tmp_path)) == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOLE"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_experts": 0}, r"num_experts=0 and r=32; expected at least one expert"),
+        ({"r": 0}, r"r=0; expected at least one expert"),
+        ({"lora_alpha": 0.0}, r"lora_alpha=0.0; expected a number above 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0; expected a probability below 1"),
+        ({"init_lora_weights": "zeros"}, r"'zeros'; expected one of kaiming, zero.*'zero'\?"),
+        (
+            {"target_modules": ".*mlp", "layers_to_transform": [0]},
+            r"PEFT would ignore the former.*as a list",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MoleConfig(**wrong)
+
+
+def test_the_package_loads_no_library_until_a_name_is_used() -> None:
+    code = "import sys, movekd.student; assert not {'torch', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import movekd.student
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = movekd.student.nothing
