@@ -22,7 +22,7 @@ class TeacherStatus:
     """What `movekd cache ls` shows of one teacher."""
 
     teacher: str
-    rows: int
+    images: int
     sealed_shards: int
     total_shards: int
     skipped: int
@@ -49,7 +49,7 @@ def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
     sizes = [entry["size_bytes"] for seal in seals for entry in seal["files"].values()]
     return TeacherStatus(
         teacher=teacher.teacher,
-        rows=num_images,
+        images=num_images,
         sealed_shards=len(seals),
         total_shards=len(seals) + len(teacher.missing_shards),
         skipped=len(teacher.skipped),

@@ -131,10 +131,10 @@ def list_shards(
     typer.echo(
         f"{data_dir}: {figures['images']:,} images ({_bytes(figures['image_bytes'])}) in "
         f"{figures['shards']:,} shards ({_bytes(figures['shard_bytes'])})\n"
-        f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']} "
-        f"pixels\n"
+        f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']}\n"
         f"  {figures['names']:,} names\n"
-        f"  {figures['conversations']:,} conversations, {figures['text_only']:,} of them text only\n"
+        f"  {figures['conversations']:,} conversations, "
+        f"{figures['text_only']:,} of them text only\n"
         f"  fingerprint {figures['fingerprint'][:16]}"
     )
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from movekd.cli.output import progress_bar
+
 
 def train(
     config: Annotated[Path, typer.Option(help="student.yaml: the run.")],
@@ -38,13 +40,15 @@ def train(
     from movekd.train.run import train as run
 
     quiet_libraries()
-    summary = run(
-        resolved,
-        output,
-        cache,
-        resume=resume,
-        overwrite=overwrite,
-        allow_random_teachers=allow_random_teachers,
-    )
+    with progress_bar() as progress:
+        summary = run(
+            resolved,
+            output,
+            cache,
+            resume=resume,
+            overwrite=overwrite,
+            allow_random_teachers=allow_random_teachers,
+            progress=progress,
+        )
     typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     typer.echo(f"curves: tensorboard --logdir {output}")

@@ -58,26 +58,17 @@ def tokenize(
     Raises:
         ConfigError: the cut would go through an image, or the template cannot be used.
     """
-    rendered = _render(conversation, tokenizer, prompt)
-    encoded = tokenizer(
-        rendered.text,
-        add_special_tokens=not rendered.has_special_tokens,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    if prompt == "chat_template" and _marks_answers(tokenizer):
+        tokens, is_answer = _tokenize_marked(conversation, tokenizer)
+    else:
+        tokens, is_answer = _tokenize_rendered(_render(conversation, tokenizer, prompt), tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     input_ids: list[int] = []
     labels: list[int] = []
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token == image_id:
-            input_ids += [token] * num_image_tokens
-            labels += [IGNORED] * num_image_tokens
-            continue
-        in_answer = end > start and any(
-            start < high and end > low for low, high in rendered.answers
-        )
-        input_ids.append(token)
-        labels.append(token if in_answer else IGNORED)
+    for token, answers in zip(tokens, is_answer, strict=True):
+        copies = num_image_tokens if token == image_id else 1
+        input_ids += [token] * copies
+        labels += [token if answers and token != image_id else IGNORED] * copies
     if max_length is not None and len(input_ids) > max_length:
         if image_id in input_ids[max_length:]:
             raise ConfigError(
@@ -106,6 +97,37 @@ def tokenize_question(
     for token in ids:
         expanded += [token] * (num_image_tokens if token == image_id else 1)
     return expanded
+
+
+def _marks_answers(tokenizer: Any) -> bool:
+    """Return whether the chat template itself says which part is the assistant's."""
+    return "{% generation" in (tokenizer.chat_template or "")
+
+
+def _tokenize_marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokenise with a template that has ``{% generation %}`` marks: one rendering, no search."""
+    encoded = tokenizer.apply_chat_template(
+        _messages(conversation),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    return encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
+
+
+def _tokenize_rendered(rendered: "_Text", tokenizer: Any) -> tuple[list[int], list[bool]]:
+    encoded = tokenizer(
+        rendered.text,
+        add_special_tokens=not rendered.has_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    is_answer = [
+        end > start and any(start < high and end > low for low, high in rendered.answers)
+        for start, end in encoded["offset_mapping"]
+    ]
+    return encoded["input_ids"], is_answer
 
 
 def _render(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) -> _Text:

@@ -13,12 +13,14 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from movekd.cache.reader import FeatureCache, open_cache
@@ -41,15 +43,18 @@ from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
 
+Progress = Callable[[str, int, int], None]
+
 _DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.03,
+    "warmup_steps": 0.03,  # below 1: a share of the steps
     "num_train_epochs": 1,
     "save_steps": 500,
     "save_total_limit": 2,
     "report_to": "tensorboard",
     "dataloader_num_workers": 0,
+    "disable_tqdm": True,
 }
 """What `training:` leaves out. As in LLaVA's scripts where those say something."""
 
@@ -73,6 +78,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_random_teachers: bool = False,
+    progress: Progress | None = None,
 ) -> TrainSummary:
     """Train to the end, and save the model.
 
@@ -86,6 +92,7 @@ def train(
         resume: go on from the last checkpoint in ``output_dir``.
         overwrite: delete an earlier run in ``output_dir``.
         allow_random_teachers: take targets of teachers with random weights (tests, benchmarks).
+        progress: called with what is being done, steps done, steps in all.
 
     Raises:
         MovekdError: config, corpus and cache do not fit each other; says which key differs.
@@ -118,6 +125,9 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+    trainer.remove_callback(PrinterCallback)
+    if progress is not None and trainer.is_world_process_zero():
+        trainer.add_callback(_ShowProgress(config.stage, progress))
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if arguments.should_save:
         _save_model(config, output_dir / "model", model, student)
@@ -127,6 +137,17 @@ def train(
         result.metrics["train_runtime"],
         [dict(entry) for entry in trainer.state.log_history],
     )
+
+
+class _ShowProgress(TrainerCallback):
+    """Hands the Trainer's steps to the command line's progress."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self._what, self._progress = what, progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show one more step."""
+        self._progress(f"train {self._what}", state.global_step, state.max_steps)
 
 
 def _prepare_output(
@@ -224,6 +245,7 @@ def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgume
         return TrainingArguments(
             output_dir=str(output_dir),
             remove_unused_columns=False,
+            dataloader_pin_memory=keys.pop("dataloader_pin_memory", torch.cuda.is_available()),
             logging_nan_inf_filter=False,  # compute_loss stops at such a loss and says where
             **keys,
         )

@@ -79,6 +79,12 @@ def test_tables_of_many_chunks_are_searched_whole(data_dir):
     assert corpus.fingerprint() == open_corpus(data_dir).fingerprint()
 
 
+def test_of_equal_names_the_first_counts(data_dir):
+    index, names = tables()
+    again = pa.table({"name": ["3.jpg"], "key": [KEYS[9]]})
+    assert Corpus(data_dir, index, pa.concat_tables([names, again])).rows(["3.jpg"]) == [3]
+
+
 def test_unknown_names_are_counted_and_the_first_three_named(data_dir):
     corpus = open_corpus(data_dir)
     with pytest.raises(
@@ -93,27 +99,30 @@ def test_reading_works_in_threads_and_in_other_processes(data_dir):
     corpus = open_corpus(data_dir)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(corpus.read_image, list(range(20)) * 5)) == CONTENTS * 5
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if [corpus.read_image(row) for row in range(20)] == CONTENTS else 1)
-    assert os.waitpid(child, 0)[1] == 0
     (data_dir / "corpus.bin").write_bytes(pickle.dumps(corpus))
     script = (
-        "import pickle, sys; c = pickle.load(open(sys.argv[1], 'rb'));"
-        "sys.stdout.buffer.write(b''.join(c.read_image(r) for r in range(len(c))))"
+        "import os, pickle, sys\n"
+        "corpus = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "corpus.read_image(0)\n"  # so that a file is open when it forks
+        "child = os.fork()\n"
+        "status = os.waitpid(child, 0)[1] if child else 0\n"
+        "print([corpus.read_image(row).hex() for row in range(len(corpus))])\n"
+        "sys.exit(status)\n"
     )
     command = [sys.executable, "-c", script, str(data_dir / "corpus.bin")]
-    assert subprocess.run(command, check=True, capture_output=True).stdout == b"".join(CONTENTS)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str([data.hex() for data in CONTENTS])] * 2
 
 
 def test_open_files_are_bounded_and_closed(data_dir, monkeypatch):
     monkeypatch.setattr("movekd.corpus.index._MAX_OPEN_FILES", 1)
-    before = len(os.listdir("/proc/self/fd"))
     corpus = open_corpus(data_dir)
     assert [corpus.read_image(row) for row in range(20)] == CONTENTS
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    (file,) = corpus._files.values()
+    os.fstat(file)
     del corpus
-    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
 
 
 @settings(max_examples=30, deadline=None)
@@ -157,7 +166,7 @@ def test_conversations_are_found_if_they_are_there(data_dir):
 
 
 def test_damaged_corpora_are_refused(data_dir, tmp_path_factory):
-    with pytest.raises(CorpusError, match="holds no index.parquet.*movekd shards pack"):
+    with pytest.raises(CorpusError, match=r"holds no index\.parquet.*movekd shards pack"):
         open_corpus(tmp_path_factory.mktemp("empty"))
     corpus = open_corpus(data_dir)
     tar = data_dir / "a.tar"
@@ -177,7 +186,10 @@ def test_damaged_corpora_are_refused(data_dir, tmp_path_factory):
     with pytest.raises(CorpusError, match=r"names\.parquet cannot be read"):
         open_corpus(data_dir)
     write_table(data_dir / "names.parquet", pa.table({"name": ["a"]}))
-    with pytest.raises(CorpusError, match=r"names\.parquet holds name string; expected name .*key"):
+    with pytest.raises(CorpusError, match=r"names\.parquet cannot be read.*columns name, key"):
+        open_corpus(data_dir)
+    write_table(data_dir / "names.parquet", pa.table({"name": ["a"], "key": [1]}))
+    with pytest.raises(CorpusError, match=r"names\.parquet holds name string, key int64; expected"):
         open_corpus(data_dir)
     (data_dir / "index.parquet").write_bytes(b"PAR1 but not really PAR1")
     with pytest.raises(CorpusError, match=r"index\.parquet cannot be read"):

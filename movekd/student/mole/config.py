@@ -26,7 +26,7 @@ class MolePeftType(StrEnum):
 
 
 @dataclass
-class MoleConfig(PeftConfig):  # type: ignore[misc]  # PEFT is untyped here
+class MoleConfig(PeftConfig):
     """Configuration of a Mixture of LoRA Experts.
 
     The defaults are those of the revised recipe. The official one is

@@ -83,7 +83,7 @@ class StackedLora(nn.Module):
         return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 
-class MoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is untyped here
+class MoleLayer(nn.Module, BaseTunerLayer):
     """An MLP (``fc1``, activation, ``fc2``) with experts and one router for both linear layers.
 
     Attributes:

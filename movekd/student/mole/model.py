@@ -13,7 +13,7 @@ from movekd.student.mole.config import MoleConfig
 from movekd.student.mole.layer import MoleLayer, merge_refusal
 
 
-class MoleModel(BaseTuner):  # type: ignore[misc]  # PEFT is untyped here
+class MoleModel(BaseTuner):
     """Mixture of LoRA Experts on a vision tower of transformers."""
 
     prefix = "mole_"

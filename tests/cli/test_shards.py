@@ -1,0 +1,131 @@
+"""Tests of movekd.cli.shards."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from movekd.cli.shards import app
+from movekd.errors import ConfigError, CorpusError
+
+
+def run(*arguments):
+    """Run the command; an error of ours comes out as the main entry would catch it."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def source(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        buffer = io.BytesIO()
+        Image.new("RGB", (10 + number, 20), (number, 0, 0)).save(buffer, "PNG")
+        (images / f"{number}.png").write_bytes(buffer.getvalue())
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Dark."}]
+    entries = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(3)]
+    text_only = {"id": "t", "conversations": turns[1:]}
+    (tmp_path / "one.json").write_text(json.dumps(entries[:2]))
+    (tmp_path / "two.json").write_text(json.dumps([entries[2], text_only]))
+    return tmp_path
+
+
+def pack(source, *more):
+    files = ("--llava-json", source / "one.json", "--llava-json", source / "two.json")
+    return run("pack", *files, "--images", source / "images", "--out", source / "data", *more)
+
+
+def test_pack_then_ls(source):
+    result = pack(source, "--num-workers", 1)
+    assert result.exit_code == 0
+    assert "3 images" in result.stdout
+    assert "4 of 4 conversations kept, 1 of them text only" in result.stdout
+    assert "3 of 3 images" in result.stderr
+    report = json.loads((source / "data" / "report.json").read_text())
+    assert report["num_images"] == 3
+    result = run("ls", source / "data")
+    assert "3 images" in result.stdout
+    assert "width 10 to 12, height 20 to 20" in result.stdout
+    assert "4 conversations, 1 of them text only" in result.stdout
+
+
+def test_json_goes_to_stdout_alone(source):
+    counts = json.loads(pack(source, "--json", "--max-shard-mib", 1).stdout)
+    assert (counts["num_kept"], counts["missing_files"]) == (4, 0)
+    listed = json.loads(run("ls", source / "data", "--json").stdout)
+    assert (listed["images"], listed["shards"], listed["names"]) == (3, 1, 3)
+    assert (listed["conversations"], listed["text_only"]) == (4, 1)
+    assert (listed["width"], listed["height"]) == ([10, 12], [20, 20])
+    assert listed["shard_bytes"] > listed["image_bytes"]
+    assert len(listed["fingerprint"]) == 64
+
+
+def test_whatever_is_dropped_is_listed_and_gives_exit_code_1(source):
+    (source / "images" / "1.png").unlink()
+    result = pack(source)
+    assert result.exit_code == 1
+    assert "missing files: 1" in result.stdout
+    assert "1: 1.png does not exist" in result.stdout
+    assert "1 dropped; see" in result.stdout
+    report = json.loads((source / "data" / "report.json").read_text())
+    assert report["missing_files"] == [["1", "1.png does not exist in the image folder"]]
+
+
+def test_a_folder_and_a_webdataset(source):
+    result = run("pack", "--images", source / "images", "--out", source / "folder", "--json")
+    assert json.loads(result.stdout)["num_images"] == 5
+    wds = source / "wds"
+    wds.mkdir()
+    (source / "folder" / "shard-00000.tar").rename(wds / "mine.tar")
+    result = run("pack", "--webdataset", wds)
+    assert result.exit_code == 0
+    assert "1 of 1 tars" in result.stderr
+    assert json.loads(run("ls", wds, "--json").stdout)["names"] == 10
+
+
+def test_what_cannot_be_is_said(source):
+    for arguments in (
+        [],
+        ["--llava-json", source / "one.json"],
+        ["--images", source, "--webdataset", source],
+        ["--webdataset", source, "--llava-json", source / "one.json"],
+        ["--webdataset", source, "--out", source / "data"],
+    ):
+        with pytest.raises(ConfigError, match=r"needs one source; expected --images DIR"):
+            run("pack", *arguments)
+    with pytest.raises(CorpusError, match="movekd shards pack"):
+        run("ls", source)
+    pack(source)
+    with pytest.raises(CorpusError, match="holds another corpus"):
+        run("pack", "--images", source / "images", "--out", source / "data")
+    result = run("pack", "--images", source / "images", "--out", source / "data", "--overwrite")
+    assert result.exit_code == 0
+
+
+def test_import_loads_neither_torch_nor_pyarrow():
+    script = (
+        "import sys, movekd.cli.shards;"
+        "heavy = {'torch', 'pyarrow', 'numpy', 'PIL', 'transformers', 'rich.progress'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_packing_loads_no_torch(source):
+    script = (
+        "import sys; from movekd.cli.shards import app;"
+        "app(sys.argv[1:], standalone_mode=False);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    arguments = ["pack", "--images", str(source / "images"), "--out", str(source / "data")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
