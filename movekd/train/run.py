@@ -2,6 +2,7 @@
 
     OUTPUT/
       config.yaml       the run, every default filled in
+      log.json          every logged step, when the run has ended
       checkpoint-N/     Trainer's, for --resume
       runs/             TensorBoard
       model/            what this run ends with (see student.files)
@@ -43,6 +44,7 @@ from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
 
+LOG_FILE = "log.json"
 Progress = Callable[[str, int, int], None]
 
 _DEFAULTS: dict[str, Any] = {
@@ -131,6 +133,8 @@ def train(
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if arguments.should_save:
         _save_model(config, output_dir / "model", model, student)
+        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
+        (output_dir / LOG_FILE).write_text(log, encoding="utf-8")
     return TrainSummary(
         output_dir,
         result.global_step,
