@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from movekd.cache.spec import CacheSpec, Geometry
-from movekd.corpus.images import ImageTransform
+from movekd.cache.spec import CacheSpec
+from movekd.corpus.images import Geometry, ImageTransform
 from movekd.corpus.index import Corpus
 from movekd.errors import UnreadableImageError
 

@@ -29,7 +29,7 @@ from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.check import TeacherStatus, teacher_status
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
-from movekd.cache.spec import CacheSpec, Geometry
+from movekd.cache.spec import CacheSpec
 from movekd.cache.writer import (
     Calibration,
     create_group,
@@ -38,6 +38,7 @@ from movekd.cache.writer import (
     stats_checksum,
     write_shard,
 )
+from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
 from movekd.teachers import Teacher, TeacherOutput, load_teacher

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from movekd.cache.layout import CACHE_JSON, FORMAT_VERSION, INDEX, MAX_SHARD_ROWS, NAMES
 from movekd.cache.seal import file_entry, read_sealed, write_atomic, write_sealed
-from movekd.cache.spec import Geometry
+from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, CorruptCacheError
 

@@ -152,4 +152,5 @@ def token_error(
 def _grouped(values_BND: Tensor) -> Tensor:
     """Return (B, N, G, 128), the last group filled up with zeros."""
     missing = -values_BND.shape[-1] % GROUP_CHANNELS
-    return torch.nn.functional.pad(values_BND, (0, missing)).unflatten(-1, (-1, GROUP_CHANNELS))
+    padded = torch.nn.functional.pad(values_BND, (0, missing))
+    return padded.reshape(*values_BND.shape[:-1], -1, GROUP_CHANNELS)

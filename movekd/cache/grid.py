@@ -54,7 +54,7 @@ def resize_tokens(tokens_BND: Tensor, side_out: int) -> Tensor:
     if side_in == side_out:
         return tokens_BND
     weights = resize_matrix(side_in, side_out).to(tokens_BND)
-    tokens_BSSD = tokens_BND.unflatten(1, (side_in, side_in))
+    tokens_BSSD = tokens_BND.reshape(len(tokens_BND), side_in, side_in, -1)
     return torch.einsum("yi,xj,bijd->byxd", weights, weights, tokens_BSSD).flatten(1, 2)
 
 
@@ -64,7 +64,7 @@ def resize_attention(attention_BHN: Tensor, side_out: int) -> Tensor:
     if side_in == side_out:
         return attention_BHN
     weights = resize_matrix(side_in, side_out).to(attention_BHN)
-    attention_BHSS = attention_BHN.unflatten(-1, (side_in, side_in))
+    attention_BHSS = attention_BHN.reshape(*attention_BHN.shape[:-1], side_in, side_in)
     resized = torch.einsum("yi,xj,bhij->bhyx", weights, weights, attention_BHSS).flatten(-2)
     mass, before = resized.sum(-1, keepdim=True), attention_BHN.sum(-1, keepdim=True)
     return resized * torch.where(mass > 0, before / mass, 0.0)

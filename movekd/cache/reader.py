@@ -345,7 +345,8 @@ class _MappedShard:
                 self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise CorruptCacheError(
-                f"{path} is sealed but cannot be opened ({error.strerror}). Run `movekd cache verify`."
+                f"{path} is sealed but cannot be opened ({error.strerror}). "
+                "Run `movekd cache verify`."
             ) from None
         raw_index = self._bytes[-index_bytes:-4]
         if google_crc32c.value(raw_index) != int.from_bytes(self._bytes[-4:], "little"):

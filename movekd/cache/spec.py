@@ -34,12 +34,13 @@ class CacheSpec(FrozenModel):
     revision: str = Field(default="main", description="Revision of the weights on the hub.")
     weights: str = Field(
         default="hub",
-        description="hub, a local directory, a .safetensors or .pth file, or `random` (tests and benchmarks only).",
+        description="hub, a local directory, a .safetensors or .pth file, or `random` (tests and "
+        "benchmarks only).",
     )
     seed: int = Field(default=0, description="Seed of `weights: random`.")
     model_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the architecture's constructor; not needed for a published model.",
+        description="Arguments of the architecture; a published model needs none.",
     )
 
     image_size: int = Field(gt=0, description="Side of the square input in pixels.")

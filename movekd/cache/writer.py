@@ -208,7 +208,7 @@ def shard_buffers(
     """
     rows = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<"))
     if compressor == "none":
-        chunks: list[Buffer] = [memoryview(rows.reshape(-1).view(np.uint8))]
+        chunks: list[Buffer] = [rows.reshape(-1).view(np.uint8).data]
         sizes = np.full(len(rows), array.row_bytes, np.uint64)
     else:
         encoder = _chunk_compressor(compressor)

@@ -27,8 +27,7 @@ def ask(
     if not image.is_file():
         raise ConfigError(f"{image} is no file; expected an image such as a JPEG or PNG.")
     trained = load_student(run, resolve_device(device))
-    turn = ("human", f"<image>\n{question}")
-    conversation = Conversation("ask", (str(image),), (turn,), None)
+    conversation = Conversation("ask", (str(image),), (("human", f"<image>\n{question}"),), None)
     for answer in generate_answers(
         trained.student,
         [conversation],

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from movekd.cache.spec import Geometry
 from movekd.config import FrozenModel, read_yaml, validate
+from movekd.corpus.images import Geometry
 from movekd.distill.weights import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 from movekd.student.config import StudentConfig

@@ -141,14 +141,12 @@ class DistillModel(nn.Module):
             )
             if distill.grid == "student":
                 goal_IMD = resize_tokens(goal_IMD, self.side)
-            adapter = self.adapters[name] if name in self.adapters else None
             if distill.adapters == "student":
-                assert adapter is not None
-                predictions.append(adapter(student_IND))
+                predictions.append(self.adapters[name](student_IND))
                 goals.append(goal_IMD)
-            else:
+            else:  # the anchor has no adapter: it is compared as it is
                 predictions.append(student_IND)
-                goals.append(goal_IMD if adapter is None else adapter(goal_IMD))
+                goals.append(self.adapters[name](goal_IMD) if name in self.adapters else goal_IMD)
         weights_IT, anchor = self._teacher_weights(goals, batch)
         weights_IN = self._token_weights(anchor)
         terms = kd_loss(

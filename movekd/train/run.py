@@ -105,7 +105,7 @@ def train(
     cache = _open_targets(config, cache_dir, allow_random_teachers)
     arguments = _training_arguments(config, output_dir)
     set_seed(arguments.seed)
-    model, student = _build_model(config, cache)
+    model, student = build_model(config, cache)
     assert config.student.prompt is not None
     dataset = ConversationDataset(
         read_conversations(config.data, corpus),
@@ -257,7 +257,7 @@ def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgume
         raise ConfigError(f"training: {error}") from None
 
 
-def _build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
+def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
     """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
     student = build_vlm(config.student)
     shapes = {}
@@ -280,7 +280,7 @@ def _save_model(
     config: TrainConfig, directory: Path, model: DistillModel, student: Student
 ) -> None:
     """Write every part that learned, in this stage or in one before it."""
-    parts = set(config.trained or [])
+    parts: set[str] = set(config.trained or [])
     if config.init_from is not None:
         earlier = config.init_from / "model"
         parts |= {part for part, file in PART_FILES.items() if (earlier / file).exists()}

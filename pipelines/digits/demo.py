@@ -63,9 +63,17 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
             seed=seed,
         )
     with timed("pack", steps):
-        stages = [part for s in ("pretrain", "finetune") for part in ("--llava-json", source / f"{s}.json")]
-        movekd("shards", "pack", *stages, "--images", source / "images", "--out", data, "--overwrite")
-    teachers = [part for t in TEACHERS for part in ("--teacher", pipeline / "teachers" / f"{t}.yaml")]
+        stages = [
+            part
+            for s in ("pretrain", "finetune")
+            for part in ("--llava-json", source / f"{s}.json")
+        ]
+        movekd(
+            "shards", "pack", *stages, "--images", source / "images", "--out", data, "--overwrite"
+        )
+    teachers = [
+        part for t in TEACHERS for part in ("--teacher", pipeline / "teachers" / f"{t}.yaml")
+    ]
     with timed("plan", steps):
         movekd("cache", "plan", *teachers, "--shards", data, "--cache", cache, "--student-grid", 6)
     with timed("cache", steps):
@@ -124,7 +132,11 @@ def train(
     changes: list[str],
 ) -> list[dict[str, float]]:
     """Train one stage; return what it logged."""
-    overrides = [f"data.shards={data}", f"data.conversations=[{source / stage}.json]", f"training.seed={seed}"]
+    overrides = [
+        f"data.shards={data}",
+        f"data.conversations=[{source / stage}.json]",
+        f"training.seed={seed}",
+    ]
     words: list[Any] = ["train", "--config", pipeline / f"{stage}.yaml", "--output", folder / stage]
     for override in [*overrides, *changes]:
         words += ["--set", override]
@@ -206,7 +218,8 @@ def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
         "One seed illustrates and does not prove: another seed moves these figures by points.\n"
         "Look next:\n"
         f"  python -c \"import zarr; print(zarr.open('{cache}/clip.zarr').tree())\"\n"
-        f'  movekd ask {run_dir} {output}/source/images/test_00000.png "What is the sum of the digits?"\n'
+        f"  movekd ask {run_dir} {output}/source/images/test_00000.png "
+        '"What is the sum of the digits?"\n'
         f"  tensorboard --logdir {output / 'runs'}\n"
         f"  {pipeline / 'finetune.yaml'}"
     )
@@ -215,7 +228,6 @@ def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
 def _first_last(log: list[dict[str, float]], name: str) -> tuple[str, str]:
     values = [entry[name] for entry in log if name in entry]
     return (f"{values[0]:.3f}", f"{values[-1]:.3f}") if values else ("-", "-")
-
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""`make bench-main`: what each step of the demo takes, and how far from the limits it is.
+
+- seconds and peak memory of each step of `movekd demo`
+- ``build_over_forward``: wall time of a cache build over the bare forward pass of the same teacher
+  on the same images already in memory
+- ``cached_over_resident``: a training step with targets from the cache over one with targets that
+  are in memory already
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import interleaved_ratio, write_results
+
+from movekd.build.images import image_transform, pixel_batches
+from movekd.build.run import BuildOptions, build_cache
+from movekd.cache.reader import open_cache
+from movekd.cache.spec import load_spec
+from movekd.corpus.index import open_corpus
+from movekd.resources import resource_dir
+from movekd.teachers import load_teacher
+from movekd.train.config import load_config
+from movekd.train.data import Collator, ConversationDataset, read_conversations
+from movekd.train.run import build_model
+
+PAIRS = 20
+DIGITS = resource_dir("pipelines") / "digits"
+
+
+def main() -> None:
+    """Run the demo, then both comparisons over what it left."""
+    sys.path.insert(0, str(DIGITS))
+    import demo
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "demo"
+        figures, notes = demo_figures(demo.run(output))
+        build_figures(output, figures, notes)
+        train_figures(output, figures, notes)
+    write_results("main", figures, notes)
+
+
+def demo_figures(result: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """Return seconds and peak memory a step."""
+    figures = {"demo_s": result["seconds"]}
+    notes = {"demo_s": "the whole demo"}
+    for step in result["steps"]:
+        name = step["name"].replace(" ", "_")
+        figures[f"{name}_s"] = step["seconds"]
+        figures[f"{name}_peak_gib"] = step["peak_gib"]
+        notes[f"{name}_peak_gib"] = "of the process up to here"
+    return figures, notes
+
+
+def build_figures(output: Path, figures: dict[str, float], notes: dict[str, str]) -> None:
+    """Compare a build (calibration apart) with the bare forward pass on the same 1,024 images."""
+    corpus = open_corpus(output / "data")
+    spec = load_spec(str(DIGITS / "teachers" / "clip.yaml"))
+    teacher = load_teacher(spec)
+    options = BuildOptions(batch_size=64, num_workers=1)
+    batches = [list(range(start, start + 64)) for start in range(0, len(corpus), 64)]
+    transform = image_transform(spec, "crop")
+    pixels = [
+        batch.pixels_BCHW
+        for batch in pixel_batches(corpus, transform, batches, num_workers=0)
+    ]  # fmt: skip
+
+    def forward() -> None:
+        for batch in pixels:
+            teacher.forward(batch)
+
+    def build() -> None:
+        cache_dir = output / "bench_cache"
+        for seal in (cache_dir / "clip.seals").glob("0*.json"):
+            seal.unlink()  # the sealed calibration stays
+        list(
+            build_cache(cache_dir, corpus, [spec], geometry="crop", options=options)
+        )  # fmt: skip
+
+    build()
+    ratio, low, high = interleaved_ratio(build, forward, PAIRS)
+    figures |= {
+        "build_over_forward": ratio,
+        "build_over_forward_low": low,
+        "build_over_forward_high": high,
+    }
+    notes["build_over_forward"] = (
+        f"wall time; clip of the demo (48 px, 0.6 M parameters), {len(corpus)} images, loading "
+        f"the teacher included; median of {PAIRS} pairs"
+    )
+
+
+def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]) -> None:
+    """Compare a training step with cached targets with one whose targets are in memory."""
+    overrides = [f"data.shards={output / 'data'}"]
+    overrides.append(f"data.conversations=[{output / 'source' / 'finetune.json'}]")
+    config = load_config(DIGITS / "finetune.yaml", overrides)
+    assert config.distill is not None
+    assert config.student.prompt is not None
+    cache, corpus = open_cache(output / "cache"), open_corpus(config.data.shards)
+    model, student = build_model(config, cache)
+    model.train()
+    teachers = config.distill.teachers
+    dataset = ConversationDataset(
+        read_conversations(config.data, corpus),
+        corpus, cache, teachers, student, config.student.prompt, config.data.model_max_length,
+    )  # fmt: skip
+    collator = Collator(
+        corpus, student.image_transform("crop"), cache, tuple(teachers),
+        student.tokenizer.pad_token_id,
+    )  # fmt: skip
+    without_targets = replace(collator, cache=None)
+    random = torch.Generator().manual_seed(0)
+    fixed = [dataset[i] for i in torch.randint(len(dataset), (16,), generator=random).tolist()]
+    targets = collator(fixed)["targets"]
+
+    def step(batch: dict[str, Any]) -> None:
+        batch.pop("keys")
+        terms = model(**batch)
+        model.zero_grad()
+        (terms["text_sum"] / 100 + terms["kd_sum"] / 16 + terms["balance"]).backward()
+
+    def cached() -> None:
+        step(collator(fixed))
+
+    def in_memory() -> None:
+        step(without_targets(fixed) | {"targets": targets})
+
+    cached()
+    in_memory()
+    ratio, low, high = interleaved_ratio(cached, in_memory, 2 * PAIRS)
+    figures |= {
+        "cached_over_resident": ratio,
+        "cached_over_resident_low": low,
+        "cached_over_resident_high": high,
+    }
+    notes["cached_over_resident"] = (
+        f"step time, batch 16, four teachers, data loading in the same process; median of "
+        f"{2 * PAIRS} pairs"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What several rooms test with: a small corpus of real images, and a cache of two tiny teachers.
+
+``corpus_dir``, ``tiny_specs`` and ``cache_dir`` are built once and shared: never write into them,
+copy them (``shutil.copytree``).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from movekd.build.run import BuildOptions, build_cache
+from movekd.cache.spec import CacheSpec
+from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_llava
+
+torch.set_num_threads(1)
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="session")
+def crops() -> list[Image.Image]:
+    """40 crops of two photographs, 24 to 47 pixels wide and high."""
+    generator = np.random.default_rng(0)
+    crops = []
+    for number in range(40):
+        photo = load_sample_images().images[number % 2]
+        width, height = generator.integers(24, 48, 2)
+        top = generator.integers(0, photo.shape[0] - height)
+        left = generator.integers(0, photo.shape[1] - width)
+        crops.append(Image.fromarray(photo[top : top + height, left : left + width]))
+    return crops
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory, crops: list[Image.Image]) -> Path:
+    """24 images ``photos/NN.png`` packed with two conversations each, and a text-only one."""
+    source = tmp_path_factory.mktemp("source")
+    (source / "photos").mkdir()
+    entries = []
+    for number, crop in enumerate(crops[:NUM_IMAGES]):
+        name = f"photos/{number:02d}.png"
+        crop.save(source / name)
+        for question in ("How wide is this image?", "What is its width in pixels?"):
+            turns = [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": f"It is {crop.width} pixels wide."},
+            ]
+            entries.append({"id": f"{len(entries)}", "image": name, "conversations": turns})
+    turns = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
+    entries.append({"id": "text", "conversations": turns})
+    (source / "llava.json").write_text(json.dumps(entries))
+    out = tmp_path_factory.mktemp("corpus") / "data"
+    pack_llava([source / "llava.json"], source, out, num_workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_specs() -> list[CacheSpec]:
+    """Two teachers with random weights: a CLIP tower in int8, a ConvNeXt in float16."""
+    clip = {
+        "name": "clip",
+        "provider": "transformers",
+        "model": "tiny-clip",
+        "model_args": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 144,  # two groups of channels, the second one smaller
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "image_size": 16,
+        "layer": -2,
+        "cls": True,
+        "cls_attention": True,
+        "codec": "int8",
+    }
+    conv = {
+        "name": "conv",
+        "provider": "timm",
+        "model": "convnext_atto",
+        "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 24]},
+        "image_size": 32,
+        "layer": "last",
+        "grid": 2,
+        "codec": "float16",
+    }
+    shared = {
+        "weights": "random",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "calibration_images": 12,
+    }
+    return [CacheSpec.model_validate(spec | shared) for spec in (clip, conv)]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(
+    tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, tiny_specs: list[CacheSpec]
+) -> Path:
+    """A complete cache of ``tiny_specs`` over ``corpus_dir``, geometry crop."""
+    out = tmp_path_factory.mktemp("built") / "cache"
+    options = BuildOptions(batch_size=5, num_workers=0)
+    for _ in build_cache(
+        out, open_corpus(corpus_dir), tiny_specs, geometry="crop", options=options
+    ):
+        pass
+    return out
