@@ -21,7 +21,7 @@ def ask(
     from movekd.errors import ConfigError
     from movekd.evaluate.generate import generate_answers
     from movekd.student.files import load_student
-    from movekd.train.run import quiet_libraries
+    from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     if not image.is_file():

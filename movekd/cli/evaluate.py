@@ -31,7 +31,7 @@ def evaluate(
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
     from movekd.student.files import load_student
-    from movekd.train.run import quiet_libraries
+    from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     asked, right = split_questions(load_conversations(questions))

@@ -1,14 +1,12 @@
 """`movekd shards`: pack images and conversations into tar shards, and look at what is there."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from movekd.cli.output import progress_bar, size
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +61,11 @@ def pack(
     workers = num_workers or packer.DEFAULT_WORKERS
     target = webdataset or out or _DEFAULT_OUT
     shard_bytes = max_shard_mib * 2**20
-    with _progress("tars" if webdataset else "images") as progress:
+    with progress_bar() as show:
+
+        def progress(done: int, total: int) -> None:
+            show("index tars" if webdataset else "pack images", done, total)
+
         if webdataset is not None:
             report = packer.index_webdataset(
                 webdataset, num_workers=workers, overwrite=overwrite, progress=progress
@@ -129,8 +131,8 @@ def list_shards(
         typer.echo(json.dumps(figures))
         return
     typer.echo(
-        f"{data_dir}: {figures['images']:,} images ({_bytes(figures['image_bytes'])}) in "
-        f"{figures['shards']:,} shards ({_bytes(figures['shard_bytes'])})\n"
+        f"{data_dir}: {figures['images']:,} images ({size(figures['image_bytes'])}) in "
+        f"{figures['shards']:,} shards ({size(figures['shard_bytes'])})\n"
         f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']}\n"
         f"  {figures['names']:,} names\n"
         f"  {figures['conversations']:,} conversations, "
@@ -142,7 +144,7 @@ def list_shards(
 def _print_report(report: "PackReport", target: Path) -> None:
     """Print counts, and the first few of each list."""
     typer.echo(
-        f"{target}: {report.num_images:,} images ({_bytes(report.size_bytes)}) in "
+        f"{target}: {report.num_images:,} images ({size(report.size_bytes)}) in "
         f"{report.num_shards:,} shards, {report.num_names:,} names\n"
         f"  {report.num_kept:,} of {report.num_entries:,} conversations kept, "
         f"{report.num_text_only:,} of them text only"
@@ -158,33 +160,3 @@ def _print_report(report: "PackReport", target: Path) -> None:
             typer.echo(f"    ... all of them in {target / 'report.json'}")
     if report.num_dropped:
         typer.echo(f"  {report.num_dropped:,} dropped; see {target / 'report.json'}")
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a progress callback: a bar on a terminal, a line every tenth elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: _print_tenths(unit, done, total)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (unit, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(unit, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print_tenths(unit: str, done: int, total: int) -> None:
-    if done * 10 // total > (done - 1) * 10 // total:
-        typer.echo(f"{done:,} of {total:,} {unit}", err=True)
-
-
-def _bytes(count: int) -> str:
-    """Return a number of bytes for people, in powers of 1024."""
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

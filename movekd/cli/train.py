@@ -36,7 +36,7 @@ def train(
     if dry_run:
         typer.echo(resolved.to_yaml())
         return
-    from movekd.train.run import quiet_libraries
+    from movekd.student.vlm import quiet_libraries
     from movekd.train.run import train as run
 
     quiet_libraries()

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from movekd.corpus.images import Geometry, ImageTransform
 from movekd.errors import ConfigError, WeightsError
@@ -197,6 +198,12 @@ def _mean_and_std(
             f"{path} holds no image_mean and image_std; give student.image_mean and image_std."
         ) from None
     return mean, std  # type: ignore[return-value]  # three channels, as every RGB tower has
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of transformers out of a command's own output."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -115,8 +115,12 @@ class DistillModel(nn.Module):
     def _balance(self) -> dict[str, Tensor]:
         records = routing(self.vlm)
         statistics = routing_statistics(records)
+        share_LE = statistics.share_LE
+        if torch.distributed.is_initialized():  # F of `batch` is that of all processes
+            share_LE = share_LE / torch.distributed.get_world_size()
+            torch.distributed.all_reduce(share_LE)
         return {
-            "balance": balance_loss(records, self.balance),
+            "balance": balance_loss(records, self.balance, share_LE=share_LE),
             "routing_entropy": statistics.entropy_L.mean(),
             "routing_max_share": statistics.share_LE.max(),
         }

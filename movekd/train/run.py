@@ -11,7 +11,7 @@ No teacher is loaded here, and no teacher code imported: targets come from the c
 """
 
 import json
-import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.config import read_yaml
@@ -164,6 +163,8 @@ def _prepare_output(
     """
     if not (output_dir / CONFIG_FILE).exists():
         return None
+    if int(os.environ.get("RANK", "0")) > 0:  # the first process decides, and may delete
+        return last_checkpoint(output_dir) if resume else None
     if overwrite:
         shutil.rmtree(output_dir)
         return None
@@ -288,10 +289,3 @@ def _save_model(
     save_adapters(directory, model.adapters)
     save_tokenizer(directory, student.tokenizer)
     (directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-
-
-def quiet_libraries() -> None:
-    """Keep progress bars and advice of transformers out of a command's own output."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -47,7 +47,6 @@ def test_pack_then_ls(source):
     assert result.exit_code == 0
     assert "3 images" in result.stdout
     assert "4 of 4 conversations kept, 1 of them text only" in result.stdout
-    assert "3 of 3 images" in result.stderr
     report = json.loads((source / "data" / "report.json").read_text())
     assert report["num_images"] == 3
     result = run("ls", source / "data")
@@ -86,7 +85,6 @@ def test_a_folder_and_a_webdataset(source):
     (source / "folder" / "shard-00000.tar").rename(wds / "mine.tar")
     result = run("pack", "--webdataset", wds)
     assert result.exit_code == 0
-    assert "1 of 1 tars" in result.stderr
     assert json.loads(run("ls", wds, "--json").stdout)["names"] == 10
 
 

@@ -1,0 +1,121 @@
+"""A few dozen scenes of real handwriting, packed and cached with two of the small real teachers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import scenes
+import torch
+from safetensors.torch import load_file
+
+from movekd.build.run import BuildOptions, build_cache
+from movekd.cache.spec import load_spec
+from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_llava
+from movekd.train.config import load_config
+from movekd.train.run import quiet_libraries, train
+
+PIPELINE = Path(scenes.__file__).parent
+TEACHERS = ("clip", "sam")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Where things lie: ``source`` LLaVA JSON and images, ``data`` shards, ``cache`` features."""
+
+    source: Path
+    data: Path
+    cache: Path
+
+    def config(self, stage="pretrain", *overrides):
+        """Return a run of 6 steps (pretrain) or 4 (finetune), batch 4, every step logged."""
+        fixed = [
+            f"data.shards={self.data}",
+            f"data.conversations=[{self.source / stage}.json]",
+            f"distill.teachers=[{', '.join(TEACHERS)}]",
+            "training.per_device_train_batch_size=4",
+            "training.num_train_epochs=1",
+            "training.logging_steps=1",
+            "training.report_to=none",
+            "training.use_cpu=true",
+        ]
+        return load_config(PIPELINE / f"{stage}.yaml", [*fixed, *overrides])
+
+    def train(self, output, stage="pretrain", *overrides, **kwargs):
+        """Train such a run; return its summary."""
+        config = self.config(stage, *overrides)
+        cache = None if config.distill is None else self.cache
+        return train(config, output, cache, **kwargs)
+
+
+def weights(output):
+    """Return every tensor of a run's model, file/name -> tensor."""
+    return {
+        f"{path.name}/{name}": tensor
+        for path in sorted((output / "model").glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def logged(summary):
+    """Return the logged figures of each step, without times."""
+    timed = ("runtime", "per_second")
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(timed)}
+        for entry in summary.log
+        if "loss" in entry
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """24 captions, and 16 mixed entries: questions, two images, one image twice, text only."""
+    folder = tmp_path_factory.mktemp("digits")
+    scenes.write_corpus(folder, num_pretrain=24, num_finetune=10, num_val=1, num_test=1, seed=3)
+    entries = json.loads((folder / "finetune.json").read_text())
+    first, second = entries[0]["image"], entries[1]["image"]
+    entries[2]["image"] = first  # one image in several conversations
+    entries.append(
+        {
+            "id": "two",
+            "image": [second, entries[3]["image"]],
+            "conversations": [
+                {"from": "human", "value": "<image>\n<image>\nIs there a 3?"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+    )
+    for number in range(5):
+        turns = [
+            {"from": "human", "value": "What is the sum of 1, 2?"},
+            {"from": "gpt", "value": "3" + " , 3" * number},
+        ]
+        entries.append({"id": f"text-{number}", "conversations": turns})
+    (folder / "finetune.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(source):
+    """The packed corpus and its cache; sam keeps its native 12x12 grid, the student's is 6x6."""
+    files = [source / "pretrain.json", source / "finetune.json"]
+    pack_llava(files, source / "images", source / "data", num_workers=1)
+    specs = [load_spec(str(PIPELINE / "teachers" / f"{name}.yaml")) for name in TEACHERS]
+    specs[1] = specs[1].with_changes(grid="native")
+    list(
+        build_cache(
+            source / "cache",
+            open_corpus(source / "data"),
+            specs,
+            geometry="crop",
+            options=BuildOptions(num_workers=0),
+        )
+    )
+    return Digits(source, source / "data", source / "cache")
