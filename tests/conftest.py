@@ -5,6 +5,7 @@ copy them (``shutil.copytree``).
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,22 @@ def cache_dir(
     ):
         pass
     return out
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Eight rows a Zarr shard instead of 1,024, so that the small corpus has several."""
+    monkeypatch.setattr("movekd.cache.layout.MAX_SHARD_ROWS", 8)
+    monkeypatch.setattr("movekd.cache.catalog.MAX_SHARD_ROWS", 8)
+    return 8
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder, path -> bytes: equal snapshots are equal folders."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return read

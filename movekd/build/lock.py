@@ -11,8 +11,12 @@ from movekd.errors import CacheError
 
 
 @contextmanager
-def build_lock(path: Path) -> Iterator[None]:
+def build_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``path`` as a lock file; it goes away at the end.
+
+    Args:
+        path: the file. Its folder is made.
+        wait: wait for another holder instead of refusing.
 
     The kernel drops the lock of a process that dies, so a stale file is simply taken over.
 
@@ -23,7 +27,7 @@ def build_lock(path: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
             os.close(descriptor)

@@ -12,7 +12,7 @@ Legend: B batch, C H W image, N tokens, D channels.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +98,16 @@ def build_cache(
     """
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
-    catalog = update_catalog(cache_dir, corpus, geometry)
+    with build_lock(cache_dir / ".lock", wait=True):  # builds of other teachers do the same
+        _delete_leftovers(cache_dir.glob(".*.tmp"))
+        catalog = update_catalog(cache_dir, corpus, geometry)
     for spec in specs:
         seals = layout.seals_dir(cache_dir, spec.name)
         with build_lock(seals / ".lock"):
             if replace:
                 delete_teacher(cache_dir, spec.name)
-            for leftover in seals.glob(".*.tmp"):
-                leftover.unlink()
+            _delete_leftovers(seals.glob(".*.tmp"))
+            _delete_leftovers(layout.group_dir(cache_dir, spec.name).rglob("*.partial"))  # zarr's
             yield _build_teacher(cache_dir, corpus, catalog, spec, options, progress)
 
 
@@ -115,6 +117,12 @@ def delete_teacher(cache_dir: Path, teacher: str) -> None:
     for seal in seals.glob("*.json"):
         seal.unlink()
     shutil.rmtree(layout.group_dir(cache_dir, teacher), ignore_errors=True)
+
+
+def _delete_leftovers(paths: Iterable[Path]) -> None:
+    """Delete temporary files of a build that was killed."""
+    for path in list(paths):
+        path.unlink(missing_ok=True)
 
 
 def _build_teacher(

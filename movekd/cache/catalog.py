@@ -7,9 +7,10 @@ looks names up in it. A row is one view of one image. Appended images start at a
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,7 +37,7 @@ class Catalog:
         return int(self.index["row"][-1].as_py()) + 1 if len(self.index) else 0
 
     @property
-    def rows(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def rows(self) -> npt.NDArray[np.int64]:
         """The rows that stand for an image, ascending."""
         return np.asarray(self.index["row"])
 
@@ -48,21 +49,7 @@ def open_catalog(cache_dir: Path) -> Catalog:
         CacheError: there is no cache here, or of another format version.
         CorruptCacheError: a file is damaged.
     """
-    if not (cache_dir / CACHE_JSON).exists():
-        raise CacheError(
-            f"{cache_dir} holds no cache (no {CACHE_JSON}); expected a folder that "
-            "`movekd cache build --shards data/ --cache DIR --teacher NAME` made."
-        )
-    content = read_sealed(cache_dir / CACHE_JSON)
-    if content["format_version"] != FORMAT_VERSION:
-        raise CacheError(
-            f"{cache_dir} is of format {content['format_version']}; this movekd reads format "
-            f"{FORMAT_VERSION}. Use the version of movekd that built it."
-        )
-    if content["geometry"] not in get_args(Geometry):
-        raise CacheError(
-            f"{cache_dir} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
-        )
+    content = _read_cache_json(cache_dir)
     for name, entry in content["files"].items():
         path = cache_dir / name
         found = path.stat().st_size if path.exists() else None
@@ -87,33 +74,65 @@ def update_catalog(cache_dir: Path, corpus: Corpus, geometry: Geometry) -> Catal
         CacheError: the cache is of another geometry or another corpus.
     """
     if not (cache_dir / CACHE_JSON).exists():
-        return _write(cache_dir, corpus, geometry, np.arange(len(corpus), dtype=np.int64))
-    old = open_catalog(cache_dir)
-    if old.geometry != geometry:
+        rows = np.arange(len(corpus), dtype=np.int64)
+        return _write(cache_dir, corpus, geometry, rows, [[0, len(corpus)]])
+    old = _read_cache_json(cache_dir)
+    if old["geometry"] != geometry:
         raise CacheError(
-            f"{cache_dir} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
-            f"cache has one geometry: give --geometry {old.geometry}, or another --cache."
+            f"{cache_dir} is of geometry '{old['geometry']}', the build asks for '{geometry}'. A "
+            f"cache has one geometry: give --geometry {old['geometry']}, or another --cache."
         )
-    if len(corpus) < old.num_images or corpus.fingerprint(old.num_images) != old.corpus_fingerprint:
+    num_old, num_new = old["num_images"], len(corpus) - old["num_images"]
+    if num_new < 0 or corpus.fingerprint(num_old) != old["corpus_fingerprint"]:
         raise CacheError(
-            f"{cache_dir} was built from {old.num_images} images of another corpus than "
+            f"{cache_dir} was built from {num_old} images of another corpus than "
             f"{corpus.data_dir} ({len(corpus)} images). Images may only be appended: build into "
             "another --cache, or restore the shards."
         )
-    if len(corpus) == old.num_images and corpus.names.equals(old.names):
-        return old
-    start = -(-old.num_rows // MAX_SHARD_ROWS) * MAX_SHARD_ROWS
-    appended = start + np.arange(len(corpus) - old.num_images, dtype=np.int64)
-    return _write(cache_dir, corpus, geometry, np.concatenate([old.rows, appended]))
+    blocks = old["blocks"]
+    if num_new:
+        end = sum(blocks[-1])
+        blocks = [*blocks, [-(-end // MAX_SHARD_ROWS) * MAX_SHARD_ROWS, num_new]]
+    else:
+        try:
+            catalog = open_catalog(cache_dir)
+        except CorruptCacheError:
+            pass  # an append was interrupted; cache.json and the corpus say what the tables hold
+        else:
+            if catalog.names.equals(corpus.names):
+                return catalog
+    rows = np.concatenate([first + np.arange(count, dtype=np.int64) for first, count in blocks])
+    return _write(cache_dir, corpus, geometry, rows, blocks)
+
+
+def _read_cache_json(cache_dir: Path) -> dict[str, Any]:
+    """Return what cache.json says, its version and geometry checked."""
+    if not (cache_dir / CACHE_JSON).exists():
+        raise CacheError(
+            f"{cache_dir} holds no cache (no {CACHE_JSON}); expected a folder that "
+            "`movekd cache build --shards data/ --cache DIR --teacher NAME` made."
+        )
+    content = read_sealed(cache_dir / CACHE_JSON)
+    if content["format_version"] != FORMAT_VERSION:
+        raise CacheError(
+            f"{cache_dir} is of format {content['format_version']}; this movekd reads format "
+            f"{FORMAT_VERSION}. Use the version of movekd that built it."
+        )
+    if content["geometry"] not in get_args(Geometry):
+        raise CacheError(
+            f"{cache_dir} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
+        )
+    return content
 
 
 def _write(
     cache_dir: Path,
     corpus: Corpus,
     geometry: Geometry,
-    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    rows: npt.NDArray[np.int64],
+    blocks: list[list[int]],
 ) -> Catalog:
-    """Write the three files, cache.json last."""
+    """Write the three files, cache.json last; a block is a first row and how many follow it."""
     views = pa.array(np.zeros(len(corpus), np.int16))
     index = corpus.index.add_column(0, "row", pa.array(rows))
     index = index.add_column(index.schema.get_field_index("key") + 1, "view", views)
@@ -129,6 +148,7 @@ def _write(
             "geometry": geometry,
             "corpus_fingerprint": fingerprint,
             "num_images": len(corpus),
+            "blocks": blocks,
             "files": {name: file_entry(cache_dir / name) for name in (INDEX, NAMES)},
         },
     )

@@ -5,6 +5,7 @@ is written last: what has no seal does not exist. No times and no host names, so
 of the same cache are equal byte for byte.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,8 @@ def write_atomic(path: Path, buffers: Iterable[Buffer], temporary_dir: Path | No
         temporary.replace(path)
         _fsync_dir(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CacheError(
             f"{path} cannot be written: {error.strerror}. What is sealed is safe; make room or "
             "mend the disk, then run the same command again."

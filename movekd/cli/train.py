@@ -1,5 +1,6 @@
 """`movekd train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -50,5 +51,7 @@ def train(
             allow_random_teachers=allow_random_teachers,
             progress=progress,
         )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one of several processes tells
     typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     typer.echo(f"curves: tensorboard --logdir {output}")

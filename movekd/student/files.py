@@ -87,9 +87,10 @@ def save_adapters(directory: Path, adapters: nn.Module) -> None:
 
 
 def load_adapters(directory: Path, adapters: nn.Module) -> None:
-    """Load the teacher adapters or student heads where the folder has them."""
-    if (directory / ADAPTERS_FILE).exists():
-        load_exact(directory / ADAPTERS_FILE, dict(adapters.named_parameters()))
+    """Load the teacher adapters or student heads where folder and model have them."""
+    parameters = dict(adapters.named_parameters())
+    if parameters and (directory / ADAPTERS_FILE).exists():
+        load_exact(directory / ADAPTERS_FILE, parameters)
 
 
 def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:

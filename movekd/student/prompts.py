@@ -56,13 +56,14 @@ def tokenize(
         max_length: longer samples are cut at the end.
 
     Raises:
-        ConfigError: the cut would go through an image, or the template cannot be used.
+        ConfigError: the text has not as many ``<image>`` as images, the cut would go through an
+            image, or the template cannot be used.
     """
     if prompt == "chat_template" and _marks_answers(tokenizer):
         tokens, is_answer = _tokenize_marked(conversation, tokenizer)
     else:
         tokens, is_answer = _tokenize_rendered(_render(conversation, tokenizer, prompt), tokenizer)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = _require_images(conversation, tokens, tokenizer)
     input_ids: list[int] = []
     labels: list[int] = []
     for token, answers in zip(tokens, is_answer, strict=True):
@@ -82,9 +83,13 @@ def tokenize(
 def tokenize_question(
     conversation: Conversation, tokenizer: Any, prompt: PromptFormat, num_image_tokens: int
 ) -> list[int]:
-    """Return the tokens up to where the model must answer: the last human turn, then its cue."""
+    """Return the tokens up to where the model must answer: the last human turn, then its cue.
+
+    Raises:
+        ConfigError: as ``tokenize``.
+    """
     if prompt == "plain":
-        rendered = _Text(IMAGE_TOKEN, [], False)
+        rendered = _Text(IMAGE_TOKEN * len(conversation.images), [], False)
     elif prompt == "v1":
         rendered = _render_v1(conversation)
         rendered = _Text(rendered.text + "ASSISTANT:", [], False)
@@ -92,11 +97,27 @@ def tokenize_question(
         text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
         rendered = _Text(text, [], True)
     ids = tokenizer(rendered.text, add_special_tokens=not rendered.has_special_tokens)["input_ids"]
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = _require_images(conversation, ids, tokenizer)
     expanded: list[int] = []
     for token in ids:
         expanded += [token] * (num_image_tokens if token == image_id else 1)
     return expanded
+
+
+def _require_images(conversation: Conversation, tokens: list[int], tokenizer: Any) -> int:
+    """Return the id of ``<image>`` after checking that there is one for each image.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if tokens.count(image_id) != len(conversation.images):
+        raise ConfigError(
+            f"conversation '{conversation.id}' has {tokens.count(image_id)} {IMAGE_TOKEN} in its "
+            f"text and {len(conversation.images)} images; expected one each. `movekd shards pack` "
+            "writes a conversations.jsonl in which they agree."
+        )
+    return image_id
 
 
 def _marks_answers(tokenizer: Any) -> bool:
@@ -145,6 +166,11 @@ def _render_plain(conversation: Conversation) -> _Text:
     """
     images = IMAGE_TOKEN * len(conversation.images)
     captions = [text for role, text in conversation.turns if role == "gpt"]
+    if not captions:
+        raise ConfigError(
+            f"conversation '{conversation.id}' has no 'gpt' turn; expected the caption there. Take "
+            "it out, or give it one."
+        )
     text = images + captions[0] + "\n"
     return _Text(text, [(len(images), len(text))], False)
 

@@ -5,6 +5,7 @@ the output with every default filled in. ``recipe`` sets the defaults of the key
 released code (``official``) and this project (``revised``) differ; each is a key of its own.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ class TrainConfig(FrozenModel):
         for key in ("output_dir", "remove_unused_columns", "resume_from_checkpoint"):
             if key in training:
                 raise ValueError(f"'{key}' is set by the command line, not here")
-        return training
+        return {key: _number(value) for key, value in training.items()}
 
     def resolved(self) -> "TrainConfig":
         """Return the same run with every key of the recipe and the stage filled in."""
@@ -229,6 +230,12 @@ def _check(config: TrainConfig) -> None:
             "distill.adapters: student predicts token by token and needs distill.grid: student; "
             "only adapters: teacher can mix a native grid."
         )
+
+
+def _number(value: Any) -> Any:
+    """Return `2e-5` as a number: YAML 1.1 takes it for text, because it has no dot."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*\d[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _fill(keys: Any, defaults: dict[str, Any]) -> Any:

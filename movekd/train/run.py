@@ -240,6 +240,7 @@ def _open_targets(
 
 def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
     keys = _DEFAULTS | config.training
+    has_accelerator = torch.accelerator.is_available()
     unknown = [key for key in keys if key not in TrainingArguments.__dataclass_fields__]
     if unknown:
         near = did_you_mean(unknown[0], TrainingArguments.__dataclass_fields__)
@@ -250,7 +251,8 @@ def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgume
         return TrainingArguments(
             output_dir=str(output_dir),
             remove_unused_columns=False,
-            dataloader_pin_memory=keys.pop("dataloader_pin_memory", torch.cuda.is_available()),
+            dataloader_pin_memory=keys.pop("dataloader_pin_memory", has_accelerator),
+            use_cpu=keys.pop("use_cpu", not has_accelerator),  # or torchrun runs P runs of one
             logging_nan_inf_filter=False,  # compute_loss stops at such a loss and says where
             **keys,
         )

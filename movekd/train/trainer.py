@@ -50,7 +50,7 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
         self._step_counts: Tensor | None = None
         self._logged: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._num_logged = 0
+        self._num_steps = 0  # since the last log, or since the resume
         self._sampler: GlobalOrderSampler | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
@@ -74,6 +74,7 @@ class DistillTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return (answer tokens, images with targets, micro-batches) of the whole step."""
+        self._num_steps += 1
         counts = torch.zeros(3, device=device)
         for batch in batch_samples:
             images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
@@ -138,14 +139,13 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean of each term over the steps since the last log, beside Trainer's own."""
         if "loss" in logs and self._logged:
-            steps = max(self.state.global_step - self._num_logged, 1)
             names = sorted(self._logged)
             sums = torch.stack([self._logged[name] for name in names]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "mean")
-            logs |= {name: (sums[i] / steps).item() for i, name in enumerate(names)}
+            logs |= {name: (sums[i] / self._num_steps).item() for i, name in enumerate(names)}
             self._logged.clear()
-            self._num_logged = self.state.global_step
+            self._num_steps = 0
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import scenes
-import torch
 from safetensors.torch import load_file
 
 from movekd.build.run import BuildOptions, build_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.student.vlm import quiet_libraries
 from movekd.train.config import load_config
-from movekd.train.run import quiet_libraries, train
+from movekd.train.run import train
 
 PIPELINE = Path(scenes.__file__).parent
 TEACHERS = ("clip", "sam")
@@ -48,29 +48,29 @@ class Digits:
         cache = None if config.distill is None else self.cache
         return train(config, output, cache, **kwargs)
 
+    @staticmethod
+    def weights(output):
+        """Return every tensor of a run's model, file/name -> tensor."""
+        return {
+            f"{path.name}/{name}": tensor
+            for path in sorted((output / "model").glob("*.safetensors"))
+            for name, tensor in load_file(path).items()
+        }
 
-def weights(output):
-    """Return every tensor of a run's model, file/name -> tensor."""
-    return {
-        f"{path.name}/{name}": tensor
-        for path in sorted((output / "model").glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def logged(summary):
-    """Return the logged figures of each step, without times."""
-    timed = ("runtime", "per_second")
-    return [
-        {key: value for key, value in entry.items() if not key.endswith(timed)}
-        for entry in summary.log
-        if "loss" in entry
-    ]
+    @staticmethod
+    def logged(summary):
+        """Return the logged figures of each step, without times."""
+        timed = ("runtime", "per_second")
+        return [
+            {key: value for key, value in entry.items() if not key.endswith(timed)}
+            for entry in summary.log
+            if "loss" in entry
+        ]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _quiet():
+    """As the commands do: advice of libraries stays out."""
     quiet_libraries()
 
 

@@ -1,0 +1,114 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from movekd.cache import layout
+from movekd.cache.check import size_bytes, status, verify
+from movekd.cache.reader import open_cache
+from movekd.cache.seal import read_sealed, write_sealed
+from movekd.cache.writer import seal_metadata
+
+
+@pytest.fixture
+def copy(tmp_path, cache_dir):
+    """A copy of the cache that a test may damage."""
+    shutil.copytree(cache_dir, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_whole_cache_has_no_problem_and_every_byte_is_read(cache_dir) -> None:
+    seals = sum(size_bytes(path) for path in cache_dir.glob("*.seals"))
+    read = []
+    assert list(verify(cache_dir, read.append)) == []
+    assert sum(read) == size_bytes(cache_dir) - seals - (cache_dir / "cache.json").stat().st_size
+
+
+def test_every_flipped_bit_is_found(copy, snapshot) -> None:
+    generator = np.random.default_rng(1)
+    whole = snapshot(copy)
+    small = [name for name in whole if not name.endswith(("c/0/0/0", "c/0/0"))]
+    for attempt in range(100):
+        name = sorted(whole)[attempt] if attempt < len(whole) else str(generator.choice(small))
+        changed = bytearray(whole[name])
+        position = int(generator.integers(len(changed)))
+        changed[position] ^= 1 << int(generator.integers(8))
+        (copy / name).write_bytes(changed)
+        problems = list(verify(copy))
+        assert problems, (name, position)
+        assert any(name.split("/")[0].split(".")[0] in problem for problem in problems)
+        (copy / name).write_bytes(whole[name])
+    assert list(verify(copy)) == []
+
+
+def test_every_missing_or_truncated_file_is_found(copy, snapshot) -> None:
+    for name, data in snapshot(copy).items():
+        (copy / name).write_bytes(data[:-1])
+        assert list(verify(copy)), name
+        (copy / name).unlink()
+        assert list(verify(copy)), name
+        (copy / name).write_bytes(data)
+    assert list(verify(copy)) == []
+
+
+def test_sentences_name_the_file_and_what_to_do(copy) -> None:
+    tokens = copy / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
+    changed = bytearray(tokens.read_bytes())
+    changed[100] ^= 1
+    tokens.write_bytes(changed)
+    (copy / "clip.zarr" / "cls" / "notes.txt").write_text("mine")
+    (copy / "conv.seals" / "00000.json").unlink()
+    found = sorted(verify(copy))
+    assert len(found) == 4
+    assert any(f"{tokens} is damaged" in p and "build again" in p for p in found)
+    assert any("notes.txt is covered by no seal" in p for p in found)
+    assert any("Zarr shard 0 is not built" in p for p in found)
+    assert any("conv.zarr/tokens/c/0/0/0 is covered by no seal" in p for p in found)
+
+
+def test_a_seal_that_leads_out_of_the_group_is_not_followed(copy, tmp_path) -> None:
+    (tmp_path / "secret").write_text("s")
+    path = layout.seal_path(copy, "conv", 0)
+    for name in ("../../secret", str(tmp_path / "secret")):
+        seal = read_sealed(path)
+        entry = next(iter(seal["files"].values()))
+        write_sealed(path, seal | {"files": seal["files"] | {name: entry}})
+        assert any("outside of" in p and "tampered" in p for p in verify(copy))
+
+
+def test_shards_of_another_calibration_are_found(copy) -> None:
+    path = layout.seal_path(copy, "conv", 0)
+    write_sealed(path, read_sealed(path) | {"calibration": "0" * 32})
+    assert [p for p in verify(copy) if "another calibration" in p]
+
+
+def test_statistics_of_another_calibration_are_found(copy) -> None:
+    """Even when the metadata's own seal was made again over them."""
+    for name in ("channel_mean", "channel_std"):
+        file = f"{name}/c/0"
+        shutil.copy(copy / "clip.zarr" / file, copy / "clip.zarr" / "channel_swap")
+        other = "channel_std" if name == "channel_mean" else "channel_mean"
+        shutil.copy(copy / "clip.zarr" / other / "c" / "0", copy / "clip.zarr" / file)
+        seal_metadata(copy, "clip")
+        assert any("differ from the sealed calibration" in p for p in verify(copy))
+        shutil.move(copy / "clip.zarr" / "channel_swap", copy / "clip.zarr" / file)
+        seal_metadata(copy, "clip")
+    assert list(verify(copy)) == []
+
+
+def test_no_cache_is_one_sentence(tmp_path) -> None:
+    assert [p for p in verify(tmp_path) if "holds no cache" in p]
+
+
+def test_status_counts_what_is_there(copy, cache_dir) -> None:
+    clip, conv = status(open_cache(cache_dir))
+    assert (clip.teacher, clip.images, clip.sealed_shards, clip.total_shards) == ("clip", 24, 1, 1)
+    assert (clip.grid, clip.width, clip.codec, clip.skipped) == (4, 144, "int8", 0)
+    assert clip.random_weights
+    assert 0 < clip.error_mean < clip.error_max < 0.02
+    files = (cache_dir / "conv.zarr" / "tokens" / "c").rglob("*")
+    assert conv.size_bytes == sum(path.stat().st_size for path in files if path.is_file())
+    layout.seal_path(copy, "conv", 0).unlink()
+    missing = status(open_cache(copy))[1]
+    assert (missing.sealed_shards, missing.total_shards) == (0, 1)
+    assert (missing.error_mean, missing.error_max, missing.size_bytes) == (None, None, 0)

@@ -1,0 +1,75 @@
+import pytest
+import yaml
+
+from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
+from movekd.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", list(shipped_specs()))
+def test_shipped_specs_are_named_after_their_files_and_survive_a_round_trip(name) -> None:
+    spec = load_spec(name)
+    assert spec.name == name
+    again = CacheSpec.model_validate(spec.model_dump(mode="json"))
+    assert again == spec
+    assert again.fingerprint == spec.fingerprint
+
+
+def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny_specs) -> None:
+    spec = tiny_specs[0]
+    changes = {
+        "name": "other", "provider": "timm", "model": "m", "revision": "v2", "weights": "hub",
+        "seed": 1, "model_args": {}, "image_size": 17, "geometry": "pad", "resample": "lanczos",
+        "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3), "fill": (0.0, 0.0, 0.0), "layer": -1,
+        "cls": False, "cls_attention": False, "grid": 2, "codec": "float16",
+        "compressor": "zstd", "calibration_images": 9,
+    }  # fmt: skip
+    assert {*changes, "description"} == set(CacheSpec.model_fields)
+    fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}
+    assert len(fingerprints | {spec.fingerprint}) == len(changes) + 1
+    assert spec.with_changes(description="for people").fingerprint == spec.fingerprint
+    places = [spec.with_changes(weights=place).fingerprint for place in ("hub", "/a", "b.pth")]
+    assert len(set(places)) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"imagesize": 3}, r"unknown key 'imagesize'. Did you mean 'image_size'\?"),
+        ({"std": [1, 0, 1]}, "std: every value must be above 0"),
+        ({"layer": "last"}, "cls_attention needs a layer by index"),
+        ({"layer": "first"}, "layer"),
+        ({"grid": 0}, "grid"),
+        ({"codec": "int4"}, "codec: .*'int8'"),
+        ({"compressor": "gzip"}, "compressor"),
+        ({"name": "../etc"}, "name: "),
+        ({"image_size": -1}, "image_size: .*greater than 0"),
+        ({"calibration_images": 0}, "calibration_images"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path, tiny_specs, change, message) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny_specs[0].model_dump(mode="json") | change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_spec(str(path))
+    assert str(path) in str(caught.value)
+    with pytest.raises(ConfigError, match=message):
+        tiny_specs[0].with_changes(**change)
+
+
+def test_weights_are_taken_from_the_folder_of_the_yaml_file(tmp_path, tiny_specs) -> None:
+    content = tiny_specs[0].model_dump(mode="json")
+    for weights, expected in (
+        ("w/model.safetensors", str(tmp_path / "w" / "model.safetensors")),
+        ("hub", "hub"),
+        ("random", "random"),
+        ("/abs/w", "/abs/w"),
+    ):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content | {"weights": weights}))
+        assert load_spec(str(tmp_path / "mine.yaml")).weights == expected
+
+
+def test_an_unknown_teacher_names_the_nearest(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"no teacher 'eva2'.*Did you mean 'eva02'\?.*Known: "):
+        load_spec("eva2")
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_spec(str(tmp_path / "none.yaml"))

@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from movekd.cache import layout
+from movekd.cache.layout import ArrayLayout, shard_file
+from movekd.cache.seal import read_sealed, write_sealed
+from movekd.cache.writer import _zarr_compressors, read_calibration, shard_buffers
+from movekd.errors import CacheError
+
+ARRAYS = [
+    ArrayLayout("tokens", (4, 6), "int8", ("row", "token", "channel")),
+    ArrayLayout("token_scale", (4, 1), "float16", ("row", "token", "group")),
+    ArrayLayout("cls", (6,), "float16", ("row", "channel")),
+    ArrayLayout("cls_attention", (2, 4), "float16", ("row", "head", "token")),
+]
+ROWS_PER_SHARD = 8
+
+
+def random_rows(array: ArrayLayout, num_rows: int) -> np.ndarray:
+    """Rows of bytes, one all zeros and one all fill value."""
+    rows = np.random.default_rng(num_rows).standard_normal((num_rows, *array.row_shape)) * 50
+    rows = rows.astype(array.dtype)
+    rows[num_rows // 2] = 0
+    rows[num_rows // 3] = array.fill_value
+    return rows
+
+
+def zarr_array(folder, array: ArrayLayout, num_rows: int, compressor: str):
+    group = zarr.create_group(folder)
+    return group.create_array(
+        array.name,
+        shape=(num_rows, *array.row_shape),
+        dtype=array.dtype,
+        chunks=(1, *array.row_shape),
+        shards=(ROWS_PER_SHARD, *array.row_shape),
+        compressors=_zarr_compressors(compressor, array),
+        fill_value=array.fill_value,
+        dimension_names=array.dimension_names,
+        config={"write_empty_chunks": True},
+    )
+
+
+def write(folder, array: ArrayLayout, rows: np.ndarray, compressor: str) -> None:
+    for shard in range(-(-len(rows) // ROWS_PER_SHARD)):
+        part = rows[shard * ROWS_PER_SHARD :][:ROWS_PER_SHARD]
+        path = folder / shard_file(array, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(shard_buffers(part, array, ROWS_PER_SHARD, compressor)))
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.name)
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 16, 19])
+def test_shard_files_are_the_ones_that_zarr_writes(tmp_path, array, num_rows, snapshot) -> None:
+    rows = random_rows(array, num_rows)
+    zarr_array(tmp_path / "theirs", array, num_rows, "none")[:] = rows
+    zarr_array(tmp_path / "ours", array, num_rows, "none")
+    write(tmp_path / "ours", array, rows, "none")
+    ours, theirs = snapshot(tmp_path / "ours"), snapshot(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    last = num_rows // ROWS_PER_SHARD
+    for name in ours:
+        if num_rows % ROWS_PER_SHARD and name == shard_file(array, last):
+            continue  # zarr fills a partial shard up with rows beyond the array
+        assert ours[name] == theirs[name], name
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd", "blosc"])
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: array.name)
+@pytest.mark.parametrize("num_rows", [1, 8, 13])
+def test_zarr_and_tensorstore_read_what_was_written(tmp_path, array, num_rows, compressor) -> None:
+    rows = random_rows(array, num_rows)
+    opened = zarr_array(tmp_path, array, num_rows + 9, compressor)
+    write(tmp_path, array, rows, compressor)
+    np.testing.assert_array_equal(opened[:num_rows], rows)
+    store = tensorstore.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path / array.name}/"}}
+    ).result()
+    np.testing.assert_array_equal(store[:num_rows].read().result(), rows)
+    unwritten = np.full((9, *array.row_shape), array.fill_value, array.dtype)
+    np.testing.assert_array_equal(opened[num_rows:], unwritten)
+    np.testing.assert_array_equal(store[num_rows:].read().result(), unwritten)
+
+
+def test_a_teachers_group_holds_what_outsiders_need(cache_dir, tiny_specs) -> None:
+    for spec in tiny_specs:
+        group = zarr.open_group(layout.group_dir(cache_dir, spec.name), mode="r")
+        attributes = group.attrs["movekd"]
+        assert attributes["format_version"] == 1
+        assert attributes["spec_fingerprint"] == spec.fingerprint
+        assert len(attributes["weights_sha256"]) == 64
+        assert {"torch", "zarr", "movekd"} <= attributes["versions"].keys()
+        names = {"tokens", "channel_mean", "channel_std"}
+        if spec.codec == "int8":
+            names |= {"token_scale", "cls", "cls_attention"}
+        assert set(group.array_keys()) == names
+        for name in names:
+            dimensions = group[name].metadata.dimension_names
+            assert len(dimensions) == group[name].ndim
+            assert dimensions[0] == ("channel" if name.startswith("channel_") else "row")
+
+
+def test_seals_hold_no_time_and_name_the_calibration(cache_dir) -> None:
+    calibration = read_calibration(cache_dir, "clip")
+    seal = read_sealed(layout.seal_path(cache_dir, "clip", 0))
+    assert set(seal) == {"rows", "files", "skipped", "error", "calibration"}
+    assert seal["calibration"] == calibration.hash
+    assert seal["rows"] == [0, 24]
+    assert seal["error"]["num_tokens"] == 24 * 16
+    assert 0 < seal["error"]["mean"] <= seal["error"]["max"] < 0.02
+
+
+def test_a_calibration_of_another_version_is_a_sentence(tmp_path) -> None:
+    assert read_calibration(tmp_path, "clip") is None
+    write_sealed(layout.seals_dir(tmp_path, "clip") / "calibration.json", {"colour": 1})
+    with pytest.raises(CacheError, match="has other keys than this version"):
+        read_calibration(tmp_path, "clip")

@@ -1,0 +1,200 @@
+"""Tests of movekd.student.prompts: which tokens are there, and which the loss is taken on."""
+
+from pathlib import Path
+
+import pytest
+import scenes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from movekd.corpus.conversations import Conversation
+from movekd.errors import ConfigError
+from movekd.student.prompts import (
+    IGNORED,
+    IMAGE_TOKEN,
+    V1_SYSTEM,
+    tokenize,
+    tokenize_question,
+)
+
+DIGITS = Path(scenes.__file__).parent / "weights/language_model"
+ROLES = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
+)
+MARKED = (
+    ROLES + "{% else %}ASSISTANT: {% generation %}{{ message['content'] }}{{ eos_token }}"
+    "{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return AutoTokenizer.from_pretrained(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level tokenizer without merges: a token a byte, blanks included."""
+    specials = ["<s>", "</s>", IMAGE_TOKEN]
+    vocabulary = {
+        token: number
+        for number, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE_TOKEN],
+    )
+
+
+TWO_TURNS = Conversation(
+    "two",
+    ("a.png",),
+    (
+        ("human", "Is there a 3?\n<image>"),
+        ("gpt", "yes"),
+        ("human", "What is the sum?"),
+        ("gpt", "7 , 3"),
+    ),
+)
+CAPTION = Conversation("caption", ("a.png",), (("human", "<image>"), ("gpt", "a 7 at the top.")))
+
+
+def split(tokenizer, tokenized):
+    """Return the tokens in words, and those that have a label."""
+    ids, labels = tokenized.input_ids, tokenized.labels
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    words = tokenizer.convert_ids_to_tokens(ids)
+    return words, [
+        word for word, label in zip(words, labels, strict=True) if label != IGNORED
+    ]
+
+
+def test_plain_is_images_then_caption(digits, byte_level):
+    words, answer = split(digits, tokenize(CAPTION, digits, "plain", 3))
+    assert words == ["<s>", *[IMAGE_TOKEN] * 3, *"a 7 at the top .".split()]
+    assert answer == "a 7 at the top .".split()
+    tokenized = tokenize(CAPTION, byte_level, "plain", 2)
+    assert tokenized.labels[:3] == [IGNORED] * 3
+    assert byte_level.decode(tokenized.labels[3:]) == "a 7 at the top.\n"
+
+
+def test_v1_takes_the_loss_on_answers_and_their_ends(digits):
+    words, answer = split(digits, tokenize(TWO_TURNS, digits, "v1", 2))
+    after_system = words[len(digits(V1_SYSTEM)["input_ids"]) :]
+    assert after_system == [
+        *["USER:", IMAGE_TOKEN, IMAGE_TOKEN, "is", "there", "a", "3", "?"],
+        *["ASSISTANT:", "yes", "</s>"],
+        *["USER:", "what", "is", "the", "sum", "?"],
+        *["ASSISTANT:", "7", ",", "3", "</s>"],
+    ]
+    assert answer == ["yes", "</s>", "7", ",", "3", "</s>"]
+
+
+def test_v1_to_the_byte(byte_level):
+    tokenized = tokenize(TWO_TURNS, byte_level, "v1", 1)
+    assert byte_level.decode(tokenized.input_ids) == (
+        f"<s>{V1_SYSTEM} USER: <image>\nIs there a 3? ASSISTANT: yes</s>"
+        "USER: What is the sum? ASSISTANT: 7 , 3</s>"
+    )
+    labelled = [label for label in tokenized.labels if label != IGNORED]
+    assert byte_level.decode(labelled) == "yes</s>7 , 3</s>"
+
+
+@pytest.mark.parametrize("name", ["digits", "byte_level"])
+def test_templates_with_and_without_marks_agree(name, request):
+    tokenizer = request.getfixturevalue(name)
+    results = []
+    for template in (MARKED, UNMARKED):
+        tokenizer.chat_template = template
+        results.append(tokenize(TWO_TURNS, tokenizer, "chat_template", 2))
+    assert results[0] == results[1]
+    labelled = [label for label in results[0].labels if label != IGNORED]
+    assert labelled == tokenizer("yes</s>7 , 3</s>", add_special_tokens=False)["input_ids"]
+    assert results[0].input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_whose_prefix_changes_is_refused(digits):
+    digits.chat_template = "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match=r"writes earlier turns differently.*prompt: v1"):
+        tokenize(TWO_TURNS, digits, "chat_template", 2)
+
+
+def test_a_tokenizer_without_a_template_says_so(byte_level):
+    byte_level.chat_template = None
+    with pytest.raises(ConfigError, match=r"the tokenizer brings none; use prompt: v1"):
+        tokenize(TWO_TURNS, byte_level, "chat_template", 2)
+
+
+@pytest.mark.parametrize("prompt", ["v1", "chat_template"])
+@pytest.mark.parametrize("name", ["digits", "byte_level"])
+def test_a_question_is_the_beginning_of_its_conversation(name, prompt, request):
+    tokenizer = request.getfixturevalue(name)
+    tokenizer.chat_template = MARKED
+    asked = Conversation("q", TWO_TURNS.images, TWO_TURNS.turns[:3])
+    question = tokenize_question(asked, tokenizer, prompt, 4)
+    whole = tokenize(TWO_TURNS, tokenizer, prompt, 4)
+    assert whole.input_ids[: len(question)] == question
+    # only the blank before the answer, where the tokenizer has blanks, lies between
+    rest = [label for label in whole.labels[len(question) :] if label != IGNORED]
+    assert len(whole.labels) - len(question) - len(rest) <= 1
+
+
+def test_a_plain_question_is_the_image_alone(digits):
+    question = tokenize_question(
+        Conversation("q", ("a.png",), CAPTION.turns[:1]), digits, "plain", 3
+    )
+    assert digits.convert_ids_to_tokens(question) == ["<s>", *[IMAGE_TOKEN] * 3]
+
+
+@pytest.mark.parametrize("count", [1, 36])
+def test_each_image_becomes_its_tokens(digits, count):
+    several = Conversation(
+        "several", ("a", "b"), (("human", "<image> is <image> a 3?"), ("gpt", "no"))
+    )
+    image = digits.convert_tokens_to_ids(IMAGE_TOKEN)
+    for prompt in ("plain", "v1"):
+        ids = tokenize(several, digits, prompt, count).input_ids
+        assert ids.count(image) == 2 * count
+
+
+def test_text_only_conversations_have_no_image_token(digits):
+    text = Conversation("text", (), (("human", "Is there a 3?"), ("gpt", "no")))
+    _, answer = split(digits, tokenize(text, digits, "v1", 4))
+    assert answer == ["no", "</s>"]
+    assert IMAGE_TOKEN not in digits.convert_ids_to_tokens(tokenize(text, digits, "v1", 4).input_ids)
+
+
+def test_a_cut_drops_the_end_but_never_an_image(digits):
+    whole = tokenize(CAPTION, digits, "plain", 3)
+    cut = tokenize(CAPTION, digits, "plain", 3, max_length=6)
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:6], whole.labels[:6])
+    assert tokenize(CAPTION, digits, "plain", 3, max_length=len(whole.labels)) == whole
+    with pytest.raises(ConfigError, match=r"'caption' has 10 tokens.*max_length 3 would cut an im"):
+        tokenize(CAPTION, digits, "plain", 3, max_length=3)
+
+
+@pytest.mark.parametrize("text", ["What?", "<image><image> What?"])
+def test_images_and_placeholders_must_agree(digits, text):
+    wrong = Conversation("odd", ("a.png",), (("human", text), ("gpt", "7")))
+    with pytest.raises(ConfigError, match=rf"'odd' has {text.count('<image>')} <image>.* 1 images"):
+        tokenize(wrong, digits, "v1", 4)
+    with pytest.raises(ConfigError, match=r"'odd'"):
+        tokenize_question(wrong, digits, "v1", 4)
+
+
+def test_plain_needs_a_caption(digits):
+    silent = Conversation("silent", ("a.png",), (("human", "<image>"),))
+    with pytest.raises(ConfigError, match=r"'silent' has no 'gpt' turn"):
+        tokenize(silent, digits, "plain", 4)

@@ -1,0 +1,151 @@
+"""Tests of movekd.train.config."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from movekd.errors import ConfigError
+from movekd.train.config import RECIPES, TrainConfig, load_config
+
+MINIMAL = {
+    "recipe": "revised",
+    "stage": "pretrain",
+    "student": {"vision_tower": "openai/clip", "language_model": "lmsys/vicuna"},
+    "distill": {"teachers": ["clip", "eva02"]},
+    "data": {"shards": "data"},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a student.yaml with some keys changed; return its path."""
+
+    def write(**changes):
+        path = tmp_path / "student.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL | changes))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("recipe", ["official", "revised"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_resolved_run_reads_back_as_itself(write, tmp_path, recipe, stage):
+    config = load_config(write(recipe=recipe, stage=stage))
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    again = load_config(tmp_path / "again.yaml")
+    assert again == config
+    assert again.resolved() == config
+    assert again.to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize("recipe", ["official", "revised"])
+def test_a_recipe_fills_every_key_in_which_recipes_differ(write, recipe):
+    config = load_config(write(recipe=recipe))
+    for key, value in RECIPES[recipe]["distill"].items():
+        assert getattr(config.distill, key) == value
+    for key, value in RECIPES[recipe]["mole"].items():
+        if key != "lora_alpha":
+            assert getattr(config.student.mole, key) == value
+    assert config.student.mole.lora_alpha == (1.0 if recipe == "official" else 32.0)
+    assert RECIPES["official"]["distill"].keys() == RECIPES["revised"]["distill"].keys()
+    assert RECIPES["official"]["mole"].keys() == RECIPES["revised"]["mole"].keys()
+
+
+def test_a_key_in_the_yaml_wins_over_the_recipe(write):
+    config = load_config(
+        write(recipe="official"),
+        ["distill.kd_weight=0", "student.mole.use_gate=true", "student.mole.lora_alpha=8"],
+    )
+    assert config.distill.kd_weight == 0
+    assert config.student.mole.use_gate is True
+    assert config.student.mole.lora_alpha == 8
+    assert config.distill.adapters == "teacher"
+
+
+def test_a_stage_decides_prompt_grouping_and_parts(write):
+    first, second = load_config(write()), load_config(write(stage="finetune"))
+    assert (first.student.prompt, second.student.prompt) == ("plain", "v1")
+    assert (first.data.group_by_modality_length, second.data.group_by_modality_length) == (
+        False,
+        True,
+    )
+    assert first.trained == ["mole", "projector"]
+    assert second.trained == ["mole", "projector", "vision_tower", "language_model"]
+    assert load_config(write(), ["student.mole=null"]).trained == ["projector"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.kd_weigth=1", r"unknown key 'distill\.kd_weigth'.*Did you mean 'kd_weight'"),
+        ("student.mole.num_expert=1", r"'student\.mole\.num_expert'.*Did you mean 'num_experts'"),
+        ("recip=official", r"unknown key 'recip'.*Did you mean 'recipe'"),
+        ("recipe=offical", r"recipe: .*'official' or 'revised'.*found 'offical'"),
+        ("stage=null", r"stage: "),
+        ("data.geometry=round", r"data\.geometry: .*found 'round'"),
+        ("distill.teachers=[]", r"distill\.teachers: "),
+        ("distill.teachers=[clip, clip]", r"a teacher is named twice"),
+        ("distill.anchor=clib", r"anchor 'clib' is not among .*Did you mean 'clip'"),
+        ("distill.grid=native", r"adapters: student .*needs distill\.grid: student"),
+        ("training.output_dir=x", r"training: 'output_dir' is set by the command line"),
+        ("student.image_mean=[0, 0, 0]", r"image_mean and image_std go together"),
+        ("no equals sign", r"--set 'no equals sign' is not of the form a\.b=c"),
+        ("distill.teachers=[clip", r"is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(), [override])
+
+
+def test_parts_that_are_not_there_cannot_learn(write):
+    with pytest.raises(ConfigError, match=r"trained names 'mole', but student\.mole is null"):
+        load_config(write(), ["student.mole=null", "trained=[mole]"])
+
+
+def test_a_missing_key_is_named(write):
+    with pytest.raises(ConfigError, match=r"key 'student\.language_model' is missing"):
+        load_config(write(student={"vision_tower": "x"}))
+
+
+def test_overrides_are_yaml_and_reach_any_depth(write):
+    config = load_config(
+        write(),
+        ["training.learning_rate=2e-5", "training.seed=3", "training.bf16=true", "distill=null"],
+    )
+    assert config.training == {"learning_rate": 2e-5, "seed": 3, "bf16": True}
+    assert config.distill is None
+    assert load_config(write(), ["distill=null", "distill.teachers=[clip]"]).distill is not None
+
+
+def test_numbers_with_an_exponent_are_numbers(write):
+    training = {"learning_rate": "2e-5", "run_name": "e5", "adam_epsilon": "1.5E-8"}
+    config = load_config(write(training=training))
+    assert config.training == {"learning_rate": 2e-5, "run_name": "e5", "adam_epsilon": 1.5e-8}
+
+
+def test_paths_beside_the_yaml_become_absolute_and_hub_ids_stay(write, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    config = load_config(write())
+    assert config.data.shards == tmp_path / "data"
+    assert config.student.vision_tower == "openai/clip"
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "here").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert load_config(write(), ["data.shards=here"]).data.shards == elsewhere / "here"
+    assert load_config(write(), ["data.shards=gone"]).data.shards == Path("gone")
+
+
+def test_every_key_is_described():
+    def undescribed(model, path=""):
+        for name, field in model.model_fields.items():
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            models = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
+            for inner in models:
+                yield from undescribed(inner, f"{path}{name}.")
+            if not models and not field.description:
+                yield path + name
+
+    assert list(undescribed(TrainConfig)) == []
