@@ -14,7 +14,7 @@ from movekd.cache.layout import CACHE_JSON
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.seal import file_entry, read_sealed
 from movekd.cache.writer import METADATA, stats_checksum
-from movekd.errors import CacheError
+from movekd.errors import CacheError, MovekdError
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def verify(cache_dir: Path, progress: Callable[[int], None] = lambda _: None) ->
             yield f"{path} has no sealed calibration; run its `movekd cache build` again."
             continue
         try:
-            yield from _verify_teacher(cache[name], progress)
-        except CacheError as error:
+            yield from _verify_teacher(cache, name, progress)
+        except MovekdError as error:
             yield str(error)
 
 
@@ -94,11 +94,13 @@ def size_bytes(cache_dir: Path) -> int:
     return sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
 
 
-def _verify_teacher(teacher: TeacherCache, progress: Callable[[int], None]) -> Iterator[str]:
-    group = layout.group_dir(teacher.cache_dir, teacher.teacher)
-    seals = layout.seals_dir(teacher.cache_dir, teacher.teacher)
-    metadata = read_sealed(seals / METADATA)["files"]
+def _verify_teacher(
+    cache: FeatureCache, name: str, progress: Callable[[int], None]
+) -> Iterator[str]:
+    group = layout.group_dir(cache.cache_dir, name)
+    metadata = read_sealed(layout.seals_dir(cache.cache_dir, name) / METADATA)["files"]
     yield from _check_files(group, metadata, progress)
+    teacher = cache[name]  # after its metadata's checksums: damaged ones may not open
     if stats_checksum(teacher.stats) != teacher.calibration.channel_stats_xxh3_128:
         yield f"{group}: channel_mean or channel_std differ from the sealed calibration."
     known = set(metadata)

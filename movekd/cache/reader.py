@@ -163,7 +163,6 @@ class TeacherCache:
         self._lock = threading.Lock()
         self._maps: dict[tuple[str, int], _MappedShard] = {}
         self._stores: dict[str, Any] = {}
-        self._pid = os.getpid()
         group = _open_group(layout.group_dir(cache_dir, teacher))
         self.spec: CacheSpec = validate(CacheSpec, group["spec"], f"attributes of {teacher}.zarr")
         calibration = read_calibration(cache_dir, teacher)
@@ -296,12 +295,15 @@ class TeacherCache:
     def _read_tensorstore(
         self, array: ArrayLayout, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]
     ) -> None:
+        global _tensorstore_pid
+        folder = layout.group_dir(self.cache_dir, self.teacher) / array.name
+        if _tensorstore_pid not in (None, os.getpid()):
+            _read_zarr(folder, rows, into)
+            return
+        _tensorstore_pid = os.getpid()
         with self._lock:
-            if os.getpid() != self._pid:  # TensorStore's threads do not survive a fork
-                self._stores, self._pid = {}, os.getpid()
             store = self._stores.get(array.name)
             if store is None:
-                folder = layout.group_dir(self.cache_dir, self.teacher) / array.name
                 store = tensorstore.open(
                     {
                         "driver": "zarr3",
@@ -327,6 +329,22 @@ class TeacherCache:
 
 _TENSORSTORE_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 32 * 2**20}})
 """Keeps the shards' indexes, so that a row costs one range read instead of two."""
+
+
+_tensorstore_pid: int | None = None
+"""The process that has read through TensorStore: it aborts a forked child that goes on with it."""
+
+
+def _read_zarr(folder: Path, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]) -> None:
+    """Read rows one after the other through zarr: slower, but it survives a fork."""
+    try:
+        array = zarr.open_array(folder, mode="r")
+        for position, row in enumerate(rows):
+            into[position] = array[int(row)]
+    except Exception as error:  # zarr has no common base of what damaged bytes can raise
+        raise CorruptCacheError(
+            f"{folder} cannot be decoded: {str(error)[:300]}. Run `movekd cache verify`."
+        ) from None
 
 
 class _MappedShard:
@@ -396,7 +414,7 @@ def _open_group(path: Path) -> dict[str, Any]:
     """Return movekd's attributes of a teacher's group, checked."""
     try:
         attributes: dict[str, Any] = dict(zarr.open_group(path, mode="r").attrs["movekd"])
-    except (KeyError, ValueError, FileNotFoundError, TypeError):
+    except Exception:  # zarr has no common base of what damaged metadata can raise
         raise CorruptCacheError(
             f"{path} is not a Zarr group with movekd's attributes; rebuild this teacher."
         ) from None
@@ -409,6 +427,12 @@ def _open_group(path: Path) -> dict[str, Any]:
 
 
 def _read_stats(group: Path) -> ChannelStats:
-    parts = [zarr.open_array(group / name, mode="r")[:] for name in ("channel_mean", "channel_std")]
+    names = ("channel_mean", "channel_std")
+    try:
+        parts = [zarr.open_array(group / name, mode="r")[:] for name in names]
+    except Exception:  # as above
+        raise CorruptCacheError(
+            f"channel_mean or channel_std of {group} cannot be read; rebuild this teacher."
+        ) from None
     mean, std = (torch.from_numpy(np.array(part, np.float32)) for part in parts)
     return ChannelStats(mean, std)

@@ -8,6 +8,7 @@ One writer a Zarr shard, always: two lose data. ``build`` holds the lock that sa
 """
 
 import importlib.metadata
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -84,6 +85,7 @@ def create_group(
     """
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
+    stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))  # whatever a YAML's order
     group = zarr.create_group(
         layout.group_dir(cache_dir, spec.name),
         overwrite=True,

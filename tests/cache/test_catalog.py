@@ -75,7 +75,7 @@ def test_another_geometry_or_corpus_is_refused(tmp_path, corpora, snapshot) -> N
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("key, value", [("format_version", 2), ("geometry", "swirl")])
+@pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("geometry", "swirl")])
 def test_what_cannot_be_read_is_named(tmp_path, corpora, key, value) -> None:
     update_catalog(tmp_path, corpora["a"], "crop")
     content = read_sealed(tmp_path / "cache.json")

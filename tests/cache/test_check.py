@@ -34,9 +34,7 @@ def test_every_flipped_bit_is_found(copy, snapshot) -> None:
         position = int(generator.integers(len(changed)))
         changed[position] ^= 1 << int(generator.integers(8))
         (copy / name).write_bytes(changed)
-        problems = list(verify(copy))
-        assert problems, (name, position)
-        assert any(name.split("/")[0].split(".")[0] in problem for problem in problems)
+        assert list(verify(copy)), (name, position)
         (copy / name).write_bytes(whole[name])
     assert list(verify(copy)) == []
 

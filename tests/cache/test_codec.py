@@ -55,7 +55,10 @@ def test_reported_error_is_the_error(seed: int) -> None:
         errors = []
         for image, restored in zip(tokens, decode(stored, stats), strict=True):
             for exact, token in zip(image, restored, strict=True):
-                z, z_hat = (exact - stats.mean_D) / stats.std_D, (token - stats.mean_D) / stats.std_D
+                z, z_hat = (
+                    (exact - stats.mean_D) / stats.std_D,
+                    (token - stats.mean_D) / stats.std_D,
+                )
                 errors.append(((z_hat - z).norm() / z.norm()).item())
         total, worst = token_error(tokens, stored, stats)
         assert total.item() / len(errors) == pytest.approx(sum(errors) / len(errors), rel=1e-2)

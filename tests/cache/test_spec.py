@@ -32,7 +32,7 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"imagesize": 3}, r"unknown key 'imagesize'. Did you mean 'image_size'\?"),
         ({"std": [1, 0, 1]}, "std: every value must be above 0"),

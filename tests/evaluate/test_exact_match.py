@@ -83,7 +83,9 @@ def test_the_last_answer_alone_is_split_off():
 
 @pytest.mark.parametrize("turns", [(("human", "a?"),), (("gpt", "1"),)])
 def test_a_question_without_an_answer_is_named(turns):
-    with pytest.raises(ConfigError, match=r"'x' does not end with a 'gpt' turn; expected the right"):
+    with pytest.raises(
+        ConfigError, match=r"'x' does not end with a 'gpt' turn; expected the right"
+    ):
         split_questions([question("x", None, *turns)])
 
 

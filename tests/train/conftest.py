@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import scenes
 from safetensors.torch import load_file
+from transformers import set_seed
 
 from movekd.build.run import BuildOptions, build_cache
+from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.student.vlm import quiet_libraries
 from movekd.train.config import load_config
-from movekd.train.run import train
+from movekd.train.data import Collator, ConversationDataset, read_conversations
+from movekd.train.run import build_model, train
 
 PIPELINE = Path(scenes.__file__).parent
 TEACHERS = ("clip", "sam")
@@ -47,6 +50,26 @@ class Digits:
         config = self.config(stage, *overrides)
         cache = None if config.distill is None else self.cache
         return train(config, output, cache, **kwargs)
+
+    def parts(self, config):
+        """Return the model, its student, the conversations and the collator of a run."""
+        cache = None if config.distill is None else open_cache(self.cache)
+        corpus = open_corpus(config.data.shards)
+        teachers = () if config.distill is None else tuple(config.distill.teachers)
+        set_seed(0)
+        model, student = build_model(config, cache)
+        dataset = ConversationDataset(
+            read_conversations(config.data, corpus),
+            corpus,
+            cache,
+            teachers,
+            student,
+            config.student.prompt,
+            config.data.model_max_length,
+        )
+        transform = student.image_transform(config.data.geometry)
+        collator = Collator(corpus, transform, cache, teachers, student.tokenizer.pad_token_id)
+        return model, student, dataset, collator
 
     @staticmethod
     def weights(output):

@@ -280,9 +280,7 @@ def test_random_teachers_teach_nothing_unless_asked(digits, tmp_path, corpus_dir
 
 
 def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"training\.learning_rat .*Did you mean 'learning_rate'"
-    ):
+    with pytest.raises(ConfigError, match=r"training\.learning_rat .*Did you mean 'learning_rate'"):
         digits.train(tmp_path, "pretrain", "training.learning_rat=1")
 
 

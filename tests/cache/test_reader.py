@@ -1,0 +1,297 @@
+"""Legend: B batch, N tokens, D channels."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+from movekd.build.run import BuildOptions, build_cache
+from movekd.cache import layout
+from movekd.cache.reader import TeacherCache, open_cache
+from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_folder
+from movekd.errors import CacheError, CorruptCacheError, UnknownKeyError
+
+OPTIONS = BuildOptions(batch_size=5, num_workers=0)
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, corpus_dir, tiny_specs):
+    """The "clip" teacher in Zarr shards of eight rows, one store a compressor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "MAX_SHARD_ROWS", ROWS)
+        opened = {}
+        for compressor in ("none", "zstd", "blosc"):
+            out = tmp_path_factory.mktemp(compressor)
+            spec = tiny_specs[0].with_changes(compressor=compressor)
+            corpus = open_corpus(corpus_dir)
+            list(build_cache(out, corpus, [spec], geometry="crop", options=OPTIONS))
+            opened[compressor] = open_cache(out)["clip"]
+    return opened
+
+
+@pytest.fixture(scope="module")
+def arrays(stores) -> dict[str, np.ndarray]:
+    """Every row as stock zarr reads it."""
+    group = zarr.open_group(stores["none"].cache_dir / "clip.zarr", mode="r")
+    return {name: group[name][:] for name in stores["none"].layout.arrays}
+
+
+def assert_equal(stored, arrays, rows) -> None:
+    assert stored.keys() == arrays.keys()
+    for name, values in stored.items():
+        np.testing.assert_array_equal(values.numpy(), arrays[name][rows])
+
+
+row_lists = st.lists(st.integers(0, 23), max_size=40)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row_lists, st.sampled_from(["none", "zstd", "blosc"]), st.booleans())
+def test_any_rows_in_any_order_are_what_zarr_reads(stores, arrays, rows, name, is_given) -> None:
+    store: TeacherCache = stores[name]
+    out = store.empty(len(rows)) if is_given else None
+    targets = store.read(np.array(rows, np.int64), out=out)
+    assert_equal(targets.stored, arrays, rows)
+    assert len(targets) == len(rows)
+    assert out is None or targets.stored is out
+
+
+def test_targets_decode_to_what_the_attributes_say(stores, arrays) -> None:
+    targets = stores["none"].read([5, 0, 9])
+    rows = {name: array[[5, 0, 9]].astype(np.float32) for name, array in arrays.items()}
+    group = zarr.open_group(stores["none"].cache_dir / "clip.zarr", mode="r")
+    scale_BND = np.repeat(rows["token_scale"], 128, axis=-1)[..., :144]
+    standardised_BND = scale_BND * rows["tokens"]
+    np.testing.assert_array_equal(targets.standardised_BND.numpy(), standardised_BND)
+    tokens_BND = group["channel_mean"][:] + group["channel_std"][:] * standardised_BND
+    np.testing.assert_allclose(targets.tokens_BND.numpy(), tokens_BND, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(targets.cls_BD.numpy(), rows["cls"])
+    np.testing.assert_array_equal(targets.cls_attention_BHN.numpy(), rows["cls_attention"])
+    assert torch.equal(targets.to("cpu").tokens_BND, targets.tokens_BND)
+    assert (targets.cls_attention_BHN.sum(-1) <= 1.001).all()
+
+
+def test_a_teacher_without_cls_has_none(cache_dir) -> None:
+    targets = open_cache(cache_dir)["conv"].read([1])
+    assert targets.cls_BD is None
+    assert targets.cls_attention_BHN is None
+    assert targets.tokens_BND.dtype == torch.float32
+
+
+def test_out_of_another_shape_is_refused(stores) -> None:
+    with pytest.raises(CacheError, match=r"has shape \(3, 16, 144\); expected \(2, 16, 144\)"):
+        stores["none"].read([0, 1], out=stores["none"].empty(3))
+
+
+@pytest.mark.parametrize("row", [-1, 24, 10**6])
+def test_rows_out_of_range_are_refused(stores, row) -> None:
+    with pytest.raises(CacheError, match=rf"row {row} is outside of .*: 0\.\.23"):
+        stores["none"].read([0, row])
+
+
+def test_rows_that_are_not_built_yet_are_refused(stores, tmp_path, small_shards) -> None:
+    shutil.copytree(stores["none"].cache_dir, tmp_path / "cache")
+    layout.seal_path(tmp_path / "cache", "clip", 1).unlink()
+    store = open_cache(tmp_path / "cache")["clip"]
+    assert store.missing_shards == [1]
+    assert not store.is_complete
+    store.read([0, 7, 16, 23])
+    with pytest.raises(CacheError, match=r"row 8 of teacher 'clip' .*1 of 3 Zarr shards.*again"):
+        store.read([0, 8])
+
+
+def test_rows_in_the_gap_before_appended_images_are_refused(
+    tmp_path, crops, tiny_specs, small_shards
+) -> None:
+    for count in (10, 13):
+        (tmp_path / f"{count}").mkdir()
+        for number in range(count):
+            crops[number].save(tmp_path / f"{count}" / f"{number:02d}.png")
+        pack_folder(tmp_path / f"{count}", tmp_path / f"data{count}", num_workers=1)
+        corpus = open_corpus(tmp_path / f"data{count}")
+        out = tmp_path / "cache"
+        list(build_cache(out, corpus, tiny_specs[1:], geometry="pad", options=OPTIONS))
+    cache = open_cache(out)
+    assert cache.rows(["12.png", "09.png"]).tolist() == [18, 9]
+    cache["conv"].read([9, 16, 18])
+    for row in (10, 15):
+        with pytest.raises(CacheError, match="was never written: it lies in the gap"):
+            cache["conv"].read([row])
+    tokens = zarr.open_array(out / "conv.zarr" / "tokens", mode="r")
+    assert np.isnan(tokens[10:16]).all()
+    assert not np.isnan(tokens[16:]).any()
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_threads_share_a_store(stores, arrays, compressor) -> None:
+    store = pickle.loads(pickle.dumps(stores[compressor]))  # noqa: S301
+    orders = [np.random.default_rng(seed).permutation(24) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        for rows, targets in zip(orders, pool.map(store.read, orders), strict=True):
+            assert_equal(targets.stored, arrays, rows)
+
+
+class Stored(Dataset):
+    """Row -> its stored arrays."""
+
+    def __init__(self, store: TeacherCache) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitems__(self, rows: list[int]):
+        return {name: array.numpy() for name, array in self.store.read(rows).stored.items()}
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_forked_workers_read_the_same(stores, arrays, compressor) -> None:
+    stores[compressor].read([3])  # the parent has maps and stores open that a child must not use
+    loader = DataLoader(
+        Stored(stores[compressor]),
+        batch_size=6,
+        num_workers=2,
+        collate_fn=as_it_is,
+        multiprocessing_context="fork",
+    )
+    batches = list(loader)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(np.concatenate([b[name] for b in batches]), array)
+
+
+def test_a_pickled_store_opens_elsewhere(stores, arrays, tmp_path) -> None:
+    """What a spawned worker gets."""
+    store = stores["none"]
+    store.read([0])
+    (tmp_path / "store").write_bytes(pickle.dumps(store))
+    code = (
+        "import sys, pickle, pathlib, numpy; folder = pathlib.Path(sys.argv[1]); "
+        "store = pickle.loads((folder / 'store').read_bytes()); "
+        "numpy.save(folder / 'tokens', store.read([20, 3, 3]).stored['tokens'].numpy())"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), arrays["tokens"][[20, 3, 3]])
+
+
+def damaged(stores, tmp_path, change) -> TeacherCache:
+    """The uncompressed store with the bytes of its first tokens shard changed."""
+    shutil.copytree(stores["none"].cache_dir, tmp_path / "cache")
+    path = tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
+    path.write_bytes(change(path.read_bytes()))
+    return open_cache(tmp_path / "cache")["clip"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[2304:], "truncated"),
+        (lambda data: data[:20], "has 20 bytes, less than its index of 132"),
+        (lambda data: b"", "has 0 bytes"),
+        (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "checksum of the shard index"),
+    ],
+)
+def test_a_damaged_shard_is_a_sentence(stores, tmp_path, small_shards, change, message) -> None:
+    store = damaged(stores, tmp_path, change)
+    with pytest.raises(CorruptCacheError, match=f"{message}.*movekd cache verify"):
+        store.read([1])
+
+
+def test_a_missing_shard_is_a_sentence(stores, tmp_path, small_shards) -> None:
+    store = damaged(stores, tmp_path, lambda data: data)
+    (tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(CorruptCacheError, match="is sealed but cannot be opened"):
+        store.read([1])
+
+
+def test_a_damaged_compressed_shard_is_a_sentence(stores, tmp_path, small_shards) -> None:
+    shutil.copytree(stores["zstd"].cache_dir, tmp_path / "cache")
+    path = tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(CorruptCacheError, match=r"tokens of teacher 'clip'.*cannot be decoded"):
+        open_cache(tmp_path / "cache")["clip"].read([1])
+
+
+@pytest.mark.parametrize(
+    "file", ["zarr.json", "channel_mean/zarr.json", "channel_std/c/0", "channel_mean/c/0"]
+)
+def test_damaged_metadata_is_a_sentence(cache_dir, tmp_path, file) -> None:
+    shutil.copytree(cache_dir, tmp_path / "cache")
+    path = tmp_path / "cache" / "clip.zarr" / file
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CorruptCacheError, match="rebuild this teacher"):
+        open_cache(tmp_path / "cache")["clip"]
+
+
+def test_rows_of_names_and_keys(cache_dir) -> None:
+    cache = open_cache(cache_dir)
+    assert cache.teachers == tuple(cache) == ("clip", "conv")
+    keys = cache.keys.to_pylist()
+    names = [f"photos/{number:02d}.png" for number in (7, 0, 7)]
+    rows = cache.rows(names)
+    assert rows[0] == rows[2] != rows[1]
+    assert cache.rows([keys[row] for row in rows]).tolist() == rows.tolist()
+    assert cache.rows(keys).tolist() == list(range(24))
+    assert cache.rows([]).tolist() == []
+    assert cache.find_rows(["nothing", keys[3]]).tolist() == [-1, 3]
+    for error in (UnknownKeyError, KeyError):
+        with pytest.raises(error, match=r"no image named 'nothing' \(1 of 2 unknown\)"):
+            cache.rows(["nothing", keys[3]])
+    with pytest.raises(UnknownKeyError):
+        cache.rows([keys[0]], view=1)
+
+
+def test_an_unknown_teacher_names_the_nearest(cache_dir) -> None:
+    with pytest.raises(CacheError, match=r"no teacher 'clap'\. Did you mean 'clip'\?.*clip, conv"):
+        open_cache(cache_dir)["clap"]
+
+
+STOCK = """
+import sys, numpy
+sys.modules["movekd"] = None                      # importing it raises
+import zarr, tensorstore
+out, path = sys.argv[1:]
+group = zarr.open_group(path, mode="r")
+tokens, scale = group["tokens"], group["token_scale"]
+assert tokens.metadata.dimension_names == ("row", "token", "channel"), tokens.metadata
+assert scale.metadata.dimension_names == ("row", "token", "group")
+def stored(name):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/{name}/"}}
+    return tensorstore.open(spec).result()[:].read().result()
+for name in group.array_keys():
+    numpy.testing.assert_array_equal(stored(name), group[name][:])
+per_channel = numpy.repeat(scale[:].astype("f4"), 128, axis=-1)[..., : tokens.shape[-1]]
+mean, std = group["channel_mean"][:], group["channel_std"][:]
+numpy.save(out, mean + std * per_channel * tokens[:])
+"""
+
+
+def test_stock_libraries_open_a_store_without_movekd_and_without_a_warning(
+    stores, cache_dir, tmp_path
+) -> None:
+    full = open_cache(cache_dir)["clip"]
+    cases = [full, stores["none"], stores["zstd"], stores["blosc"]]
+    for number, store in enumerate(cases):
+        path, out = store.cache_dir / "clip.zarr", tmp_path / f"{number}.npy"
+        command = [sys.executable, "-W", "error", "-I", "-c", STOCK, str(out), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        expected = store.read(range(24)).tokens_BND.numpy()
+        np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)

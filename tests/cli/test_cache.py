@@ -1,0 +1,138 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from movekd.cli.cache import app
+from movekd.corpus.index import open_corpus
+from movekd.errors import CacheError, ConfigError
+
+
+def run(*arguments):
+    """Run the command; an error of ours comes out as the main entry would catch it."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def teachers(tmp_path, tiny_specs) -> list[str]:
+    """`--teacher` for each of the tiny specs, written to YAML files."""
+    arguments = []
+    for spec in tiny_specs:
+        path = tmp_path / f"{spec.name}.yaml"
+        path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+        arguments += ["--teacher", str(path)]
+    return arguments
+
+
+def test_build_ls_verify_end_to_end(tmp_path, teachers, corpus_dir, cache_dir, snapshot) -> None:
+    cache = tmp_path / "cache"
+    command = ("build", *teachers, "--shards", corpus_dir, "--cache", cache)
+    command += ("--batch-size", 5, "--num-workers", 0, "--device", "cpu")
+    built = json.loads(run(*command, "--json").stdout)
+    assert [summary["images_built"] for summary in built] == [24, 24]
+    assert snapshot(cache) == snapshot(cache_dir)
+    again = run(*command)
+    assert again.exit_code == 0
+    assert "clip" in again.stdout
+
+    listed = json.loads(run("ls", cache, "--json").stdout)
+    assert listed["geometry"] == "crop"
+    assert [teacher["teacher"] for teacher in listed["teachers"]] == ["clip", "conv"]
+    assert listed["teachers"][0] == built[0]["status"]
+    assert "24 images, geometry crop" in run("ls", cache).stdout
+
+    verified = json.loads(run("verify", cache, "--json").stdout)
+    assert verified["problems"] == []
+    assert verified["bytes"] > 0
+    assert "no problems" in run("verify", cache).stdout
+
+
+def test_verify_exits_with_one_and_names_the_file(tmp_path, cache_dir) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_dir, cache)
+    path = cache / "conv.zarr" / "tokens" / "c" / "0" / "0" / "0"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    result = run("verify", cache)
+    assert result.exit_code == 1
+    assert f"{path} is damaged" in result.stdout
+    assert run("verify", tmp_path / "none").exit_code == 1
+
+
+def test_skipped_images_are_listed_and_exit_with_one(tmp_path, teachers, corpus_dir) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(corpus_dir, data)
+    image = open_corpus(data).index.slice(2, 1).to_pylist()[0]
+    with (data / image["shard"]).open("r+b") as shard:
+        shard.seek(image["offset"])
+        shard.write(bytes(image["size"]))
+    command = ("build", *teachers, "--shards", data, "--cache", tmp_path / "cache")
+    command += ("--num-workers", 0)
+    result = run(*command)
+    assert result.exit_code == 1
+    assert f"clip: skipped {image['key']}: " in result.stderr
+    assert "more than 0.10% of the images were skipped" in result.stderr
+    assert run(*command, "--max-skipped", 0.5).exit_code == 0
+
+
+def test_flags_change_the_specs(tmp_path, teachers, corpus_dir) -> None:
+    cache = tmp_path / "cache"
+    command = ("build", *teachers[:2], "--shards", corpus_dir, "--cache", cache)
+    command += ("--num-workers", 0, "--geometry", "pad", "--codec", "float16", "--grid", 2)
+    (summary,) = json.loads(run(*command, "--calibration-images", 4, "--json").stdout)
+    assert (summary["status"]["codec"], summary["status"]["grid"]) == ("float16", 2)
+    with pytest.raises(CacheError, match="calibration_images is 4 in the cache, 12 asked for"):
+        run(*command)
+    replaced = run(*command, "--replace")
+    assert replaced.exit_code == 0
+    assert "deleting" in replaced.stderr
+
+
+def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
+    monkeypatch.setattr("movekd.build.plan._MIN_SECONDS", 0.0)
+    command = ("plan", *teachers, "--shards", corpus_dir, "--num-images", 1000)
+    planned = json.loads(run(*command, "--json").stdout)
+    chosen = [plan for plan in planned["teachers"] if plan["is_spec"]]
+    assert planned["total_bytes"] == sum(1000 * plan["row_bytes"] for plan in chosen)
+    assert "1,000 images" in run(*command).stdout
+    too_many = run("plan", *teachers, "--shards", corpus_dir, "--num-images", 10**15)
+    assert too_many.exit_code == 1
+    assert "more than is free" in too_many.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--geometry", "croop"], r"--geometry is 'croop'.*Did you mean 'crop'\?"),
+        (["--dtype", "int3"], "--dtype is 'int3'; expected auto"),
+        (["--grid", "wide"], "--grid is 'wide'; expected `native` or a number"),
+        (["--codec", "int4"], "codec: "),
+        (["--weights", "w"], "--weights fits one --teacher"),
+        (["--teacher", "clup"], r"no teacher 'clup'.*Did you mean 'clip'\?"),
+    ],
+)
+def test_wrong_flags_are_sentences(tmp_path, teachers, corpus_dir, arguments, message) -> None:
+    command = ("build", *teachers, "--shards", corpus_dir, "--cache", tmp_path / "cache")
+    with pytest.raises(ConfigError, match=message):
+        run(*command, *arguments)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_given_twice_is_refused(teachers, corpus_dir) -> None:
+    with pytest.raises(ConfigError, match="a teacher is given twice: clip, clip, conv"):
+        run("build", *teachers, *teachers[:2], "--shards", corpus_dir)
+
+
+def test_errors_are_one_sentence_with_exit_code_two_and_no_traceback(tmp_path) -> None:
+    command = [sys.executable, "-m", "movekd", "cache", "ls", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"movekd: {tmp_path} holds no cache")
+    assert done.stderr.count("\n") == 1

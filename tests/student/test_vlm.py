@@ -1,0 +1,140 @@
+"""Tests of movekd.student.vlm: the student at step 0, and where its experts are."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import scenes
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.config import MoleKeys, StudentConfig
+from movekd.student.vlm import build_vlm, image_features
+
+WEIGHTS = Path(scenes.__file__).parent / "weights"
+REVISED = MoleKeys(r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", last_block=False)
+OFFICIAL = MoleKeys(
+    r=4, lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming", last_block=True
+)
+
+
+def config(mole=REVISED, **keys):
+    paths = {
+        "vision_tower": str(WEIGHTS / "clip"),
+        "language_model": str(WEIGHTS / "language_model"),
+    }
+    return StudentConfig(mole=mole, **(paths | keys))
+
+
+@pytest.fixture(scope="module")
+def pixels_BCHW():
+    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+def clip_tokens(pixels_BCHW, layer=-2):
+    clip = CLIPVisionModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return clip(pixels_BCHW, output_hidden_states=True).hidden_states[layer][:, 1:]
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize("mole", [None, REVISED])
+def test_the_revised_student_is_clip_at_step_0(pixels_BCHW, mole, layer):
+    student = build_vlm(config(mole, vision_feature_layer=layer))
+    student.vlm.eval()
+    with torch.no_grad():
+        _, found_BND = image_features(student.vlm, pixels_BCHW)
+    torch.testing.assert_close(found_BND, clip_tokens(pixels_BCHW, layer), rtol=1e-5, atol=1e-5)
+
+
+def test_the_official_student_is_not_clip_at_step_0(pixels_BCHW):
+    student = build_vlm(config(OFFICIAL))
+    student.vlm.eval()
+    with torch.no_grad():
+        _, found_BND = image_features(student.vlm, pixels_BCHW)
+    assert not torch.allclose(found_BND, clip_tokens(pixels_BCHW), atol=1e-3)
+
+
+def test_experts_end_at_the_layer_that_is_read_unless_official():
+    for mole, layer, blocks in ((REVISED, -2, 5), (REVISED, -3, 4), (OFFICIAL, -2, 6)):
+        names = [
+            name
+            for name, _ in build_vlm(
+                config(mole, vision_feature_layer=layer)
+            ).vlm.named_parameters()
+            if ".mole_" in name
+        ]
+        assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == set(range(blocks))
+
+
+def test_projected_tokens_go_where_transformers_puts_them(pixels_BCHW):
+    student = build_vlm(config())
+    student.vlm.eval()
+    image = student.tokenizer.convert_tokens_to_ids("<image>")
+    input_ids = torch.tensor([[1] + [image] * student.num_image_tokens + [7, 36]] * 2)
+    with torch.no_grad():
+        output, _ = image_features(student.vlm, pixels_BCHW)
+        ours = student.vlm(input_ids=input_ids, mm_encoder_outputs={"image": output}).logits
+        theirs = student.vlm(input_ids=input_ids, pixel_values=pixels_BCHW).logits
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_language_model_is_unchanged():
+    student = build_vlm(config())
+    base = AutoModelForCausalLM.from_pretrained(
+        WEIGHTS / "language_model", dtype=torch.float32
+    ).eval()
+    student.vlm.eval()
+    input_ids = torch.tensor([[1, 5, 20, 30, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            student.vlm(input_ids=input_ids).logits, base(input_ids=input_ids).logits
+        )
+    assert student.vlm.lm_head.weight is not student.vlm.get_input_embeddings().weight
+
+
+def test_what_it_says_of_itself_is_the_towers():
+    student = build_vlm(config())
+    assert (student.image_size, student.grid, student.num_image_tokens, student.width) == (
+        48,
+        6,
+        36,
+        96,
+    )
+    assert student.image_mean == pytest.approx((0.26, 0.26, 0.26))
+    transform = student.image_transform("pad")
+    assert (transform.image_size, transform.geometry, transform.std) == (
+        48,
+        "pad",
+        student.image_std,
+    )
+    given = build_vlm(config(image_mean=(0, 0, 0), image_std=(1, 1, 1)))
+    assert given.image_std == (1, 1, 1)
+
+
+def test_a_tokenizer_without_an_image_token_gets_one(tmp_path):
+    shutil.copytree(WEIGHTS / "language_model", tmp_path / "lm")
+    path = tmp_path / "lm/tokenizer.json"
+    path.write_text(path.read_text().replace('"<image>"', '"<picture>"'))
+    path = tmp_path / "lm/tokenizer_config.json"
+    path.write_text(path.read_text().replace('"<image>"', '"<picture>"'))
+    size = len(AutoTokenizer.from_pretrained(tmp_path / "lm"))
+    student = build_vlm(config(language_model=str(tmp_path / "lm")))
+    image = student.tokenizer.convert_tokens_to_ids("<image>")
+    assert image == size == student.vlm.config.image_token_id
+    assert student.vlm.get_input_embeddings().num_embeddings == size + 1
+    assert student.vlm.lm_head.out_features == size + 1
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    for key in ("vision_tower", "language_model"):
+        with pytest.raises(WeightsError, match=rf"student\.{key} '.*nowhere' cannot be loaded"):
+            build_vlm(config(**{key: str(tmp_path / "nowhere")}))
+
+
+def test_a_tower_without_mean_and_std_says_which_keys_to_give(tmp_path):
+    shutil.copytree(WEIGHTS / "clip", tmp_path / "clip")
+    (tmp_path / "clip/preprocessor_config.json").write_text('{"do_resize": true}')
+    with pytest.raises(ConfigError, match=r"give student\.image_mean and image_std"):
+        build_vlm(config(vision_tower=str(tmp_path / "clip")))

@@ -1,0 +1,291 @@
+"""Tests of movekd.train.model: the loss terms against equations written out, cached against live.
+
+Legend: I images, N tokens, D channels, M teacher tokens.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import scenes
+import torch
+from torch.nn import functional as F
+
+from movekd.build.images import image_transform
+from movekd.cache import open_cache
+from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.cache.reader import TeacherTargets
+from movekd.cache.spec import load_spec
+from movekd.corpus.index import open_corpus
+from movekd.errors import ConfigError
+from movekd.student import TeacherAdapter, routing
+from movekd.student.vlm import image_features
+from movekd.teachers import load_teacher
+from movekd.train.model import check_targets, count_answer_tokens
+
+REVISED = ()
+OFFICIAL = ("recipe=official",)
+SAME = 0.9995
+"""Cosine of gradients: int8 gives .99999, noise of 5% .9992, another image's targets .37."""
+
+
+@pytest.fixture
+def batch_of(digits):
+    """Return (config, model in evaluation mode, batch) of a stage and some samples."""
+
+    def batch_of(stage="pretrain", overrides=(), samples=range(4)):
+        config = digits.config(stage, *overrides)
+        model, _, dataset, collator = digits.parts(config)
+        batch = collator([dataset[position] for position in samples])
+        batch.pop("keys")
+        return config, model.eval(), batch
+
+    return batch_of
+
+
+def text_by_hand(model, batch):
+    """Sum of -log p over the answer tokens, with transformers' own way in for the images."""
+    logits = model.vlm(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"],
+    ).logits
+    total, count = 0.0, 0
+    for sample, labels in enumerate(batch["labels"]):
+        for position in range(1, len(labels)):
+            if labels[position] != -100:
+                log_p = logits[sample, position - 1].float().log_softmax(0)
+                total, count = total - log_p[labels[position]], count + 1
+    return total, count
+
+
+def test_text_is_summed_over_answer_tokens(batch_of):
+    _, model, batch = batch_of()
+    expected, count = text_by_hand(model, batch)
+    terms = model(**batch)
+    assert int(count_answer_tokens(batch["labels"])) == count
+    torch.testing.assert_close(terms["text_sum"], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_revised_kd_is_the_equation(batch_of):
+    config, model, batch = batch_of(overrides=REVISED)
+    _, student_IND = image_features(model.vlm, batch["pixel_values"])
+    attention_IN = batch["targets"]["clip"].cls_attention_BHN.mean(1)
+    total = 0.0
+    for image in range(4):
+        a = attention_IN[image]
+        w = 0.5 + 0.5 * (a / a.sum() * len(a)).clamp(max=4)
+        w = w / w.mean()
+        for teacher in ("clip", "sam"):
+            target = batch["targets"][teacher]
+            z = (target.tokens_BND - target.stats.mean_D) / target.stats.std_D
+            z_ND = resize_tokens(z[image : image + 1], 6)[0]
+            head = model.adapters[teacher]
+            hidden_ND = F.layer_norm(
+                student_IND[image], (96,), head.norm.weight, head.norm.bias, head.norm.eps
+            )
+            hidden_ND = F.gelu(hidden_ND @ head.hidden.weight.T + head.hidden.bias)
+            guess_ND = hidden_ND @ head.output.weight.T + head.output.bias
+            total += (w * (guess_ND - z_ND).square().mean(1)).mean() / 2
+    terms = model(**batch)
+    torch.testing.assert_close(terms["kd_sum"], total, rtol=1e-4, atol=1e-5)
+    assert config.distill.kd_weight == 2
+
+
+def test_official_kd_is_the_equation(batch_of):
+    config, model, batch = batch_of(overrides=OFFICIAL)
+    _, student_IND = image_features(model.vlm, batch["pixel_values"])
+    clip, sam = batch["targets"]["clip"], batch["targets"]["sam"]
+    assert sam.tokens_BND.shape[1] == 144  # the native grid
+    adapter = model.adapters["sam"]
+    assert list(model.adapters) == ["sam"]  # the anchor needs none
+    total = 0.0
+    for image in range(4):
+        w = torch.softmax(clip.cls_attention_BHN[image].mean(0), 0)
+        hidden_MD = F.gelu(
+            sam.tokens_BND[image] @ adapter.channels.weight.T + adapter.channels.bias
+        )
+        adapted_ND = (hidden_MD.T @ adapter.tokens.weight.T + adapter.tokens.bias).T
+        for share, goal_ND in ((0.8, clip.tokens_BND[image]), (0.2, adapted_ND)):
+            error_N = (student_IND[image] - goal_ND).square().mean(1)
+            total += share * (error_N.mean() + (w * error_N).sum())
+    terms = model(**batch)
+    torch.testing.assert_close(terms["kd_sum"], total, rtol=1e-4, atol=1e-4)
+    assert config.distill.kd_weight == 0.5
+
+
+def test_balance_of_both_recipes_is_the_equation(batch_of):
+    for overrides, layers in ((REVISED, 5), (OFFICIAL, 6)):
+        _, model, batch = batch_of(overrides=overrides)
+        balance = model(**batch)["balance"]
+        records = routing(model.vlm)
+        assert len(records) == layers
+        p_LIE = torch.stack([p.mean(1) for p, _ in records])
+        f_LIE = torch.stack([f.mean(1) for _, f in records])
+        if overrides == OFFICIAL:
+            expected = (p_LIE.mean(0) * f_LIE.mean(0)).sum(1).mean()
+        else:
+            expected = 3 * (p_LIE.mean(1) * f_LIE.mean(1)).sum(1).mean()
+        torch.testing.assert_close(balance, expected)
+
+
+def test_images_without_a_sample_of_their_own_count_too(batch_of):
+    # finetune's entry 10 has two images, and 11 to 15 have none
+    _, model, batch = batch_of("finetune", samples=[0, 10, 11])
+    assert len(batch["pixel_values"]) == 3
+    terms = model(**batch)
+    assert terms["num_images"] == 3
+    alone = [batch_of("finetune", samples=[position])[2] for position in (0, 10)]
+    apart = sum(model(**one)["kd_sum"] for one in alone)
+    torch.testing.assert_close(terms["kd_sum"], apart, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [REVISED, OFFICIAL])
+def test_text_only_batches_give_zero_gradients_not_none(batch_of, overrides):
+    _, model, batch = batch_of(
+        "finetune", [*overrides, "student.mole.last_block=false"], samples=[11, 12]
+    )
+    assert batch["pixel_values"] is None
+    assert batch["targets"] is None
+    terms = model(**batch)
+    assert terms["kd_sum"] == 0
+    (terms["text_sum"] + terms["kd_sum"]).backward()
+    read = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if "vision_tower" in name or "projector" in name or "adapters" in name
+        if "layers.5." not in name and "post_layernorm" not in name and "router" not in name
+    ]
+    for name, parameter in read:
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    assert model.vlm.lm_head.weight.grad.any()
+
+
+def live_targets(digits, cache, teacher, images):
+    """Return what the teacher itself says about images of the corpus, undecoded."""
+    spec = load_spec(str(Path(scenes.__file__).parent / f"teachers/{teacher}.yaml"))
+    corpus = open_corpus(digits.data)
+    transform = image_transform(spec, cache.geometry)
+    pixels = torch.stack(
+        [torch.from_numpy(transform(corpus.read_image(image))) for image in images]
+    )
+    output = load_teacher(spec)(pixels)
+    stored = {"tokens": output.tokens_BND.clone()}
+    if output.cls_attention_BHN is not None:
+        stored |= {"cls": output.cls_BD, "cls_attention": output.cls_attention_BHN}
+    return TeacherTargets(stored, cache[teacher].read([0]).stats)
+
+
+def relative_error(found, expected):
+    """Return the mean error a token, in standardised channels."""
+    return ((found - expected).norm(dim=2) / expected.norm(dim=2)).mean().item()
+
+
+def kd_gradient(model, batch, targets):
+    """Return the gradient of the KD loss at the student's tokens, flat."""
+    with torch.no_grad():
+        _, student_IND = image_features(model.vlm, batch["pixel_values"])
+    student_IND = student_IND.clone().requires_grad_()
+    model._distil(student_IND, targets)["kd_sum"].backward()
+    return student_IND.grad.flatten()
+
+
+def test_cached_targets_teach_what_live_ones_do(digits):
+    config = digits.config()
+    model, _, dataset, collator = digits.parts(config)
+    model.eval()
+    samples = [dataset[position] for position in range(12)]
+    batch = collator(samples)
+    images = [image for sample in samples for image in sample.images]
+    cache = open_cache(digits.cache)
+    live = {name: live_targets(digits, cache, name, images) for name in ("clip", "sam")}
+    for name, targets in live.items():
+        found = batch["targets"][name].standardised_BND
+        sealed = cache[name].seals[0]["error"]
+        assert relative_error(found, targets.standardised_BND) < 1.5 * sealed["mean"] + 1e-4
+    clip = batch["targets"]["clip"]
+    torch.testing.assert_close(clip.cls_BD, live["clip"].cls_BD, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        clip.cls_attention_BHN, live["clip"].cls_attention_BHN, rtol=2e-3, atol=1e-4
+    )
+
+    def shifted(targets):
+        stored = {name: tensor.roll(1, 0) for name, tensor in targets.stored.items()}
+        return TeacherTargets(stored, targets.stats)
+
+    def noisy(targets):
+        z_BND = targets.standardised_BND
+        generator = torch.Generator().manual_seed(0)
+        noise_BND = torch.randn(z_BND.shape, generator=generator)
+        noise_BND *= 0.05 * z_BND.norm(dim=2, keepdim=True) / noise_BND.norm(dim=2, keepdim=True)
+        tokens_BND = (z_BND + noise_BND) * targets.stats.std_D + targets.stats.mean_D
+        return TeacherTargets(dict(targets.stored) | {"tokens": tokens_BND}, targets.stats)
+
+    expected = kd_gradient(model, batch, live)
+    cached = kd_gradient(model, batch, batch["targets"])
+    assert F.cosine_similarity(cached, expected, dim=0) >= SAME
+    for change in (shifted, noisy):  # the check can fail
+        control = {name: change(targets) for name, targets in live.items()}
+        assert F.cosine_similarity(kd_gradient(model, batch, control), expected, dim=0) < SAME
+    tokens = {name: {"tokens": targets.stored["tokens"]} for name, targets in live.items()}
+    swapped = {
+        "clip": TeacherTargets(dict(live["clip"].stored) | tokens["sam"], live["sam"].stats),
+        "sam": TeacherTargets(tokens["clip"], live["clip"].stats),
+    }
+    with pytest.raises(ConfigError, match="teacher 0"):
+        kd_gradient(model, batch, swapped)
+
+
+def test_revised_experts_end_where_the_student_is_read(batch_of):
+    _, model, batch = batch_of()
+    layers = {
+        int(name.split("layers.")[1].split(".")[0])
+        for name, _ in model.named_parameters()
+        if ".mole_" in name
+    }
+    assert layers == set(range(5))  # hidden state -2 of 6 blocks
+    terms = model(**batch)
+    terms["kd_sum"].backward()
+    assert all(math.isfinite(value) for value in (float(term.detach()) for term in terms.values()))
+    for name, parameter in model.vlm.named_parameters():
+        if ".mole_" in name and "lora_B" in name:
+            assert parameter.grad.any(), f"{name} does not learn from the teachers"
+
+
+def test_official_adapters_mix_a_native_grid(digits):
+    config = digits.config("pretrain", *OFFICIAL)
+    model, *_ = digits.parts(config)
+    assert isinstance(model.adapters["sam"], TeacherAdapter)
+    assert model.adapters["sam"].tokens.weight.shape == (36, 144)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("distill.anchor=sam",), r"needs the \[CLS\] attention of the anchor, which 'sam'"),
+        (
+            (*OFFICIAL, "distill.anchor=sam", "distill.token_weighting=none"),
+            r"'anchor' needs the \[CLS\] embedding of 'sam'",
+        ),
+        (
+            (
+                *OFFICIAL,
+                "distill.anchor=sam",
+                "distill.token_weighting=none",
+                "distill.teacher_weighting=anchor_equal",
+            ),
+            r"'sam' .*has 144 tokens of \d+ channels and the student 36 of 96",
+        ),
+    ],
+)
+def test_an_anchor_that_lacks_something_is_refused(digits, overrides, message):
+    config = digits.config("pretrain", *overrides)
+    student = digits.parts(digits.config("pretrain", "distill=null"))[1]
+    with pytest.raises(ConfigError, match=message):
+        check_targets(open_cache(digits.cache), config.distill, student)
+
+
+def test_attention_is_brought_to_the_students_grid():
+    attention_BHN = torch.rand(2, 3, 144).softmax(2)
+    assert resize_attention(attention_BHN, 6).shape == (2, 3, 36)

@@ -1,0 +1,113 @@
+"""Tests of movekd.train.trainer: what one optimizer step takes the mean over."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from movekd.errors import TrainingError, WeightsError
+from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
+
+
+@pytest.fixture
+def make(digits, tmp_path):
+    """Return the trainer of a run, and a function from positions to a batch."""
+
+    def make(stage="finetune", *overrides):
+        config = digits.config(stage, *overrides)
+        model, _, dataset, collator = digits.parts(config)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            per_device_train_batch_size=4,
+            disable_tqdm=True,
+        )
+        trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+        model.eval()
+        return trainer, lambda positions: collator([dataset[p] for p in positions])
+
+    return make
+
+
+def loss_of(trainer, batches):
+    """Return the loss of one optimizer step, and its gradients."""
+    counts = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    trainer.model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=counts)
+        loss.backward()
+        total += loss.item()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.grad is not None
+    }
+    return total, gradients
+
+
+@pytest.mark.parametrize("recipe", ["official", "revised"])
+def test_the_loss_is_the_weighted_sum_of_means(make, recipe):
+    trainer, batch_of = make("finetune", f"recipe={recipe}")
+    batch = batch_of([0, 10, 11, 1])
+    terms = trainer.model(**{k: v for k, v in batch.items() if k != "keys"})
+    num_tokens = (batch["labels"] != -100).sum()
+    weight = {"official": 0.5, "revised": 2.0}[recipe]
+    expected = terms["text_sum"] / num_tokens + weight * terms["kd_sum"] / 4
+    expected = expected + 0.01 * terms["balance"]
+    assert loss_of(trainer, [batch])[0] == pytest.approx(expected.detach().item(), rel=1e-5)
+
+
+def test_text_counts_by_tokens_and_kd_by_images_over_the_whole_step(make):
+    trainer, batch_of = make("finetune", "student.mole.balance_weight=0")
+    # answers of unequal length; two images, one, none and none
+    positions = [10, 0, 15, 11]
+    whole, expected = loss_of(trainer, [batch_of(positions)])
+    for parts in ([[10, 0], [15, 11]], [[10], [0], [15], [11]], [[11, 10, 0], [15]]):
+        loss, found = loss_of(trainer, [batch_of(part) for part in parts])
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for name, gradient in expected.items():
+            if name in found:
+                torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+            else:
+                assert not gradient.any(), name
+
+
+def test_a_bad_loss_names_samples_and_parts(make):
+    trainer, batch_of = make()
+    with torch.no_grad():
+        trainer.model.vlm.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 0, in the batch of two, text-0\. Parts: text"
+    ):
+        loss_of(trainer, [batch_of([10, 11])])
+
+
+def test_a_checkpoint_holds_what_learns_and_is_checked_when_read(make, tmp_path):
+    trainer, _ = make("pretrain")
+    trainer._save(str(tmp_path))
+    saved = load_file(tmp_path / CHECKPOINT_FILE)
+    learning = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert saved.keys() == learning.keys()
+    assert all(".mole_" in n or "projector" in n or "adapters." in n for n in saved)
+    before = {name: parameter.detach().clone() for name, parameter in learning.items()}
+    with torch.no_grad():
+        for parameter in learning.values():
+            parameter.zero_()
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert all(torch.equal(learning[name], before[name]) for name in before)
+    other, _ = make("pretrain", "student.mole.num_experts=2")
+    with pytest.raises(WeightsError, match=r"does not fit the model: .* of another shape"):
+        other._load_from_checkpoint(str(tmp_path))
+
+
+def test_the_order_is_grouped_in_finetune_alone(make):
+    for stage, is_grouped in (("pretrain", False), ("finetune", True)):
+        trainer, _ = make(stage)
+        sampler = trainer._get_train_sampler()
+        lengths = trainer.train_dataset.modality_lengths()
+        assert sorted(sampler) == list(range(len(lengths)))
+        assert (sampler._lengths is not None) == is_grouped
