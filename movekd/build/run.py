@@ -24,10 +24,10 @@ from torch import Tensor
 
 from movekd.build.images import PixelBatch, image_transform, pixel_batches
 from movekd.build.lock import build_lock
+from movekd.build.shard import ShardInMemory, Unit
 from movekd.cache import codec, grid, layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.check import TeacherStatus, teacher_status
-from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
 from movekd.cache.writer import (
@@ -36,7 +36,6 @@ from movekd.cache.writer import (
     read_calibration,
     resize_group,
     stats_checksum,
-    write_shard,
 )
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
@@ -66,15 +65,6 @@ class BuildSummary:
     skipped: Mapping[str, str]
     seconds: float
     calibration_seconds: float
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One Zarr shard: its number, and the rows and corpus positions that it holds."""
-
-    shard: int
-    rows: npt.NDArray[np.int64]
-    images: npt.NDArray[np.int64]
 
 
 def build_cache(
@@ -235,14 +225,14 @@ def _calibrate(
     return calibration
 
 
-def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int]) -> list[_Unit]:
+def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int]) -> list[Unit]:
     """Return the units of the given Zarr shards; a shard wholly in a gap has no rows."""
     rows = catalog.rows
     units = []
     for shard in shards:
         first = shard * teacher.rows_per_shard
         low, high = np.searchsorted(rows, [first, first + teacher.rows_per_shard])
-        units.append(_Unit(shard, rows[low:high], np.arange(low, high)))
+        units.append(Unit(shard, rows[low:high], np.arange(low, high)))
     return units
 
 
@@ -253,7 +243,7 @@ def _build_units(
     spec: CacheSpec,
     store: TeacherCache,
     teacher: Teacher,
-    units: Sequence[_Unit],
+    units: Sequence[Unit],
     options: BuildOptions,
     progress: Progress,
 ) -> None:
@@ -266,7 +256,7 @@ def _build_units(
     written: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
         for unit, chunks in zip(units, per_unit, strict=True):
-            filling = _ShardInMemory(store, unit)
+            filling = ShardInMemory(store, unit)
             for _ in chunks:
                 batch = next(stream)
                 if len(batch.unreadable) < len(batch.images):
@@ -281,71 +271,6 @@ def _build_units(
             written = writer.submit(filling.write, cache_dir)
         if written is not None:
             written.result()
-
-
-class _ShardInMemory:
-    """The rows of one unit while the teacher fills them; NaN until then."""
-
-    def __init__(self, store: TeacherCache, unit: _Unit) -> None:
-        self._store, self._unit = store, unit
-        self._first = unit.shard * store.layout.rows_per_shard
-        length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
-        self._arrays = {
-            name: np.full((length, *array.row_shape), array.fill_value, array.dtype)
-            for name, array in store.layout.arrays.items()
-        }
-        self._filled = 0
-        self._skipped: dict[int, str] = {}
-        self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
-
-    def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
-        """Encode a batch and put it into its rows."""
-        rows = self._next_rows(batch)
-        readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
-        tokens_BND = output.tokens_BND[readable].float()
-        try:
-            stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
-        except CacheError as error:
-            raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
-        error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
-        self._error_sum += error_sum.item()
-        self._error_max = max(self._error_max, error_max.item())
-        self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
-        if output.cls_BD is not None:
-            stored["cls"] = _half(output.cls_BD[readable], "[CLS] embedding")
-        if output.cls_attention_BHN is not None:
-            stored["cls_attention"] = _half(output.cls_attention_BHN[readable], "attention")
-        for name, values in stored.items():
-            self._arrays[name][rows[readable]] = values.cpu().numpy()
-
-    def skip(self, batch: PixelBatch) -> None:
-        """Leave a batch of which no image could be read."""
-        self._next_rows(batch)
-
-    def write(self, cache_dir: Path) -> None:
-        """Write and seal the Zarr shard."""
-        write_shard(
-            cache_dir,
-            self._store.spec,
-            self._store.calibration,
-            self._unit.shard,
-            self._arrays,
-            skipped=self._skipped,
-            error={
-                "mean": self._error_sum / max(self._num_tokens, 1),
-                "max": self._error_max,
-                "num_tokens": self._num_tokens,
-            },
-        )
-
-    def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
-        """Return the batch's rows, counted from the shard's first, and note the unreadable."""
-        end = self._filled + len(batch.images)
-        rows = self._unit.rows[self._filled : end]
-        self._filled = end
-        for position, reason in batch.unreadable.items():
-            self._skipped[int(rows[position])] = reason
-        return rows - self._first
 
 
 def _batches(
@@ -378,16 +303,6 @@ def _on_grid(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
         output.cls_BD,
         None if attention is None else grid.resize_attention(attention.float(), spec.grid),
     )
-
-
-def _half(values: Tensor, what: str) -> Tensor:
-    half = values.half()
-    if not bool(torch.isfinite(half).all()):
-        raise CacheError(
-            f"the {what} holds values beyond float16's 65504, or not numbers; check the weights, "
-            "or use --dtype float32."
-        )
-    return half
 
 
 def _chunks(values: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:

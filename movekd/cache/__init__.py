@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from movekd.cache.reader import FeatureCache, TeacherCache, TeacherTargets, open_cache
+    from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
     from movekd.cache.spec import CacheSpec, load_spec
+    from movekd.cache.targets import TeacherTargets
 
 __all__ = [
     "CacheSpec",

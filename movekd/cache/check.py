@@ -77,7 +77,9 @@ def verify(cache_dir: Path, progress: Callable[[int], None] = lambda _: None) ->
     except CacheError as error:
         yield str(error)
         return
-    yield from _check_files(cache_dir, catalog_files, progress)
+    yield from _check_files(
+        cache_dir, catalog_files, progress, "Delete this file and run its `movekd cache build`."
+    )
     for path in sorted(cache_dir.glob("*.zarr")):
         name = path.name.removesuffix(".zarr")
         if name not in cache.teachers:
@@ -99,7 +101,7 @@ def _verify_teacher(
 ) -> Iterator[str]:
     group = layout.group_dir(cache.cache_dir, name)
     metadata = read_sealed(layout.seals_dir(cache.cache_dir, name) / METADATA)["files"]
-    yield from _check_files(group, metadata, progress)
+    yield from _check_files(group, metadata, progress, "Build this teacher anew with --replace.")
     teacher = cache[name]  # after its metadata's checksums: damaged ones may not open
     if stats_checksum(teacher.stats) != teacher.calibration.channel_stats_xxh3_128:
         yield f"{group}: channel_mean or channel_std differ from the sealed calibration."
@@ -124,7 +126,10 @@ def _verify_teacher(
 
 
 def _check_files(
-    folder: Path, files: dict[str, dict[str, Any]], progress: Callable[[int], None]
+    folder: Path,
+    files: dict[str, dict[str, Any]],
+    progress: Callable[[int], None],
+    remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
     """Yield a sentence for each file that is missing or not what its entry says."""
     for name, expected in files.items():
@@ -141,5 +146,5 @@ def _check_files(
             yield (
                 f"{path} is damaged: {found['size_bytes']} bytes with checksum "
                 f"{found['xxh3_128']}; its seal says {expected['size_bytes']} bytes with "
-                f"{expected['xxh3_128']}. Delete its seal and build again."
+                f"{expected['xxh3_128']}. {remedy}"
             )

@@ -12,16 +12,13 @@ bytes. No teacher, no GPU and no network are needed.
 Legend: B batch, N tokens, D channels, H heads.
 """
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -31,64 +28,21 @@ import torch
 import zarr
 from torch import Tensor
 
-from movekd.cache import codec, layout
+from movekd.cache import layout
 from movekd.cache.catalog import open_catalog
 from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import grid_side
 from movekd.cache.layout import ArrayLayout, TeacherLayout
+from movekd.cache.mapped import MappedShard
 from movekd.cache.seal import read_sealed
 from movekd.cache.spec import CacheSpec
-from movekd.cache.writer import Calibration, read_calibration
+from movekd.cache.targets import TeacherTargets
+from movekd.cache.writer import CALIBRATION, Calibration, read_calibration
 from movekd.config import validate
 from movekd.corpus.index import find_rows, require_known
 from movekd.errors import CacheError, CorruptCacheError, did_you_mean
 
 Rows = npt.NDArray[np.int64] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class TeacherTargets:
-    """A batch of one teacher's features as they are stored; the properties decode.
-
-    Attributes:
-        stored: the arrays of the teacher's group, the batch first; all on one device.
-        stats: channel statistics, moved to that device when something is decoded.
-    """
-
-    stored: Mapping[str, Tensor]
-    stats: ChannelStats
-
-    def __len__(self) -> int:
-        return len(self.stored["tokens"])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherTargets":
-        """Return the batch on ``device``: the stored bytes move, not the decoded floats."""
-        moved = {n: a.to(device, non_blocking=non_blocking) for n, a in self.stored.items()}
-        return replace(self, stored=moved, stats=self.stats.to(torch.device(device)))
-
-    def pin_memory(self) -> "TeacherTargets":
-        """Return the batch in page-locked memory; a DataLoader calls this."""
-        return replace(self, stored={n: a.pin_memory() for n, a in self.stored.items()})
-
-    @property
-    def tokens_BND(self) -> Tensor:
-        """Tokens in the teacher's units, float32 (B, N, D)."""
-        return codec.decode(self.stored, self.stats)
-
-    @property
-    def standardised_BND(self) -> Tensor:
-        """Tokens standardised by the calibration's channel statistics, float32 (B, N, D)."""
-        return codec.decode_standardised(self.stored, self.stats)
-
-    @property
-    def cls_BD(self) -> Tensor | None:
-        """[CLS] embedding, float32 (B, D), or None where the teacher has none."""
-        return self.stored["cls"].float() if "cls" in self.stored else None
-
-    @property
-    def cls_attention_BHN(self) -> Tensor | None:
-        """Attention of [CLS] over the patches a head, float32 (B, H, N), or None."""
-        return self.stored["cls_attention"].float() if "cls_attention" in self.stored else None
 
 
 class FeatureCache:
@@ -99,9 +53,9 @@ class FeatureCache:
         self.catalog = open_catalog(cache_dir)
         self.geometry = self.catalog.geometry
         self.teachers: tuple[str, ...] = tuple(
-            path.name.removesuffix(".zarr")
-            for path in sorted(cache_dir.glob("*.zarr"))
-            if read_calibration(cache_dir, path.name.removesuffix(".zarr")) is not None
+            path.name.removesuffix(".seals")
+            for path in sorted(cache_dir.glob("*.seals"))
+            if (path / CALIBRATION).exists()
         )
         self._opened: dict[str, TeacherCache] = {}
 
@@ -161,7 +115,7 @@ class TeacherCache:
     def __init__(self, cache_dir: Path, teacher: str, num_rows: int) -> None:
         self.cache_dir, self.teacher, self.num_rows = cache_dir, teacher, num_rows
         self._lock = threading.Lock()
-        self._maps: dict[tuple[str, int], _MappedShard] = {}
+        self._maps: dict[tuple[str, int], MappedShard] = {}
         self._stores: dict[str, Any] = {}
         group = _open_group(layout.group_dir(cache_dir, teacher))
         self.spec: CacheSpec = validate(CacheSpec, group["spec"], f"attributes of {teacher}.zarr")
@@ -283,12 +237,12 @@ class TeacherCache:
         for position, (shard_map, offset) in enumerate(picked):
             into[position] = shard_map.row(offset)
 
-    def _map(self, array: ArrayLayout, shard: int) -> "_MappedShard":
+    def _map(self, array: ArrayLayout, shard: int) -> "MappedShard":
         mapped = self._maps.get((array.name, shard))
         if mapped is None:
             path = layout.group_dir(self.cache_dir, self.teacher) / layout.shard_file(array, shard)
             with self._lock:
-                mapped = _MappedShard(path, array, self.layout.rows_per_shard)
+                mapped = MappedShard(path, array, self.layout.rows_per_shard)
                 self._maps[array.name, shard] = mapped
         return mapped
 
@@ -345,69 +299,6 @@ def _read_zarr(folder: Path, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]
         raise CorruptCacheError(
             f"{folder} cannot be decoded: {str(error)[:300]}. Run `movekd cache verify`."
         ) from None
-
-
-class _MappedShard:
-    """One uncompressed shard file, mapped; its chunks lie at equal distances in any order."""
-
-    def __init__(self, path: Path, array: ArrayLayout, rows_per_shard: int) -> None:
-        index_bytes = 16 * rows_per_shard + 4
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < index_bytes:
-                    raise CorruptCacheError(
-                        f"{path} has {size} bytes, less than its index of {index_bytes}: it is "
-                        "truncated. Run `movekd cache verify`."
-                    )
-                self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except OSError as error:
-            raise CorruptCacheError(
-                f"{path} is sealed but cannot be opened ({error.strerror}). "
-                "Run `movekd cache verify`."
-            ) from None
-        raw_index = self._bytes[-index_bytes:-4]
-        if google_crc32c.value(raw_index) != int.from_bytes(self._bytes[-4:], "little"):
-            raise CorruptCacheError(
-                f"{path}: the checksum of the shard index is wrong; the file is truncated or "
-                "damaged. Run `movekd cache verify`."
-            )
-        index = np.frombuffer(raw_index, "<u8").reshape(rows_per_shard, 2)
-        present = index[:, 0] != 2**64 - 1
-        offsets, sizes = index[present].T.astype(np.int64)
-        data_bytes = size - index_bytes
-        if (sizes != array.row_bytes).any() or (offsets % array.row_bytes).any():
-            raise CorruptCacheError(
-                f"{path} holds chunks of other sizes than the {array.row_bytes} bytes of a row; "
-                "it was not written by movekd. Run `movekd cache verify`."
-            )
-        if len(offsets) and int(offsets.max()) + array.row_bytes > data_bytes:
-            raise CorruptCacheError(f"{path} is truncated. Run `movekd cache verify`.")
-        self._row_bytes = array.row_bytes
-        self._path = path
-        self._position = np.full(rows_per_shard, -1, np.int64)
-        self._position[present] = offsets // array.row_bytes
-        count = data_bytes // array.row_bytes
-        flat = np.frombuffer(self._bytes, array.dtype, count * int(np.prod(array.row_shape)))
-        self._rows = flat.reshape(count, *array.row_shape)
-
-    def announce(self, offset: int) -> None:
-        """Tell the kernel that this row is about to be read."""
-        start = int(self._position[offset]) * self._row_bytes
-        if start >= 0:
-            aligned = start - start % mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_WILLNEED, aligned, start - aligned + self._row_bytes)
-
-    def row(self, offset: int) -> npt.NDArray[Any]:
-        """Return a view of one row."""
-        position = self._position[offset]
-        if position < 0:
-            raise CacheError(
-                f"row {offset} of {self._path} was never written: it lies in the gap before "
-                "appended images. Take rows from `cache.rows(names)`."
-            )
-        view: npt.NDArray[Any] = self._rows[position]
-        return view
 
 
 def _open_group(path: Path) -> dict[str, Any]:

@@ -138,10 +138,15 @@ def read_calibration(cache_dir: Path, teacher: str) -> Calibration | None:
 def resize_group(cache_dir: Path, teacher: str, num_rows: int) -> None:
     """Lengthen a teacher's arrays to ``num_rows``; nothing sealed is touched."""
     group = zarr.open_group(layout.group_dir(cache_dir, teacher), mode="r+")
-    for name, array in group.arrays():
-        if not name.startswith("channel_") and array.shape[0] < num_rows:
-            array.resize((num_rows, *array.shape[1:]))
-    seal_metadata(cache_dir, teacher)
+    short = [
+        array
+        for name, array in group.arrays()
+        if not name.startswith("channel_") and array.shape[0] < num_rows
+    ]
+    for array in short:
+        array.resize((num_rows, *array.shape[1:]))
+    if short:  # otherwise a damaged zarr.json would be sealed as it is
+        seal_metadata(cache_dir, teacher)
 
 
 def seal_metadata(cache_dir: Path, teacher: str) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from movekd.cache.grid import resize_attention, resize_tokens
-from movekd.cache.reader import FeatureCache, TeacherTargets
+from movekd.cache.reader import FeatureCache
+from movekd.cache.targets import TeacherTargets
 from movekd.distill import (
     balance_loss,
     kd_loss,

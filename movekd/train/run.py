@@ -123,6 +123,8 @@ def train(
         student.tokenizer.pad_token_id,
     )
     if arguments.should_save:
+        if overwrite:  # not before all the rest was found to fit
+            shutil.rmtree(output_dir, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
@@ -166,7 +168,6 @@ def _prepare_output(
     if int(os.environ.get("RANK", "0")) > 0:  # the first process decides, and may delete
         return last_checkpoint(output_dir) if resume else None
     if overwrite:
-        shutil.rmtree(output_dir)
         return None
     if not resume:
         raise ConfigError(

@@ -1,0 +1,105 @@
+"""One Zarr shard while the teacher fills it: encoded rows, what was skipped, the codec's error.
+
+Teacher output and codec statistics come in, batch by batch; a sealed Zarr shard goes out.
+``build.run`` makes one for each unit of work.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from movekd.build.images import PixelBatch
+from movekd.cache import codec
+from movekd.cache.codec import ChannelStats
+from movekd.cache.reader import TeacherCache
+from movekd.cache.writer import write_shard
+from movekd.errors import CacheError
+from movekd.teachers import TeacherOutput
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One Zarr shard: its number, and the rows and corpus positions that it holds."""
+
+    shard: int
+    rows: npt.NDArray[np.int64]
+    images: npt.NDArray[np.int64]
+
+
+class ShardInMemory:
+    """The rows of one unit while the teacher fills them; NaN until then."""
+
+    def __init__(self, store: TeacherCache, unit: Unit) -> None:
+        self._store, self._unit = store, unit
+        self._first = unit.shard * store.layout.rows_per_shard
+        length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
+        self._arrays = {
+            name: np.full((length, *array.row_shape), array.fill_value, array.dtype)
+            for name, array in store.layout.arrays.items()
+        }
+        self._filled = 0
+        self._skipped: dict[int, str] = {}
+        self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
+
+    def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
+        """Encode a batch and put it into its rows."""
+        rows = self._next_rows(batch)
+        readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
+        tokens_BND = output.tokens_BND[readable].float()
+        try:
+            stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
+        except CacheError as error:
+            raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
+        error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
+        self._error_sum += error_sum.item()
+        self._error_max = max(self._error_max, error_max.item())
+        self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
+        if output.cls_BD is not None:
+            stored["cls"] = _half(output.cls_BD[readable], "[CLS] embedding")
+        if output.cls_attention_BHN is not None:
+            stored["cls_attention"] = _half(output.cls_attention_BHN[readable], "attention")
+        for name, values in stored.items():
+            self._arrays[name][rows[readable]] = values.cpu().numpy()
+
+    def skip(self, batch: PixelBatch) -> None:
+        """Leave a batch of which no image could be read."""
+        self._next_rows(batch)
+
+    def write(self, cache_dir: Path) -> None:
+        """Write and seal the Zarr shard."""
+        write_shard(
+            cache_dir,
+            self._store.spec,
+            self._store.calibration,
+            self._unit.shard,
+            self._arrays,
+            skipped=self._skipped,
+            error={
+                "mean": self._error_sum / max(self._num_tokens, 1),
+                "max": self._error_max,
+                "num_tokens": self._num_tokens,
+            },
+        )
+
+    def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
+        """Return the batch's rows, counted from the shard's first, and note the unreadable."""
+        end = self._filled + len(batch.images)
+        rows = self._unit.rows[self._filled : end]
+        self._filled = end
+        for position, reason in batch.unreadable.items():
+            self._skipped[int(rows[position])] = reason
+        return rows - self._first
+
+
+def _half(values: Tensor, what: str) -> Tensor:
+    half = values.half()
+    if not bool(torch.isfinite(half).all()):
+        raise CacheError(
+            f"the {what} holds values beyond float16's 65504, or not numbers; check the weights, "
+            "or use --dtype float32."
+        )
+    return half
