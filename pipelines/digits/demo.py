@@ -56,8 +56,8 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
         print(f"\n$ python {HERE.name}/scenes.py --out {source} --seed {seed}", flush=True)
         scenes.write_corpus(
             source,
-            num_pretrain=3072 * size,
-            num_finetune=1536 * size,
+            num_pretrain=2560 * size,
+            num_finetune=1280 * size,
             num_val=64,
             num_test=512,
             seed=seed,
