@@ -73,19 +73,6 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
 }
 
 
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images on their way to a model.
-
-    Attributes:
-        keys: B keys, the SHA-256 of each image's bytes in hex.
-        pixels_BCHW: float32, normalised.
-    """
-
-    keys: list[str]
-    pixels_BCHW: NDArray[np.float32]
-
-
 class ImageInfo(NamedTuple):
     """What ``probe_image`` finds: file extension, and size in pixels as a viewer shows it."""
 

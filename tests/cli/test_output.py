@@ -1,0 +1,28 @@
+import pytest
+
+from movekd.cli import output
+
+
+def test_plain_progress_tells_rate_and_end_of_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 11.0, 12.0, 20.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with output.progress_bar() as progress:
+        for done in (1, 2, 55, 60, 100):
+            progress("build", done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["build: 55/100, 5.0/s, 9 s left", "build: 100/100, 5.0/s, 0 s left"]
+
+
+def test_plain_progress_says_nothing_of_what_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress_bar() as progress:
+        progress("pack images", 3, 3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (10e12, "10.00 TB")]
+)
+def test_sizes_are_powers_of_ten(num_bytes: float, text: str) -> None:
+    assert output.size(num_bytes) == text
