@@ -17,7 +17,8 @@ import torch
 from report import interleaved_ratio, write_results
 
 from movekd.build.images import image_transform, pixel_batches
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache.spec import CacheSpec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import scenes
 
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava

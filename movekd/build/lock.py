@@ -1,29 +1,60 @@
-"""One build a teacher and cache at a time: two writers in a Zarr shard lose data."""
+"""One build a teacher and cache at a time: two writers in a Zarr shard lose data.
 
+On a file system the kernel keeps the lock and drops it with the process. An object store knows no
+such thing: there the lock is an object that is made only if it does not exist yet, and renewed by
+its holder as long as it lives.
+"""
+
+import contextlib
 import fcntl
+import json
 import os
 import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from movekd.cache.objects import ObjectStorage
+from movekd.cache.storage import Storage
 from movekd.errors import CacheError
+
+RENEW_S = 15.0
+"""How often a holder renews its object."""
+STALE_S = 60.0
+"""Without a renewal for so long, watched by who wants the lock, its holder is dead."""
 
 
 @contextmanager
-def build_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold ``path`` as a lock file; it goes away at the end.
+def build_lock(storage: Storage, name: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file of a cache; it goes away at the end. A dead build's is taken over.
 
     Args:
-        path: the file. Its folder is made.
+        storage: the cache.
+        name: the file.
         wait: wait for another holder instead of refusing.
-
-    The kernel drops the lock of a process that dies, so a stale file is simply taken over.
 
     Raises:
         CacheError: another build holds it; says which process on which host.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if storage.local_dir is not None:
+        with _file_lock(storage.local_dir / name, wait):
+            yield
+    else:
+        assert isinstance(storage, ObjectStorage)
+        with _object_lock(storage, name, wait):
+            yield
+
+
+@contextmanager
+def _file_lock(path: Path, wait: bool) -> Iterator[None]:
+    """Hold ``path`` through the kernel, which drops the lock of a process that dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"{path.parent} cannot be made: {error.strerror}.") from None
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -31,17 +62,113 @@ def build_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         except OSError:
             holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise CacheError(
-                f"another build of this teacher is running ({holder}); wait for it, or stop it "
-                "and run this command again."
-            ) from None
+            raise _held(holder) from None
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break  # not the file that the last holder has just removed
         os.close(descriptor)
     try:
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(descriptor, _holder().encode())
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None]:
+    """Hold ``name.N`` in an object store, N above that of every dead holder.
+
+    Nobody deletes another's object to take the lock: who finds a dead holder makes the next
+    number, and of several only one can.
+    """
+    content = {"holder": _holder(), "token": uuid.uuid4().hex, "renewed": 0}
+    dead: set[int] = set()
+    while True:
+        newest = max(_numbers(storage, name), default=-1)
+        if newest >= 0 and newest not in dead:
+            holder = _living_holder(storage, f"{name}.{newest}")
+            if holder == "":
+                dead.add(newest)
+            elif holder is not None:
+                if not wait:
+                    raise _held(holder)
+                threading.Event().wait(min(1.0, RENEW_S))
+            continue  # look again: it may have been let go while we watched
+        number = newest + 1
+        if not storage.create(f"{name}.{number}", json.dumps(content).encode()):
+            continue
+        others = set(_numbers(storage, name)) - {number}
+        if others <= dead:
+            break
+        storage.delete(f"{name}.{number}")  # somebody began from a listing older than ours
+    for older in others:
+        storage.delete(f"{name}.{older}")
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(RENEW_S):
+            content["renewed"] = int(str(content["renewed"])) + 1
+            with contextlib.suppress(CacheError):  # tried again at the next turn
+                storage.write(f"{name}.{number}", [json.dumps(content).encode()])
+
+    thread = threading.Thread(target=renew, name="movekd-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        storage.delete(f"{name}.{number}")
+
+
+def _numbers(storage: ObjectStorage, name: str) -> list[int]:
+    """Return the numbers of the lock objects that there are."""
+    found = storage.files(name.rpartition("/")[0])
+    endings = [key.removeprefix(f"{name}.") for key in found if key.startswith(f"{name}.")]
+    return [int(ending) for ending in endings if ending.isdigit()]
+
+
+def _living_holder(storage: ObjectStorage, name: str) -> str | None:
+    """Return who holds a lock object, "" if its holder is dead, None if the object is gone.
+
+    Dead is a process of this host that is no more, and one that has not renewed its object while
+    we watched: no clock of another machine is trusted.
+    """
+    first = storage.read_many([name]).get(name)
+    deadline = time.monotonic() + STALE_S
+    while first is not None:
+        holder = str(json.loads(first)["holder"])
+        pid, _, host = holder.removeprefix("pid ").partition(" on ")
+        if host == socket.gethostname() and pid.isdigit():
+            return holder if _is_alive(int(pid)) else ""
+        threading.Event().wait(min(1.0, RENEW_S))
+        now = storage.read_many([name]).get(name)
+        if now is None:
+            return None
+        if now != first:
+            return holder
+        if time.monotonic() > deadline:
+            return ""
+    return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _holder() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _held(holder: str) -> CacheError:
+    return CacheError(
+        f"another build of this teacher is running ({holder}); wait for it, or stop it and run "
+        "this command again."
+    )

@@ -1,29 +1,38 @@
-"""What a cache will cost, before it is built: `movekd cache plan`.
+"""What a cache will cost and when it pays, before it is built: `movekd cache plan`.
 
-Each teacher runs on a few images of the corpus, so shapes and rate are measured. Shapes and speed
-do not depend on the weights' values: where they cannot be reached, random ones stand in, and the
-plan says so.
+Each teacher runs on a few images of the corpus and the cache's place is written to and read from,
+so shapes and rates are measured. Shapes and speed do not depend on the weights' values: where they
+cannot be reached, random ones stand in, and the plan says so.
 """
 
 import itertools
-import shutil
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from movekd.build.disk import DiskRates, measure_disk
 from movekd.build.images import image_transform, pixel_batches
-from movekd.build.run import BuildOptions
+from movekd.build.options import BuildOptions
+from movekd.build.payback import Runs, run_costs
 from movekd.cache.grid import grid_side
 from movekd.cache.layout import teacher_layout
-from movekd.cache.spec import CacheSpec
+from movekd.cache.spec import CacheSpec, Codec
+from movekd.cache.storage import Storage, open_storage
 from movekd.corpus.index import Corpus
-from movekd.errors import CacheError, WeightsError
-from movekd.teachers import Teacher, load_teacher
+from movekd.errors import CacheError, ConfigError, MovekdError, WeightsError, did_you_mean
+from movekd.teachers import Teacher, TeacherOutput, load_teacher
+from movekd.teachers.providers import build_trunk
 
 _MIN_SECONDS = 1.0
 _MAX_BATCHES = 50
+
+OutputShape = tuple[int, int, int | None, int | None]
+"""Tokens, width, width of [CLS], heads of its attention; None where a teacher has none."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,35 @@ class TeacherPlan:
     row_bytes: int
     total_bytes: int
     images_per_s: float
+    is_assumed: bool
+    """Whether ``images_per_s`` was given instead of measured."""
     hours: float
+    """To build: the longer one of the teacher's forward passes and of writing."""
+    bound_by: Literal["forward", "disk"]
+    read_bytes_per_s: float
+    """What a training run needs."""
+    is_read_covered: bool | None
+    """Whether the measured read rate is enough for that; None when it was not measured."""
+    break_even_runs: int | None
+    """Runs after which building has paid, see ``payback``; None is never."""
     is_spec: bool
     """Whether this is what the spec asks for."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What all teachers of a cache need together."""
+    """What the teachers of a cache need together, each as its spec says."""
 
     num_images: int
-    free_bytes: int
+    runs: Runs
+    free_bytes: int | None
+    """None for an object store."""
+    disk: DiskRates
     total_bytes: int
     hours: float
+    read_bytes_per_s: float
+    is_read_covered: bool | None
+    break_even_runs: int | None
     random_weights: str
     """Teachers that were measured with random weights."""
     teachers: tuple[TeacherPlan, ...]
@@ -58,53 +83,69 @@ class CachePlan:
 def plan_cache(
     specs: list[CacheSpec],
     corpus: Corpus,
-    cache_dir: Path,
+    cache: str | Path | Storage,
     *,
     options: BuildOptions,
     num_images: int | None = None,
     student_grid: int = 24,
+    runs: Runs | None = None,
+    assumed_rates: Mapping[str, float] | None = None,
+    is_disk_measured: bool = True,
 ) -> CachePlan:
-    """Return bytes and hours of every codec and grid of some teachers.
+    """Return bytes, hours, read rates and break-even of every codec and grid of some teachers.
 
     Args:
         specs: the teachers.
         corpus: gives the images that are measured with, and their number.
-        cache_dir: where the cache would lie; its free space is read.
+        cache: where it would lie; its free space is read, and its rates are measured.
         options: device, dtype and batch size of the forward passes.
         num_images: plan for so many instead of the corpus'.
         student_grid: side of the student's grid.
+        runs: the training runs to come.
+        assumed_rates: teacher -> images/s, instead of measuring it on this device.
+        is_disk_measured: whether to write to ``cache`` (deleted again) for its rates.
 
     Raises:
         CacheError: the corpus is empty.
+        ConfigError: a rate is assumed for a teacher that is not among the specs, or is not above 0.
     """
+    runs, assumed = runs or Runs(), dict(assumed_rates or {})
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image to measure with.")
+    _check_rates(assumed, [spec.name for spec in specs])
     num_images = len(corpus) if num_images is None else num_images
-    plans: list[TeacherPlan] = []
-    random: list[str] = []
-    for spec in specs:
-        try:
-            teacher = load_teacher(spec, options.device, options.dtype)
-        except WeightsError:
-            random.append(spec.name)
-            stand_in = spec.with_changes(weights="random")
-            teacher = load_teacher(stand_in, options.device, options.dtype)
-        plans += _plan_teacher(teacher, corpus, options, num_images, student_grid)
+    rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed)
+    offers = [offer for spec in specs for offer in _offers(spec, shapes[spec.name], student_grid)]
+    storage = open_storage(cache)
+    disk = DiskRates(None, None, "not asked for")
+    if is_disk_measured:
+        rows = [offer.row_bytes for offer in offers if offer.is_spec]
+        disk = measure_disk(storage, sum(rows) // len(rows))
+    plans = [
+        _price(offer, rates[offer.teacher], offer.teacher in assumed, num_images, runs, disk)
+        for offer in offers
+    ]
     chosen = [plan for plan in plans if plan.is_spec]
+    hours = sum(plan.hours for plan in chosen)
+    forward_hours = sum(num_images / plan.images_per_s / 3600 for plan in chosen)
+    row_bytes = sum(plan.row_bytes for plan in chosen)
     return CachePlan(
         num_images=num_images,
-        free_bytes=shutil.disk_usage(_existing_parent(cache_dir)).free,
-        total_bytes=sum(plan.total_bytes for plan in chosen),
-        hours=sum(plan.hours for plan in chosen),
+        runs=runs,
+        free_bytes=storage.free_bytes(),
+        disk=disk,
+        total_bytes=row_bytes * num_images,
+        hours=hours,
         random_weights=", ".join(random),
         teachers=tuple(plans),
+        **run_costs(row_bytes, num_images, runs, disk, hours, forward_hours),
     )
 
 
 def forward_rate(
     teacher: Teacher, corpus: Corpus, options: BuildOptions
-) -> tuple[float, tuple[int, int, int | None, int | None]]:
-    """Return images/s of the bare forward pass, and (tokens, width, [CLS] width, heads)."""
+) -> tuple[float, OutputShape]:
+    """Return images/s of the bare forward pass, and the shape of what comes out."""
     spec = teacher.spec
     images = [i % len(corpus) for i in range(options.batch_size)]
     transform = image_transform(spec, "crop")
@@ -119,42 +160,112 @@ def forward_rate(
         done += len(images)
         if time.perf_counter() - started > _MIN_SECONDS:
             break
-    rate = done / (time.perf_counter() - started)
+    return done / (time.perf_counter() - started), _shape(output)
+
+
+def output_shape(spec: CacheSpec) -> OutputShape:
+    """Return the shape of a teacher's output without running it, or else from one image.
+
+    On torch's meta device a network has shapes and neither weights nor work. A spec that leaves
+    its architecture to the weights' config.json, or a network with operations that need values,
+    takes one image of zeros through the real one.
+
+    Raises:
+        WeightsError: the real one is needed and out of reach.
+    """
+    pixels_BCHW = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    try:
+        with torch.device("meta"):
+            stand_in = spec.with_changes(weights="random")
+            teacher = Teacher(build_trunk(stand_in), stand_in, "")
+            return _shape(teacher.forward(pixels_BCHW))
+    except (MovekdError, RuntimeError):
+        return _shape(load_teacher(spec).forward(pixels_BCHW))
+
+
+class _Offer(NamedTuple):
+    """One way of storing a teacher."""
+
+    teacher: str
+    codec: Codec
+    grid: int
+    width: int
+    row_bytes: int
+    is_spec: bool
+
+
+def _rates_and_shapes(
+    specs: list[CacheSpec], corpus: Corpus, options: BuildOptions, assumed: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, OutputShape], list[str]]:
+    """Return images/s and output shape by teacher, and who was measured with random weights."""
+    rates: dict[str, float] = {}
+    shapes: dict[str, OutputShape] = {}
+    random: list[str] = []
+    for spec in specs:
+        if spec.name in assumed:
+            rates[spec.name], shapes[spec.name] = assumed[spec.name], output_shape(spec)
+            continue
+        try:
+            teacher = load_teacher(spec, options.device, options.dtype)
+        except WeightsError:
+            random.append(spec.name)
+            stand_in = spec.with_changes(weights="random")
+            teacher = load_teacher(stand_in, options.device, options.dtype)
+        rates[spec.name], shapes[spec.name] = forward_rate(teacher, corpus, options)
+        del teacher  # the next one needs its memory
+    return rates, shapes, random
+
+
+def _offers(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[_Offer]:
+    """Return every codec on the native, the student's and the spec's grid."""
+    num_tokens, width, cls_width, num_heads = shape
+    native = grid_side(num_tokens)
+    asked = native if spec.grid == "native" else spec.grid
+    offers = []
+    for grid, codec in itertools.product(
+        dict.fromkeys((native, student_grid, asked)), get_args(Codec)
+    ):
+        layout = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
+        is_spec = (grid, codec) == (asked, spec.codec)
+        offers.append(_Offer(spec.name, codec, grid, width, layout.row_bytes, is_spec))
+    return offers
+
+
+def _price(
+    offer: _Offer, rate: float, is_assumed: bool, num_images: int, runs: Runs, disk: DiskRates
+) -> TeacherPlan:
+    total_bytes = offer.row_bytes * num_images
+    forward_hours = num_images / rate / 3600
+    write_hours = 0.0
+    if disk.write_bytes_per_s is not None:
+        write_hours = total_bytes / disk.write_bytes_per_s / 3600
+    hours = max(forward_hours, write_hours)  # a thread writes beside the teacher
+    return TeacherPlan(
+        **offer._asdict(),
+        total_bytes=total_bytes,
+        images_per_s=rate,
+        is_assumed=is_assumed,
+        hours=hours,
+        bound_by="disk" if write_hours > forward_hours else "forward",
+        **run_costs(offer.row_bytes, num_images, runs, disk, hours, forward_hours),
+    )
+
+
+def _shape(output: TeacherOutput) -> OutputShape:
     _, num_tokens, width = output.tokens_BND.shape
     cls_width = None if output.cls_BD is None else output.cls_BD.shape[1]
     attention = output.cls_attention_BHN
-    return rate, (num_tokens, width, cls_width, None if attention is None else attention.shape[1])
+    return num_tokens, width, cls_width, None if attention is None else attention.shape[1]
 
 
-def _plan_teacher(
-    teacher: Teacher, corpus: Corpus, options: BuildOptions, num_images: int, student_grid: int
-) -> list[TeacherPlan]:
-    rate, (num_tokens, width, cls_width, num_heads) = forward_rate(teacher, corpus, options)
-    spec, native = teacher.spec, grid_side(num_tokens)
-    asked = native if spec.grid == "native" else spec.grid
-    plans = []
-    for grid, codec in itertools.product(
-        dict.fromkeys((native, student_grid, asked)), ("float16", "int8")
-    ):
-        layout = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
-        plans.append(
-            TeacherPlan(
-                teacher=spec.name,
-                codec=codec,
-                grid=grid,
-                width=width,
-                row_bytes=layout.row_bytes,
-                total_bytes=layout.row_bytes * num_images,
-                images_per_s=rate,
-                hours=num_images / rate / 3600,
-                is_spec=(grid, codec) == (asked, spec.codec),
+def _check_rates(assumed: Mapping[str, float], teachers: list[str]) -> None:
+    for name, rate in assumed.items():
+        if name not in teachers:
+            raise ConfigError(
+                f"a rate is assumed for '{name}', which is not among the teachers: "
+                f"{', '.join(teachers)}.{did_you_mean(name, teachers)}"
             )
-        )
-    return plans
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
+        if not 0 < rate < math.inf:
+            raise ConfigError(
+                f"the rate assumed for '{name}' is {rate:g} images/s; give one above 0."
+            )

@@ -10,50 +10,44 @@ is missing and nothing else.
 Legend: B batch, C H W image, N tokens, D channels.
 """
 
-import shutil
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from movekd.build.calibrate import (
+    begin_with,
+    calibrate,
+    calibration_of,
+    delete_teacher,
+    sealed_calibration,
+)
 from movekd.build.images import PixelBatch, image_transform, pixel_batches
 from movekd.build.lock import build_lock
+from movekd.build.options import BuildOptions, Progress
 from movekd.build.shard import ShardInMemory, Unit
-from movekd.cache import codec, grid, layout
+from movekd.cache import grid, layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.check import TeacherStatus, teacher_status
 from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
+from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import (
-    Calibration,
-    create_group,
-    read_calibration,
     resize_group,
-    stats_checksum,
+    write_skipped,
 )
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
 from movekd.teachers import Teacher, TeacherOutput, load_teacher
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many images are done, and how many there are."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Where and how a build runs; nothing here changes which features are asked for."""
-
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    batch_size: int = 32
-    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,13 +62,14 @@ class BuildSummary:
 
 
 def build_cache(
-    cache_dir: Path,
+    url: str | Path | Storage,
     corpus: Corpus,
     specs: Sequence[CacheSpec],
     *,
     geometry: Geometry,
     options: BuildOptions,
     replace: bool = False,
+    channel_stats: str | Path | Storage | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BuildSummary]:
     """Build what is missing of some teachers, one after the other; yield a summary each.
@@ -82,41 +77,44 @@ def build_cache(
     Interrupted at any instant and run again, it ends byte-identical to an undisturbed build
     (for equal device, dtype, thread count and library versions).
 
+    Args:
+        url: the cache: a folder, or ``s3://bucket/prefix``.
+        corpus: the images.
+        specs: the teachers.
+        geometry: how every image becomes a square; one a cache.
+        options: where and how to run.
+        replace: delete what the cache holds of these teachers first.
+        channel_stats: another cache whose sealed calibration a new teacher takes over, so that
+            parts built on several machines are encoded alike; None calibrates on the corpus.
+        progress: told what is being done.
+
     Raises:
         CacheError: the cache is of another geometry, corpus, spec or weights (names which);
             or another build of the teacher is running.
     """
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
-    with build_lock(cache_dir / ".lock", wait=True):  # builds of other teachers do the same
-        _delete_leftovers(cache_dir.glob(".*.tmp"))
-        catalog = update_catalog(cache_dir, corpus, geometry)
+    storage = open_storage(url)
+    with build_lock(storage, ".lock", wait=True):  # builds of other teachers do the same
+        for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
+            storage.delete_leftovers(name)
+        catalog = update_catalog(storage, corpus, geometry)
     for spec in specs:
-        seals = layout.seals_dir(cache_dir, spec.name)
-        with build_lock(seals / ".lock"):
+        with build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"):
+            imported = None  # read before anything is deleted
+            if channel_stats is not None:
+                imported = calibration_of(open_storage(channel_stats), spec)
             if replace:
-                delete_teacher(cache_dir, spec.name)
-            _delete_leftovers(seals.glob(".*.tmp"))
-            _delete_leftovers(layout.group_dir(cache_dir, spec.name).rglob("*.partial"))  # zarr's
-            yield _build_teacher(cache_dir, corpus, catalog, spec, options, progress)
-
-
-def delete_teacher(cache_dir: Path, teacher: str) -> None:
-    """Delete a teacher's features and seals, the seals first: nothing half-valid remains."""
-    seals = layout.seals_dir(cache_dir, teacher)
-    for seal in seals.glob("*.json"):
-        seal.unlink()
-    shutil.rmtree(layout.group_dir(cache_dir, teacher), ignore_errors=True)
-
-
-def _delete_leftovers(paths: Iterable[Path]) -> None:
-    """Delete temporary files of a build that was killed."""
-    for path in list(paths):
-        path.unlink(missing_ok=True)
+                delete_teacher(storage, spec.name)
+            for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
+                storage.delete_leftovers(folder)
+            if imported is not None:
+                begin_with(storage, catalog, spec, *imported)
+            yield _build_teacher(storage, corpus, catalog, spec, options, progress)
 
 
 def _build_teacher(
-    cache_dir: Path,
+    storage: Storage,
     corpus: Corpus,
     catalog: Catalog,
     spec: CacheSpec,
@@ -124,16 +122,17 @@ def _build_teacher(
     progress: Progress,
 ) -> BuildSummary:
     started = time.perf_counter()
-    calibration = _sealed_calibration(cache_dir, spec)
+    calibration = sealed_calibration(storage, spec)
     teacher: Teacher | None = None
     if calibration is None:
         teacher = load_teacher(spec, options.device, options.dtype)
-        calibration = _calibrate(cache_dir, corpus, catalog, spec, teacher, options, progress)
+        calibration = calibrate(storage, corpus, catalog, spec, teacher, options, progress)
+    options = dataclasses.replace(options, dtype=getattr(torch, calibration.dtype))
     calibration_seconds = time.perf_counter() - started
-    resize_group(cache_dir, spec.name, catalog.num_rows)
+    resize_group(storage, spec, calibration, catalog.num_rows)
 
     started = time.perf_counter()
-    store = TeacherCache(cache_dir, spec.name, catalog.num_rows)
+    store = TeacherCache(storage, spec.name, catalog.num_rows)
     units = _units(catalog, calibration.layout(spec), store.missing_shards)
     if units:
         if teacher is None:
@@ -144,85 +143,25 @@ def _build_teacher(
                 f"cache was begun with {calibration.weights_sha256[:16]}...; bring those weights "
                 "back, or build anew with --replace."
             )
-        _build_units(cache_dir, corpus, catalog, spec, store, teacher, units, options, progress)
-    store = TeacherCache(cache_dir, spec.name, catalog.num_rows)
-    keys = catalog.index["key"]
+        _build_units(storage, corpus, catalog, spec, store, teacher, units, options, progress)
+    store = TeacherCache(storage, spec.name, catalog.num_rows)
+    skipped = _skipped_table(catalog, store.skipped)
+    write_skipped(storage, spec.name, skipped)
     return BuildSummary(
         status=teacher_status(store, catalog.num_images),
         images_built=sum(len(unit.images) for unit in units),
-        skipped={
-            keys[int(np.searchsorted(catalog.rows, row))].as_py(): reason
-            for row, reason in store.skipped.items()
-        },
+        skipped=dict(zip(*(skipped[name].to_pylist() for name in ("key", "reason")), strict=True)),
         seconds=time.perf_counter() - started,
         calibration_seconds=calibration_seconds,
     )
 
 
-def _sealed_calibration(cache_dir: Path, spec: CacheSpec) -> Calibration | None:
-    """Return the calibration of an earlier build of the same spec, or None for a new teacher."""
-    calibration = read_calibration(cache_dir, spec.name)
-    if calibration is None or calibration.spec_fingerprint == spec.fingerprint:
-        return calibration
-    stored = TeacherCache(cache_dir, spec.name, 0).spec.model_dump()
-    asked = spec.model_dump()
-    differs = [
-        f"{key} is {stored[key]!r} in the cache, {asked[key]!r} asked for"
-        for key in asked
-        if stored[key] != asked[key] and key not in ("description", "weights")
-    ]
-    if (stored["weights"] == "random") != (asked["weights"] == "random"):
-        differs.append(f"weights are {stored['weights']!r} in the cache")
-    raise CacheError(
-        f"teacher '{spec.name}' in {cache_dir} was built from another spec: "
-        f"{'; '.join(differs)}. Give the old value, use another --cache, or --replace it."
-    )
-
-
-def _calibrate(
-    cache_dir: Path,
-    corpus: Corpus,
-    catalog: Catalog,
-    spec: CacheSpec,
-    teacher: Teacher,
-    options: BuildOptions,
-    progress: Progress,
-) -> Calibration:
-    """Fix channel statistics and batch size once, and make the group.
-
-    The images are those with the smallest keys: a key is the SHA-256 of the image, so that is a
-    uniform draw which does not depend on the corpus' (biased) order.
-    """
-    delete_teacher(cache_dir, spec.name)
-    num_images = min(spec.calibration_images, len(corpus))
-    keys = np.asarray(corpus.index["key"].to_numpy(zero_copy_only=False), dtype="S")
-    chosen = np.sort(np.argsort(keys, kind="stable")[:num_images])
-    batches = _chunks(chosen, options.batch_size)
-    statistics = codec.StatsAccumulator()
-    output: TeacherOutput | None = None
-    done = 0
-    for batch in _batches(corpus, catalog, spec, batches, options):
-        if len(batch.unreadable) < len(batch.images):
-            output = _on_grid(teacher.forward(_to_device(batch, options)), spec)
-            readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
-            statistics.add(output.tokens_BND[readable].float())
-        done += len(batch.images)
-        progress(f"{spec.name}: calibrate", done, num_images)
-    stats = statistics.result()
-    assert output is not None  # result() raises when nothing was added
-    calibration = Calibration(
-        spec_fingerprint=spec.fingerprint,
-        weights_sha256=teacher.weights_sha256,
-        batch_size=options.batch_size,
-        num_images=num_images,
-        num_tokens=output.tokens_BND.shape[1],
-        width=output.tokens_BND.shape[2],
-        cls_width=None if output.cls_BD is None else output.cls_BD.shape[1],
-        num_heads=None if output.cls_attention_BHN is None else output.cls_attention_BHN.shape[1],
-        channel_stats_xxh3_128=stats_checksum(stats),
-    )
-    create_group(cache_dir, spec, calibration, stats, catalog.num_rows)
-    return calibration
+def _skipped_table(catalog: Catalog, skipped: Mapping[int, str]) -> pa.Table:
+    """Return row, key and reason of the images without features, in row order."""
+    rows = np.array(sorted(skipped), np.int64)
+    keys = catalog.index["key"].take(pa.array(np.searchsorted(catalog.rows, rows)))
+    reasons = pa.array([skipped[row] for row in rows.tolist()], pa.string())
+    return pa.table({"row": pa.array(rows), "key": keys, "reason": reasons})
 
 
 def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int]) -> list[Unit]:
@@ -237,7 +176,7 @@ def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int
 
 
 def _build_units(
-    cache_dir: Path,
+    storage: Storage,
     corpus: Corpus,
     catalog: Catalog,
     spec: CacheSpec,
@@ -256,7 +195,7 @@ def _build_units(
     written: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
         for unit, chunks in zip(units, per_unit, strict=True):
-            filling = ShardInMemory(store, unit)
+            filling = ShardInMemory(store, unit, spec.max_error)
             for _ in chunks:
                 batch = next(stream)
                 if len(batch.unreadable) < len(batch.images):
@@ -268,7 +207,7 @@ def _build_units(
                 progress(f"{spec.name}: build", done, total)
             if written is not None:
                 written.result()  # at most one Zarr shard waits for the disk
-            written = writer.submit(filling.write, cache_dir)
+            written = writer.submit(filling.write, storage)
         if written is not None:
             written.result()
 

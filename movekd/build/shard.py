@@ -5,7 +5,6 @@ Teacher output and codec statistics come in, batch by batch; a sealed Zarr shard
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from movekd.build.images import PixelBatch
 from movekd.cache import codec
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
+from movekd.cache.storage import Storage
 from movekd.cache.writer import write_shard
 from movekd.errors import CacheError
 from movekd.teachers import TeacherOutput
@@ -33,8 +33,8 @@ class Unit:
 class ShardInMemory:
     """The rows of one unit while the teacher fills them; NaN until then."""
 
-    def __init__(self, store: TeacherCache, unit: Unit) -> None:
-        self._store, self._unit = store, unit
+    def __init__(self, store: TeacherCache, unit: Unit, max_error: float | None) -> None:
+        self._store, self._unit, self._max_error = store, unit, max_error
         self._first = unit.shard * store.layout.rows_per_shard
         length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
         self._arrays = {
@@ -57,6 +57,13 @@ class ShardInMemory:
         error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
         self._error_sum += error_sum.item()
         self._error_max = max(self._error_max, error_max.item())
+        if self._max_error is not None and self._error_max > self._max_error:
+            raise CacheError(
+                f"teacher '{self._store.teacher}', rows {self._first + rows[0]} to "
+                f"{self._first + rows[-1]}: a token was stored with a relative error of "
+                f"{self._error_max:.2%}; the spec allows max_error {self._max_error:.2%}. Store "
+                "float16 (--codec float16), give more --calibration-images, or raise max_error."
+            )
         self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
         if output.cls_BD is not None:
             stored["cls"] = _half(output.cls_BD[readable], "[CLS] embedding")
@@ -69,10 +76,10 @@ class ShardInMemory:
         """Leave a batch of which no image could be read."""
         self._next_rows(batch)
 
-    def write(self, cache_dir: Path) -> None:
+    def write(self, storage: Storage) -> None:
         """Write and seal the Zarr shard."""
         write_shard(
-            cache_dir,
+            storage,
             self._store.spec,
             self._store.calibration,
             self._unit.shard,

@@ -6,7 +6,6 @@ looks names up in it. A row is one view of one image. Appended images start at a
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from movekd.cache.layout import CACHE_JSON, FORMAT_VERSION, INDEX, MAX_SHARD_ROWS, NAMES
-from movekd.cache.seal import file_entry, read_sealed, write_atomic, write_sealed
+from movekd.cache.seal import entry, read_sealed, write_sealed
+from movekd.cache.storage import Storage
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, CorruptCacheError
@@ -42,50 +42,39 @@ class Catalog:
         return np.asarray(self.index["row"])
 
 
-def open_catalog(cache_dir: Path) -> Catalog:
+def open_catalog(storage: Storage) -> Catalog:
     """Return the catalog of a cache.
 
     Raises:
         CacheError: there is no cache here, or of another format version.
         CorruptCacheError: a file is damaged.
     """
-    content = _read_cache_json(cache_dir)
-    for name, entry in content["files"].items():
-        path = cache_dir / name
-        found = path.stat().st_size if path.exists() else None
-        if found != entry["size_bytes"]:
-            raise CorruptCacheError(
-                f"{path} has {found if found is not None else 'no'} bytes; {CACHE_JSON} says "
-                f"{entry['size_bytes']}. If a build was interrupted, run it again."
-            )
-    try:
-        index, names = pq.read_table(cache_dir / INDEX), pq.read_table(cache_dir / NAMES)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptCacheError(f"the index of {cache_dir} cannot be read: {error}") from None
+    content = _read_cache_json(storage)
+    index, names = (_read_table(storage, content, name) for name in (INDEX, NAMES))
     return Catalog(
         content["geometry"], content["corpus_fingerprint"], content["num_images"], index, names
     )
 
 
-def update_catalog(cache_dir: Path, corpus: Corpus, geometry: Geometry) -> Catalog:
+def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Catalog:
     """Make the catalog of a new cache, or extend it by the images appended to its corpus.
 
     Raises:
         CacheError: the cache is of another geometry or another corpus.
     """
-    if not (cache_dir / CACHE_JSON).exists():
+    if not storage.exists(CACHE_JSON):
         rows = np.arange(len(corpus), dtype=np.int64)
-        return _write(cache_dir, corpus, geometry, rows, [[0, len(corpus)]])
-    old = _read_cache_json(cache_dir)
+        return _write(storage, corpus, geometry, rows, [[0, len(corpus)]])
+    old = _read_cache_json(storage)
     if old["geometry"] != geometry:
         raise CacheError(
-            f"{cache_dir} is of geometry '{old['geometry']}', the build asks for '{geometry}'. A "
+            f"{storage.url} is of geometry '{old['geometry']}', the build asks for '{geometry}'. A "
             f"cache has one geometry: give --geometry {old['geometry']}, or another --cache."
         )
     num_old, num_new = old["num_images"], len(corpus) - old["num_images"]
     if num_new < 0 or corpus.fingerprint(num_old) != old["corpus_fingerprint"]:
         raise CacheError(
-            f"{cache_dir} was built from {num_old} images of another corpus than "
+            f"{storage.url} was built from {num_old} images of another corpus than "
             f"{corpus.data_dir} ({len(corpus)} images). Images may only be appended: build into "
             "another --cache, or restore the shards."
         )
@@ -95,38 +84,54 @@ def update_catalog(cache_dir: Path, corpus: Corpus, geometry: Geometry) -> Catal
         blocks = [*blocks, [-(-end // MAX_SHARD_ROWS) * MAX_SHARD_ROWS, num_new]]
     else:
         try:
-            catalog = open_catalog(cache_dir)
+            catalog = open_catalog(storage)
         except CorruptCacheError:
             pass  # an append was interrupted; cache.json and the corpus say what the tables hold
         else:
             if catalog.names.equals(corpus.names):
                 return catalog
     rows = np.concatenate([first + np.arange(count, dtype=np.int64) for first, count in blocks])
-    return _write(cache_dir, corpus, geometry, rows, blocks)
+    return _write(storage, corpus, geometry, rows, blocks)
 
 
-def _read_cache_json(cache_dir: Path) -> dict[str, Any]:
+def _read_cache_json(storage: Storage) -> dict[str, Any]:
     """Return what cache.json says, its version and geometry checked."""
-    if not (cache_dir / CACHE_JSON).exists():
+    if not storage.exists(CACHE_JSON):
         raise CacheError(
-            f"{cache_dir} holds no cache (no {CACHE_JSON}); expected a folder that "
+            f"{storage.url} holds no cache (no {CACHE_JSON}); expected a folder that "
             "`movekd cache build --shards data/ --cache DIR --teacher NAME` made."
         )
-    content = read_sealed(cache_dir / CACHE_JSON)
+    content = read_sealed(storage, CACHE_JSON)
     if content["format_version"] != FORMAT_VERSION:
         raise CacheError(
-            f"{cache_dir} is of format {content['format_version']}; this movekd reads format "
+            f"{storage.url} is of format {content['format_version']}; this movekd reads format "
             f"{FORMAT_VERSION}. Use the version of movekd that built it."
         )
     if content["geometry"] not in get_args(Geometry):
         raise CacheError(
-            f"{cache_dir} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
+            f"{storage.url} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
         )
     return content
 
 
+def _read_table(storage: Storage, content: dict[str, Any], name: str) -> pa.Table:
+    """Return one of the two tables, if it is what cache.json lists."""
+    expected = content["files"][name]
+    try:
+        raw = storage.read(name)
+    except FileNotFoundError:
+        raw = b""
+    if entry([raw]) != expected:
+        raise CorruptCacheError(
+            f"{storage.url}/{name} has {len(raw) or 'no'} bytes; {CACHE_JSON} lists "
+            f"{expected['size_bytes']} with another checksum. If a build was interrupted, run it "
+            "again."
+        )
+    return pq.read_table(pa.BufferReader(raw))
+
+
 def _write(
-    cache_dir: Path,
+    storage: Storage,
     corpus: Corpus,
     geometry: Geometry,
     rows: npt.NDArray[np.int64],
@@ -136,20 +141,24 @@ def _write(
     views = pa.array(np.zeros(len(corpus), np.int16))
     index = corpus.index.add_column(0, "row", pa.array(rows))
     index = index.add_column(index.schema.get_field_index("key") + 1, "view", views)
+    files = {}
     for name, table in ((INDEX, index), (NAMES, corpus.names)):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        write_atomic(cache_dir / name, [memoryview(sink.getvalue())])
+        content = memoryview(sink.getvalue())
+        storage.write(name, [content])
+        files[name] = entry([content])
     fingerprint = corpus.fingerprint()
     write_sealed(
-        cache_dir / CACHE_JSON,
+        storage,
+        CACHE_JSON,
         {
             "format_version": FORMAT_VERSION,
             "geometry": geometry,
             "corpus_fingerprint": fingerprint,
             "num_images": len(corpus),
             "blocks": blocks,
-            "files": {name: file_entry(cache_dir / name) for name in (INDEX, NAMES)},
+            "files": files,
         },
     )
     return Catalog(geometry, fingerprint, len(corpus), index, corpus.names)

@@ -6,14 +6,14 @@ seals hold the checksums that find it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from movekd.cache import layout
-from movekd.cache.layout import CACHE_JSON
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.seal import file_entry, read_sealed
-from movekd.cache.writer import METADATA, stats_checksum
+from movekd.cache.storage import Storage, open_storage
+from movekd.cache.writer import stats_checksum
 from movekd.errors import CacheError, MovekdError
 
 
@@ -29,6 +29,7 @@ class TeacherStatus:
     grid: int
     width: int
     codec: str
+    compressor: str
     size_bytes: int
     error_mean: float | None
     error_max: float | None
@@ -56,6 +57,7 @@ def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
         grid=teacher.grid,
         width=teacher.width,
         codec=teacher.spec.codec,
+        compressor=teacher.spec.compressor,
         size_bytes=sum(sizes),
         error_mean=sum(errors) / sum(tokens) if sum(tokens) else None,
         error_max=max(seal["error"]["max"] for seal in seals) if seals else None,
@@ -64,26 +66,32 @@ def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
     )
 
 
-def verify(cache_dir: Path, progress: Callable[[int], None] = lambda _: None) -> Iterator[str]:
+def verify(
+    url: str | Path | Storage, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[str]:
     """Yield a sentence for each thing that is wrong: checksums of every byte, and completeness.
 
     Args:
-        cache_dir: the cache.
+        url: the cache.
         progress: called with the bytes of each file when it has been read.
     """
+    storage = open_storage(url)
     try:
-        cache = open_cache(cache_dir)
-        catalog_files = read_sealed(cache_dir / CACHE_JSON)["files"]
+        cache = open_cache(storage)
+        catalog_files = read_sealed(storage, layout.CACHE_JSON)["files"]
     except CacheError as error:
         yield str(error)
         return
-    yield from _check_files(
-        cache_dir, catalog_files, progress, "Delete this file and run its `movekd cache build`."
-    )
-    for path in sorted(cache_dir.glob("*.zarr")):
-        name = path.name.removesuffix(".zarr")
+    yield from _check_files(storage, "", catalog_files, progress)
+    for folder in storage.folders():
+        name = folder.removesuffix(".zarr")
+        if name == folder:
+            continue
         if name not in cache.teachers:
-            yield f"{path} has no sealed calibration; run its `movekd cache build` again."
+            yield (
+                f"{storage.url}/{folder} has no sealed calibration; run its `movekd cache build` "
+                "again."
+            )
             continue
         try:
             yield from _verify_teacher(cache, name, progress)
@@ -91,56 +99,78 @@ def verify(cache_dir: Path, progress: Callable[[int], None] = lambda _: None) ->
             yield str(error)
 
 
-def size_bytes(cache_dir: Path) -> int:
-    """Return the bytes of all files under a cache: what ``verify`` will read."""
-    return sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
-
-
 def _verify_teacher(
     cache: FeatureCache, name: str, progress: Callable[[int], None]
 ) -> Iterator[str]:
-    group = layout.group_dir(cache.cache_dir, name)
-    metadata = read_sealed(layout.seals_dir(cache.cache_dir, name) / METADATA)["files"]
-    yield from _check_files(group, metadata, progress, "Build this teacher anew with --replace.")
+    storage, group = cache.storage, layout.group_name(name)
+    metadata = read_sealed(storage, layout.metadata_name(name))["files"]
+    yield from _check_files(
+        storage, group, metadata, progress, "Build this teacher anew with --replace."
+    )
     teacher = cache[name]  # after its metadata's checksums: damaged ones may not open
     if stats_checksum(teacher.stats) != teacher.calibration.channel_stats_xxh3_128:
-        yield f"{group}: channel_mean or channel_std differ from the sealed calibration."
-    known = set(metadata)
+        yield (
+            f"{storage.url}/{group}: channel_mean or channel_std differ from the sealed "
+            "calibration."
+        )
+    known, missing = set(metadata), set(teacher.missing_shards)
+    for shard in sorted(missing):
+        yield (
+            f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
+            "again."
+        )
     for shard in range(teacher.layout.num_shards(teacher.num_rows)):
-        path = layout.seal_path(teacher.cache_dir, teacher.teacher, shard)
-        if not path.exists():
-            yield f"{group}: Zarr shard {shard} is not built; run `movekd cache build` again."
+        if shard in missing:
             continue
+        seal_name = layout.seal_name(name, shard)
         try:
-            seal = read_sealed(path)
+            seal = read_sealed(storage, seal_name)
         except CacheError as error:
             yield str(error)
             continue
         if seal["calibration"] != teacher.calibration.hash:
-            yield f"{path} was sealed under another calibration; rebuild this Zarr shard."
+            yield (
+                f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
+                "Zarr shard."
+            )
         known.update(seal["files"])
-        yield from _check_files(group, seal["files"], progress)
-    for path in sorted(group.rglob("*")):
-        if path.is_file() and str(path.relative_to(group)) not in known:
-            yield f"{path} is covered by no seal; a build was interrupted, or the file is foreign."
+        yield from _check_files(storage, group, seal["files"], progress)
+    skipped = read_sealed(storage, layout.skipped_seal_name(name))["files"]
+    yield from _check_files(
+        storage, layout.seals_name(name), skipped, progress, "Run its `movekd cache build` again."
+    )
+    for path in storage.sizes(group):
+        if path.removeprefix(f"{group}/") not in known:
+            yield (
+                f"{storage.url}/{path} is covered by no seal; a build was interrupted, or the file "
+                "is foreign."
+            )
 
 
 def _check_files(
-    folder: Path,
+    storage: Storage,
+    folder: str,
     files: dict[str, dict[str, Any]],
     progress: Callable[[int], None],
     remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
     """Yield a sentence for each file that is missing or not what its entry says."""
     for name, expected in files.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            yield f"a seal names the file {name!r}, outside of {folder}; it was tampered with."
+        path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            yield (
+                f"a seal names the file {name!r}, outside of {storage.url}/{folder}; it was "
+                "tampered with."
+            )
             continue
-        if not path.is_file():
+        try:
+            found = file_entry(storage, f"{folder}/{name}".lstrip("/"))
+        except FileNotFoundError:
             yield f"{path} is missing."
             continue
-        found = file_entry(path)
+        except CacheError as error:
+            yield str(error)
+            continue
         progress(found["size_bytes"])
         if found != expected:
             yield (

@@ -13,7 +13,10 @@ Legend: B batch, N tokens, D channels, G groups of channels.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -133,6 +136,18 @@ def decode(stored: Mapping[str, Tensor], stats: ChannelStats) -> Tensor:
     if "token_scale" not in stored:
         return stored["tokens"].float()
     return stats.restore(decode_standardised(stored, stats))
+
+
+def decode_numpy(
+    stored: Mapping[str, npt.NDArray[Any]], mean_D: npt.NDArray[Any], std_D: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """Return what ``decode`` returns, from numpy arrays and without torch's types."""
+    tokens = stored["tokens"].astype(np.float32)
+    if "token_scale" not in stored:
+        return tokens
+    scale_BNG = stored["token_scale"].astype(np.float32)
+    scale_BND = np.repeat(scale_BNG, GROUP_CHANNELS, axis=-1)[..., : tokens.shape[-1]]
+    return np.asarray(tokens * scale_BND * std_D + mean_D, np.float32)
 
 
 def token_error(

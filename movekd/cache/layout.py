@@ -14,7 +14,6 @@ by one writer in one go.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,19 +107,39 @@ def rows_per_shard(token_row_bytes: int) -> int:
     return rows
 
 
-def group_dir(cache_dir: Path, teacher: str) -> Path:
-    """Return the folder of a teacher's Zarr group."""
-    return cache_dir / f"{teacher}.zarr"
+def group_name(teacher: str) -> str:
+    """Return the folder of a teacher's Zarr group, below the cache."""
+    return f"{teacher}.zarr"
 
 
-def seals_dir(cache_dir: Path, teacher: str) -> Path:
-    """Return the folder of a teacher's seals."""
-    return cache_dir / f"{teacher}.seals"
+def seals_name(teacher: str) -> str:
+    """Return the folder of a teacher's seals, below the cache."""
+    return f"{teacher}.seals"
 
 
-def seal_path(cache_dir: Path, teacher: str, shard: int) -> Path:
+def calibration_name(teacher: str) -> str:
+    """Return the seal of what was settled before the first Zarr shard."""
+    return f"{teacher}.seals/calibration.json"
+
+
+def metadata_name(teacher: str) -> str:
+    """Return the seal of the group's small files: every zarr.json and the channel statistics."""
+    return f"{teacher}.seals/metadata.json"
+
+
+def seal_name(teacher: str, shard: int) -> str:
     """Return the seal of one Zarr shard."""
-    return seals_dir(cache_dir, teacher) / f"{shard:05d}.json"
+    return f"{teacher}.seals/{shard:05d}.json"
+
+
+def skipped_name(teacher: str) -> str:
+    """Return the table of the images that could not be read: row, key, reason."""
+    return f"{teacher}.seals/skipped.parquet"
+
+
+def skipped_seal_name(teacher: str) -> str:
+    """Return the seal of that table."""
+    return f"{teacher}.seals/skipped.json"
 
 
 def shard_file(array: ArrayLayout, shard: int) -> str:

@@ -1,10 +1,14 @@
-"""An uncompressed Zarr shard on a local disk, mapped and read through its own index.
+"""Uncompressed Zarr shards on a local disk, mapped and read through their own indexes.
 
 The fast path of ``reader``: a row is one copy from the file into the batch.
 """
 
+import contextlib
 import mmap
 import os
+import resource
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +16,253 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from movekd.cache.layout import ArrayLayout
+from movekd.cache.layout import ArrayLayout, TeacherLayout, shard_file
 from movekd.errors import CacheError, CorruptCacheError
+
+MAX_SHARDS = 1024
+"""Zarr shards a teacher keeps mapped. Five teachers of four arrays each are then 20,480 maps, and
+Linux allows a process 65,530; a cache can have hundreds of thousands of files."""
+CACHED_BATCHES = 16
+"""After so many batches in a row that were in memory, one row is asked about instead of all."""
+
+_RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux alone has it
+
+
+class MappedRows:
+    """The uncompressed Zarr shards of one teacher's group on a local disk.
+
+    Thread-safe, and usable in a forked child whether or not the parent has read before.
+
+    Args:
+        group: folder of the teacher's Zarr group.
+        layout: its arrays.
+    """
+
+    def __init__(self, group: Path, layout: TeacherLayout) -> None:
+        self._group, self._layout = group, layout
+        self._max_shards = min(MAX_SHARDS, _shards_within_file_limit(len(layout.arrays)))
+        self._recent: dict[int, MappedShard] = {}  # the one read last at the end
+        self._cached_batches = 0
+        self._lock, self._lock_pid = threading.Lock(), os.getpid()
+
+    def read(self, rows: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Copy every array of ``rows`` into ``into[name]``, in the order asked; repeats are fine.
+
+        Args:
+            rows: row numbers, in range and of sealed Zarr shards.
+            into: for each array, (len(rows), *row_shape) of its dtype.
+
+        Raises:
+            CacheError: a row was never written.
+            CorruptCacheError: a file is missing, damaged, or shorter than its index says.
+        """
+        places = [divmod(row, self._layout.rows_per_shard) for row in rows.tolist()]
+        for start in range(0, len(places), self._max_shards):
+            some = slice(start, start + self._max_shards)  # so many rows need no more Zarr shards
+            self._read(places[some], [into[name][some] for name in self._layout.arrays])
+
+    def _read(self, places: Sequence[tuple[int, int]], into: Sequence[npt.NDArray[Any]]) -> None:
+        found, new = self._mapped({shard for shard, _ in places})
+        picked = [(found[shard], offset) for shard, offset in places]
+        try:
+            if new or not self._is_cached(picked):
+                for index in range(len(into)):
+                    for shard, offset in picked:
+                        shard.files[index].announce(offset)
+            if new:
+                self._open(new)
+            views = [  # all of them before the first copy fills the processor's caches
+                [shard.rows[index][shard.orders[index][offset]] for shard, offset in picked]
+                for index in range(len(into))
+            ]
+        except LookupError:
+            for shard, offset in picked:
+                shard.require(offset)
+            raise
+        for rows, target in zip(views, into, strict=True):
+            np.concatenate(rows, out=target)
+
+    def _is_cached(self, picked: Sequence[tuple["MappedShard", int]]) -> bool:
+        """Return whether the rows seem to be in the page cache.
+
+        A cache of terabytes is never in memory, and rows that are not must all be on their way
+        from the disk before the first copy waits for one: ten times the rate. But announcing rows
+        that are in memory makes the kernel walk all of their pages, a third of the time of a
+        batch. So the last byte of a row's largest array is asked for, without waiting; the kernel
+        drops what was read together at about the same time. Even that costs a tenth of a batch:
+        after many batches that were all in memory, one row stands for the rest until it is not.
+        """
+        probed = picked if self._cached_batches < CACHED_BATCHES else picked[:1]
+        is_cached = all(shard.largest.is_cached(offset) for shard, offset in probed)
+        self._cached_batches = self._cached_batches + 1 if is_cached else 0
+        return is_cached
+
+    def _mapped(
+        self, numbers: Iterable[int]
+    ) -> tuple[dict[int, "MappedShard"], dict[int, "MappedShard"]]:
+        """Return the Zarr shards, and those of them whose indexes are yet to be read.
+
+        The caller's reference keeps one mapped that another thread evicts.
+        """
+        if self._lock_pid != os.getpid():  # forked, perhaps while a thread of the parent had it
+            self._lock, self._lock_pid = threading.Lock(), os.getpid()
+        with self._lock:
+            found = {n: self._recent.pop(n) for n in numbers if n in self._recent}
+            self._recent |= found
+        new = {n: MappedShard(self._group, self._layout, n) for n in numbers if n not in found}
+        return found | new, new
+
+    def _open(self, new: Mapping[int, "MappedShard"]) -> None:
+        for shard in new.values():
+            shard.open()
+        with self._lock:
+            self._recent |= new
+            for oldest in list(self._recent)[: max(len(self._recent) - self._max_shards, 0)]:
+                del self._recent[oldest]
 
 
 class MappedShard:
-    """One uncompressed shard file, mapped; its chunks lie at equal distances in any order."""
+    """One Zarr shard: a mapped file for each array, in the layout's order."""
 
-    def __init__(self, path: Path, array: ArrayLayout, rows_per_shard: int) -> None:
-        index_bytes = 16 * rows_per_shard + 4
+    def __init__(self, group: Path, layout: TeacherLayout, number: int) -> None:
+        arrays = list(layout.arrays.values())
+        largest = max(range(len(arrays)), key=lambda index: arrays[index].row_bytes)
+        self.files = [
+            MappedFile(
+                group / shard_file(array, number), array, layout.rows_per_shard, index == largest
+            )
+            for index, array in enumerate(arrays)
+        ]
+        self.largest = self.files[largest]
+
+    def open(self) -> None:
+        """Read the indexes."""
+        for file in self.files:
+            file.read_index()
+        # side by side, for the loop over the rows of a batch
+        self.rows = tuple(file.rows for file in self.files)
+        self.orders = tuple(file.order for file in self.files)
+
+    def require(self, offset: int) -> None:
+        """Raise CacheError unless this row was written."""
+        for file in self.files:
+            if offset not in file.order:
+                raise CacheError(
+                    f"row {offset} of {file.path} was never written: it lies in the gap before "
+                    "appended images. Take rows from `cache.rows(names)`."
+                )
+
+
+class MappedFile:
+    """One uncompressed shard file, mapped; its chunks lie at equal distances in any order.
+
+    ``read_index`` must follow. It waits for the disk, so that many files are first mapped, and
+    rows of them announced where movekd writes them: in their order.
+
+    Args:
+        path: the file.
+        array: what it holds.
+        rows_per_shard: entries of its index.
+        is_probed: whether ``is_cached`` will be called; it takes a file descriptor.
+    """
+
+    def __init__(
+        self, path: Path, array: ArrayLayout, rows_per_shard: int, is_probed: bool
+    ) -> None:
+        self.path, self._array, self._rows_per_shard = path, array, rows_per_shard
+        self.order: range | dict[int, int] = range(rows_per_shard)
+        """Row -> place of its chunk. Mostly all in order, and a range takes no memory."""
+        self._index_bytes = 16 * rows_per_shard + 4
+        self._descriptor = -1
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < index_bytes:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                size = os.fstat(descriptor).st_size
+                if size < self._index_bytes:
                     raise CorruptCacheError(
-                        f"{path} has {size} bytes, less than its index of {index_bytes}: it is "
-                        "truncated. Run `movekd cache verify`."
+                        f"{path} has {size} bytes, less than its index of {self._index_bytes}: it "
+                        "is truncated. Run `movekd cache verify`."
                     )
-                self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                self._bytes = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+                if is_probed:
+                    self._descriptor = os.dup(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CorruptCacheError(
                 f"{path} is sealed but cannot be opened ({error.strerror}). "
                 "Run `movekd cache verify`."
             ) from None
-        raw_index = self._bytes[-index_bytes:-4]
+        self._will_need(size - self._index_bytes, self._index_bytes)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read_index(self) -> None:
+        """Find out where each row lies.
+
+        Raises:
+            CorruptCacheError: the index is damaged, or the file shorter than it says.
+        """
+        path, row_bytes = self.path, self._array.row_bytes
+        raw_index = self._bytes[-self._index_bytes : -4]
         if google_crc32c.value(raw_index) != int.from_bytes(self._bytes[-4:], "little"):
             raise CorruptCacheError(
                 f"{path}: the checksum of the shard index is wrong; the file is truncated or "
                 "damaged. Run `movekd cache verify`."
             )
-        index = np.frombuffer(raw_index, "<u8").reshape(rows_per_shard, 2)
-        present = index[:, 0] != 2**64 - 1
+        index = np.frombuffer(raw_index, "<u8").reshape(self._rows_per_shard, 2)
+        present = np.flatnonzero(index[:, 0] != 2**64 - 1)
         offsets, sizes = index[present].T.astype(np.int64)
-        data_bytes = size - index_bytes
-        if (sizes != array.row_bytes).any() or (offsets % array.row_bytes).any():
+        data_bytes = len(self._bytes) - self._index_bytes
+        if (sizes != row_bytes).any() or (offsets % row_bytes).any():
             raise CorruptCacheError(
-                f"{path} holds chunks of other sizes than the {array.row_bytes} bytes of a row; "
+                f"{path} holds chunks of other sizes than the {row_bytes} bytes of a row; "
                 "it was not written by movekd. Run `movekd cache verify`."
             )
-        if len(offsets) and int(offsets.max()) + array.row_bytes > data_bytes:
+        if len(offsets) and int(offsets.max()) + row_bytes > data_bytes:
             raise CorruptCacheError(f"{path} is truncated. Run `movekd cache verify`.")
-        self._row_bytes = array.row_bytes
-        self._path = path
-        self._position = np.full(rows_per_shard, -1, np.int64)
-        self._position[present] = offsets // array.row_bytes
-        count = data_bytes // array.row_bytes
-        flat = np.frombuffer(self._bytes, array.dtype, count * int(np.prod(array.row_shape)))
-        self._rows = flat.reshape(count, *array.row_shape)
+        if not np.array_equal(offsets, np.arange(self._rows_per_shard) * row_bytes):
+            places = (offsets // row_bytes).tolist()
+            self.order = dict(zip(present.tolist(), places, strict=True))
+        shape = (data_bytes // row_bytes, 1, *self._array.row_shape)
+        self.rows: npt.NDArray[Any] = np.ndarray(shape, self._array.dtype, self._bytes)
+
+    def is_cached(self, offset: int) -> bool:
+        """Return whether the row's last byte can be had without waiting; False when unknown.
+
+        Raises:
+            CorruptCacheError: the file was cut short since it was opened. To read on through the
+                map would kill the process (SIGBUS).
+        """
+        if _RWF_NOWAIT is None:
+            return False
+        last = (self.order[offset] + 1) * self._array.row_bytes - 1
+        try:
+            count = os.preadv(self._descriptor, (bytearray(1),), last, _RWF_NOWAIT)
+        except OSError:  # it would have to wait, or the file system cannot say
+            return False
+        if not count:
+            raise CorruptCacheError(f"{self.path} is truncated. Run `movekd cache verify`.")
+        return True
 
     def announce(self, offset: int) -> None:
         """Tell the kernel that this row is about to be read."""
-        start = int(self._position[offset]) * self._row_bytes
-        if start >= 0:
-            aligned = start - start % mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_WILLNEED, aligned, start - aligned + self._row_bytes)
+        self._will_need(self.order[offset] * self._array.row_bytes, self._array.row_bytes)
 
-    def row(self, offset: int) -> npt.NDArray[Any]:
-        """Return a view of one row."""
-        position = self._position[offset]
-        if position < 0:
-            raise CacheError(
-                f"row {offset} of {self._path} was never written: it lies in the gap before "
-                "appended images. Take rows from `cache.rows(names)`."
-            )
-        view: npt.NDArray[Any] = self._rows[position]
-        return view
+    def _will_need(self, start: int, length: int) -> None:
+        aligned = start - start % mmap.PAGESIZE
+        with contextlib.suppress(OSError, ValueError):  # advice: what is wrong will show in time
+            self._bytes.madvise(mmap.MADV_WILLNEED, aligned, start - aligned + length)
+
+
+def _shards_within_file_limit(num_arrays: int) -> int:
+    """Return how many Zarr shards a teacher may keep open: an eighth of the process's files.
+
+    Python's ``mmap`` keeps a descriptor of its own, and one file of a Zarr shard is probed.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_SHARDS
+    return max(limit // (8 * (num_arrays + 1)), 1)

@@ -71,6 +71,12 @@ class CacheSpec(FrozenModel):
     compressor: Literal["none", "zstd", "blosc"] = Field(
         default="none", description="For archives; the fast reading path needs `none`."
     )
+    max_error: float | None = Field(
+        default=None,
+        gt=0,
+        description="Relative error of a token, in standardised channels, that stops the build; "
+        "null stops at none.",
+    )
     calibration_images: int = Field(
         default=512, gt=0, description="Images whose features fix the channel statistics."
     )
@@ -100,10 +106,10 @@ class CacheSpec(FrozenModel):
     def fingerprint(self) -> str:
         """SHA-256 of every key that changes what is stored.
 
-        The description does not; nor does the place that weights come from, because their own
-        SHA-256 is recorded beside this one.
+        The description and ``max_error`` do not; nor does the place that weights come from,
+        because their own SHA-256 is recorded beside this one.
         """
-        content = self.model_dump(mode="json", exclude={"description"})
+        content = self.model_dump(mode="json", exclude={"description", "max_error"})
         content["weights"] = "random" if self.weights == "random" else "given"
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

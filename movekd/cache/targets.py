@@ -9,6 +9,8 @@ Legend: B batch, N tokens, D channels, H heads.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,6 +41,12 @@ class TeacherTargets:
     def pin_memory(self) -> "TeacherTargets":
         """Return the batch in page-locked memory; a DataLoader calls this."""
         return replace(self, stored={n: a.pin_memory() for n, a in self.stored.items()})
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """Return the tokens decoded by numpy alone, (B, N, D), equal to ``tokens_BND`` on a CPU."""
+        stored = {name: array.cpu().numpy() for name, array in self.stored.items()}
+        stats = self.stats.to(torch.device("cpu"))
+        return codec.decode_numpy(stored, stats.mean_D.numpy(), stats.std_D.numpy())
 
     @property
     def tokens_BND(self) -> Tensor:

@@ -11,13 +11,15 @@ import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import zarr
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
@@ -25,14 +27,13 @@ from numcodecs.zstd import Zstd
 from movekd.cache import layout
 from movekd.cache.codec import ChannelStats
 from movekd.cache.layout import ArrayLayout, TeacherLayout
-from movekd.cache.seal import Buffer, checksum, file_entry, read_sealed, write_atomic, write_sealed
+from movekd.cache.seal import checksum, entry, read_sealed, write_sealed
 from movekd.cache.spec import CacheSpec
+from movekd.cache.storage import Buffer, Storage
 from movekd.errors import CacheError
 
 _ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that is not there."""
-CALIBRATION = "calibration.json"
-METADATA = "metadata.json"
 _VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
 
 
@@ -42,6 +43,8 @@ class Calibration:
 
     spec_fingerprint: str
     weights_sha256: str
+    dtype: str
+    """Of the teacher's forward passes; ``float32``, ``bfloat16`` or ``float16``."""
     batch_size: int
     num_images: int
     num_tokens: int
@@ -76,7 +79,7 @@ def stats_checksum(stats: ChannelStats) -> str:
 
 
 def create_group(
-    cache_dir: Path, spec: CacheSpec, calibration: Calibration, stats: ChannelStats, num_rows: int
+    storage: Storage, spec: CacheSpec, calibration: Calibration, stats: ChannelStats, num_rows: int
 ) -> None:
     """Create ``<teacher>.zarr`` with all its arrays, then seal the calibration.
 
@@ -86,14 +89,69 @@ def create_group(
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
     stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))  # whatever a YAML's order
-    group = zarr.create_group(
-        layout.group_dir(cache_dir, spec.name),
-        overwrite=True,
-        attributes=layout.group_attributes(
-            stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
-        ),
+    attributes = layout.group_attributes(
+        stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
     )
-    teacher = calibration.layout(spec)
+    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
+    _write_group_files(storage, spec.name, num_rows, files, {})
+    write_sealed(storage, layout.calibration_name(spec.name), asdict(calibration))
+
+
+def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
+    """Return the sealed calibration, or None when there is none yet."""
+    name = layout.calibration_name(teacher)
+    if not storage.exists(name):
+        return None
+    try:
+        return Calibration(**read_sealed(storage, name))
+    except TypeError:
+        raise CacheError(
+            f"{storage.url}/{name} has other keys than this version of movekd writes; build with "
+            "the version that the group's attributes name, or delete the teacher's group and seals."
+        ) from None
+
+
+def resize_group(
+    storage: Storage, spec: CacheSpec, calibration: Calibration, num_rows: int
+) -> None:
+    """Lengthen a teacher's arrays to ``num_rows``; nothing sealed is touched.
+
+    The metadata is made anew, not edited, and the seal that holds the number of rows is written
+    last: interrupted at any instant, the next call does the same again.
+    """
+    sealed = read_sealed(storage, layout.metadata_name(spec.name))
+    if sealed["num_rows"] >= num_rows:
+        return
+    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
+    del files["zarr.json"]  # the group's own; its attributes stay those of its first build
+    _write_group_files(storage, spec.name, num_rows, files, sealed["files"])
+
+
+def _write_group_files(
+    storage: Storage,
+    teacher: str,
+    num_rows: int,
+    files: Mapping[str, bytes],
+    others: Mapping[str, Any],
+) -> None:
+    """Write the small files of a group, then the seal that lists them and the ``others``."""
+    for name, content in files.items():
+        storage.write(f"{layout.group_name(teacher)}/{name}", [content])
+    entries = {**others, **{name: entry([content]) for name, content in files.items()}}
+    sealed = {"num_rows": num_rows, "files": entries}
+    write_sealed(storage, layout.metadata_name(teacher), sealed)
+
+
+def _group_files(
+    teacher: TeacherLayout,
+    compressor: str,
+    num_rows: int,
+    attributes: Mapping[str, Any],
+    stats: ChannelStats | None,
+) -> dict[str, bytes]:
+    """Return what zarr writes for an empty group, file name -> content; statistics if given."""
+    files: dict[str, Any] = {}
+    group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=dict(attributes))
     for array in teacher.arrays.values():
         group.create_array(
             array.name,
@@ -101,64 +159,28 @@ def create_group(
             dtype=array.dtype,
             chunks=(1, *array.row_shape),
             shards=(teacher.rows_per_shard, *array.row_shape),
-            compressors=_zarr_compressors(spec.compressor, array),
+            compressors=_zarr_compressors(compressor, array),
             fill_value=array.fill_value,
             dimension_names=array.dimension_names,
         )
-    for name, part in (("channel_mean", stats.mean_D), ("channel_std", stats.std_D)):
-        values = part.cpu().numpy()
-        created = group.create_array(
-            name,
-            shape=values.shape,
-            dtype="float32",
-            chunks=values.shape,
-            compressors=None,
-            fill_value=float("nan"),
-            dimension_names=("channel",),
-        )
-        created[:] = values
-    seal_metadata(cache_dir, spec.name)
-    write_sealed(layout.seals_dir(cache_dir, spec.name) / CALIBRATION, asdict(calibration))
-
-
-def read_calibration(cache_dir: Path, teacher: str) -> Calibration | None:
-    """Return the sealed calibration, or None when there is none yet."""
-    path = layout.seals_dir(cache_dir, teacher) / CALIBRATION
-    if not path.exists():
-        return None
-    try:
-        return Calibration(**read_sealed(path))
-    except TypeError:
-        raise CacheError(
-            f"{path} has other keys than this version of movekd writes; build with the version "
-            "that the group's attributes name, or delete the teacher's group and seals."
-        ) from None
-
-
-def resize_group(cache_dir: Path, teacher: str, num_rows: int) -> None:
-    """Lengthen a teacher's arrays to ``num_rows``; nothing sealed is touched."""
-    group = zarr.open_group(layout.group_dir(cache_dir, teacher), mode="r+")
-    short = [
-        array
-        for name, array in group.arrays()
-        if not name.startswith("channel_") and array.shape[0] < num_rows
-    ]
-    for array in short:
-        array.resize((num_rows, *array.shape[1:]))
-    if short:  # otherwise a damaged zarr.json would be sealed as it is
-        seal_metadata(cache_dir, teacher)
-
-
-def seal_metadata(cache_dir: Path, teacher: str) -> None:
-    """Write the checksums of the group's small files: every zarr.json and channel statistics."""
-    group = layout.group_dir(cache_dir, teacher)
-    files = [*group.rglob("zarr.json"), *group.glob("channel_*/c/*")]
-    entries = {str(path.relative_to(group)): file_entry(path) for path in sorted(files)}
-    write_sealed(layout.seals_dir(cache_dir, teacher) / METADATA, {"files": entries})
+    if stats is not None:
+        for name, part in (("channel_mean", stats.mean_D), ("channel_std", stats.std_D)):
+            values = part.cpu().numpy()
+            created = group.create_array(
+                name,
+                shape=values.shape,
+                dtype="float32",
+                chunks=values.shape,
+                compressors=None,
+                fill_value=float("nan"),
+                dimension_names=("channel",),
+            )
+            created[:] = values
+    return {name: content.to_bytes() for name, content in sorted(files.items())}
 
 
 def write_shard(
-    cache_dir: Path,
+    storage: Storage,
     spec: CacheSpec,
     calibration: Calibration,
     shard: int,
@@ -170,7 +192,7 @@ def write_shard(
     """Write one Zarr shard of every array, then its seal.
 
     Args:
-        cache_dir: the cache.
+        storage: the cache.
         spec: the teacher's spec.
         calibration: the sealed calibration; its hash goes into the seal.
         shard: number of the Zarr shard.
@@ -180,27 +202,45 @@ def write_shard(
         error: statistics of what was written against what the teacher produced.
     """
     teacher = calibration.layout(spec)
-    group, seals = layout.group_dir(cache_dir, spec.name), layout.seals_dir(cache_dir, spec.name)
-    entries: dict[str, Any] = {}
-    for name, array in teacher.arrays.items():
-        buffers = shard_buffers(arrays[name], array, teacher.rows_per_shard, spec.compressor)
-        file = layout.shard_file(array, shard)
-        write_atomic(group / file, buffers, temporary_dir=seals)
-        entries[file] = {
-            "xxh3_128": checksum(buffers),
-            "size_bytes": sum(len(buffer) for buffer in buffers),
-        }
+    files = {
+        layout.shard_file(array, shard): shard_buffers(
+            arrays[name], array, teacher.rows_per_shard, spec.compressor
+        )
+        for name, array in teacher.arrays.items()
+    }
+    with ThreadPoolExecutor(1) as beside:  # checksums cost no time beside the disk
+        entries = beside.submit(lambda: {file: entry(content) for file, content in files.items()})
+        group = layout.group_name(spec.name)
+        storage.write_many({f"{group}/{file}": content for file, content in files.items()})
     first = shard * teacher.rows_per_shard
     write_sealed(
-        layout.seal_path(cache_dir, spec.name, shard),
+        storage,
+        layout.seal_name(spec.name, shard),
         {
             "rows": [first, first + len(arrays["tokens"])],
-            "files": entries,
+            "files": entries.result(),
             "skipped": {str(row): reason for row, reason in sorted(skipped.items())},
             "error": dict(error),
             "calibration": calibration.hash,
         },
     )
+
+
+def write_skipped(storage: Storage, teacher: str, skipped: pa.Table) -> None:
+    """Write skipped.parquet (row, key, reason) and its seal, unless they say so already."""
+    name, seal = layout.skipped_name(teacher), layout.skipped_seal_name(teacher)
+    sink = pa.BufferOutputStream()
+    pq.write_table(skipped, sink)
+    content = bytes(sink.getvalue())
+    sealed = {"files": {name.rpartition("/")[2]: entry([content])}}
+    if (
+        storage.exists(seal)
+        and read_sealed(storage, seal) == sealed
+        and storage.read_many([name]) == {name: content}
+    ):
+        return
+    storage.write(name, [content])
+    write_sealed(storage, seal, sealed)
 
 
 def shard_buffers(

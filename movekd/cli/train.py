@@ -12,7 +12,8 @@ from movekd.cli.output import progress_bar
 def train(
     config: Annotated[Path, typer.Option(help="student.yaml: the run.")],
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the feature cache; needed to distil.")
+        str | None,
+        typer.Option(help="Folder or s3://bucket/prefix of the cache; needed to distil."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/student"),
     override: Annotated[

@@ -243,6 +243,13 @@ def check_targets(
         shapes[name] = TargetShape(num_tokens, teacher.width)
     if distill.anchor in shapes:
         _check_anchor(cache, distill, student, shapes[distill.anchor])
+    for name in distill.teachers:
+        stored = cache[name].spec.grid
+        if distill.grid == "native" and stored != "native" and name != distill.anchor:
+            raise ConfigError(
+                f"distill.grid is 'native', but '{name}' in {cache.url} was pooled (its spec says "
+                f"grid: {stored}). Build it with --grid native, or set distill.grid: student."
+            )
     return shapes
 
 
@@ -255,13 +262,13 @@ def _check_anchor(
     ):
         raise ConfigError(
             f"distill.token_weighting '{distill.token_weighting}' needs the [CLS] attention of the "
-            f"anchor, which '{distill.anchor}' in {cache.cache_dir} was built without. Build it "
+            f"anchor, which '{distill.anchor}' in {cache.url} was built without. Build it "
             "with cls_attention: true, or set token_weighting: none."
         )
     if distill.teacher_weighting == "anchor" and "cls" not in anchor.layout.arrays:
         raise ConfigError(
             f"distill.teacher_weighting 'anchor' needs the [CLS] embedding of '{distill.anchor}', "
-            f"which {cache.cache_dir} was built without. Build it with cls: true, or set "
+            f"which {cache.url} was built without. Build it with cls: true, or set "
             "teacher_weighting: equal."
         )
     if distill.adapters == "teacher" and (

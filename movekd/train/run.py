@@ -74,7 +74,7 @@ class TrainSummary:
 def train(
     config: TrainConfig,
     output_dir: Path,
-    cache_dir: Path | None = None,
+    cache_url: str | Path | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -89,7 +89,7 @@ def train(
     Args:
         config: the resolved run.
         output_dir: where everything goes.
-        cache_dir: the feature cache; needed where the config distils.
+        cache_url: the feature cache, a folder or URL; needed where the config distils.
         resume: go on from the last checkpoint in ``output_dir``.
         overwrite: delete an earlier run in ``output_dir``.
         allow_random_teachers: take targets of teachers with random weights (tests, benchmarks).
@@ -101,7 +101,7 @@ def train(
     """
     checkpoint = _prepare_output(config, output_dir, resume=resume, overwrite=overwrite)
     corpus = open_corpus(config.data.shards)
-    cache = _open_targets(config, cache_dir, allow_random_teachers)
+    cache = _open_targets(config, cache_url, allow_random_teachers)
     arguments = _training_arguments(config, output_dir)
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
@@ -208,19 +208,19 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _open_targets(
-    config: TrainConfig, cache_dir: Path | None, allow_random_teachers: bool
+    config: TrainConfig, cache_url: str | Path | None, allow_random_teachers: bool
 ) -> FeatureCache | None:
     """Return the cache that a run distils from, checked against the config."""
     if config.distill is None:
         return None
-    if cache_dir is None:
+    if cache_url is None:
         raise ConfigError(
             "the config distils, but no cache was given; add --cache DIR, or set distill: null."
         )
-    cache = open_cache(cache_dir)
+    cache = open_cache(cache_url)
     if cache.geometry != config.data.geometry:
         raise ConfigError(
-            f"{cache_dir} holds features of geometry '{cache.geometry}'; the config asks for "
+            f"{cache.url} holds features of geometry '{cache.geometry}'; the config asks for "
             f"data.geometry '{config.data.geometry}'. Set data.geometry: {cache.geometry}, or "
             f"build a cache with --geometry {config.data.geometry}."
         )
@@ -228,12 +228,12 @@ def _open_targets(
         teacher = cache[name]
         if not teacher.is_complete:
             raise CacheError(
-                f"teacher '{name}' in {cache_dir} lacks {len(teacher.missing_shards)} Zarr shards; "
+                f"teacher '{name}' in {cache.url} lacks {len(teacher.missing_shards)} Zarr shards; "
                 f"finish it with `movekd cache build --teacher {name}` before training."
             )
         if teacher.spec.weights == "random" and not allow_random_teachers:
             raise CacheError(
-                f"teacher '{name}' in {cache_dir} was built from random weights, which teach "
+                f"teacher '{name}' in {cache.url} was built from random weights, which teach "
                 "nothing; build it from real ones, or give --allow-random-teachers for a test."
             )
     return cache

@@ -6,13 +6,14 @@ import sys
 import pytest
 
 from movekd.build.lock import build_lock
+from movekd.cache.storage import open_storage
 from movekd.errors import CacheError
 
 HOLD = """
 import sys
-from pathlib import Path
 from movekd.build.lock import build_lock
-with build_lock(Path(sys.argv[1])):
+from movekd.cache.storage import open_storage
+with build_lock(open_storage(sys.argv[1]), "locks/.lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -21,7 +22,7 @@ with build_lock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock until it is killed, or its input ends."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "locks" / ".lock")]
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -34,7 +35,7 @@ def test_a_second_build_is_refused_with_pid_and_host(tmp_path, holder) -> None:
     found = rf"\(pid {holder.pid} on {socket.gethostname()}\)"
     with (
         pytest.raises(CacheError, match=f"another build .* running {found}; wait"),
-        build_lock(tmp_path / "locks" / ".lock"),
+        build_lock(open_storage(tmp_path), "locks/.lock"),
     ):
         pass
 
@@ -44,18 +45,18 @@ def test_the_lock_of_a_killed_build_is_taken_over(tmp_path, holder) -> None:
     holder.wait()
     path = tmp_path / "locks" / ".lock"
     assert path.exists()
-    with build_lock(path):
+    with build_lock(open_storage(tmp_path), "locks/.lock"):
         assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
     assert not path.exists()
 
 
 def test_a_waiting_build_gets_the_lock_when_it_is_free(tmp_path, holder) -> None:
     holder.stdin.close()
-    with build_lock(tmp_path / "locks" / ".lock", wait=True):
+    with build_lock(open_storage(tmp_path), "locks/.lock", wait=True):
         assert holder.wait() == 0
 
 
 def test_the_lock_goes_away_with_an_error(tmp_path) -> None:
-    with pytest.raises(KeyboardInterrupt), build_lock(tmp_path / "a"):
+    with pytest.raises(KeyboardInterrupt), build_lock(open_storage(tmp_path), "a"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 
 from movekd.build.images import image_transform
 from movekd.build.lock import build_lock
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.recompute import recompute
+from movekd.build.run import build_cache
 from movekd.cache import layout
 from movekd.cache.check import verify
 from movekd.cache.reader import open_cache
-from movekd.cache.writer import read_calibration
+from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError
@@ -254,7 +257,7 @@ def test_other_weights_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
     )
     out = tmp_path / "cache"
     build(out, corpus_dir, [first])
-    layout.seal_path(out, "clip", 0).unlink()
+    (out / layout.seal_name("clip", 0)).unlink()
     with pytest.raises(CacheError, match=r"the weights of 'clip' have SHA-256 .*--replace"):
         build(out, corpus_dir, [second])
     build(out, corpus_dir, [first])
@@ -274,12 +277,12 @@ def test_a_damaged_image_is_skipped_and_its_neighbours_are_not(
     for summary in summaries:
         store = cache[summary.status.teacher]
         assert list(summary.skipped) == [key]
+        table = pq.read_table(out / layout.skipped_name(store.teacher)).to_pylist()
+        assert table == [{"row": damaged, "key": key, "reason": summary.skipped[key]}]
         assert list(store.skipped) == [damaged]
         targets = store.read([damaged])
         assert torch.isnan(targets.tokens_BND).all()
-        if read_calibration(out, store.teacher) == read_calibration(
-            tmp_path / "undisturbed", store.teacher
-        ):
+        if store.calibration == whole[store.teacher].calibration:
             expected = whole[store.teacher].read(others).stored
             for name, values in store.read(others).stored.items():
                 assert torch.equal(values, expected[name])
@@ -315,9 +318,22 @@ def test_resume_keeps_the_batch_size_of_the_calibration(
 ) -> None:
     out = tmp_path / "cache"
     shutil.copytree(cache_dir, out)
-    layout.seal_path(out, "clip", 0).unlink()
+    (out / layout.seal_name("clip", 0)).unlink()
     build(out, corpus_dir, tiny_specs, options=BuildOptions(batch_size=3, num_workers=0))
     assert snapshot(out) == snapshot(cache_dir)
+
+
+def test_resume_and_recompute_keep_the_dtype_of_the_calibration(
+    tmp_path, corpus_dir, tiny_specs, snapshot
+) -> None:
+    half = BuildOptions(dtype=torch.bfloat16, batch_size=5, num_workers=0)
+    build(tmp_path / "half", corpus_dir, tiny_specs[:1], options=half)
+    expected = snapshot(tmp_path / "half")
+    (tmp_path / "half" / layout.seal_name("clip", 0)).unlink()
+    build(tmp_path / "half", corpus_dir, tiny_specs[:1], options=OPTIONS)
+    assert snapshot(tmp_path / "half") == expected
+    assert open_cache(tmp_path / "half")["clip"].calibration.dtype == "bfloat16"
+    assert list(recompute(tmp_path / "half", open_corpus(corpus_dir), 24, options=OPTIONS)) == []
 
 
 def test_features_beyond_float16_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
@@ -329,9 +345,43 @@ def test_features_beyond_float16_are_refused(tmp_path, corpus_dir, tiny_specs) -
     build(tmp_path / "cache", corpus_dir, [conv])
 
 
+def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_specs, cache_dir):
+    worst = open_cache(cache_dir)["clip"].seals[0]["error"]["max"]
+    strict = tiny_specs[0].with_changes(max_error=worst * 0.9)
+    with pytest.raises(CacheError, match=r"'clip', rows .*; the spec allows max_error .*float16"):
+        build(tmp_path / "cache", corpus_dir, [strict])
+    assert open_cache(tmp_path / "cache")["clip"].missing_shards == [0]
+    allowed = tiny_specs[0].with_changes(max_error=worst * 1.1)
+    build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
+    assert list(verify(tmp_path / "cache")) == []
+
+
+def test_channel_statistics_of_another_cache_are_taken_over(
+    tmp_path, corpus_dir, grown, tiny_specs, cache_dir
+) -> None:
+    small, _ = grown
+    build(tmp_path / "part", small, tiny_specs, channel_stats=cache_dir)
+    build(tmp_path / "part", small, tiny_specs, channel_stats=cache_dir)
+    whole, part = open_cache(cache_dir), open_cache(tmp_path / "part")
+    for teacher in whole:
+        assert part[teacher].calibration == whole[teacher].calibration
+        assert torch.equal(part[teacher].stats.mean_D, whole[teacher].stats.mean_D)
+    assert list(verify(tmp_path / "part")) == []
+    own = tmp_path / "own"
+    build(own, small, tiny_specs[:1])
+    with pytest.raises(CacheError, match="begun with channel statistics of its own"):
+        build(own, small, tiny_specs[:1], channel_stats=cache_dir)
+    with pytest.raises(CacheError, match="another spec: seed is 0 in the cache, 7 asked"):
+        build(own, small, [tiny_specs[0].with_changes(seed=7)], channel_stats=cache_dir,
+              replace=True)  # fmt: skip
+    assert open_cache(own)["clip"].is_complete  # refused before anything was deleted
+    with pytest.raises(CacheError, match="holds no calibration of 'conv'"):
+        build(own, small, tiny_specs, channel_stats=own)
+
+
 def test_a_running_build_locks_its_teacher_alone(tmp_path, corpus_dir, tiny_specs) -> None:
     out = tmp_path / "cache"
-    with build_lock(layout.seals_dir(out, "clip") / ".lock"):
+    with build_lock(open_storage(out), "clip.seals/.lock"):
         with pytest.raises(CacheError, match=rf"another build .*pid {os.getpid()} on "):
             build(out, corpus_dir, tiny_specs[:1])
         build(out, corpus_dir, tiny_specs[1:])

@@ -3,6 +3,7 @@ import pytest
 
 from movekd.cache.catalog import open_catalog, update_catalog
 from movekd.cache.seal import read_sealed, write_sealed
+from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError, CorruptCacheError
@@ -28,13 +29,13 @@ def corpora(tmp_path_factory, crops):
 
 
 def test_appended_images_start_at_the_next_zarr_shard(tmp_path, corpora) -> None:
-    first = update_catalog(tmp_path, corpora["a"], "crop")
+    first = update_catalog(open_storage(tmp_path), corpora["a"], "crop")
     assert first.rows.tolist() == list(range(10))
     for name, starts in (("ab", [1024]), ("abc", [1024, 2048])):
-        catalog = update_catalog(tmp_path, corpora[name], "crop")
+        catalog = update_catalog(open_storage(tmp_path), corpora[name], "crop")
         expected = [*range(10), *range(1024, 1027)] + [*range(2048, 2055)] * (len(starts) - 1)
         assert catalog.rows.tolist() == expected
-        reopened = open_catalog(tmp_path)
+        reopened = open_catalog(open_storage(tmp_path))
         assert reopened.index.equals(catalog.index)
         assert reopened.names.equals(catalog.names)
         assert reopened.num_rows == expected[-1] + 1
@@ -42,61 +43,63 @@ def test_appended_images_start_at_the_next_zarr_shard(tmp_path, corpora) -> None
 
 
 def test_the_same_corpus_again_changes_nothing(tmp_path, corpora, snapshot) -> None:
-    update_catalog(tmp_path, corpora["a"], "pad")
+    update_catalog(open_storage(tmp_path), corpora["a"], "pad")
     before = snapshot(tmp_path)
-    update_catalog(tmp_path, corpora["a"], "pad")
+    update_catalog(open_storage(tmp_path), corpora["a"], "pad")
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("files", [("index.parquet",), ("index.parquet", "names.parquet")])
 def test_an_interrupted_append_is_finished_or_undone(tmp_path, corpora, snapshot, files) -> None:
-    update_catalog(tmp_path / "new", corpora["a"], "crop")
-    update_catalog(tmp_path / "new", corpora["ab"], "crop")
-    update_catalog(tmp_path / "old", corpora["a"], "crop")
+    update_catalog(open_storage(tmp_path / "new"), corpora["a"], "crop")
+    update_catalog(open_storage(tmp_path / "new"), corpora["ab"], "crop")
+    update_catalog(open_storage(tmp_path / "old"), corpora["a"], "crop")
     expected_old, expected_new = snapshot(tmp_path / "old"), snapshot(tmp_path / "new")
     for name, expected in (("ab", expected_new), ("a", expected_old)):
-        update_catalog(tmp_path / name, corpora["a"], "crop")
+        update_catalog(open_storage(tmp_path / name), corpora["a"], "crop")
         for file in files:
             (tmp_path / name / file).write_bytes(expected_new[file])
         with pytest.raises(CorruptCacheError, match="run it again"):
-            open_catalog(tmp_path / name)
-        update_catalog(tmp_path / name, corpora[name], "crop")
+            open_catalog(open_storage(tmp_path / name))
+        update_catalog(open_storage(tmp_path / name), corpora[name], "crop")
         assert snapshot(tmp_path / name) == expected
 
 
 def test_another_geometry_or_corpus_is_refused(tmp_path, corpora, snapshot) -> None:
-    update_catalog(tmp_path, corpora["ab"], "crop")
+    update_catalog(open_storage(tmp_path), corpora["ab"], "crop")
     before = snapshot(tmp_path)
     with pytest.raises(CacheError, match=r"geometry 'crop', the build asks for 'pad'.*--geometry"):
-        update_catalog(tmp_path, corpora["ab"], "pad")
+        update_catalog(open_storage(tmp_path), corpora["ab"], "pad")
     for name in ("other", "a"):
         with pytest.raises(CacheError, match=r"13 images of another corpus .*\(10 images\)"):
-            update_catalog(tmp_path, corpora[name], "crop")
+            update_catalog(open_storage(tmp_path), corpora[name], "crop")
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("geometry", "swirl")])
 def test_what_cannot_be_read_is_named(tmp_path, corpora, key, value) -> None:
-    update_catalog(tmp_path, corpora["a"], "crop")
-    content = read_sealed(tmp_path / "cache.json")
-    write_sealed(tmp_path / "cache.json", content | {key: value})
+    update_catalog(open_storage(tmp_path), corpora["a"], "crop")
+    storage = open_storage(tmp_path)
+    write_sealed(storage, "cache.json", read_sealed(storage, "cache.json") | {key: value})
     with pytest.raises(CacheError, match=f"format {value}|geometry '{value}'"):
-        open_catalog(tmp_path)
+        open_catalog(open_storage(tmp_path))
 
 
 def test_no_cache_and_damaged_tables_are_sentences(tmp_path, corpora) -> None:
     with pytest.raises(CacheError, match="holds no cache"):
-        open_catalog(tmp_path)
-    update_catalog(tmp_path, corpora["a"], "crop")
+        open_catalog(open_storage(tmp_path))
+    update_catalog(open_storage(tmp_path), corpora["a"], "crop")
     path = tmp_path / "names.parquet"
     whole = path.read_bytes()
     path.write_bytes(bytes(len(whole)))
-    with pytest.raises(CorruptCacheError, match="cannot be read"):
-        open_catalog(tmp_path)
+    with pytest.raises(CorruptCacheError, match=r"another checksum.*run it again"):
+        open_catalog(open_storage(tmp_path))
     path.write_bytes(whole[:-1])
     with pytest.raises(CorruptCacheError, match=rf"has {len(whole) - 1} bytes"):
-        open_catalog(tmp_path)
+        open_catalog(open_storage(tmp_path))
     path.unlink()
     with pytest.raises(CorruptCacheError, match="has no bytes"):
-        open_catalog(tmp_path)
-    assert np.array_equal(update_catalog(tmp_path, corpora["a"], "crop").rows, np.arange(10))
+        open_catalog(open_storage(tmp_path))
+    assert np.array_equal(
+        update_catalog(open_storage(tmp_path), corpora["a"], "crop").rows, np.arange(10)
+    )

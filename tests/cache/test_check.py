@@ -1,13 +1,14 @@
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from movekd.cache import layout
-from movekd.cache.check import size_bytes, status, verify
+from movekd.cache.check import status, verify
 from movekd.cache.reader import open_cache
 from movekd.cache.seal import read_sealed, write_sealed
-from movekd.cache.writer import seal_metadata
+from movekd.cache.storage import open_storage
 
 
 @pytest.fixture
@@ -18,10 +19,10 @@ def copy(tmp_path, cache_dir):
 
 
 def test_a_whole_cache_has_no_problem_and_every_byte_is_read(cache_dir) -> None:
-    seals = sum(size_bytes(path) for path in cache_dir.glob("*.seals"))
-    read = []
+    sizes, read = open_storage(cache_dir).sizes(), []
     assert list(verify(cache_dir, read.append)) == []
-    assert sum(read) == size_bytes(cache_dir) - seals - (cache_dir / "cache.json").stat().st_size
+    seals = [name for name in sizes if re.fullmatch(r"cache.json|[a-z]+\.seals/.*\.json", name)]
+    assert sum(read) == sum(sizes.values()) - sum(sizes[name] for name in seals)
 
 
 def test_every_flipped_bit_is_found(copy, snapshot) -> None:
@@ -66,31 +67,33 @@ def test_sentences_name_the_file_and_what_to_do(copy) -> None:
 
 def test_a_seal_that_leads_out_of_the_group_is_not_followed(copy, tmp_path) -> None:
     (tmp_path / "secret").write_text("s")
-    path = layout.seal_path(copy, "conv", 0)
-    for name in ("../../secret", str(tmp_path / "secret")):
-        seal = read_sealed(path)
+    storage, name = open_storage(copy), layout.seal_name("conv", 0)
+    for outside in ("../../secret", str(tmp_path / "secret")):
+        seal = read_sealed(storage, name)
         entry = next(iter(seal["files"].values()))
-        write_sealed(path, seal | {"files": seal["files"] | {name: entry}})
+        write_sealed(storage, name, seal | {"files": seal["files"] | {outside: entry}})
         assert any("outside of" in p and "tampered" in p for p in verify(copy))
 
 
 def test_shards_of_another_calibration_are_found(copy) -> None:
-    path = layout.seal_path(copy, "conv", 0)
-    write_sealed(path, read_sealed(path) | {"calibration": "0" * 32})
+    storage, name = open_storage(copy), layout.seal_name("conv", 0)
+    write_sealed(storage, name, read_sealed(storage, name) | {"calibration": "0" * 32})
     assert [p for p in verify(copy) if "another calibration" in p]
 
 
 def test_statistics_of_another_calibration_are_found(copy) -> None:
     """Even when the metadata's own seal was made again over them."""
-    for name in ("channel_mean", "channel_std"):
-        file = f"{name}/c/0"
-        shutil.copy(copy / "clip.zarr" / file, copy / "clip.zarr" / "channel_swap")
-        other = "channel_std" if name == "channel_mean" else "channel_mean"
-        shutil.copy(copy / "clip.zarr" / other / "c" / "0", copy / "clip.zarr" / file)
-        seal_metadata(copy, "clip")
+    storage, name = open_storage(copy), layout.metadata_name("clip")
+    whole = read_sealed(storage, name)
+    for changed, other in (("channel_mean", "channel_std"), ("channel_std", "channel_mean")):
+        file = copy / "clip.zarr" / changed / "c" / "0"
+        kept = file.read_bytes()
+        shutil.copy(copy / "clip.zarr" / other / "c" / "0", file)
+        entry = whole["files"][f"{other}/c/0"]
+        write_sealed(storage, name, whole | {"files": whole["files"] | {f"{changed}/c/0": entry}})
         assert any("differ from the sealed calibration" in p for p in verify(copy))
-        shutil.move(copy / "clip.zarr" / "channel_swap", copy / "clip.zarr" / file)
-        seal_metadata(copy, "clip")
+        file.write_bytes(kept)
+        write_sealed(storage, name, whole)
     assert list(verify(copy)) == []
 
 
@@ -106,7 +109,7 @@ def test_status_counts_what_is_there(copy, cache_dir) -> None:
     assert 0 < clip.error_mean < clip.error_max < 0.02
     files = (cache_dir / "conv.zarr" / "tokens" / "c").rglob("*")
     assert conv.size_bytes == sum(path.stat().st_size for path in files if path.is_file())
-    layout.seal_path(copy, "conv", 0).unlink()
+    (copy / layout.seal_name("conv", 0)).unlink()
     missing = status(open_cache(copy))[1]
     assert (missing.sealed_shards, missing.total_shards) == (0, 1)
     assert (missing.error_mean, missing.error_max, missing.size_bytes) == (None, None, 0)

@@ -11,6 +11,7 @@ from movekd.cache.codec import (
     encode,
     token_error,
 )
+from movekd.cache.targets import TeacherTargets
 from movekd.errors import CacheError
 
 
@@ -63,6 +64,17 @@ def test_reported_error_is_the_error(seed: int) -> None:
         total, worst = token_error(tokens, stored, stats)
         assert total.item() / len(errors) == pytest.approx(sum(errors) / len(errors), rel=1e-2)
         assert worst.item() == pytest.approx(max(errors), rel=1e-2)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.sampled_from([1, 128, 200]), st.sampled_from(["int8", "float16"]))
+def test_numpy_decodes_as_torch_does(seed: int, width: int, codec: str) -> None:
+    tokens = heavy_tailed(seed, width)
+    stats = statistics(tokens)
+    targets = TeacherTargets(encode(tokens, codec, stats), stats)
+    torch.testing.assert_close(
+        torch.from_numpy(targets.numpy()), targets.tokens_BND, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_int8_error_stays_below_one_percent() -> None:

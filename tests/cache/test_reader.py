@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache import layout
 from movekd.cache.reader import TeacherCache, open_cache
 from movekd.corpus.index import open_corpus
@@ -43,7 +44,7 @@ def stores(tmp_path_factory, corpus_dir, tiny_specs):
 @pytest.fixture(scope="module")
 def arrays(stores) -> dict[str, np.ndarray]:
     """Every row as stock zarr reads it."""
-    group = zarr.open_group(stores["none"].cache_dir / "clip.zarr", mode="r")
+    group = zarr.open_group(stores["none"].storage.local_dir / "clip.zarr", mode="r")
     return {name: group[name][:] for name in stores["none"].layout.arrays}
 
 
@@ -70,7 +71,7 @@ def test_any_rows_in_any_order_are_what_zarr_reads(stores, arrays, rows, name, i
 def test_targets_decode_to_what_the_attributes_say(stores, arrays) -> None:
     targets = stores["none"].read([5, 0, 9])
     rows = {name: array[[5, 0, 9]].astype(np.float32) for name, array in arrays.items()}
-    group = zarr.open_group(stores["none"].cache_dir / "clip.zarr", mode="r")
+    group = zarr.open_group(stores["none"].storage.local_dir / "clip.zarr", mode="r")
     scale_BND = np.repeat(rows["token_scale"], 128, axis=-1)[..., :144]
     standardised_BND = scale_BND * rows["tokens"]
     np.testing.assert_array_equal(targets.standardised_BND.numpy(), standardised_BND)
@@ -90,8 +91,12 @@ def test_a_teacher_without_cls_has_none(cache_dir) -> None:
 
 
 def test_out_of_another_shape_is_refused(stores) -> None:
-    with pytest.raises(CacheError, match=r"has shape \(3, 16, 144\); expected \(2, 16, 144\)"):
+    with pytest.raises(CacheError, match=r"shape \(3, 16, 144\); expected int8 of \(2, 16, 144\)"):
         stores["none"].read([0, 1], out=stores["none"].empty(3))
+    other = stores["none"].empty(2)
+    other["tokens"] = other["tokens"].float()
+    with pytest.raises(CacheError, match=r"out\['tokens'\] is torch.float32 .*expected int8"):
+        stores["none"].read([0, 1], out=other)
 
 
 @pytest.mark.parametrize("row", [-1, 24, 10**6])
@@ -101,8 +106,8 @@ def test_rows_out_of_range_are_refused(stores, row) -> None:
 
 
 def test_rows_that_are_not_built_yet_are_refused(stores, tmp_path, small_shards) -> None:
-    shutil.copytree(stores["none"].cache_dir, tmp_path / "cache")
-    layout.seal_path(tmp_path / "cache", "clip", 1).unlink()
+    shutil.copytree(stores["none"].storage.local_dir, tmp_path / "cache")
+    (tmp_path / "cache" / layout.seal_name("clip", 1)).unlink()
     store = open_cache(tmp_path / "cache")["clip"]
     assert store.missing_shards == [1]
     assert not store.is_complete
@@ -190,7 +195,7 @@ def test_a_pickled_store_opens_elsewhere(stores, arrays, tmp_path) -> None:
 
 def damaged(stores, tmp_path, change) -> TeacherCache:
     """The uncompressed store with the bytes of its first tokens shard changed."""
-    shutil.copytree(stores["none"].cache_dir, tmp_path / "cache")
+    shutil.copytree(stores["none"].storage.local_dir, tmp_path / "cache")
     path = tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
     path.write_bytes(change(path.read_bytes()))
     return open_cache(tmp_path / "cache")["clip"]
@@ -221,11 +226,11 @@ def test_a_missing_shard_is_a_sentence(stores, tmp_path, small_shards) -> None:
 
 
 def test_a_damaged_compressed_shard_is_a_sentence(stores, tmp_path, small_shards) -> None:
-    shutil.copytree(stores["zstd"].cache_dir, tmp_path / "cache")
+    shutil.copytree(stores["zstd"].storage.local_dir, tmp_path / "cache")
     path = tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
     data = path.read_bytes()
     path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    with pytest.raises(CorruptCacheError, match=r"tokens of teacher 'clip'.*cannot be decoded"):
+    with pytest.raises(CorruptCacheError, match=r"teacher 'clip' in .*cannot be decoded"):
         open_cache(tmp_path / "cache")["clip"].read([1])
 
 
@@ -289,7 +294,7 @@ def test_stock_libraries_open_a_store_without_movekd_and_without_a_warning(
     full = open_cache(cache_dir)["clip"]
     cases = [full, stores["none"], stores["zstd"], stores["blosc"]]
     for number, store in enumerate(cases):
-        path, out = store.cache_dir / "clip.zarr", tmp_path / f"{number}.npy"
+        path, out = store.storage.local_dir / "clip.zarr", tmp_path / f"{number}.npy"
         command = [sys.executable, "-W", "error", "-I", "-c", STOCK, str(out), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

@@ -23,10 +23,11 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         "cls": False, "cls_attention": False, "grid": 2, "codec": "float16",
         "compressor": "zstd", "calibration_images": 9,
     }  # fmt: skip
-    assert {*changes, "description"} == set(CacheSpec.model_fields)
+    assert {*changes, "description", "max_error"} == set(CacheSpec.model_fields)
     fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}
     assert len(fingerprints | {spec.fingerprint}) == len(changes) + 1
     assert spec.with_changes(description="for people").fingerprint == spec.fingerprint
+    assert spec.with_changes(max_error=0.1).fingerprint == spec.fingerprint
     places = [spec.with_changes(weights=place).fingerprint for place in ("hub", "/a", "b.pth")]
     assert len(set(places)) == 1
 

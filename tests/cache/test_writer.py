@@ -6,6 +6,7 @@ import zarr
 from movekd.cache import layout
 from movekd.cache.layout import ArrayLayout, shard_file
 from movekd.cache.seal import read_sealed, write_sealed
+from movekd.cache.storage import open_storage
 from movekd.cache.writer import _zarr_compressors, read_calibration, shard_buffers
 from movekd.errors import CacheError
 
@@ -85,7 +86,7 @@ def test_zarr_and_tensorstore_read_what_was_written(tmp_path, array, num_rows, c
 
 def test_a_teachers_group_holds_what_outsiders_need(cache_dir, tiny_specs) -> None:
     for spec in tiny_specs:
-        group = zarr.open_group(layout.group_dir(cache_dir, spec.name), mode="r")
+        group = zarr.open_group(cache_dir / layout.group_name(spec.name), mode="r")
         attributes = group.attrs["movekd"]
         assert attributes["format_version"] == 1
         assert attributes["spec_fingerprint"] == spec.fingerprint
@@ -102,8 +103,9 @@ def test_a_teachers_group_holds_what_outsiders_need(cache_dir, tiny_specs) -> No
 
 
 def test_seals_hold_no_time_and_name_the_calibration(cache_dir) -> None:
-    calibration = read_calibration(cache_dir, "clip")
-    seal = read_sealed(layout.seal_path(cache_dir, "clip", 0))
+    storage = open_storage(cache_dir)
+    calibration = read_calibration(storage, "clip")
+    seal = read_sealed(storage, layout.seal_name("clip", 0))
     assert set(seal) == {"rows", "files", "skipped", "error", "calibration"}
     assert seal["calibration"] == calibration.hash
     assert seal["rows"] == [0, 24]
@@ -112,7 +114,8 @@ def test_seals_hold_no_time_and_name_the_calibration(cache_dir) -> None:
 
 
 def test_a_calibration_of_another_version_is_a_sentence(tmp_path) -> None:
-    assert read_calibration(tmp_path, "clip") is None
-    write_sealed(layout.seals_dir(tmp_path, "clip") / "calibration.json", {"colour": 1})
+    storage = open_storage(tmp_path)
+    assert read_calibration(storage, "clip") is None
+    write_sealed(storage, layout.calibration_name("clip"), {"colour": 1})
     with pytest.raises(CacheError, match="has other keys than this version"):
-        read_calibration(tmp_path, "clip")
+        read_calibration(storage, "clip")

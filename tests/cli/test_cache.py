@@ -94,6 +94,19 @@ def test_flags_change_the_specs(tmp_path, teachers, corpus_dir) -> None:
     assert "deleting" in replaced.stderr
 
 
+def test_the_revised_recipe_pools_to_the_students_grid(
+    tmp_path, teachers, corpus_dir, monkeypatch
+) -> None:
+    monkeypatch.setattr("movekd.cli.options.STUDENT_GRID", 3)
+    command = ("build", *teachers[:2], "--shards", corpus_dir, "--cache", tmp_path / "cache")
+    command += ("--num-workers", 0, "--recipe", "revised", "--json")
+    (summary,) = json.loads(run(*command).stdout)
+    assert summary["status"]["grid"] == 3
+    command = (*command, "--replace", "--grid", "native")
+    (summary,) = json.loads(run(*command).stdout)
+    assert summary["status"]["grid"] == 4
+
+
 def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
     monkeypatch.setattr("movekd.build.plan._MIN_SECONDS", 0.0)
     command = ("plan", *teachers, "--shards", corpus_dir, "--num-images", 1000)
@@ -113,6 +126,8 @@ def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
         (["--dtype", "int3"], "--dtype is 'int3'; expected auto"),
         (["--grid", "wide"], "--grid is 'wide'; expected `native` or a number"),
         (["--codec", "int4"], "codec: "),
+        (["--recipe", "own"], "--recipe is 'own'; expected official or revised"),
+        (["--compressor", "lz"], "compressor: "),
         (["--weights", "w"], "--weights fits one --teacher"),
         (["--teacher", "clup"], r"no teacher 'clup'.*Did you mean 'clip'\?"),
     ],

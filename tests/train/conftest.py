@@ -9,7 +9,8 @@ import scenes
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from movekd.build.run import BuildOptions, build_cache
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus

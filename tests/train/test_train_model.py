@@ -277,9 +277,21 @@ def test_official_adapters_mix_a_native_grid(digits):
             ),
             r"'sam' .*has 144 tokens of \d+ channels and the student 36 of 96",
         ),
+        (
+            (
+                *OFFICIAL,
+                "distill.anchor=sam",
+                "distill.token_weighting=none",
+                "distill.teacher_weighting=equal",
+                "distill.adapters=teacher",
+                "distill.teachers=[clip]",
+                "distill.anchor=other",
+            ),
+            r"distill\.grid is 'native', but 'clip' .*was pooled .*grid: 6.*--grid native",
+        ),
     ],
 )
-def test_an_anchor_that_lacks_something_is_refused(digits, overrides, message):
+def test_targets_that_do_not_fit_are_refused(digits, overrides, message):
     config = digits.config("pretrain", *overrides)
     student = digits.parts(digits.config("pretrain", "distill=null"))[1]
     with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,139 @@
+"""Rows of compressed caches and of object stores, read through TensorStore.
+
+The second way of reading rows, beside ``mapped``: every array of every row of a batch is asked
+for before the first one is waited for. Where TensorStore cannot be used, ``zarr`` reads the rows
+one after the other: in a process forked from one that has read through TensorStore, which would
+abort, and for ``memory://``, which is known to this process' fsspec alone.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore
+import zarr
+
+from movekd.cache import layout
+from movekd.cache.layout import TeacherLayout
+from movekd.cache.objects import ObjectStorage, s3_endpoint
+from movekd.cache.storage import Storage
+from movekd.errors import CacheError, CorruptCacheError
+
+_CONTEXT = {
+    # Keeps the shards' indexes, so that a row costs one range read an array instead of two.
+    "cache_pool": {"total_bytes_limit": 32 * 2**20},
+    # TensorStore's own defaults go on for many minutes.
+    "s3_request_retries": {"max_retries": 6, "initial_delay": "100ms", "max_delay": "4s"},
+    "gcs_request_retries": {"max_retries": 6, "initial_delay": "100ms", "max_delay": "4s"},
+}
+_used_in: int | None = None
+"""The process that has read through TensorStore: it aborts a forked child that goes on with it."""
+
+
+class RowsInFlight:
+    """Rows of one teacher's group anywhere, compressed or not. Thread-safe."""
+
+    def __init__(self, storage: Storage, teacher: str, teacher_layout: TeacherLayout) -> None:
+        self._storage, self._teacher, self._layout = storage, teacher, teacher_layout
+        self._lock = threading.Lock()
+        self._stores: dict[str, Any] = {}
+
+    def read(self, rows: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Copy every array of each row to its place in ``into``.
+
+        Raises:
+            CorruptCacheError: something sealed is missing or cannot be decoded.
+            CacheError: the object store does not answer.
+        """
+        global _used_in
+        kvstore = kvstore_spec(self._storage, layout.group_name(self._teacher))
+        if kvstore is None or _used_in not in (None, os.getpid()):
+            self._read_one_by_one(rows, into)
+            return
+        _used_in = os.getpid()
+        try:
+            reads: list[tuple[npt.NDArray[Any], int, Any]] = []
+            for name in self._layout.arrays:
+                store = self._store(name, kvstore)
+                reads += [(into[name], i, store[row].read()) for i, row in enumerate(rows.tolist())]
+            for _ in range(len(reads)):  # dropped as they are copied: the batch is held once
+                array, position, future = reads.pop()
+                array[position] = future.result()
+        except ValueError as error:
+            raise self._error(str(error)) from None
+
+    def _store(self, array: str, kvstore: dict[str, Any]) -> Any:
+        with self._lock:
+            if array not in self._stores:
+                if "context" not in self._stores:
+                    self._stores["context"] = tensorstore.Context(_CONTEXT)
+                self._stores[array] = tensorstore.open(
+                    {
+                        "driver": "zarr3",
+                        "kvstore": kvstore | {"path": f"{kvstore['path']}{array}/"},
+                        "recheck_cached_data": "open",
+                        "recheck_cached_metadata": "open",
+                        "fill_missing_data_reads": False,
+                    },
+                    context=self._stores["context"],
+                    read=True,
+                    open=True,
+                ).result()
+            return self._stores[array]
+
+    def _read_one_by_one(
+        self, rows: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        group = layout.group_name(self._teacher)
+        shards = np.unique(rows // self._layout.rows_per_shard).tolist()
+        for array in self._layout.arrays.values():
+            for shard in shards:  # zarr would read a file that is missing as the fill value
+                if not self._storage.exists(f"{group}/{layout.shard_file(array, shard)}"):
+                    raise self._error(f"Zarr shard {shard} of {array.name} is missing")
+            try:
+                opened = zarr.open_array(
+                    zarr_store(self._storage, f"{group}/{array.name}"), mode="r"
+                )
+                for position, row in enumerate(rows.tolist()):
+                    into[array.name][position] = opened[row]
+            except Exception as error:  # zarr has no common base of what damaged bytes can raise
+                raise self._error(str(error)) from None
+
+    def _error(self, reason: str) -> CacheError:
+        where = f"teacher '{self._teacher}' in {self._storage.url}"
+        first = reason.splitlines()[0][:300] if reason else "no reason given"
+        if self._storage.local_dir is None and first.startswith(
+            ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNKNOWN", "PERMISSION_DENIED")
+        ):
+            return CacheError(
+                f"{where} cannot be read: {first}. It was tried several times; check the endpoint, "
+                "the credentials and the network."
+            )
+        return CorruptCacheError(f"{where} cannot be decoded: {first}. Run `movekd cache verify`.")
+
+
+def kvstore_spec(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """Return what TensorStore opens a folder of a cache by; None where it cannot."""
+    if storage.local_dir is not None:
+        return {"driver": "file", "path": f"{(storage.local_dir / folder).resolve()}/"}
+    assert isinstance(storage, ObjectStorage)
+    bucket, prefix = storage.bucket_and_prefix
+    place = {"bucket": bucket, "path": f"{prefix}/{folder}/".lstrip("/")}
+    if storage.scheme == "gs":
+        return {"driver": "gcs", **place}
+    if storage.scheme == "s3":
+        return {"driver": "s3", **place, **s3_endpoint()}
+    return None
+
+
+def zarr_store(storage: Storage, folder: str) -> Any:
+    """Return what zarr opens a folder of a cache by."""
+    if storage.local_dir is not None:
+        return storage.local_dir / folder
+    assert isinstance(storage, ObjectStorage)
+    return zarr.storage.FsspecStore.from_url(
+        f"{storage.url}/{folder}", storage_options=storage.options
+    )

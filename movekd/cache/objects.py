@@ -1,0 +1,207 @@
+"""A cache in an object store: S3, Google Cloud Storage, or this process' memory.
+
+The second implementation of ``storage.Storage``. It goes through fsspec, because that works in
+forked DataLoader workers, where clients with native threads hang or abort
+(docs/decisions/0005-object-stores.md). Rows are read by ``in_flight``, through TensorStore.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from movekd.cache.storage import Buffer
+from movekd.errors import CacheError
+
+SCHEMES = {"s3": "s3", "gs": "gs", "memory": ""}
+"""Scheme -> the extra of movekd that brings its client."""
+S3_ATTEMPTS = 5
+"""Of botocore, for what the server answers; s3fs tries again what breaks on the way."""
+
+
+class ObjectStorage:
+    """A cache below a prefix of S3, Google Cloud Storage, or this process' memory (for tests).
+
+    Credentials and endpoints are those of the environment: ``AWS_ACCESS_KEY_ID``,
+    ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS`` and so on.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.local_dir: Path | None = None
+        self.url = url
+        self.scheme = url.partition("://")[0]
+        self.options = _options(self.scheme)
+        self._root = _client(url)[1].rstrip("/")
+
+    @property
+    def _files(self) -> Any:
+        """The client, one a process and thread: fsspec keeps them, and none crosses a fork."""
+        return _client(self.url)[0]
+
+    @property
+    def bucket_and_prefix(self) -> tuple[str, str]:
+        """The bucket, and the prefix in it without a slash at its end."""
+        bucket, _, prefix = self._root.lstrip("/").partition("/")
+        return bucket, prefix
+
+    def read(self, name: str) -> bytes:
+        """Return an object's content."""
+        with self._errors("read", name):
+            return bytes(self._files.cat_file(self._path(name)))
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the content of several small objects, all in flight at once."""
+        if not names:
+            return {}
+        paths = {self._path(name): name for name in names}
+        with self._errors("read", names[0]):
+            got = self._files.cat(list(paths), on_error="return")
+            found = {}
+            for path, content in got.items():
+                if isinstance(content, FileNotFoundError):
+                    continue
+                if isinstance(content, Exception):
+                    raise content
+                name = paths.get(path) or paths[f"/{path.lstrip('/')}"]
+                found[name] = bytes(content)
+        return {name: found[name] for name in names if name in found}
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Yield an object's content: one part, because a Zarr shard is 128 MiB at most."""
+        yield self.read(name)
+
+    def write(self, name: str, buffers: Sequence[Buffer]) -> None:
+        """Write an object in one PUT, a large one in several parts: it appears whole."""
+        content = b"".join(bytes(buffer) for buffer in buffers)
+        with self._errors("written", name):
+            self._files.pipe_file(self._path(name), content)
+
+    def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write several objects, the largest of them in parts: one after the other is as fast."""
+        for name, buffers in files.items():
+            self.write(name, buffers)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object that must not exist yet; return whether this call made it.
+
+        A PUT that was applied and then answered with an error is repeated by the client and
+        finds itself: the content tells.
+        """
+        with self._errors("written", name):
+            try:
+                self._files.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return self.read_many([name]).get(name) == content
+        return True
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if it is there."""
+        with self._errors("deleted", name), contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete every object below a name."""
+        with self._errors("deleted", name):
+            paths = list(self._find(name))
+            if paths:
+                self._files.rm(paths)
+
+    def delete_leftovers(self, name: str) -> None:
+        """Do nothing: an object appears whole or not at all."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is an object of this name."""
+        with self._errors("read", name):
+            return bool(self._files.isfile(self._path(name)))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return every object below a folder, name -> bytes."""
+        with self._errors("listed", folder):
+            found = self._find(folder)
+        start = len(self._root.lstrip("/")) + 1
+        named = {path.lstrip("/")[start:]: size for path, size in found.items()}
+        return dict(sorted(named.items()))
+
+    def folders(self) -> list[str]:
+        """Return the names of the prefixes at the top."""
+        return self._list("", "directory")
+
+    def files(self, folder: str) -> list[str]:
+        """Return the objects right in a folder, none below it."""
+        prefix = f"{folder}/" if folder else ""
+        return [f"{prefix}{name}" for name in self._list(folder, "file")]
+
+    def free_bytes(self) -> int | None:
+        """Return None: an object store has no end."""
+        return None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _find(self, folder: str) -> dict[str, int]:
+        with contextlib.suppress(FileNotFoundError):
+            found = self._files.find(self._path(folder), detail=True)
+            return {path: int(info["size"]) for path, info in found.items()}
+        return {}
+
+    def _list(self, folder: str, kind: str) -> list[str]:
+        with self._errors("listed", folder), contextlib.suppress(FileNotFoundError):
+            entries = self._files.ls(self._path(folder), detail=True)
+            paths = [entry["name"] for entry in entries if entry["type"] == kind]
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        return []
+
+    @contextlib.contextmanager
+    def _errors(self, done: str, name: str) -> Iterator[None]:
+        """Turn what a client raises, after its own retries, into a sentence."""
+        try:
+            yield
+        except (FileNotFoundError, CacheError):
+            raise
+        except Exception as error:  # clients raise errors of their own libraries
+            reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
+            raise CacheError(
+                f"{self.url}/{name} cannot be {done}: {reason}. It was tried several times; check "
+                "the endpoint, the credentials and the network, then run the same command again. "
+                "What is sealed is safe."
+            ) from None
+
+
+def s3_endpoint() -> dict[str, Any]:
+    """Return endpoint, region and kind of credentials for TensorStore, as botocore finds them."""
+    found: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        found["endpoint"] = endpoint
+    if region or endpoint:
+        found["aws_region"] = region or "us-east-1"
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        found["aws_credentials"] = {"type": "environment"}
+    return found
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Return how the client of a scheme is made."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme == "s3":
+        retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 30}
+    return options
+
+
+def _client(url: str) -> tuple[Any, str]:
+    """Return the fsspec client of a URL, and the path in it."""
+    scheme = url.partition("://")[0]
+    try:
+        client, path = url_to_fs(url, **_options(scheme))
+    except ImportError:
+        raise CacheError(
+            f"{url}: the client for {scheme}:// is not installed; run "
+            f"pip install 'movekd[{SCHEMES[scheme]}]'."
+        ) from None
+    return client, path

@@ -1,0 +1,239 @@
+"""Where a cache lies: a local folder, or a prefix in an object store, behind one small interface.
+
+A name is a path below the cache, with slashes: ``clip.zarr/tokens/c/0/0/0``. Every file appears
+whole or not at all; whoever reads sees the old one or the new one. Used by everything that reads
+or writes a cache, except for the ways of reading rows (``mapped``, ``in_flight``).
+
+``LocalStorage`` is here, object stores are in ``objects``.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from movekd.errors import CacheError, ConfigError
+
+Buffer = bytes | bytearray | memoryview
+_BLOCK_BYTES = 8 * 2**20
+
+
+class Storage(Protocol):
+    """A place for one cache. Picklable; usable from any thread and after a fork."""
+
+    url: str
+    """As people write it: a path, or ``s3://bucket/prefix``."""
+    local_dir: Path | None
+    """The folder, or None for an object store."""
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content. Raises FileNotFoundError, or CacheError for anything else."""
+        ...
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the content of several small files, those that are missing left out."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Yield a file's content in parts. Raises as ``read``."""
+        ...
+
+    def write(self, name: str, buffers: Sequence[Buffer]) -> None:
+        """Write a file whole or not at all, and durably. Raises CacheError."""
+        ...
+
+    def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write several files, each whole or not at all; faster than one after the other."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        ...
+
+    def delete_folder(self, name: str) -> None:
+        """Delete everything below a name, if there is anything."""
+        ...
+
+    def delete_leftovers(self, name: str) -> None:
+        """Delete what a killed ``write`` left of a file or folder; the caller holds its lock."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+        ...
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return every file below a folder, name -> bytes, sorted by name."""
+        ...
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders at the top, sorted."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return the free space, None where nobody knows."""
+        ...
+
+
+def open_storage(url: "str | Path | Storage") -> Storage:
+    """Return the place that a path or URL names; it need not hold anything yet.
+
+    Raises:
+        ConfigError: a scheme that is not known.
+        CacheError: the client for this scheme is not installed.
+    """
+    if not isinstance(url, str | Path):
+        return url
+    scheme, separator, rest = str(url).partition("://")
+    if not separator:
+        return LocalStorage(Path(url))
+    if scheme == "file":
+        return LocalStorage(Path("/" + rest.lstrip("/")))
+    from movekd.cache.objects import SCHEMES, ObjectStorage
+
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"{url} has the scheme '{scheme}://'; expected a path, file://, "
+            f"{', '.join(f'{known}://' for known in SCHEMES)}."
+        )
+    return ObjectStorage(str(url).rstrip("/"))
+
+
+class LocalStorage:
+    """A cache in a folder of a local or mounted file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.local_dir: Path | None = folder
+        self.url = str(folder)
+        self._folder = folder
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+        return b"".join(self.blocks(name))
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the content of several small files, those that are missing left out."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Yield a file's content in parts."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                yield from iter(lambda: file.read(_BLOCK_BYTES), b"")
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(name) from None
+        except OSError as error:
+            raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
+
+    def write(self, name: str, buffers: Sequence[Buffer]) -> None:
+        """Write a file whole or not at all, and durably."""
+        self.write_many({name: buffers})
+
+    def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
+        """Write to temporary names, fsync, rename, fsync the folders.
+
+        All files take each step together, because one commit of the file system's journal then
+        serves them all. Temporary names lie at the top of the cache: a Zarr group must not see
+        foreign files.
+        """
+        temporary = {n: self._folder / f".{n.replace('/', '.')}.{os.getpid()}.tmp" for n in files}
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        opened: list[int] = []
+        changed: dict[Path, None] = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, buffers in files.items():
+                opened.append(os.open(temporary[name], flags, 0o644))
+                for buffer in buffers:
+                    _write_all(opened[-1], buffer)
+            for descriptor in opened:
+                os.fsync(descriptor)
+            for name in files:
+                changed |= dict.fromkeys(_make_folder((self._folder / name).parent))
+                temporary[name].replace(self._folder / name)
+            for folder in changed:
+                _fsync_folder(folder)
+        except OSError as error:
+            for path in temporary.values():
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            name = next((n for n in files if str(n) in str(error.filename)), next(iter(files)))
+            raise CacheError(
+                f"{self._folder / name} cannot be written: {error.strerror}. What is sealed is "
+                "safe; make room or mend the disk, then run the same command again."
+            ) from None
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        (self._folder / name).unlink(missing_ok=True)
+
+    def delete_folder(self, name: str) -> None:
+        """Delete everything below a name, if there is anything."""
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def delete_leftovers(self, name: str) -> None:
+        """Delete the temporary files of killed writes of a file or below a folder."""
+        for path in list(self._folder.glob(f".{name}.*.tmp")):
+            path.unlink(missing_ok=True)
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+        return (self._folder / name).is_file()
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return every file below a folder, name -> bytes."""
+        found = {}
+        for path in (self._folder / folder).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a build beside us renames
+                if path.is_file():
+                    found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders at the top."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(path.name for path in self._folder.iterdir() if path.is_dir())
+
+    def free_bytes(self) -> int | None:
+        """Return the free bytes of the file system that the folder lies on, or would lie on."""
+        folder = self._folder.resolve()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def _write_all(descriptor: int, buffer: Buffer) -> None:
+    """Write a whole buffer: one call writes 2 GiB at most."""
+    left = memoryview(buffer).cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents; return those whose entries have changed or will."""
+    changed = [folder]
+    missing = folder
+    while not missing.exists():
+        missing = missing.parent
+        changed.append(missing)
+    folder.mkdir(parents=True, exist_ok=True)
+    return changed
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""`movekd cache plan`: what a cache costs and when it pays, before it is built."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from movekd.cli.options import (
+    STUDENT_GRID,
+    BatchSize,
+    Cache,
+    Device,
+    Dtype,
+    Json,
+    RecipeOption,
+    Shards,
+    StudentGrid,
+    Teachers,
+    WeightsOption,
+    build_options,
+    named_values,
+    read_specs,
+)
+from movekd.cli.output import print_json, print_table, size
+
+if TYPE_CHECKING:
+    from movekd.build.plan import CachePlan
+
+
+def plan(
+    teacher: Teachers,
+    shards: Shards,
+    cache: Cache = "cache",
+    weights: WeightsOption = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many images instead of the corpus'.")
+    ] = None,
+    student_grid: StudentGrid = STUDENT_GRID,
+    recipe: RecipeOption = None,
+    assume_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Images/s of the teachers instead of measuring; NAME=RATE, repeated, for one."
+        ),
+    ] = None,
+    train_rate: Annotated[
+        float, typer.Option(min=1e-9, help="Images/s that a training run takes.")
+    ] = 100.0,
+    epochs: Annotated[
+        float, typer.Option(min=1e-9, help="How often a training run sees each image.")
+    ] = 1.0,
+    measure_disk: Annotated[
+        bool, typer.Option(help="Write to --cache (256 MB at most, deleted again) for its rates.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say what a cache will cost before it is built, and when it pays: bytes, hours, runs.
+
+    Every teacher runs on a few images of the corpus and the disk is written to and read from, so
+    that rates are measured, not looked up.
+
+    Example: movekd cache plan --teacher clip --teacher sam --shards data/ --num-images 558000
+    """
+    from movekd.build.payback import Runs
+    from movekd.build.plan import plan_cache
+    from movekd.corpus.index import open_corpus
+
+    specs = read_specs(teacher, recipe=recipe, weights=weights)
+    planned = plan_cache(
+        specs,
+        open_corpus(shards),
+        cache,
+        options=build_options(device, dtype, batch_size, 0),
+        num_images=num_images,
+        student_grid=student_grid,
+        runs=Runs(train_rate, epochs),
+        assumed_rates=_rates(assume_rate or [], [spec.name for spec in specs]),
+        is_disk_measured=measure_disk,
+    )
+    if json:
+        print_json(asdict(planned))
+        return
+    _print_plan(planned, cache)
+    if planned.free_bytes is not None and planned.total_bytes > planned.free_bytes:
+        typer.echo(f"the specs need {size(planned.total_bytes)}: more than is free", err=True)
+        raise typer.Exit(1)
+
+
+def _rates(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    from movekd.errors import ConfigError
+
+    rates = {}
+    for name, value in named_values(given, names, "--assume-rate").items():
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            raise ConfigError(
+                f"--assume-rate says '{value}' for '{name}'; expected images/s, 120 for one."
+            ) from None
+    return rates
+
+
+def _print_plan(planned: "CachePlan", cache: str) -> None:
+    free = "-" if planned.free_bytes is None else size(planned.free_bytes)
+    disk = planned.disk
+    rates = f"disk not measured ({disk.reason})"
+    if disk.write_bytes_per_s is not None:
+        read = "-" if disk.read_bytes_per_s is None else f"{size(disk.read_bytes_per_s)}/s"
+        rates = f"writes {size(disk.write_bytes_per_s)}/s, reads {read} at random"
+    rows = [
+        [
+            p.teacher + (" *" if p.is_spec else ""),
+            p.codec,
+            f"{p.grid}x{p.grid}x{p.width}",
+            size(p.row_bytes),
+            size(p.total_bytes),
+            f"{p.images_per_s:,.1f}",
+            f"{p.hours:,.2f}",
+            p.bound_by,
+            *_run_cells(p),
+        ]
+        for p in planned.teachers
+    ]
+    row_bytes = sum(p.row_bytes for p in planned.teachers if p.is_spec)
+    totals = [size(row_bytes), size(planned.total_bytes), "", f"{planned.hours:,.2f}", ""]
+    rows.append(["all *", "", "", *totals, *_run_cells(planned)])
+    columns = ["teacher", "codec", "features", "an image", "total", "images/s", "hours", "bound by"]
+    print_table(
+        f"{planned.num_images:,} images; {free} free at {cache}; {rates}",
+        [*columns, "read MB/s", "pays after"],
+        rows,
+    )
+    runs = planned.runs
+    plural = "" if runs.epochs == 1 else "s"
+    typer.echo(
+        "* as the spec says. Rates are of this machine; decoding runs beside the teacher.\n"
+        f"read: what a training of (assumed) {runs.images_per_s:g} images/s needs, --train-rate; "
+        "! where the disk is slower.\n"
+        f"pays after: runs of {runs.epochs:g} epoch{plural} until building the cache costs no more "
+        "than teachers in the loop."
+    )
+    assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
+    if assumed:
+        typer.echo(f"images/s assumed, not measured: {', '.join(assumed)}")
+    if planned.random_weights:
+        typer.echo(f"weights not found, so measured with random ones: {planned.random_weights}")
+
+
+def _run_cells(planned: Any) -> list[str]:
+    mark = " !" if planned.is_read_covered is False else ""
+    runs = planned.break_even_runs
+    paid = "never" if runs is None else f"{runs:,} run{'s' if runs > 1 else ''}"
+    return [f"{planned.read_bytes_per_s / 1e6:,.1f}{mark}", paid]
