@@ -83,7 +83,7 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None
     number, and of several only one can.
     """
     content = {"holder": _holder(), "token": uuid.uuid4().hex, "renewed": 0}
-    dead: set[int] = set()
+    mark, dead = json.dumps(content).encode(), set[int]()
     while True:
         newest = max(_numbers(storage, name), default=-1)
         if newest >= 0 and newest not in dead:
@@ -96,11 +96,14 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None
                 threading.Event().wait(min(1.0, RENEW_S))
             continue  # look again: it may have been let go while we watched
         number = newest + 1
-        if not storage.create(f"{name}.{number}", json.dumps(content).encode()):
+        if not storage.create(f"{name}.{number}", mark):
             continue
         others = set(_numbers(storage, name)) - {number}
-        if others <= dead:
+        is_ours = storage.read_many([f"{name}.{number}"]) == {f"{name}.{number}": mark}
+        if is_ours and others <= dead:
             break
+        if not is_ours:
+            continue  # a store that knows no exclusive creation let two in; the last one stays
         storage.delete(f"{name}.{number}")  # somebody began from a listing older than ours
     for older in others:
         storage.delete(f"{name}.{older}")

@@ -215,6 +215,7 @@ def verify(
     """Check every byte of a cache against its seals, and that nothing is missing.
 
     Example: movekd cache verify cache/
+
     Example: movekd cache verify cache/ --recompute 16 --shards data/
     """
     from movekd.cache.check import verify as verify_cache

@@ -17,12 +17,14 @@ def test_two_ranks_equal_one(digits, tmp_path, stage):
     (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--standalone", "-m", "movekd", "train", "--config", tmp_path / "run.yaml"]
-    subprocess.run(
+    done = subprocess.run(
         [*torchrun, "--cache", digits.cache, "--output", tmp_path / "two"],
-        check=True,
+        check=False,
         capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr
     logged = json.loads((tmp_path / "two" / "log.json").read_text(encoding="utf-8"))
     for one, two in zip(digits.logged(single), logged, strict=False):
         for name in ("loss_text", "loss_kd"):
