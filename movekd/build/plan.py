@@ -17,7 +17,7 @@ import torch
 
 from movekd.build.disk import DiskRates, measure_disk
 from movekd.build.images import image_transform, pixel_batches
-from movekd.build.options import BuildOptions
+from movekd.build.options import BuildOptions, Progress
 from movekd.build.payback import Runs, run_costs
 from movekd.cache.grid import grid_side
 from movekd.cache.layout import teacher_layout
@@ -91,6 +91,7 @@ def plan_cache(
     runs: Runs | None = None,
     assumed_rates: Mapping[str, float] | None = None,
     is_disk_measured: bool = True,
+    progress: Progress = lambda what, done, total: None,
 ) -> CachePlan:
     """Return bytes, hours, read rates and break-even of every codec and grid of some teachers.
 
@@ -104,6 +105,7 @@ def plan_cache(
         runs: the training runs to come.
         assumed_rates: teacher -> images/s, instead of measuring it on this device.
         is_disk_measured: whether to write to ``cache`` (deleted again) for its rates.
+        progress: told which measurement is next.
 
     Raises:
         CacheError: the corpus is empty.
@@ -114,7 +116,7 @@ def plan_cache(
         raise CacheError(f"{corpus.data_dir} holds no image to measure with.")
     _check_rates(assumed, [spec.name for spec in specs])
     num_images = len(corpus) if num_images is None else num_images
-    rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed)
+    rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, progress)
     offers = [offer for spec in specs for offer in _offers(spec, shapes[spec.name], student_grid)]
     storage = open_storage(cache)
     disk = DiskRates(None, None, "not asked for")
@@ -195,13 +197,18 @@ class _Offer(NamedTuple):
 
 
 def _rates_and_shapes(
-    specs: list[CacheSpec], corpus: Corpus, options: BuildOptions, assumed: Mapping[str, float]
+    specs: list[CacheSpec],
+    corpus: Corpus,
+    options: BuildOptions,
+    assumed: Mapping[str, float],
+    progress: Progress,
 ) -> tuple[dict[str, float], dict[str, OutputShape], list[str]]:
     """Return images/s and output shape by teacher, and who was measured with random weights."""
     rates: dict[str, float] = {}
     shapes: dict[str, OutputShape] = {}
     random: list[str] = []
-    for spec in specs:
+    for number, spec in enumerate(specs):
+        progress(f"plan: {spec.name}", number, len(specs))
         if spec.name in assumed:
             rates[spec.name], shapes[spec.name] = assumed[spec.name], output_shape(spec)
             continue

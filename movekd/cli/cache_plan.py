@@ -22,7 +22,7 @@ from movekd.cli.options import (
     named_values,
     read_specs,
 )
-from movekd.cli.output import print_json, print_table, size
+from movekd.cli.output import print_json, print_table, progress_bar, size
 
 if TYPE_CHECKING:
     from movekd.build.plan import CachePlan
@@ -70,17 +70,19 @@ def plan(
     from movekd.corpus.index import open_corpus
 
     specs = read_specs(teacher, recipe=recipe, weights=weights)
-    planned = plan_cache(
-        specs,
-        open_corpus(shards),
-        cache,
-        options=build_options(device, dtype, batch_size, 0),
-        num_images=num_images,
-        student_grid=student_grid,
-        runs=Runs(train_rate, epochs),
-        assumed_rates=_rates(assume_rate or [], [spec.name for spec in specs]),
-        is_disk_measured=measure_disk,
-    )
+    with progress_bar() as progress:
+        planned = plan_cache(
+            specs,
+            open_corpus(shards),
+            cache,
+            options=build_options(device, dtype, batch_size, 0),
+            num_images=num_images,
+            student_grid=student_grid,
+            runs=Runs(train_rate, epochs),
+            assumed_rates=_rates(assume_rate or [], [spec.name for spec in specs]),
+            is_disk_measured=measure_disk,
+            progress=progress,
+        )
     if json:
         print_json(asdict(planned))
         return
