@@ -4,17 +4,20 @@ The fast path of ``reader``: a row is one copy from the file into the batch.
 """
 
 import contextlib
+import itertools
 import mmap
 import os
 import resource
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from movekd.cache.layout import ArrayLayout, TeacherLayout, shard_file
 from movekd.errors import CacheError, CorruptCacheError
@@ -22,8 +25,11 @@ from movekd.errors import CacheError, CorruptCacheError
 MAX_SHARDS = 1024
 """Zarr shards a teacher keeps mapped. Five teachers of four arrays each are then 20,480 maps, and
 Linux allows a process 65,530; a cache can have hundreds of thousands of files."""
+WANTED_FILES = 65_536
 CACHED_BATCHES = 16
 """After so many batches in a row that were in memory, one row is asked about instead of all."""
+MAX_THREADS, THREADED_BYTES = 4, 4 * 2**20
+"""Of one read; a small batch is copied before a thread has woken up."""
 
 _RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux alone has it
 
@@ -44,6 +50,7 @@ class MappedRows:
         self._recent: dict[int, MappedShard] = {}  # the one read last at the end
         self._cached_batches = 0
         self._lock, self._lock_pid = threading.Lock(), os.getpid()
+        self._pool: ThreadPoolExecutor | None = None
 
     def read(self, rows: npt.NDArray[np.int64], into: Mapping[str, npt.NDArray[Any]]) -> None:
         """Copy every array of ``rows`` into ``into[name]``, in the order asked; repeats are fine.
@@ -79,8 +86,33 @@ class MappedRows:
             for shard, offset in picked:
                 shard.require(offset)
             raise
-        for rows, target in zip(views, into, strict=True):
-            np.concatenate(rows, out=target)
+        self._copy(views, into)
+
+    def _copy(
+        self, views: Sequence[list[npt.NDArray[Any]]], into: Sequence[npt.NDArray[Any]]
+    ) -> None:
+        """Copy the rows of each array, in as many threads as torch would compute with.
+
+        One core does not use up the memory's rate; in a DataLoader's worker it is one thread.
+        """
+        num_threads = min(torch.get_num_threads(), MAX_THREADS, len(views[0]))
+        if num_threads < 2 or sum(target.nbytes for target in into) < THREADED_BYTES:
+            for rows, target in zip(views, into, strict=True):
+                np.concatenate(rows, out=target)
+            return
+        bounds = [len(views[0]) * i // num_threads for i in range(num_threads + 1)]
+        parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+        def copy(part: slice) -> None:
+            for rows, target in zip(views, into, strict=True):
+                np.concatenate(rows[part], out=target[part])
+
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(MAX_THREADS - 1, "movekd-read")
+        others = [self._pool.submit(copy, part) for part in parts[1:]]
+        copy(parts[0])
+        for other in others:
+            other.result()
 
     def _is_cached(self, picked: Sequence[tuple["MappedShard", int]]) -> bool:
         """Return whether the rows seem to be in the page cache.
@@ -105,7 +137,7 @@ class MappedRows:
         The caller's reference keeps one mapped that another thread evicts.
         """
         if self._lock_pid != os.getpid():  # forked, perhaps while a thread of the parent had it
-            self._lock, self._lock_pid = threading.Lock(), os.getpid()
+            self._lock, self._lock_pid, self._pool = threading.Lock(), os.getpid(), None
         with self._lock:
             found = {n: self._recent.pop(n) for n in numbers if n in self._recent}
             self._recent |= found
@@ -260,9 +292,16 @@ class MappedFile:
 def _shards_within_file_limit(num_arrays: int) -> int:
     """Return how many Zarr shards a teacher may keep open: an eighth of the process's files.
 
-    Python's ``mmap`` keeps a descriptor of its own, and one file of a Zarr shard is probed.
+    Python's ``mmap`` keeps a descriptor of its own, and one file of a Zarr shard is probed. The
+    usual soft limit of 1,024 files would be 25 Zarr shards, mapped anew with every batch, so it is
+    raised to what the system allows this process.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if resource.RLIM_INFINITY != limit < allowed:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            limit = allowed
     if limit == resource.RLIM_INFINITY:
         return MAX_SHARDS
     return max(limit // (8 * (num_arrays + 1)), 1)

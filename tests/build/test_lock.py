@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,31 @@ def test_the_lock_of_a_killed_build_is_taken_over(tmp_path, holder) -> None:
     with build_lock(open_storage(tmp_path), "locks/.lock"):
         assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
     assert not path.exists()
+
+
+HOLD_AND_FORK = """
+import os, sys, time
+from movekd.build.lock import build_lock
+from movekd.cache.storage import open_storage
+with build_lock(open_storage(sys.argv[1]), "locks/.lock"):
+    if os.fork() == 0:
+        os.read(0, 1)
+        os._exit(0)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_builds_children_do_not_hold_its_lock(tmp_path) -> None:
+    command = [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with build_lock(open_storage(tmp_path), "locks/.lock"):  # its child lives on
+            pass
 
 
 def test_a_waiting_build_gets_the_lock_when_it_is_free(tmp_path, holder) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,11 +146,24 @@ def test_maps_and_files_stay_bounded(teacher, groups, max_shards, monkeypatch) -
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_low_limit_of_open_files_is_kept(teacher, arrays, groups, monkeypatch) -> None:
-    rows = np.array([0, 9, 17, 26, 33, 1])
-    for limit in ((1, 1), (64, 64), (resource.RLIM_INFINITY,) * 2):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: limit)
+def test_a_low_limit_of_open_files_is_raised_or_kept(teacher, arrays, groups, monkeypatch) -> None:
+    rows, raised = np.array([0, 9, 17, 26, 33, 1]), []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    infinity = resource.RLIM_INFINITY
+    for limits in ((1, 1), (64, 64), (infinity, infinity), (64, 4096), (64, infinity)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         assert_equal(read(MappedRows(groups[False], teacher), teacher, rows), arrays, rows)
+    assert raised == [(4096, 4096), (65_536, infinity)]
+
+
+def test_several_threads_copy_what_one_does(teacher, arrays, groups, monkeypatch) -> None:
+    monkeypatch.setattr(mapped, "THREADED_BYTES", 0)
+    generator, store = np.random.default_rng(3), MappedRows(groups[False], teacher)
+    for num_threads in (1, 2, 3, 4, 9):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        for size in (0, 1, 2, 7):
+            rows = generator.choice([row for row in range(NUM_ROWS) if row not in GAP], size)
+            assert_equal(read(store, teacher, rows), arrays, rows)
 
 
 def drop_from_page_cache(group: Path) -> None:
