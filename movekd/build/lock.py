@@ -66,24 +66,24 @@ def _file_lock(path: Path, wait: bool) -> Iterator[None]:
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break  # not the file that the last holder has just removed
         os.close(descriptor)
-    _held.add(descriptor)
+    _open_locks.add(descriptor)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, _holder().encode())
         yield
     finally:
         path.unlink(missing_ok=True)
-        _held.discard(descriptor)
+        _open_locks.discard(descriptor)
         os.close(descriptor)
 
 
-_held: set[int] = set()
+_open_locks: set[int] = set()
 
 
 def _let_go() -> None:
     """Close the locks in a forked child: a decoding process must not hold one after a kill."""
-    while _held:
-        os.close(_held.pop())
+    while _open_locks:
+        os.close(_open_locks.pop())
 
 
 os.register_at_fork(after_in_child=_let_go)

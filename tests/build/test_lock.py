@@ -52,7 +52,7 @@ def test_the_lock_of_a_killed_build_is_taken_over(tmp_path, holder) -> None:
 
 
 HOLD_AND_FORK = """
-import os, sys, time
+import os, sys
 from movekd.build.lock import build_lock
 from movekd.cache.storage import open_storage
 with build_lock(open_storage(sys.argv[1]), "locks/.lock"):
