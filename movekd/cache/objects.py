@@ -115,8 +115,10 @@ class ObjectStorage:
 
     def exists(self, name: str) -> bool:
         """Return whether there is an object of this name."""
-        with self._errors("read", name):
-            return bool(self._files.isfile(self._path(name)))
+        with self._errors("read", name), contextlib.suppress(FileNotFoundError):
+            # not isfile(): it takes a server that does not answer for a file that is not there
+            return bool(self._files.info(self._path(name))["type"] == "file")
+        return False
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every object below a folder, name -> bytes."""

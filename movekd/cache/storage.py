@@ -98,6 +98,8 @@ def open_storage(url: "str | Path | Storage") -> Storage:
             f"{url} has the scheme '{scheme}://'; expected a path, file://, "
             f"{', '.join(f'{known}://' for known in SCHEMES)}."
         )
+    if not rest.strip("/"):
+        raise ConfigError(f"{url} names no bucket; expected {scheme}://BUCKET/PREFIX.")
     return ObjectStorage(str(url).rstrip("/"))
 
 

@@ -173,6 +173,10 @@ def test_a_server_that_stays_broken_is_a_sentence(
         server.fail(("GET", "tokens/c", kind, 10**6))
         with pytest.raises(CacheError, match=r"'clip' in s3://.*cannot be read.*several times"):
             opened["clip"].read([0])
+    server.fail(("HEAD", "cache.json", "500", 10**6))
+    for ask in (open_cache, lambda url: build(url, corpus_dir, tiny_specs)):  # not: no cache here
+        with pytest.raises(CacheError, match=r"s3://.*cache\.json cannot be read: .*several times"):
+            ask(prefix)
     server.fail(("GET", "cache.json", "500", 10**6))
     with pytest.raises(CacheError, match=r"s3://.*cache\.json cannot be read: .*several times"):
         open_cache(prefix)

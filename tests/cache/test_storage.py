@@ -102,6 +102,21 @@ def test_leftovers_of_one_name_are_deleted_and_no_others(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == [".clip2.zarr.tokens.c.0.7.tmp", "clip.zarr"]
 
 
+@pytest.mark.parametrize("url", ["s3://", "gs:///", "memory://"])
+def test_a_url_without_a_bucket_is_refused(url) -> None:
+    with pytest.raises(ConfigError, match=r"names no bucket; expected .*://BUCKET/PREFIX"):
+        open_storage(url)
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr("movekd.cache.objects.url_to_fs", missing)
+    with pytest.raises(CacheError, match=r"client for gs:// .*pip install 'movekd\[gs\]'"):
+        open_storage("gs://bucket/cache")
+
+
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(ConfigError, match=r"scheme 'ftp://'; expected .*s3://, gs://, memory://"):
         open_storage("ftp://host/cache")
