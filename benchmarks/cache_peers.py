@@ -207,6 +207,13 @@ def _create_environment() -> None:
         return
     print(f"installing {requirements} into {PYTHON.parent.parent}, once: minutes and 7 GB")
     venv.create(PYTHON.parent.parent, with_pip=True)
-    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     subprocess.run([*pip, "-r", requirements], check=True)
     marker.write_text(requirements.read_text())
