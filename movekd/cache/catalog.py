@@ -13,7 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from movekd.cache.layout import CACHE_JSON, FORMAT_VERSION, INDEX, MAX_SHARD_ROWS, NAMES
+from movekd.cache.layout import (
+    CACHE_JSON,
+    FORMAT_VERSION,
+    INDEX,
+    MAX_SHARD_ROWS,
+    NAMES,
+    calibration_name,
+)
 from movekd.cache.seal import entry, read_sealed, write_sealed
 from movekd.cache.storage import Storage
 from movekd.corpus.images import Geometry
@@ -63,6 +70,7 @@ def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Cata
         CacheError: the cache is of another geometry or another corpus.
     """
     if not storage.exists(CACHE_JSON):
+        _refuse_orphans(storage)
         rows = np.arange(len(corpus), dtype=np.int64)
         return _write(storage, corpus, geometry, rows, [[0, len(corpus)]])
     old = _read_cache_json(storage)
@@ -92,6 +100,22 @@ def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Cata
                 return catalog
     rows = np.concatenate([first + np.arange(count, dtype=np.int64) for first, count in blocks])
     return _write(storage, corpus, geometry, rows, blocks)
+
+
+def _refuse_orphans(storage: Storage) -> None:
+    """Refuse to say anew what the rows of sealed features are: nothing in them would contradict.
+
+    Raises:
+        CacheError: there are sealed teachers, and no cache.json.
+    """
+    teachers = [f.removesuffix(".seals") for f in storage.folders() if f.endswith(".seals")]
+    sealed = [name for name in teachers if storage.exists(calibration_name(name))]
+    if sealed:
+        raise CacheError(
+            f"{storage.url} has no {CACHE_JSON}, but sealed features of {', '.join(sealed)}; which "
+            f"images their rows are is lost with it. Restore {CACHE_JSON}, {INDEX} and {NAMES}, or "
+            "build into another --cache."
+        )
 
 
 def _read_cache_json(storage: Storage) -> dict[str, Any]:

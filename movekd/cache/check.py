@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from movekd.cache import layout
+from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.seal import file_entry, read_sealed
 from movekd.cache.storage import Storage, open_storage
@@ -83,14 +86,13 @@ def verify(
         yield str(error)
         return
     yield from _check_files(storage, "", catalog_files, progress)
-    for folder in storage.folders():
-        name = folder.removesuffix(".zarr")
-        if name == folder:
-            continue
+    folders = storage.folders()
+    groups = {folder.removesuffix(".zarr") for folder in folders if folder.endswith(".zarr")}
+    for name in sorted({*groups, *cache.teachers}):  # a group that is gone has seals still
         if name not in cache.teachers:
             yield (
-                f"{storage.url}/{folder} has no sealed calibration; run its `movekd cache build` "
-                "again."
+                f"{storage.url}/{layout.group_name(name)} has no sealed calibration; run its "
+                "`movekd cache build` again."
             )
             continue
         try:
@@ -103,7 +105,8 @@ def _verify_teacher(
     cache: FeatureCache, name: str, progress: Callable[[int], None]
 ) -> Iterator[str]:
     storage, group = cache.storage, layout.group_name(name)
-    metadata = read_sealed(storage, layout.metadata_name(name))["files"]
+    sealed = read_sealed(storage, layout.metadata_name(name))
+    metadata = sealed["files"]
     yield from _check_files(
         storage, group, metadata, progress, "Build this teacher anew with --replace."
     )
@@ -112,6 +115,14 @@ def _verify_teacher(
         yield (
             f"{storage.url}/{group}: channel_mean or channel_std differ from the sealed "
             "calibration."
+        )
+    arrays = {f"{array}/zarr.json" for array in (*teacher.layout.arrays, *CHANNEL_ARRAYS)}
+    expected = {"zarr.json", *arrays, *(f"{array}/c/0" for array in CHANNEL_ARRAYS)}
+    if set(metadata) != expected or sealed["num_rows"] != teacher.num_rows:
+        yield (
+            f"{storage.url}/{layout.metadata_name(name)} covers {len(metadata)} files and "
+            f"{sealed['num_rows']} rows, the cache has {len(expected)} and {teacher.num_rows}; run "
+            "its `movekd cache build` again."
         )
     known, missing = set(metadata), set(teacher.missing_shards)
     for shard in sorted(missing):
@@ -133,6 +144,13 @@ def _verify_teacher(
                 f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
                 "Zarr shard."
             )
+        rows, files = _shard_extent(cache, teacher, shard)
+        if seal["rows"] != rows or set(seal["files"]) != files:
+            yield (
+                f"{storage.url}/{seal_name} covers rows {seal['rows']} and {len(seal['files'])} "
+                f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
+                "again."
+            )
         known.update(seal["files"])
         yield from _check_files(storage, group, seal["files"], progress)
     skipped = read_sealed(storage, layout.skipped_seal_name(name))["files"]
@@ -145,6 +163,18 @@ def _verify_teacher(
                 f"{storage.url}/{path} is covered by no seal; a build was interrupted, or the file "
                 "is foreign."
             )
+
+
+def _shard_extent(
+    cache: FeatureCache, teacher: TeacherCache, shard: int
+) -> tuple[list[int], set[str]]:
+    """Return the rows [first, end) and the files that the seal of a Zarr shard must cover."""
+    size, rows = teacher.layout.rows_per_shard, cache.catalog.rows
+    first = shard * size
+    low, high = np.searchsorted(rows, [first, first + size])
+    end = int(rows[high - 1]) + 1 if high > low else first
+    files = {layout.shard_file(array, shard) for array in teacher.layout.arrays.values()}
+    return [first, end], files
 
 
 def _check_files(

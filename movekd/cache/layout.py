@@ -25,6 +25,9 @@ SHARD_BYTES = 128 * 2**20
 MAX_SHARD_ROWS = 1024
 """Also what appended images are aligned to: a multiple of every teacher's rows_per_shard."""
 
+CHANNEL_ARRAYS = ("channel_mean", "channel_std")
+"""The arrays of a group that have no rows: statistics of the calibration."""
+
 CACHE_JSON = "cache.json"
 INDEX = "index.parquet"
 NAMES = "names.parquet"

@@ -31,7 +31,7 @@ from movekd.cache.catalog import open_catalog
 from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import grid_side
 from movekd.cache.in_flight import RowsInFlight
-from movekd.cache.layout import TeacherLayout
+from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout
 from movekd.cache.mapped import MappedRows
 from movekd.cache.seal import entry, open_sealed, read_sealed
 from movekd.cache.spec import CacheSpec
@@ -249,11 +249,12 @@ def _open_group(storage: Storage, teacher: str) -> tuple[dict[str, Any], Channel
     """
     where = f"{storage.url}/{layout.group_name(teacher)}"
     sealed: dict[str, Any] = read_sealed(storage, layout.metadata_name(teacher))["files"]
-    wanted = [name for name in sealed if name == "zarr.json" or name.startswith("channel_")]
+    wanted = ["zarr.json"]  # these and no others, whatever names the seal holds
+    wanted += [f"{array}/{file}" for array in CHANNEL_ARRAYS for file in ("zarr.json", "c/0")]
     raw = storage.read_many([f"{layout.group_name(teacher)}/{name}" for name in wanted])
     files = {name.partition("/")[2]: content for name, content in raw.items()}
     for name in wanted:
-        if name not in files or entry([files[name]]) != sealed[name]:
+        if name not in files or entry([files[name]]) != sealed.get(name):
             raise CorruptCacheError(
                 f"{where}/{name} is not what its seal says; run `movekd cache verify`, and rebuild "
                 "this teacher."
@@ -266,8 +267,5 @@ def _open_group(storage: Storage, teacher: str) -> tuple[dict[str, Any], Channel
             f"{where} is of format {attributes.get('format_version')}; this movekd reads format "
             f"{layout.FORMAT_VERSION}."
         )
-    mean, std = (
-        torch.from_numpy(np.array(group[name][:], np.float32))
-        for name in ("channel_mean", "channel_std")
-    )
+    mean, std = (torch.from_numpy(np.array(group[name][:], np.float32)) for name in CHANNEL_ARRAYS)
     return attributes, ChannelStats(mean, std)

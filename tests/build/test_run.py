@@ -379,6 +379,21 @@ def test_channel_statistics_of_another_cache_are_taken_over(
         build(own, small, tiny_specs, channel_stats=own)
 
 
+def test_sealed_teachers_without_cache_json_take_no_other_corpus(
+    tmp_path, grown, corpus_dir, tiny_specs, snapshot
+) -> None:
+    """Rows would silently become those of other images."""
+    small, large = grown
+    out = tmp_path / "cache"
+    build(out, small, tiny_specs)
+    (out / "cache.json").unlink()
+    before = snapshot(out)
+    for data in (small, large, corpus_dir):
+        with pytest.raises(CacheError, match=r"no cache\.json.*sealed features of clip, conv"):
+            build(out, data, tiny_specs)
+        assert snapshot(out) == before
+
+
 def test_a_running_build_locks_its_teacher_alone(tmp_path, corpus_dir, tiny_specs) -> None:
     out = tmp_path / "cache"
     with build_lock(open_storage(out), "clip.seals/.lock"):

@@ -97,6 +97,48 @@ def test_statistics_of_another_calibration_are_found(copy) -> None:
     assert list(verify(copy)) == []
 
 
+def test_a_teacher_whose_whole_folder_is_gone_is_found(copy) -> None:
+    shutil.rmtree(copy / "clip.zarr")
+    assert any("clip.zarr" in p for p in verify(copy))
+    shutil.rmtree(copy / "clip.seals")
+    shutil.copytree(copy / "conv.zarr", copy / "clip.zarr")
+    assert any("clip.zarr has no sealed calibration" in p for p in verify(copy))
+
+
+@pytest.mark.parametrize("change", [{"files": {}}, {"rows": [0, 8]}, {"rows": [8, 24]}])
+def test_a_seal_that_covers_less_than_its_shard_is_found(copy, change) -> None:
+    """Its own checksum right, as after a file was restored under another name."""
+    storage, name = open_storage(copy), layout.seal_name("clip", 0)
+    write_sealed(storage, name, read_sealed(storage, name) | change)
+    assert any(f"{name} covers" in p and "build again" in p for p in verify(copy))
+
+
+def test_metadata_that_covers_less_than_the_group_is_found(copy) -> None:
+    storage, name = open_storage(copy), layout.metadata_name("clip")
+    whole = read_sealed(storage, name)
+    files = {file: entry for file, entry in whole["files"].items() if "attention" not in file}
+    write_sealed(storage, name, whole | {"files": files})
+    assert any(f"{name} covers" in p for p in verify(copy))
+    write_sealed(storage, name, whole | {"num_rows": 23})
+    assert any(f"{name} covers" in p for p in verify(copy))
+
+
+@pytest.mark.parametrize("outside", ["channel_mean/../../../secret", "../secret"])
+def test_metadata_that_leads_out_of_the_group_is_not_followed(copy, tmp_path, outside) -> None:
+    (tmp_path / "secret").write_bytes(b"s")
+    storage, name = open_storage(copy), layout.metadata_name("clip")
+    whole, read = read_sealed(storage, name), []
+    entry = {"size_bytes": 1, "xxh3_128": "0" * 32}
+    write_sealed(storage, name, whole | {"files": whole["files"] | {outside: entry}})
+    storage.read_many, original = (
+        lambda names: read.extend(names) or original(names),
+        (storage.read_many),
+    )
+    open_cache(storage)["clip"]
+    assert not [path for path in read if "secret" in path]
+    assert any("outside of" in p for p in verify(copy))
+
+
 def test_no_cache_is_one_sentence(tmp_path) -> None:
     assert [p for p in verify(tmp_path) if "holds no cache" in p]
 
