@@ -97,27 +97,25 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None
     number, and of several only one can.
     """
     content = {"holder": _holder(), "token": uuid.uuid4().hex, "renewed": 0}
-    mark, dead = json.dumps(content).encode(), set[int]()
+    mark, dead = json.dumps(content).encode(), set[bytes]()
     while True:
-        newest = max(_numbers(storage, name), default=-1)
-        if newest >= 0 and newest not in dead:
-            holder = _living_holder(storage, f"{name}.{newest}")
-            if holder == "":
-                dead.add(newest)
-            elif holder is not None:
-                if not wait:
-                    raise _held(holder)
-                threading.Event().wait(min(1.0, RENEW_S))
+        found = _marks(storage, name)
+        newest = max(found, default=-1)
+        if found and found[newest] not in dead:
+            seen = found[newest]
+            if not _is_renewed(storage, f"{name}.{newest}", seen):
+                dead.add(seen)
+            elif not wait and newest in _marks(storage, name):  # renewed, not let go
+                raise _held(str(json.loads(seen)["holder"]))
             continue  # look again: it may have been let go while we watched
         number = newest + 1
         if not storage.create(f"{name}.{number}", mark):
             continue
-        others = set(_numbers(storage, name)) - {number}
-        is_ours = storage.read_many([f"{name}.{number}"]) == {f"{name}.{number}": mark}
-        if is_ours and others <= dead:
-            break
-        if not is_ours:
+        others = _marks(storage, name)
+        if others.pop(number, None) != mark:
             continue  # a store that knows no exclusive creation let two in; the last one stays
+        if dead.issuperset(others.values()):
+            break
         storage.delete(f"{name}.{number}")  # somebody began from a listing older than ours
     for older in others:
         storage.delete(f"{name}.{older}")
@@ -139,45 +137,29 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None
         storage.delete(f"{name}.{number}")
 
 
-def _numbers(storage: ObjectStorage, name: str) -> list[int]:
-    """Return the numbers of the lock objects that there are."""
-    found = storage.files(name.rpartition("/")[0])
-    endings = [key.removeprefix(f"{name}.") for key in found if key.startswith(f"{name}.")]
-    return [int(ending) for ending in endings if ending.isdigit()]
+def _marks(storage: ObjectStorage, name: str) -> dict[int, bytes]:
+    """Return the lock objects that there are, number -> content.
 
-
-def _living_holder(storage: ObjectStorage, name: str) -> str | None:
-    """Return who holds a lock object, "" if its holder is dead, None if the object is gone.
-
-    Dead is a process of this host that is no more, and one that has not renewed its object while
-    we watched: no clock of another machine is trusted.
+    Holders are told apart by content: numbers start again when all objects are gone.
     """
-    first = storage.read_many([name]).get(name)
+    names = storage.files(name.rpartition("/")[0])
+    ours = [key for key in names if key.startswith(f"{name}.")]
+    numbered = {key: key.removeprefix(f"{name}.") for key in ours}
+    contents = storage.read_many([key for key in ours if numbered[key].isdigit()])
+    return {int(numbered[key]): content for key, content in contents.items()}
+
+
+def _is_renewed(storage: ObjectStorage, name: str, seen: bytes) -> bool:
+    """Watch a lock object; return whether it changes or goes, so that its holder was alive.
+
+    No clock of another machine is trusted, and no pid: containers share host names and numbers.
+    """
     deadline = time.monotonic() + STALE_S
-    while first is not None:
-        holder = str(json.loads(first)["holder"])
-        pid, _, host = holder.removeprefix("pid ").partition(" on ")
-        if host == socket.gethostname() and pid.isdigit():
-            return holder if _is_alive(int(pid)) else ""
+    while time.monotonic() < deadline:
         threading.Event().wait(min(1.0, RENEW_S))
-        now = storage.read_many([name]).get(name)
-        if now is None:
-            return None
-        if now != first:
-            return holder
-        if time.monotonic() > deadline:
-            return ""
-    return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        if storage.read_many([name]).get(name) != seen:
+            return True
+    return False
 
 
 def _holder() -> str:

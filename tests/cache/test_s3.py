@@ -1,6 +1,8 @@
 """Caches in S3, against a server process on the loopback interface that fails on demand."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -249,7 +251,9 @@ def test_forked_and_spawned_workers_read_from_s3(prefix, cache_dir, method, has_
 
 HOLD = """
 import sys
+from movekd.build import lock
 from movekd.build.lock import build_lock
+lock.RENEW_S = 0.05
 from movekd.cache.storage import open_storage
 with build_lock(open_storage(sys.argv[1]), "clip.seals/.lock"):
     print("held", flush=True)
@@ -270,14 +274,27 @@ def holder(prefix):
 
 
 def test_a_second_build_in_s3_is_refused_and_a_dead_one_taken_over(
-    prefix, holder, corpus_dir, tiny_specs, cache_dir
+    prefix, holder, corpus_dir, tiny_specs, cache_dir, monkeypatch
 ) -> None:
+    monkeypatch.setattr("movekd.build.lock.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.build.lock.STALE_S", 1.0)
     with pytest.raises(CacheError, match=rf"another build .*\(pid {holder.pid} on "):
         build(prefix, corpus_dir, tiny_specs[:1])
     holder.kill()
     holder.wait()
     build(prefix, corpus_dir, tiny_specs)
     assert everything(open_storage(prefix)) == everything(open_storage(cache_dir))
+
+
+def test_a_pid_decides_nothing(prefix, monkeypatch) -> None:
+    """Containers share host names and pids: a holder is dead when it renews no more."""
+    monkeypatch.setattr("movekd.build.lock.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.build.lock.STALE_S", 0.5)
+    storage = open_storage(prefix)
+    mark = {"holder": f"pid {os.getpid()} on {socket.gethostname()}", "token": "t", "renewed": 0}
+    storage.write(".lock.0", [json.dumps(mark).encode()])
+    with build_lock(storage, ".lock"):
+        assert list(storage.sizes()) == [".lock.1"]
 
 
 def test_a_holder_on_another_host_lives_as_long_as_it_renews(prefix, monkeypatch) -> None:
@@ -310,8 +327,15 @@ def test_a_holder_on_another_host_lives_as_long_as_it_renews(prefix, monkeypatch
     assert storage.sizes("clip.seals") == {}
 
 
-def test_of_many_who_want_the_lock_one_holds_it(prefix) -> None:
+@pytest.mark.parametrize("dead", [None, 0, 3])
+def test_of_many_who_want_the_lock_one_holds_it(prefix, monkeypatch, dead) -> None:
+    """From nothing, and from a dead holder whose number comes again once all are gone."""
+    monkeypatch.setattr("movekd.build.lock.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.build.lock.STALE_S", 1.0)
     storage = open_storage(prefix)
+    if dead is not None:
+        mark = {"holder": "pid 1 on elsewhere", "token": "t", "renewed": 0}
+        storage.write(f".lock.{dead}", [json.dumps(mark).encode()])
     together, holders, most = threading.Lock(), [], []
 
     def take() -> None:
@@ -319,6 +343,8 @@ def test_of_many_who_want_the_lock_one_holds_it(prefix) -> None:
             with together:
                 holders.append(1)
                 most.append(len(holders))
+            for _ in range(40):  # long enough for the others to come upon it
+                storage.sizes()
             with together:
                 holders.pop()
 
