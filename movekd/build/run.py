@@ -12,7 +12,7 @@ Legend: B batch, C H W image, N tokens, D channels.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ def build_cache(
     options: BuildOptions,
     replace: bool = False,
     channel_stats: str | Path | Storage | None = None,
+    deletes: Callable[[str, Mapping[str, int]], None] = lambda folder, sizes: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BuildSummary]:
     """Build what is missing of some teachers, one after the other; yield a summary each.
@@ -86,6 +87,8 @@ def build_cache(
         replace: delete what the cache holds of these teachers first.
         channel_stats: another cache whose sealed calibration a new teacher takes over, so that
             parts built on several machines are encoded alike; None calibrates on the corpus.
+        deletes: told what ``replace`` is about to delete, a folder and the sizes of its files,
+            when everything that can be checked has been.
         progress: told what is being done.
 
     Raises:
@@ -104,13 +107,20 @@ def build_cache(
             imported = None  # read before anything is deleted
             if channel_stats is not None:
                 imported = calibration_of(open_storage(channel_stats), spec)
+            run = options
+            if imported is not None:
+                run = dataclasses.replace(options, dtype=getattr(torch, imported[0].dtype))
+            teacher = None
             if replace:
+                teacher = load_teacher(spec, run.device, run.dtype)  # or nothing is deleted
+                for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
+                    deletes(f"{storage.url}/{name}", storage.sizes(name))
                 delete_teacher(storage, spec.name)
             for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
                 storage.delete_leftovers(folder)
             if imported is not None:
                 begin_with(storage, catalog, spec, *imported)
-            yield _build_teacher(storage, corpus, catalog, spec, options, progress)
+            yield _build_teacher(storage, corpus, catalog, spec, teacher, run, progress)
 
 
 def _build_teacher(
@@ -118,14 +128,14 @@ def _build_teacher(
     corpus: Corpus,
     catalog: Catalog,
     spec: CacheSpec,
+    teacher: Teacher | None,
     options: BuildOptions,
     progress: Progress,
 ) -> BuildSummary:
     started = time.perf_counter()
     calibration = sealed_calibration(storage, spec)
-    teacher: Teacher | None = None
     if calibration is None:
-        teacher = load_teacher(spec, options.device, options.dtype)
+        teacher = teacher or load_teacher(spec, options.device, options.dtype)
         calibration = calibrate(storage, corpus, catalog, spec, teacher, options, progress)
     options = dataclasses.replace(options, dtype=getattr(torch, calibration.dtype))
     calibration_seconds = time.perf_counter() - started

@@ -1,5 +1,6 @@
 """`movekd cache`: build, ls, verify; plan and fidelity are in modules of their own."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,8 +78,6 @@ def build(
     Example: movekd cache build --teacher clip --teacher eva02 --shards data/ --cache cache/
     """
     from movekd.build.run import build_cache
-    from movekd.cache.layout import group_name, seals_name
-    from movekd.cache.storage import open_storage
     from movekd.corpus.index import open_corpus
 
     specs = read_specs(
@@ -91,13 +90,6 @@ def build(
         calibration_images=calibration_images,
     )
     options = build_options(device, dtype, batch_size, num_workers)
-    if replace:
-        storage = open_storage(cache)
-        for name in (name for s in specs for name in (group_name(s.name), seals_name(s.name))):
-            found = storage.sizes(name)
-            if found:
-                there = f"{len(found)} files, {size(sum(found.values()))}"
-                typer.echo(f"deleting {storage.url}/{name} ({there})", err=True)
     summaries = []
     with progress_bar() as progress:
         for summary in build_cache(
@@ -108,6 +100,7 @@ def build(
             options=options,
             replace=replace,
             channel_stats=channel_stats,
+            deletes=_say_deleting,
             progress=progress,
         ):
             summaries.append(summary)
@@ -251,6 +244,11 @@ def verify(
         typer.echo(f"{size(done)} read, {len(problems) or 'no'} problems")
     if problems:
         raise typer.Exit(1)
+
+
+def _say_deleting(folder: str, sizes: Mapping[str, int]) -> None:
+    there = f"{len(sizes)} files, {size(sum(sizes.values()))}"
+    typer.echo(f"deleting {folder} ({there}); if interrupted, go on without --replace", err=True)
 
 
 def _state(teacher: "TeacherStatus") -> str:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from movekd.cli.cache import app
 from movekd.corpus.index import open_corpus
-from movekd.errors import CacheError, ConfigError
+from movekd.errors import CacheError, ConfigError, MovekdError
 
 
 def run(*arguments):
@@ -92,6 +92,23 @@ def test_flags_change_the_specs(tmp_path, teachers, corpus_dir) -> None:
     replaced = run(*command, "--replace")
     assert replaced.exit_code == 0
     assert "deleting" in replaced.stderr
+
+
+def test_replace_deletes_nothing_before_everything_is_checked(
+    tmp_path, teachers, corpus_dir, cache_dir, snapshot
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_dir, cache)
+    command = ("build", *teachers[:2], "--cache", cache, "--num-workers", 0, "--replace")
+    for wrong in (
+        ("--shards", corpus_dir, "--weights", tmp_path / "none.safetensors"),
+        ("--shards", tmp_path / "none"),
+        ("--shards", corpus_dir, "--geometry", "pad"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in (*command, *wrong)])
+        assert isinstance(result.exception, MovekdError)
+        assert "deleting" not in result.stderr
+        assert snapshot(cache) == snapshot(cache_dir)
 
 
 def test_the_revised_recipe_pools_to_the_students_grid(
