@@ -21,8 +21,8 @@ from movekd.cache.layout import (
     NAMES,
     calibration_name,
 )
-from movekd.cache.seal import entry, read_sealed, write_sealed
-from movekd.cache.storage import Storage
+from movekd.cache.seal import entry, read_sealed, sealed_bytes
+from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, CorruptCacheError
@@ -165,24 +165,19 @@ def _write(
     views = pa.array(np.zeros(len(corpus), np.int16))
     index = corpus.index.add_column(0, "row", pa.array(rows))
     index = index.add_column(index.schema.get_field_index("key") + 1, "view", views)
-    files = {}
+    files: dict[str, list[Buffer]] = {}
     for name, table in ((INDEX, index), (NAMES, corpus.names)):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        content = memoryview(sink.getvalue())
-        storage.write(name, [content])
-        files[name] = entry([content])
+        files[name] = [memoryview(sink.getvalue())]
     fingerprint = corpus.fingerprint()
-    write_sealed(
-        storage,
-        CACHE_JSON,
-        {
-            "format_version": FORMAT_VERSION,
-            "geometry": geometry,
-            "corpus_fingerprint": fingerprint,
-            "num_images": len(corpus),
-            "blocks": blocks,
-            "files": files,
-        },
-    )
+    content = {
+        "format_version": FORMAT_VERSION,
+        "geometry": geometry,
+        "corpus_fingerprint": fingerprint,
+        "num_images": len(corpus),
+        "blocks": blocks,
+        "files": {name: entry(buffers) for name, buffers in files.items()},
+    }
+    storage.write_many(files | {CACHE_JSON: [sealed_bytes(content)]})  # a full disk changes none
     return Catalog(geometry, fingerprint, len(corpus), index, corpus.names)

@@ -108,7 +108,11 @@ def _verify_teacher(
     sealed = read_sealed(storage, layout.metadata_name(name))
     metadata = sealed["files"]
     yield from _check_files(
-        storage, group, metadata, progress, "Build this teacher anew with --replace."
+        storage,
+        group,
+        metadata,
+        progress,
+        "Run its `movekd cache build` again, which mends an array's metadata; else --replace it.",
     )
     teacher = cache[name]  # after its metadata's checksums: damaged ones may not open
     if stats_checksum(teacher.stats) != teacher.calibration.channel_stats_xxh3_128:
@@ -196,7 +200,7 @@ def _check_files(
         try:
             found = file_entry(storage, f"{folder}/{name}".lstrip("/"))
         except FileNotFoundError:
-            yield f"{path} is missing."
+            yield f"{path} is missing. {remedy}"
             continue
         except CacheError as error:
             yield str(error)

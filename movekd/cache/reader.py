@@ -98,7 +98,11 @@ class FeatureCache:
                     f"{', '.join(self.teachers) or 'none'}. Add it with "
                     f"`movekd cache build --teacher {teacher}`."
                 )
-            self._opened[teacher] = TeacherCache(self.storage, teacher, self.catalog.num_rows)
+            catalog = self.catalog
+            has_gaps = len(catalog.rows) < catalog.num_rows
+            self._opened[teacher] = TeacherCache(
+                self.storage, teacher, catalog.num_rows, catalog.rows if has_gaps else None
+            )
         return self._opened[teacher]
 
     def __iter__(self) -> Iterator[str]:
@@ -121,7 +125,15 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
 class TeacherCache:
     """One teacher's features. Thread-safe; usable after fork and after pickling (spawn)."""
 
-    def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        teacher: str,
+        num_rows: int,
+        images: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Open one teacher; ``images`` are the rows that stand for one, where not all do."""
+        self._images = images
         self.storage, self.teacher, self.num_rows = storage, teacher, num_rows
         attributes, self.stats = _open_group(storage, teacher)
         self.spec: CacheSpec = validate(
@@ -233,6 +245,13 @@ class TeacherCache:
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
             bad = rows[(rows < 0) | (rows >= self.num_rows)][0]
             raise CacheError(f"row {bad} is outside of {self.storage.url}: 0..{self.num_rows - 1}.")
+        if self._images is not None and len(rows):
+            places = np.searchsorted(self._images, rows).clip(max=len(self._images) - 1)
+            if (gap := rows[self._images[places] != rows]).size:
+                raise CacheError(
+                    f"row {gap[0]} of {self.storage.url} stands for no image: it lies in the gap "
+                    "before appended images. Take rows from `cache.rows(names)`."
+                )
         unsealed = rows[~self._sealed[rows // self.layout.rows_per_shard]]
         if len(unsealed):
             raise CacheError(

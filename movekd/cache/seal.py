@@ -38,7 +38,7 @@ def file_entry(storage: Storage, name: str) -> dict[str, Any]:
 
 def write_sealed(storage: Storage, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON file that ends with the checksum of the rest of itself."""
-    storage.write(name, [_sealed_bytes(content)])
+    storage.write(name, [sealed_bytes(content)])
 
 
 def read_sealed(storage: Storage, name: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def open_sealed(raw: bytes, source: str) -> dict[str, Any]:
     try:
         content = json.loads(raw)
         found = content.pop(_SELF)
-        written = _sealed_bytes(content, found)
+        written = sealed_bytes(content, found)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CorruptCacheError(f"{source} is damaged: it is not a sealed JSON file.") from None
     if found != _self_checksum(content) or raw != written:
@@ -76,7 +76,8 @@ def open_sealed(raw: bytes, source: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _sealed_bytes(content: Mapping[str, Any], own: Any = None) -> bytes:
+def sealed_bytes(content: Mapping[str, Any], own: Any = None) -> bytes:
+    """Return the content of a sealed file; ``own`` is its checksum if that is known."""
     body = dict(content) | {_SELF: _self_checksum(content) if own is None else own}
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 

@@ -114,16 +114,20 @@ def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
 def resize_group(
     storage: Storage, spec: CacheSpec, calibration: Calibration, num_rows: int
 ) -> None:
-    """Lengthen a teacher's arrays to ``num_rows``; nothing sealed is touched.
+    """Lengthen a teacher's arrays to ``num_rows``, and mend their metadata; rows stay as they are.
 
     The metadata is made anew, not edited, and the seal that holds the number of rows is written
     last: interrupted at any instant, the next call does the same again.
     """
     sealed = read_sealed(storage, layout.metadata_name(spec.name))
-    if sealed["num_rows"] >= num_rows:
+    group = layout.group_name(spec.name)
+    arrays = [f"{name}/zarr.json" for name in calibration.layout(spec).arrays]
+    found = storage.read_many([f"{group}/{name}" for name in arrays])
+    is_whole = all(entry([found.get(f"{group}/{n}", b"")]) == sealed["files"][n] for n in arrays)
+    if is_whole and sealed["num_rows"] >= num_rows:
         return
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
-    del files["zarr.json"]  # the group's own; its attributes stay those of its first build
+    files = {name: files[name] for name in arrays}  # the group's own stays that of its first build
     _write_group_files(storage, spec.name, num_rows, files, sealed["files"])
 
 

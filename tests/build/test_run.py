@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -392,6 +393,38 @@ def test_sealed_teachers_without_cache_json_take_no_other_corpus(
         with pytest.raises(CacheError, match=r"no cache\.json.*sealed features of clip, conv"):
             build(out, data, tiny_specs)
         assert snapshot(out) == before
+
+
+def test_a_full_disk_during_an_append_leaves_the_old_cache(
+    tmp_path, grown, tiny_specs, snapshot
+) -> None:
+    small, large = grown
+    out = tmp_path / "cache"
+    build(out, small, tiny_specs[:1])
+    before = snapshot(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, (out / "index.parquet").stat().st_size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(CacheError, match=r"cannot be written: File too large"):
+                build(out, large, tiny_specs[:1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert snapshot(out) == before
+        open_cache(out)["clip"].read([0])
+
+
+def test_damaged_metadata_of_an_array_is_mended_by_the_next_build(
+    tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot
+) -> None:
+    out = tmp_path / "cache"
+    shutil.copytree(cache_dir, out)
+    path = out / "clip.zarr" / "tokens" / "zarr.json"
+    for damage in (path.read_bytes()[:-3], None):
+        path.write_bytes(damage) if damage is not None else path.unlink()
+        assert any("tokens/zarr.json" in p and "build` again" in p for p in verify(out))
+        build(out, corpus_dir, tiny_specs)
+        assert snapshot(out) == snapshot(cache_dir)
 
 
 def test_a_running_build_locks_its_teacher_alone(tmp_path, corpus_dir, tiny_specs) -> None:

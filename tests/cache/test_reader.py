@@ -131,7 +131,7 @@ def test_rows_in_the_gap_before_appended_images_are_refused(
     assert cache.rows(["12.png", "09.png"]).tolist() == [18, 9]
     cache["conv"].read([9, 16, 18])
     for row in (10, 15):
-        with pytest.raises(CacheError, match="was never written: it lies in the gap"):
+        with pytest.raises(CacheError, match="stands for no image: it lies in the gap"):
             cache["conv"].read([row])
     tokens = zarr.open_array(out / "conv.zarr" / "tokens", mode="r")
     assert np.isnan(tokens[10:16]).all()
@@ -243,6 +243,30 @@ def test_damaged_metadata_is_a_sentence(cache_dir, tmp_path, file) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorruptCacheError, match="rebuild this teacher"):
         open_cache(tmp_path / "cache")["clip"]
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_rows_in_a_gap_are_refused_alike(
+    tmp_path, crops, tiny_specs, small_shards, compressor, monkeypatch
+) -> None:
+    """Mapped, through TensorStore, and through zarr, which would give zeros."""
+    spec = tiny_specs[0].with_changes(compressor=compressor)
+    for count in (10, 13):
+        (tmp_path / f"{count}").mkdir()
+        for number in range(count):
+            crops[number].save(tmp_path / f"{count}" / f"{number:02d}.png")
+        data = tmp_path / f"data{count}"
+        pack_folder(tmp_path / f"{count}", data, num_workers=1)
+        list(
+            build_cache(tmp_path / "c", open_corpus(data), [spec], geometry="crop", options=OPTIONS)
+        )
+    store = open_cache(tmp_path / "c")["clip"]
+    store.read([9, 16, 18])
+    for used_in in (None, -1):
+        monkeypatch.setattr("movekd.cache.in_flight._used_in", used_in)
+        for row in (10, 15):
+            with pytest.raises(CacheError, match=rf"row {row} of .* stands for no image: .*gap"):
+                store.read([9, row])
 
 
 def test_rows_of_names_and_keys(cache_dir) -> None:
