@@ -42,7 +42,8 @@ class Faulty:
         self._log.append(f"{method} {path} {environ.get('HTTP_RANGE', '')}".strip())
         fault = self._next_fault(method, path)
         if fault in ("500", "503"):
-            return self._fail(start, fault)
+            body = self._fail(start, fault)
+            return [] if method == "HEAD" else body
         if fault is None:
             return self._moto(environ, start)
         answer: list[Any] = []

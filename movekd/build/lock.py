@@ -51,25 +51,35 @@ def build_lock(storage: Storage, name: str, *, wait: bool = False) -> Iterator[N
 @contextmanager
 def _file_lock(path: Path, wait: bool) -> Iterator[None]:
     """Hold ``path`` through the kernel, which drops the lock of a process that dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{path.parent} cannot be made: {error.strerror}.") from None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CacheError(
+                f"{path} cannot be made: {error.strerror}. A build needs a folder that it may "
+                "write to, and room in it."
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+            try:
+                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # of the file that the last holder has just removed
+        except BlockingIOError:
             holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise _held(holder) from None
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            break  # not the file that the last holder has just removed
-        os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise CacheError(f"{path} cannot be locked: {error.strerror}.") from None
     _open_locks.add(descriptor)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, _holder().encode())
+        with contextlib.suppress(OSError):  # a note for people; a full disk is told by the build
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, _holder().encode())
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ class ObjectStorage:
 
     def write(self, name: str, buffers: Sequence[Buffer]) -> None:
         """Write an object in one PUT, a large one in several parts: it appears whole."""
-        content = b"".join(bytes(buffer) for buffer in buffers)
+        content = b"".join(buffers)
         with self._errors("written", name):
             self._files.pipe_file(self._path(name), content)
 
@@ -162,8 +162,15 @@ class ObjectStorage:
         """Turn what a client raises, after its own retries, into a sentence."""
         try:
             yield
-        except (FileNotFoundError, CacheError):
+        except CacheError:
             raise
+        except FileNotFoundError:
+            if done != "written":
+                raise
+            raise CacheError(
+                f"{self.url}/{name} cannot be written: there is no bucket "
+                f"'{self.bucket_and_prefix[0]}'. Make it, or correct --cache."
+            ) from None
         except Exception as error:  # clients raise errors of their own libraries
             reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
             raise CacheError(

@@ -200,7 +200,7 @@ def verify(
             "teachers; the hub's unless given."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="With --recompute: of the draw of rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="With --recompute: of the draw of rows.")] = 0,
     device: Device = "auto",
     batch_size: BatchSize = 8,
     json: Json = False,
@@ -213,7 +213,15 @@ def verify(
     """
     from movekd.cache.check import verify as verify_cache
     from movekd.cache.storage import open_storage
+    from movekd.errors import ConfigError
 
+    if recompute and shards is None:
+        raise ConfigError(
+            "--recompute runs the teachers on the images and needs them; give --shards with the "
+            "corpus that the cache was built from."
+        )
+    if teacher and not recompute:
+        raise ConfigError("--teacher goes with --recompute; checksums are of the whole cache.")
     storage = open_storage(cache)
     total, done = sum(storage.sizes().values()), 0
     with progress_bar() as progress:

@@ -50,15 +50,25 @@ def main() -> None:
     except MovekdError as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"movekd: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo(
-            "movekd: interrupted. What is sealed or saved stays; run the same command again to go "
-            "on (`train` with --resume).",
-            err=True,
+        _fail(str(error), 2)
+    except OSError as error:  # of whatever place nobody has thought of
+        if "--debug" in sys.argv:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}. Check the path, its rights and the disk.", 2)
+    except SystemExit as end:  # what typer makes of Ctrl-C
+        if end.code != 130:
+            raise
+        _fail(
+            "interrupted. What is sealed or saved stays; run the same command again to go on "
+            "(`train` with --resume, `cache build` without --replace).",
+            130,
         )
-        sys.exit(130)
+
+
+def _fail(sentence: str, code: int) -> None:
+    typer.echo(f"movekd: {sentence}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

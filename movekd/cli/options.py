@@ -64,7 +64,7 @@ def read_specs(
     if changes.get("weights") not in (None, "hub", "random"):
         changes["weights"] = str(Path(changes["weights"]).resolve())
     if changes.get("grid") is not None and changes["grid"] != "native":
-        if not changes["grid"].isdigit():
+        if not changes["grid"].isdecimal():
             raise ConfigError(f"--grid is '{changes['grid']}'; expected `native` or a number.")
         changes["grid"] = int(changes["grid"])
     given = {key: value for key, value in changes.items() if value is not None}
@@ -90,6 +90,11 @@ def build_options(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {device} was asked for, but torch sees no GPU; use cpu.")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"--device {device} cannot be used: {reason}") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -21,14 +21,15 @@ def print_json(value: Any) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; numbers go to the right."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     for at, column in enumerate(columns):
         is_number = bool(rows) and all(_looks_numeric(row[at]) for row in rows)
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(*[str(cell) for cell in row])
+        table.add_row(*[escape(str(cell)) for cell in row])
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -86,3 +86,34 @@ def test_the_lock_goes_away_with_an_error(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt), build_lock(open_storage(tmp_path), "a"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+TAKE_TURNS = """
+import sys
+from movekd.build.lock import build_lock
+from movekd.cache.storage import open_storage
+for _ in range(100):
+    with build_lock(open_storage(sys.argv[1]), "locks/.lock", wait=True):
+        pass
+"""
+
+
+def test_many_who_take_turns_never_trip_over_a_removed_file(tmp_path) -> None:
+    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate()[1] for process in processes] == [""] * 4
+
+
+def test_a_lock_that_cannot_be_made_is_a_sentence(tmp_path) -> None:
+    (tmp_path / "locks").write_bytes(b"")
+    with (
+        pytest.raises(CacheError, match=r"locks/\.lock cannot be made: "),
+        build_lock(open_storage(tmp_path), "locks/.lock"),
+    ):
+        pass
+    (tmp_path / "folder" / ".lock").mkdir(parents=True)
+    with (
+        pytest.raises(CacheError, match=r"folder/\.lock cannot be made: Is a directory"),
+        build_lock(open_storage(tmp_path), "folder/.lock"),
+    ):
+        pass

@@ -190,6 +190,12 @@ def test_a_server_that_stays_broken_is_a_sentence(
     assert everything(open_storage(f"{prefix}2")) == everything(open_storage(cache_dir))
 
 
+def test_a_bucket_that_does_not_exist_is_named(server, corpus_dir, tiny_specs) -> None:
+    server.fail()
+    with pytest.raises(CacheError, match=r"no bucket 'elsewhere'.*correct --cache"):
+        build("s3://elsewhere/cache", corpus_dir, tiny_specs)
+
+
 def test_flipped_truncated_and_missing_objects_are_found(prefix, cache_dir) -> None:
     upload(cache_dir, prefix)
     storage = open_storage(prefix)

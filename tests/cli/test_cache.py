@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from movekd.cli.cache import app
+from movekd.cli.main import main
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError, MovekdError
 
@@ -141,6 +143,9 @@ def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
     [
         (["--geometry", "croop"], r"--geometry is 'croop'.*Did you mean 'crop'\?"),
         (["--dtype", "int3"], "--dtype is 'int3'; expected auto"),
+        (["--grid", "²"], "--grid is '²'; expected `native` or a number"),
+        (["--device", "banana"], "--device banana cannot be used: "),
+        (["--device", "meta"], "--device meta cannot be used: "),
         (["--grid", "wide"], "--grid is 'wide'; expected `native` or a number"),
         (["--codec", "int4"], "codec: "),
         (["--recipe", "own"], "--recipe is 'own'; expected official or revised"),
@@ -168,3 +173,45 @@ def test_errors_are_one_sentence_with_exit_code_two_and_no_traceback(tmp_path) -
     assert done.stdout == ""
     assert done.stderr.startswith(f"movekd: {tmp_path} holds no cache")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "movekd: interrupted. What is sealed or saved stays; run the"),
+        (PermissionError(13, "Permission denied", "cache"), 2, "movekd: cache: Permission denied."),
+    ],
+)
+def test_interruptions_and_the_systems_errors_are_sentences(
+    cache_dir, monkeypatch, capsys, raised, code, sentence
+) -> None:
+    def status(_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("movekd.cache.check.status", status)
+    monkeypatch.setattr(sys, "argv", ["movekd", "cache", "ls", str(cache_dir)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_full_disk_is_a_sentence_of_the_build(tmp_path, teachers, corpus_dir) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(CacheError, match="cannot be written: File too large"):
+            run("build", *teachers, "--shards", corpus_dir, "--cache", tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, cache_dir) -> None:
+    shutil.copytree(cache_dir, tmp_path / "br[/b]")
+    assert "br[/b]: 24 images" in run("ls", tmp_path / "br[/b]").stdout
+
+
+def test_recompute_is_refused_before_anything_is_read(cache_dir) -> None:
+    for words in (["--recompute", "2"], ["--teacher", "clip"]):
+        with pytest.raises(ConfigError, match=r"--recompute"):
+            run("verify", cache_dir, *words)
