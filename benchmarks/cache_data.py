@@ -20,25 +20,19 @@ from PIL import Image
 from torch import Tensor
 
 from movekd.cache import codec
-from movekd.cache.catalog import update_catalog
+from movekd.cache.catalog import open_catalog, update_catalog
 from movekd.cache.codec import ChannelStats, StatsAccumulator
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache, open_cache
+from movekd.cache.records import Calibration, EncodingError
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import (
-    Calibration,
-    create_group,
-    stats_checksum,
-    write_shard,
-    write_skipped,
-)
+from movekd.cache.writer import create_group, stats_checksum, write_shard, write_skipped
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 TOKENS, WIDTH, HEADS = 576, 1024, 16
-ERROR = {"mean": 0.0, "max": 0.0, "num_tokens": 1}
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     for shard in range(teacher.num_shards(num_rows)):
         count = min(size, num_rows - shard * size)
         arrays = {name: np.roll(values[:count], shard, axis=-1) for name, values in drawn.items()}
-        write_shard(storage, spec, calibration, shard, arrays, skipped={}, error=ERROR)
+        write_rows(storage, spec, calibration, shard, arrays)
         for name, values in arrays.items():
             files[name][shard * size : shard * size + len(values)] = values
     for file in files.values():
@@ -160,6 +154,25 @@ def empty_cache(
     update_catalog(storage, open_corpus(folder / "corpus"), "crop")
     create_group(storage, spec, calibration, stats, num_rows)
     return storage
+
+
+def write_rows(
+    storage: Storage, spec: CacheSpec, calibration: Calibration, shard: int, arrays: Arrays
+) -> None:
+    """Write and seal the rows of one Zarr shard, as a build does."""
+    first = shard * calibration.layout(spec).rows_per_shard
+    keys = open_catalog(storage).keys_checksum(first, first + len(arrays["tokens"]))
+    unmeasured = EncodingError(mean=0.0, max=0.0, num_tokens=1)
+    write_shard(
+        storage,
+        spec,
+        calibration,
+        shard,
+        arrays,
+        keys_xxh3_128=keys,
+        skipped={},
+        error=unmeasured,
+    )
 
 
 def student_t_tokens(num_images: int, seed: int) -> Tensor:

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cache_data import (
-    ERROR,
     BenchData,
     bench_teacher,
     drop_from_page_cache,
     empty_cache,
     fastest,
     shard_rows,
+    write_rows,
 )
 from report import Figure, interleaved_ratio
 from torch import Tensor
@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 from movekd.cache import codec
 from movekd.cache.layout import group_name, shard_file
 from movekd.cache.reader import TeacherCache
-from movekd.cache.writer import write_shard
 
 Rows = npt.NDArray[np.int64]
 LOADER_BATCHES = 48
@@ -272,7 +271,7 @@ def write_shard_figures(folder: Path, pairs: int) -> list[Figure]:
     plain = folder / "plain"
 
     def ours() -> None:
-        write_shard(storage, spec, calibration, 0, arrays, skipped={}, error=ERROR)
+        write_rows(storage, spec, calibration, 0, arrays)
 
     def one_file() -> None:
         with plain.open("wb", buffering=0) as file:

@@ -12,12 +12,14 @@ import numpy.typing as npt
 from movekd.build.live import LiveFeatures, live_features
 from movekd.build.options import BuildOptions, Progress
 from movekd.cache import layout
-from movekd.cache.catalog import Catalog
+from movekd.cache.catalog import Catalog, read_cache_json
 from movekd.cache.codec import ChannelStats, StatsAccumulator
 from movekd.cache.reader import TeacherCache
+from movekd.cache.records import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
-from movekd.cache.writer import Calibration, create_group, read_calibration, stats_checksum
+from movekd.cache.writer import create_group, read_calibration, stats_checksum
+from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
 from movekd.teachers import Teacher
@@ -31,12 +33,21 @@ def delete_teacher(storage: Storage, teacher: str) -> None:
     storage.delete_folder(layout.group_name(teacher))
 
 
-def calibration_of(source: Storage, spec: CacheSpec) -> tuple[Calibration, ChannelStats]:
-    """Return the sealed calibration of the same spec in another cache.
+def calibration_of(
+    source: Storage, spec: CacheSpec, geometry: Geometry
+) -> tuple[Calibration, ChannelStats]:
+    """Return the sealed calibration of the same spec and geometry in another cache.
 
     Raises:
-        CacheError: it has none, or one of another spec; names the key.
+        CacheError: it has none, or one of another spec or geometry; names the key.
     """
+    held = read_cache_json(source).geometry
+    if held != geometry:
+        raise CacheError(
+            f"{source.url} is of geometry '{held}', the build asks for '{geometry}': the same "
+            f"images have other statistics there. Give --geometry {held}, or leave --channel-stats "
+            "out."
+        )
     calibration = sealed_calibration(source, spec)
     if calibration is None:
         raise CacheError(

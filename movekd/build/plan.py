@@ -147,19 +147,30 @@ def plan_cache(
 def forward_rate(
     teacher: Teacher, corpus: Corpus, options: BuildOptions
 ) -> tuple[float, OutputShape]:
-    """Return images/s of the bare forward pass, and the shape of what comes out."""
+    """Return images/s of the bare forward pass, and the shape of what comes out.
+
+    Raises:
+        CacheError: no image of the first batch can be read.
+    """
     spec = teacher.spec
     images = [i % len(corpus) for i in range(options.batch_size)]
     transform = image_transform(spec, "crop")
     batch = next(pixel_batches(corpus, transform, [images], num_workers=0))
-    pixels = batch.pixels_BCHW.to(options.device, options.dtype)
+    readable = [place for place in range(len(images)) if place not in batch.unreadable]
+    if not readable:
+        raise CacheError(
+            f"the first {min(len(images), len(corpus))} images of {corpus.data_dir} cannot be read "
+            f"({batch.unreadable[0]}), so there is nothing to measure with; mend them, or give a "
+            "larger --batch-size."
+        )
+    pixels = batch.pixels_BCHW[readable].to(options.device, options.dtype)
     output = teacher.forward(pixels)  # the first pass allocates; it is not timed
     started, done = time.perf_counter(), 0
     for _ in range(_MAX_BATCHES):
         teacher.forward(pixels)
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()
-        done += len(images)
+        done += len(readable)
         if time.perf_counter() - started > _MIN_SECONDS:
             break
     return done / (time.perf_counter() - started), _shape(output)

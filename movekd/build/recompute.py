@@ -198,7 +198,7 @@ def _differences(
     if live.cls_attention_BHN is not None and stored.cls_attention_BHN is not None:
         found["attention"] = _relative(stored.cls_attention_BHN, live.cls_attention_BHN).amax(-1)
     for place, row in enumerate(rows):
-        sealed = store.seals[row // store.layout.rows_per_shard]["error"]["max"]
+        sealed = store.seals[row // store.layout.rows_per_shard].error.max
         bounds = {"tokens": max(1.5 * sealed, sealed + slack)}
         said = []
         for what, error_B in found.items():

@@ -106,7 +106,7 @@ def build_cache(
         with build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"):
             imported = None  # read before anything is deleted
             if channel_stats is not None:
-                imported = calibration_of(open_storage(channel_stats), spec)
+                imported = calibration_of(open_storage(channel_stats), spec, geometry)
             run = options
             if imported is not None:
                 run = dataclasses.replace(options, dtype=getattr(torch, imported[0].dtype))
@@ -143,6 +143,7 @@ def _build_teacher(
 
     started = time.perf_counter()
     store = TeacherCache(storage, spec.name, catalog.num_rows)
+    store.require_images(catalog)
     units = _units(catalog, calibration.layout(spec), store.missing_shards)
     if units:
         if teacher is None:
@@ -181,7 +182,9 @@ def _units(catalog: Catalog, teacher: layout.TeacherLayout, shards: Sequence[int
     for shard in shards:
         first = shard * teacher.rows_per_shard
         low, high = np.searchsorted(rows, [first, first + teacher.rows_per_shard])
-        units.append(Unit(shard, rows[low:high], np.arange(low, high)))
+        inside = rows[low:high]
+        keys = catalog.keys_checksum(first, first + teacher.rows_per_shard)
+        units.append(Unit(shard, inside, np.arange(low, high), keys))
     return units
 
 

@@ -15,6 +15,7 @@ from movekd.build.images import PixelBatch
 from movekd.cache import codec
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
+from movekd.cache.records import EncodingError
 from movekd.cache.storage import Storage
 from movekd.cache.writer import write_shard
 from movekd.errors import CacheError
@@ -23,11 +24,12 @@ from movekd.teachers import TeacherOutput
 
 @dataclass(frozen=True)
 class Unit:
-    """One Zarr shard: its number, and the rows and corpus positions that it holds."""
+    """One Zarr shard: its number, the rows and corpus positions that it holds, and their keys'."""
 
     shard: int
     rows: npt.NDArray[np.int64]
     images: npt.NDArray[np.int64]
+    keys_xxh3_128: str
 
 
 class ShardInMemory:
@@ -84,12 +86,13 @@ class ShardInMemory:
             self._store.calibration,
             self._unit.shard,
             self._arrays,
+            keys_xxh3_128=self._unit.keys_xxh3_128,
             skipped=self._skipped,
-            error={
-                "mean": self._error_sum / max(self._num_tokens, 1),
-                "max": self._error_max,
-                "num_tokens": self._num_tokens,
-            },
+            error=EncodingError(
+                mean=self._error_sum / max(self._num_tokens, 1),
+                max=self._error_max,
+                num_tokens=self._num_tokens,
+            ),
         )
 
     def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:

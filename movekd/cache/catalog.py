@@ -6,7 +6,6 @@ looks names up in it. A row is one view of one image. Appended images start at a
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,8 @@ from movekd.cache.layout import (
     NAMES,
     calibration_name,
 )
-from movekd.cache.seal import entry, read_sealed, sealed_bytes
+from movekd.cache.records import CacheRecord
+from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
@@ -48,6 +48,15 @@ class Catalog:
         """The rows that stand for an image, ascending."""
         return np.asarray(self.index["row"])
 
+    def keys_checksum(self, first: int, end: int) -> str:
+        """Return the checksum of the images' keys in rows [first, end), a line each.
+
+        A shard's seal holds it, so that its features are never taken for other images'.
+        """
+        low, high = np.searchsorted(self.rows, [first, end]).tolist()
+        keys = self.index["key"].slice(low, high - low).to_pylist()
+        return checksum(f"{key}\n".encode() for key in keys)
+
 
 def open_catalog(storage: Storage) -> Catalog:
     """Return the catalog of a cache.
@@ -56,11 +65,9 @@ def open_catalog(storage: Storage) -> Catalog:
         CacheError: there is no cache here, or of another format version.
         CorruptCacheError: a file is damaged.
     """
-    content = _read_cache_json(storage)
-    index, names = (_read_table(storage, content, name) for name in (INDEX, NAMES))
-    return Catalog(
-        content["geometry"], content["corpus_fingerprint"], content["num_images"], index, names
-    )
+    record = read_cache_json(storage)
+    index, names = (_read_table(storage, record, name) for name in (INDEX, NAMES))
+    return Catalog(record.geometry, record.corpus_fingerprint, record.num_images, index, names)
 
 
 def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Catalog:
@@ -73,20 +80,20 @@ def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Cata
         _refuse_orphans(storage)
         rows = np.arange(len(corpus), dtype=np.int64)
         return _write(storage, corpus, geometry, rows, [[0, len(corpus)]])
-    old = _read_cache_json(storage)
-    if old["geometry"] != geometry:
+    old = read_cache_json(storage)
+    if old.geometry != geometry:
         raise CacheError(
-            f"{storage.url} is of geometry '{old['geometry']}', the build asks for '{geometry}'. A "
-            f"cache has one geometry: give --geometry {old['geometry']}, or another --cache."
+            f"{storage.url} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
+            f"cache has one geometry: give --geometry {old.geometry}, or another --cache."
         )
-    num_old, num_new = old["num_images"], len(corpus) - old["num_images"]
-    if num_new < 0 or corpus.fingerprint(num_old) != old["corpus_fingerprint"]:
+    num_old, num_new = old.num_images, len(corpus) - old.num_images
+    if num_new < 0 or corpus.fingerprint(num_old) != old.corpus_fingerprint:
         raise CacheError(
             f"{storage.url} was built from {num_old} images of another corpus than "
             f"{corpus.data_dir} ({len(corpus)} images). Images may only be appended: build into "
             "another --cache, or restore the shards."
         )
-    blocks = old["blocks"]
+    blocks = old.blocks
     if num_new:
         end = sum(blocks[-1])
         blocks = [*blocks, [-(-end // MAX_SHARD_ROWS) * MAX_SHARD_ROWS, num_new]]
@@ -96,8 +103,9 @@ def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Cata
         except CorruptCacheError:
             pass  # an append was interrupted; cache.json and the corpus say what the tables hold
         else:
-            if catalog.names.equals(corpus.names):
-                return catalog
+            held = catalog.index.drop_columns(["row", "view"])
+            if catalog.names.equals(corpus.names) and held.equals(corpus.index):
+                return catalog  # else the same images were packed into other tars, or renamed
     rows = np.concatenate([first + np.arange(count, dtype=np.int64) for first, count in blocks])
     return _write(storage, corpus, geometry, rows, blocks)
 
@@ -118,29 +126,30 @@ def _refuse_orphans(storage: Storage) -> None:
         )
 
 
-def _read_cache_json(storage: Storage) -> dict[str, Any]:
-    """Return what cache.json says, its version and geometry checked."""
+def read_cache_json(storage: Storage) -> CacheRecord:
+    """Return what cache.json says.
+
+    Raises:
+        CacheError: there is none, or of another format version.
+        CorruptCacheError: it is damaged.
+    """
     if not storage.exists(CACHE_JSON):
         raise CacheError(
             f"{storage.url} holds no cache (no {CACHE_JSON}); expected a folder that "
             "`movekd cache build --shards data/ --cache DIR --teacher NAME` made."
         )
-    content = read_sealed(storage, CACHE_JSON)
-    if content["format_version"] != FORMAT_VERSION:
+    content = read_sealed(storage, CACHE_JSON, CacheRecord.remedy)
+    if content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:  # with other keys, maybe
         raise CacheError(
             f"{storage.url} is of format {content['format_version']}; this movekd reads format "
             f"{FORMAT_VERSION}. Use the version of movekd that built it."
         )
-    if content["geometry"] not in get_args(Geometry):
-        raise CacheError(
-            f"{storage.url} has geometry '{content['geometry']}'; known: {get_args(Geometry)}."
-        )
-    return content
+    return as_record(content, f"{storage.url}/{CACHE_JSON}", CacheRecord)
 
 
-def _read_table(storage: Storage, content: dict[str, Any], name: str) -> pa.Table:
+def _read_table(storage: Storage, record: CacheRecord, name: str) -> pa.Table:
     """Return one of the two tables, if it is what cache.json lists."""
-    expected = content["files"][name]
+    expected = record.files.get(name)
     try:
         raw = storage.read(name)
     except FileNotFoundError:
@@ -148,8 +157,8 @@ def _read_table(storage: Storage, content: dict[str, Any], name: str) -> pa.Tabl
     if entry([raw]) != expected:
         raise CorruptCacheError(
             f"{storage.url}/{name} has {len(raw) or 'no'} bytes; {CACHE_JSON} lists "
-            f"{expected['size_bytes']} with another checksum. If a build was interrupted, run it "
-            "again."
+            f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
+            "build was interrupted, run it again."
         )
     return pq.read_table(pa.BufferReader(raw))
 
@@ -171,13 +180,13 @@ def _write(
         pq.write_table(table, sink)
         files[name] = [memoryview(sink.getvalue())]
     fingerprint = corpus.fingerprint()
-    content = {
-        "format_version": FORMAT_VERSION,
-        "geometry": geometry,
-        "corpus_fingerprint": fingerprint,
-        "num_images": len(corpus),
-        "blocks": blocks,
-        "files": {name: entry(buffers) for name, buffers in files.items()},
-    }
-    storage.write_many(files | {CACHE_JSON: [sealed_bytes(content)]})  # a full disk changes none
+    record = CacheRecord(
+        format_version=FORMAT_VERSION,
+        geometry=geometry,
+        corpus_fingerprint=fingerprint,
+        num_images=len(corpus),
+        blocks=blocks,
+        files={name: entry(buffers) for name, buffers in files.items()},
+    )
+    storage.write_many(files | {CACHE_JSON: [sealed_bytes(record)]})  # a full disk changes none
     return Catalog(geometry, fingerprint, len(corpus), index, corpus.names)

@@ -4,20 +4,20 @@ Zarr's own CRC covers a shard's index alone: a flipped data byte reads back sile
 seals hold the checksums that find it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from movekd.cache import layout
 from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
-from movekd.cache.seal import file_entry, read_sealed
+from movekd.cache.records import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
+from movekd.cache.seal import file_entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import stats_checksum
-from movekd.errors import CacheError, MovekdError
+from movekd.errors import CacheError, CorruptCacheError, MovekdError
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def status(cache: FeatureCache) -> list[TeacherStatus]:
 def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
     """Return the state of one teacher of a cache of ``num_images``."""
     seals = list(teacher.seals.values())
-    tokens = [seal["error"]["num_tokens"] for seal in seals]
-    errors = [seal["error"]["mean"] * seal["error"]["num_tokens"] for seal in seals]
-    sizes = [entry["size_bytes"] for seal in seals for entry in seal["files"].values()]
+    tokens = [seal.error.num_tokens for seal in seals]
+    errors = [seal.error.mean * seal.error.num_tokens for seal in seals]
+    sizes = [entry.size_bytes for seal in seals for entry in seal.files.values()]
     return TeacherStatus(
         teacher=teacher.teacher,
         images=num_images,
@@ -63,7 +63,7 @@ def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
         compressor=teacher.spec.compressor,
         size_bytes=sum(sizes),
         error_mean=sum(errors) / sum(tokens) if sum(tokens) else None,
-        error_max=max(seal["error"]["max"] for seal in seals) if seals else None,
+        error_max=max(seal.error.max for seal in seals) if seals else None,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
     )
@@ -77,12 +77,15 @@ def verify(
     Args:
         url: the cache.
         progress: called with the bytes of each file when it has been read.
+
+    Raises:
+        CacheError: there is no cache, or of another format version, or its place does not answer.
     """
     storage = open_storage(url)
     try:
         cache = open_cache(storage)
-        catalog_files = read_sealed(storage, layout.CACHE_JSON)["files"]
-    except CacheError as error:
+        catalog_files = read_record(storage, layout.CACHE_JSON, CacheRecord).files
+    except CorruptCacheError as error:
         yield str(error)
         return
     yield from _check_files(storage, "", catalog_files, progress)
@@ -105,8 +108,8 @@ def _verify_teacher(
     cache: FeatureCache, name: str, progress: Callable[[int], None]
 ) -> Iterator[str]:
     storage, group = cache.storage, layout.group_name(name)
-    sealed = read_sealed(storage, layout.metadata_name(name))
-    metadata = sealed["files"]
+    sealed = read_record(storage, layout.metadata_name(name), GroupRecord)
+    metadata = sealed.files
     yield from _check_files(
         storage,
         group,
@@ -122,10 +125,10 @@ def _verify_teacher(
         )
     arrays = {f"{array}/zarr.json" for array in (*teacher.layout.arrays, *CHANNEL_ARRAYS)}
     expected = {"zarr.json", *arrays, *(f"{array}/c/0" for array in CHANNEL_ARRAYS)}
-    if set(metadata) != expected or sealed["num_rows"] != teacher.num_rows:
+    if set(metadata) != expected or sealed.num_rows != teacher.num_rows:
         yield (
             f"{storage.url}/{layout.metadata_name(name)} covers {len(metadata)} files and "
-            f"{sealed['num_rows']} rows, the cache has {len(expected)} and {teacher.num_rows}; run "
+            f"{sealed.num_rows} rows, the cache has {len(expected)} and {teacher.num_rows}; run "
             "its `movekd cache build` again."
         )
     known, missing = set(metadata), set(teacher.missing_shards)
@@ -139,25 +142,30 @@ def _verify_teacher(
             continue
         seal_name = layout.seal_name(name, shard)
         try:
-            seal = read_sealed(storage, seal_name)
+            seal = read_record(storage, seal_name, ShardSeal)
         except CacheError as error:
             yield str(error)
             continue
-        if seal["calibration"] != teacher.calibration.hash:
+        if seal.calibration != teacher.calibration.hash:
             yield (
                 f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
                 "Zarr shard."
             )
         rows, files = _shard_extent(cache, teacher, shard)
-        if seal["rows"] != rows or set(seal["files"]) != files:
+        if seal.rows != rows or set(seal.files) != files:
             yield (
-                f"{storage.url}/{seal_name} covers rows {seal['rows']} and {len(seal['files'])} "
+                f"{storage.url}/{seal_name} covers rows {seal.rows} and {len(seal.files)} "
                 f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
                 "again."
             )
-        known.update(seal["files"])
-        yield from _check_files(storage, group, seal["files"], progress)
-    skipped = read_sealed(storage, layout.skipped_seal_name(name))["files"]
+        if seal.keys_xxh3_128 != cache.catalog.keys_checksum(*seal.rows):
+            yield (
+                f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
+                "one of the two comes from another cache. Restore it, or --replace the teacher."
+            )
+        known.update(seal.files)
+        yield from _check_files(storage, group, seal.files, progress)
+    skipped = read_record(storage, layout.skipped_seal_name(name), SkippedSeal).files
     yield from _check_files(
         storage, layout.seals_name(name), skipped, progress, "Run its `movekd cache build` again."
     )
@@ -184,7 +192,7 @@ def _shard_extent(
 def _check_files(
     storage: Storage,
     folder: str,
-    files: dict[str, dict[str, Any]],
+    files: Mapping[str, FileEntry],
     progress: Callable[[int], None],
     remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
@@ -205,10 +213,10 @@ def _check_files(
         except CacheError as error:
             yield str(error)
             continue
-        progress(found["size_bytes"])
+        progress(found.size_bytes)
         if found != expected:
             yield (
-                f"{path} is damaged: {found['size_bytes']} bytes with checksum "
-                f"{found['xxh3_128']}; its seal says {expected['size_bytes']} bytes with "
-                f"{expected['xxh3_128']}. {remedy}"
+                f"{path} is damaged: {found.size_bytes} bytes with checksum "
+                f"{found.xxh3_128}; its seal says {expected.size_bytes} bytes with "
+                f"{expected.xxh3_128}. {remedy}"
             )

@@ -42,10 +42,6 @@ class ChannelStats:
         """Return ``(tokens - mean) / std`` in float32."""
         return (tokens_BND.float() - self.mean_D) / self.std_D
 
-    def restore(self, standardised_BND: Tensor) -> Tensor:
-        """Return ``mean + std * standardised``."""
-        return standardised_BND * self.std_D + self.mean_D
-
 
 class StatsAccumulator:
     """Channel statistics over many batches, in float64, without keeping a batch.
@@ -127,15 +123,22 @@ def decode_standardised(stored: Mapping[str, Tensor], stats: ChannelStats) -> Te
     tokens = stored["tokens"]
     if "token_scale" not in stored:
         return stats.standardise(tokens)
-    scale_BND = stored["token_scale"].float().repeat_interleave(GROUP_CHANNELS, dim=-1)
-    return tokens.float() * scale_BND[..., : tokens.shape[-1]]
+    scale_BNG = stored["token_scale"].float()
+    values_BND = tokens.float()
+    whole = tokens.shape[-1] // GROUP_CHANNELS  # groups without a rest are scaled in one go
+    end = whole * GROUP_CHANNELS
+    grouped = values_BND[..., :end].view(*tokens.shape[:-1], whole, GROUP_CHANNELS)
+    grouped.mul_(scale_BNG[..., :whole, None])
+    values_BND[..., end:].mul_(scale_BNG[..., whole:])
+    return values_BND
 
 
 def decode(stored: Mapping[str, Tensor], stats: ChannelStats) -> Tensor:
     """Return tokens (B, N, D) float32 in the teacher's units from stored arrays."""
     if "token_scale" not in stored:
         return stored["tokens"].float()
-    return stats.restore(decode_standardised(stored, stats))
+    tokens_BND = decode_standardised(stored, stats)
+    return torch.addcmul(stats.mean_D, tokens_BND, stats.std_D, out=tokens_BND)
 
 
 def decode_numpy(

@@ -18,7 +18,7 @@ import zarr
 
 from movekd.cache import layout
 from movekd.cache.layout import TeacherLayout
-from movekd.cache.objects import ObjectStorage, s3_endpoint
+from movekd.cache.objects import ObjectStorage, s3_settings
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError, CorruptCacheError
 
@@ -100,6 +100,8 @@ class RowsInFlight:
                 for position, row in enumerate(rows.tolist()):
                     into[array.name][position] = opened[row]
             except Exception as error:  # zarr has no common base of what damaged bytes can raise
+                # an object store that has gone away says so itself
+                self._storage.exists(layout.metadata_name(self._teacher))
                 raise self._error(str(error)) from None
 
     def _error(self, reason: str) -> CacheError:
@@ -125,7 +127,7 @@ def kvstore_spec(storage: Storage, folder: str) -> dict[str, Any] | None:
     if storage.scheme == "gs":
         return {"driver": "gcs", **place}
     if storage.scheme == "s3":
-        return {"driver": "s3", **place, **s3_endpoint()}
+        return {"driver": "s3", **place, **s3_settings()}
     return None
 
 

@@ -4,6 +4,7 @@ The fast path of ``reader``: a row is one copy from the file into the batch.
 """
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -221,6 +222,11 @@ class MappedFile:
             finally:
                 os.close(descriptor)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise CacheError(
+                    f"{path} cannot be opened: {error.strerror}. This process has no files or maps "
+                    "left; raise `ulimit -n` (and `sysctl vm.max_map_count`), or use fewer threads."
+                ) from None
             raise CorruptCacheError(
                 f"{path} is sealed but cannot be opened ({error.strerror}). "
                 "Run `movekd cache verify`."

@@ -173,18 +173,38 @@ class ObjectStorage:
             ) from None
         except Exception as error:  # clients raise errors of their own libraries
             reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
+            is_refused = isinstance(error, PermissionError) or "redentials" in reason
+            tried = "" if is_refused else "It was tried several times; "
+            check = "check the endpoint, the credentials and the network, then run the same "
             raise CacheError(
-                f"{self.url}/{name} cannot be {done}: {reason}. It was tried several times; check "
-                "the endpoint, the credentials and the network, then run the same command again. "
+                f"{self.url}/{name} cannot be {done}: {reason}. "
+                f"{tried}{check if tried else check.capitalize()}command again. "
                 "What is sealed is safe."
             ) from None
 
 
-def s3_endpoint() -> dict[str, Any]:
-    """Return endpoint, region and kind of credentials for TensorStore, as botocore finds them."""
+def s3_settings() -> dict[str, Any]:
+    """Return endpoint, region and kind of credentials for TensorStore, as botocore finds them.
+
+    From the environment, then from the profile in ``~/.aws/config``.
+    """
+    from botocore.session import Session
+
+    session = Session()
+    profile: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # no such profile: the client has said so by now
+        profile = session.get_scoped_config()
     found: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = (
+        os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+        or profile.get("endpoint_url")
+    )
+    region = (
+        os.environ.get("AWS_REGION")
+        or os.environ.get("AWS_DEFAULT_REGION")
+        or profile.get("region")
+    )
     if endpoint:
         found["endpoint"] = endpoint
     if region or endpoint:

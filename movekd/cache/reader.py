@@ -27,17 +27,18 @@ from torch import Tensor
 from zarr.buffer import cpu
 
 from movekd.cache import layout
-from movekd.cache.catalog import open_catalog
+from movekd.cache.catalog import Catalog, open_catalog
 from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import grid_side
 from movekd.cache.in_flight import RowsInFlight
 from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout
 from movekd.cache.mapped import MappedRows
-from movekd.cache.seal import entry, open_sealed, read_sealed
+from movekd.cache.records import Calibration, GroupRecord, ShardSeal
+from movekd.cache.seal import entry, open_record, read_record
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
-from movekd.cache.writer import Calibration, read_calibration
+from movekd.cache.writer import read_calibration
 from movekd.config import validate
 from movekd.corpus.index import find_rows, require_known
 from movekd.errors import CacheError, CorruptCacheError, did_you_mean
@@ -188,21 +189,42 @@ class TeacherCache:
         return bool(self._sealed.all())
 
     @cached_property
-    def seals(self) -> dict[int, dict[str, Any]]:
+    def seals(self) -> dict[int, ShardSeal]:
         """The content of every seal, Zarr shard -> seal, checked against its own checksum."""
         shards = np.flatnonzero(self._sealed).tolist()
         names = {shard: layout.seal_name(self.teacher, shard) for shard in shards}
         content = self.storage.read_many(list(names.values()))
         return {
-            shard: open_sealed(content.get(name, b""), f"{self.storage.url}/{name}")
+            shard: open_record(content.get(name, b""), f"{self.storage.url}/{name}", ShardSeal)
             for shard, name in names.items()
         }
 
     @property
     def skipped(self) -> dict[int, str]:
         """Rows whose image could not be read, and why; their features are NaN."""
-        skips = (seal["skipped"].items() for seal in self.seals.values())
+        skips = (seal.skipped.items() for seal in self.seals.values())
         return {int(row): reason for items in skips for row, reason in items}
+
+    def require_images(self, catalog: Catalog) -> None:
+        """Refuse features that were sealed for other images than the catalog's rows are.
+
+        Only a catalog or seals from elsewhere can be so: nothing in the features would tell.
+
+        Raises:
+            CacheError: names the Zarr shards.
+        """
+        others = [
+            shard
+            for shard, seal in self.seals.items()
+            if seal.keys_xxh3_128 != catalog.keys_checksum(*seal.rows)
+        ]
+        if others:
+            raise CacheError(
+                f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
+                f"{', '.join(map(str, others[:5]))}{'...' if len(others) > 5 else ''} were sealed "
+                f"for other images than {layout.INDEX} lists; one of the two comes from another "
+                "cache. Restore it, or --replace the teacher."
+            )
 
     def read(self, rows: Rows, out: Mapping[str, Tensor] | None = None) -> TeacherTargets:
         """Return the features of ``rows`` in the order asked, as stored; repeats are fine.
@@ -217,15 +239,29 @@ class TeacherCache:
             CacheError: a row is out of range, or was not built yet.
             CorruptCacheError: a Zarr shard is shorter than its index says.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise CacheError(
+                f"rows are {wanted.dtype} of shape {wanted.shape}; expected integers in one "
+                "dimension, as `cache.rows(names)` gives them."
+            )
+        wanted = wanted.astype(np.int64, copy=False)
         self._check(wanted)
         stored = self.empty(len(wanted)) if out is None else out
         for array in self.layout.arrays.values():
-            found, expected = stored[array.name], (len(wanted), *array.row_shape)
-            if tuple(found.shape) != expected or found.dtype != getattr(torch, array.dtype):
+            found, expected = stored.get(array.name), (len(wanted), *array.row_shape)
+            kind = getattr(torch, array.dtype)
+            if (
+                found is None
+                or tuple(found.shape) != expected
+                or found.dtype != kind
+                or found.device.type != "cpu"
+            ):
+                what = "missing" if found is None else f"{found.dtype} of {tuple(found.shape)}"
+                what += f" on {found.device}" if found is not None else ""
                 raise CacheError(
-                    f"out['{array.name}'] is {found.dtype} of shape {tuple(found.shape)}; expected "
-                    f"{array.dtype} of {expected}: allocate it with `empty({len(wanted)})`."
+                    f"out['{array.name}'] is {what}; expected {kind} of {expected} on cpu: "
+                    f"allocate it with `empty({len(wanted)})`."
                 )
         self._rows.read(wanted, {name: stored[name].numpy() for name in self.layout.arrays})
         return TeacherTargets(stored, self.stats)
@@ -267,7 +303,7 @@ def _open_group(storage: Storage, teacher: str) -> tuple[dict[str, Any], Channel
     The small files that hold them are read together, and held against their seal.
     """
     where = f"{storage.url}/{layout.group_name(teacher)}"
-    sealed: dict[str, Any] = read_sealed(storage, layout.metadata_name(teacher))["files"]
+    sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
     wanted = ["zarr.json"]  # these and no others, whatever names the seal holds
     wanted += [f"{array}/{file}" for array in CHANNEL_ARRAYS for file in ("zarr.json", "c/0")]
     raw = storage.read_many([f"{layout.group_name(teacher)}/{name}" for name in wanted])

@@ -10,6 +10,7 @@ or writes a cache, except for the ways of reading rows (``mapped``, ``in_flight`
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from movekd.errors import CacheError, ConfigError
 
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class Storage(Protocol):
@@ -86,6 +88,8 @@ def open_storage(url: "str | Path | Storage") -> Storage:
     """
     if not isinstance(url, str | Path):
         return url
+    if not str(url):
+        raise ConfigError("the cache's name is empty; expected a folder or a URL.")
     scheme, separator, rest = str(url).partition("://")
     if not separator:
         return LocalStorage(Path(url))
@@ -128,7 +132,7 @@ class LocalStorage:
         try:
             with (self._folder / name).open("rb") as file:
                 yield from iter(lambda: file.read(_BLOCK_BYTES), b"")
-        except (FileNotFoundError, NotADirectoryError):
+        except _ABSENT:
             raise FileNotFoundError(name) from None
         except OSError as error:
             raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
@@ -176,42 +180,62 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
-        (self._folder / name).unlink(missing_ok=True)
+        with self._errors(name, "deleted"), contextlib.suppress(*_ABSENT):
+            (self._folder / name).unlink()
 
     def delete_folder(self, name: str) -> None:
         """Delete everything below a name, if there is anything."""
-        shutil.rmtree(self._folder / name, ignore_errors=True)
+        with self._errors(name, "deleted"), contextlib.suppress(*_ABSENT):
+            shutil.rmtree(self._folder / name)
 
     def delete_leftovers(self, name: str) -> None:
         """Delete the temporary files of killed writes of a file or below a folder."""
-        for path in list(self._folder.glob(f".{name}.*.tmp")):
-            path.unlink(missing_ok=True)
+        with self._errors(name, "deleted"):
+            for path in list(self._folder.glob(f".{name}.*.tmp")):
+                path.unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
         """Return whether there is a file of this name."""
-        return (self._folder / name).is_file()
+        with self._errors(name, "read"), contextlib.suppress(*_ABSENT):
+            return stat.S_ISREG((self._folder / name).stat().st_mode)
+        return False
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every file below a folder, name -> bytes."""
         found = {}
-        for path in (self._folder / folder).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a build beside us renames
-                if path.is_file():
-                    found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
+        with self._errors(folder, "listed"), contextlib.suppress(*_ABSENT):
+            for where, _, names in os.walk(self._folder / folder, onerror=_raise):
+                for path in (Path(where, name) for name in names):
+                    with contextlib.suppress(FileNotFoundError):  # a build beside us renames
+                        found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
         return dict(sorted(found.items()))
 
     def folders(self) -> list[str]:
         """Return the names of the folders at the top."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(path.name for path in self._folder.iterdir() if path.is_dir())
+        with self._errors("", "listed"), contextlib.suppress(*_ABSENT):
+            return sorted(path.name for path in self._folder.iterdir() if path.is_dir())
+        return []
 
     def free_bytes(self) -> int | None:
         """Return the free bytes of the file system that the folder lies on, or would lie on."""
         folder = self._folder.resolve()
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        with self._errors("", "read"):
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
+
+    @contextlib.contextmanager
+    def _errors(self, name: str, done: str) -> Iterator[None]:
+        """Turn what the file system refuses into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self._folder / name
+            raise CacheError(f"{where} cannot be {done}: {error.strerror}.") from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _write_all(descriptor: int, buffer: Buffer) -> None:

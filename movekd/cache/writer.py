@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import google_crc32c
@@ -27,47 +26,21 @@ from numcodecs.zstd import Zstd
 from movekd.cache import layout
 from movekd.cache.codec import ChannelStats
 from movekd.cache.layout import ArrayLayout, TeacherLayout
-from movekd.cache.seal import checksum, entry, read_sealed, write_sealed
+from movekd.cache.records import (
+    Calibration,
+    EncodingError,
+    FileEntry,
+    GroupRecord,
+    ShardSeal,
+    SkippedSeal,
+)
+from movekd.cache.seal import checksum, entry, read_record, sealed_bytes, write_sealed
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Buffer, Storage
-from movekd.errors import CacheError
 
 _ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that is not there."""
 _VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the calibration step settled, once, for every worker, resume and appended image."""
-
-    spec_fingerprint: str
-    weights_sha256: str
-    dtype: str
-    """Of the teacher's forward passes; ``float32``, ``bfloat16`` or ``float16``."""
-    batch_size: int
-    num_images: int
-    num_tokens: int
-    width: int
-    cls_width: int | None
-    num_heads: int | None
-    channel_stats_xxh3_128: str
-    """Of the mean's bytes followed by the standard deviation's, float32 little-endian."""
-
-    def layout(self, spec: CacheSpec) -> TeacherLayout:
-        """Return the arrays that this teacher's features need."""
-        return layout.teacher_layout(
-            spec.codec,
-            self.num_tokens,
-            self.width,
-            cls_width=self.cls_width,
-            num_heads=self.num_heads,
-        )
-
-    @property
-    def hash(self) -> str:
-        """What each seal names: the checksum over everything above."""
-        return checksum([repr(sorted(asdict(self).items())).encode()])
 
 
 def stats_checksum(stats: ChannelStats) -> str:
@@ -94,21 +67,13 @@ def create_group(
     )
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
     _write_group_files(storage, spec.name, num_rows, files, {})
-    write_sealed(storage, layout.calibration_name(spec.name), asdict(calibration))
+    write_sealed(storage, layout.calibration_name(spec.name), calibration)
 
 
 def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
     """Return the sealed calibration, or None when there is none yet."""
     name = layout.calibration_name(teacher)
-    if not storage.exists(name):
-        return None
-    try:
-        return Calibration(**read_sealed(storage, name))
-    except TypeError:
-        raise CacheError(
-            f"{storage.url}/{name} has other keys than this version of movekd writes; build with "
-            "the version that the group's attributes name, or delete the teacher's group and seals."
-        ) from None
+    return read_record(storage, name, Calibration) if storage.exists(name) else None
 
 
 def resize_group(
@@ -119,16 +84,16 @@ def resize_group(
     The metadata is made anew, not edited, and the seal that holds the number of rows is written
     last: interrupted at any instant, the next call does the same again.
     """
-    sealed = read_sealed(storage, layout.metadata_name(spec.name))
+    sealed = read_record(storage, layout.metadata_name(spec.name), GroupRecord)
     group = layout.group_name(spec.name)
     arrays = [f"{name}/zarr.json" for name in calibration.layout(spec).arrays]
     found = storage.read_many([f"{group}/{name}" for name in arrays])
-    is_whole = all(entry([found.get(f"{group}/{n}", b"")]) == sealed["files"][n] for n in arrays)
-    if is_whole and sealed["num_rows"] >= num_rows:
+    is_whole = all(entry([found.get(f"{group}/{n}", b"")]) == sealed.files.get(n) for n in arrays)
+    if is_whole and sealed.num_rows >= num_rows:
         return
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
     files = {name: files[name] for name in arrays}  # the group's own stays that of its first build
-    _write_group_files(storage, spec.name, num_rows, files, sealed["files"])
+    _write_group_files(storage, spec.name, num_rows, files, sealed.files)
 
 
 def _write_group_files(
@@ -136,13 +101,13 @@ def _write_group_files(
     teacher: str,
     num_rows: int,
     files: Mapping[str, bytes],
-    others: Mapping[str, Any],
+    others: Mapping[str, FileEntry],
 ) -> None:
     """Write the small files of a group, then the seal that lists them and the ``others``."""
     for name, content in files.items():
         storage.write(f"{layout.group_name(teacher)}/{name}", [content])
     entries = {**others, **{name: entry([content]) for name, content in files.items()}}
-    sealed = {"num_rows": num_rows, "files": entries}
+    sealed = GroupRecord(num_rows=num_rows, files=entries)
     write_sealed(storage, layout.metadata_name(teacher), sealed)
 
 
@@ -190,8 +155,9 @@ def write_shard(
     shard: int,
     arrays: Mapping[str, npt.NDArray[Any]],
     *,
+    keys_xxh3_128: str,
     skipped: Mapping[int, str],
-    error: Mapping[str, float],
+    error: EncodingError,
 ) -> None:
     """Write one Zarr shard of every array, then its seal.
 
@@ -202,6 +168,7 @@ def write_shard(
         shard: number of the Zarr shard.
         arrays: each array's rows from the first of the shard on, (k, *row_shape), where k may
             be smaller than ``rows_per_shard`` in the last shard of a corpus.
+        keys_xxh3_128: of the images' keys, see ``Catalog.keys_checksum``.
         skipped: rows without features, and why; their values must be NaN in ``arrays``.
         error: statistics of what was written against what the teacher produced.
     """
@@ -220,13 +187,14 @@ def write_shard(
     write_sealed(
         storage,
         layout.seal_name(spec.name, shard),
-        {
-            "rows": [first, first + len(arrays["tokens"])],
-            "files": entries.result(),
-            "skipped": {str(row): reason for row, reason in sorted(skipped.items())},
-            "error": dict(error),
-            "calibration": calibration.hash,
-        },
+        ShardSeal(
+            rows=[first, first + len(arrays["tokens"])],
+            keys_xxh3_128=keys_xxh3_128,
+            files=entries.result(),
+            skipped={str(row): reason for row, reason in sorted(skipped.items())},
+            error=error,
+            calibration=calibration.hash,
+        ),
     )
 
 
@@ -236,15 +204,10 @@ def write_skipped(storage: Storage, teacher: str, skipped: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(skipped, sink)
     content = bytes(sink.getvalue())
-    sealed = {"files": {name.rpartition("/")[2]: entry([content])}}
-    if (
-        storage.exists(seal)
-        and read_sealed(storage, seal) == sealed
-        and storage.read_many([name]) == {name: content}
-    ):
-        return
-    storage.write(name, [content])
-    write_sealed(storage, seal, sealed)
+    sealed = sealed_bytes(SkippedSeal(files={name.rpartition("/")[2]: entry([content])}))
+    if storage.read_many([name, seal]) != {name: content, seal: sealed}:
+        storage.write(name, [content])
+        storage.write(seal, [sealed])
 
 
 def shard_buffers(

@@ -72,6 +72,8 @@ class ConversationDataset(Dataset[Sample]):
         self._rows: np.ndarray[Any, np.dtype[np.int64]] | None = None
         if cache is not None:
             self._rows = cache.rows(names) if names else np.empty(0, np.int64)
+            for teacher in teachers:
+                cache[teacher].require_images(cache.catalog)
             _refuse_skipped(cache, teachers, names, self._rows)
 
     def __len__(self) -> int:

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 
@@ -10,7 +11,7 @@ from movekd.cache.check import status
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.corpus.index import open_corpus
-from movekd.errors import ConfigError
+from movekd.errors import CacheError, ConfigError
 from movekd.teachers import load_teacher
 
 OPTIONS = BuildOptions(batch_size=4, num_workers=0)
@@ -194,3 +195,23 @@ def test_shapes_of_the_shipped_teachers_are_at_hand(teacher) -> None:
     channels = {"convnext": 3072, "sam": 256}
     assert (num_tokens, width) == (tokens[teacher], channels.get(teacher, 1024))
     assert (cls_width is not None, num_heads is not None) == (spec.cls, spec.cls_attention)
+
+
+def test_images_that_cannot_be_read_are_not_measured_with(
+    tmp_path, corpus_dir, tiny_specs, known_disk
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(corpus_dir, data)
+    images = open_corpus(data).index.slice(0, 5).to_pylist()
+    for number, image in enumerate(images):
+        with (data / image["shard"]).open("r+b") as shard:
+            shard.seek(image["offset"])
+            shard.write(bytes(image["size"]))
+        ask = {"corpus": open_corpus(data), "cache": tmp_path / "cache", "options": OPTIONS}
+        if number < 3:  # one of a batch of four is left
+            assert plan_cache(tiny_specs[:1], **ask).teachers[0].images_per_s > 0
+        else:
+            with pytest.raises(
+                CacheError, match=r"first 4 images .* cannot be read .*mend them"
+            ):
+                plan_cache(tiny_specs[:1], **ask)

@@ -41,7 +41,7 @@ def alter_and_reseal(cache, teacher, array, change) -> None:
     change(rows.reshape(24, *opened.row_shape))
     storage.write(file, [raw])
     seal = read_sealed(storage, layout.seal_name(teacher, 0))
-    seal["files"][layout.shard_file(opened, 0)] = entry([raw])
+    seal["files"][layout.shard_file(opened, 0)] = entry([raw]).model_dump()
     write_sealed(storage, layout.seal_name(teacher, 0), seal)
     assert list(verify(cache)) == []
 

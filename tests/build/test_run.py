@@ -66,7 +66,7 @@ def test_what_is_stored_is_what_the_teacher_says(cache_dir, corpus_dir, tiny_spe
         if spec.grid == "native":
             exact = store.stats.standardise(output.tokens_BND)
             error = (stored.standardised_BND - exact).norm(dim=-1) / exact.norm(dim=-1)
-            assert error.max().item() <= store.seals[0]["error"]["max"] * 1.01
+            assert error.max().item() <= store.seals[0].error.max * 1.01
             assert torch.allclose(stored.cls_BD, output.cls_BD, atol=5e-3)
             assert torch.allclose(stored.cls_attention_BHN, output.cls_attention_BHN, atol=1e-3)
         assert store.calibration.weights_sha256 == teacher.weights_sha256
@@ -347,7 +347,7 @@ def test_features_beyond_float16_are_refused(tmp_path, corpus_dir, tiny_specs) -
 
 
 def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_specs, cache_dir):
-    worst = open_cache(cache_dir)["clip"].seals[0]["error"]["max"]
+    worst = open_cache(cache_dir)["clip"].seals[0].error.max
     strict = tiny_specs[0].with_changes(max_error=worst * 0.9)
     with pytest.raises(CacheError, match=r"'clip', rows .*; the spec allows max_error .*float16"):
         build(tmp_path / "cache", corpus_dir, [strict])
@@ -378,6 +378,10 @@ def test_channel_statistics_of_another_cache_are_taken_over(
     assert open_cache(own)["clip"].is_complete  # refused before anything was deleted
     with pytest.raises(CacheError, match="holds no calibration of 'conv'"):
         build(own, small, tiny_specs, channel_stats=own)
+    with pytest.raises(
+        CacheError, match=r"geometry 'crop', the build asks for 'pad'.*channel-stats"
+    ):
+        build(tmp_path / "pad", small, tiny_specs, channel_stats=cache_dir, geometry="pad")
 
 
 def test_sealed_teachers_without_cache_json_take_no_other_corpus(
@@ -434,3 +438,15 @@ def test_a_running_build_locks_its_teacher_alone(tmp_path, corpus_dir, tiny_spec
             build(out, corpus_dir, tiny_specs[:1])
         build(out, corpus_dir, tiny_specs[1:])
     build(out, corpus_dir, tiny_specs)
+
+
+@pytest.mark.parametrize("name", ["skipped.json", "skipped.parquet"])
+def test_a_damaged_list_of_skipped_images_is_mended_by_the_next_build(
+    tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot, name
+) -> None:
+    out = tmp_path / "cache"
+    shutil.copytree(cache_dir, out)
+    whole = snapshot(out)
+    (out / "clip.seals" / name).write_bytes(b"?")
+    build(out, corpus_dir, tiny_specs)
+    assert snapshot(out) == whole

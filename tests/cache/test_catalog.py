@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_named(tmp_path, corpora, key, value) -> None:
     update_catalog(open_storage(tmp_path), corpora["a"], "crop")
     storage = open_storage(tmp_path)
     write_sealed(storage, "cache.json", read_sealed(storage, "cache.json") | {key: value})
-    with pytest.raises(CacheError, match=f"format {value}|geometry '{value}'"):
+    with pytest.raises(CacheError, match=f"format {value}|geometry: .*found '{value}'"):
         open_catalog(open_storage(tmp_path))
 
 
@@ -103,3 +103,19 @@ def test_no_cache_and_damaged_tables_are_sentences(tmp_path, corpora) -> None:
     assert np.array_equal(
         update_catalog(open_storage(tmp_path), corpora["a"], "crop").rows, np.arange(10)
     )
+
+
+def test_the_same_images_in_other_tars_are_found_where_they_are_now(tmp_path, corpora) -> None:
+    storage = open_storage(tmp_path / "cache")
+    update_catalog(storage, corpora["ab"], "crop")
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(len(corpora["ab"])):
+        (images / f"{number:02d}.png").write_bytes(corpora["ab"].read_image(number))
+    pack_folder(images, tmp_path / "packed", num_workers=1, max_shard_bytes=4000)
+    moved = open_corpus(tmp_path / "packed")
+    assert moved.index["shard"].to_pylist() != corpora["ab"].index["shard"].to_pylist()
+    update_catalog(storage, moved, "crop")
+    held = open_catalog(storage).index
+    for column in ("shard", "offset"):
+        assert held[column].to_pylist() == moved.index[column].to_pylist()

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 
 from movekd.cache import layout
+from movekd.cache.catalog import update_catalog
 from movekd.cache.check import status, verify
 from movekd.cache.reader import open_cache
 from movekd.cache.seal import read_sealed, write_sealed
 from movekd.cache.storage import open_storage
+from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_folder
+from movekd.errors import CacheError
 
 
 @pytest.fixture
@@ -45,7 +49,11 @@ def test_every_missing_or_truncated_file_is_found(copy, snapshot) -> None:
         (copy / name).write_bytes(data[:-1])
         assert list(verify(copy)), name
         (copy / name).unlink()
-        assert list(verify(copy)), name
+        if name == layout.CACHE_JSON:
+            with pytest.raises(CacheError, match="holds no cache"):
+                list(verify(copy))
+        else:
+            assert list(verify(copy)), name
         (copy / name).write_bytes(data)
     assert list(verify(copy)) == []
 
@@ -139,10 +147,6 @@ def test_metadata_that_leads_out_of_the_group_is_not_followed(copy, tmp_path, ou
     assert any("outside of" in p for p in verify(copy))
 
 
-def test_no_cache_is_one_sentence(tmp_path) -> None:
-    assert [p for p in verify(tmp_path) if "holds no cache" in p]
-
-
 def test_status_counts_what_is_there(copy, cache_dir) -> None:
     clip, conv = status(open_cache(cache_dir))
     assert (clip.teacher, clip.images, clip.sealed_shards, clip.total_shards) == ("clip", 24, 1, 1)
@@ -155,3 +159,49 @@ def test_status_counts_what_is_there(copy, cache_dir) -> None:
     missing = status(open_cache(copy))[1]
     assert (missing.sealed_shards, missing.total_shards) == (0, 1)
     assert (missing.error_mean, missing.error_max, missing.size_bytes) == (None, None, 0)
+
+
+RECORDS = ["cache.json", "calibration.json", "metadata.json", "skipped.json", "00000.json"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("content", [{}, {"files": 3}, {"rows": [1]}, {"error": {}, "files": []}])
+def test_a_sealed_file_of_other_keys_is_a_sentence(copy, name, content) -> None:
+    """Its own checksum right: as another version, or somebody's script, may have written it."""
+    storage = open_storage(copy)
+    path = name if name == "cache.json" else f"clip.seals/{name}"
+    for changed in (content, read_sealed(storage, path) | content | {"colour": 1}):
+        write_sealed(storage, path, changed)
+        problems = list(verify(copy))
+        assert [p for p in problems if f"{path}: " in p and "by another version" in p], problems
+
+
+def test_damaged_seals_say_what_to_do(copy) -> None:
+    for name in RECORDS[1:]:
+        whole = (copy / "clip.seals" / name).read_bytes()
+        (copy / "clip.seals" / name).write_bytes(b"?")
+        problems = [p for p in verify(copy) if f"{name} is damaged" in p]
+        assert problems
+        assert all("again" in p or "--replace" in p for p in problems), problems
+        (copy / "clip.seals" / name).write_bytes(whole)
+
+
+def test_seals_of_other_images_are_found(copy, corpus_dir, tmp_path, crops) -> None:
+    """As after cache.json and its tables were restored from another cache of as many images."""
+    for number, image in enumerate(crops[1:25]):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image.rotate(90).save(tmp_path / "images" / f"{number:02d}.png")
+    pack_folder(tmp_path / "images", tmp_path / "other", num_workers=1)
+    update_catalog(open_storage(tmp_path / "made"), open_corpus(tmp_path / "other"), "crop")
+    for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
+        shutil.copy(tmp_path / "made" / name, copy / name)
+    problems = list(verify(copy))
+    assert any("clip.seals/00000.json was made for other images" in p for p in problems)
+    cache = open_cache(copy)
+    with pytest.raises(CacheError, match=r"clip\.zarr: the Zarr shards 0 were sealed for other"):
+        cache["clip"].require_images(cache.catalog)
+
+
+def test_no_cache_is_no_damaged_one(tmp_path) -> None:
+    with pytest.raises(CacheError, match="holds no cache"):
+        list(verify(tmp_path))

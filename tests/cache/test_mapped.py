@@ -300,3 +300,22 @@ def test_a_missing_file_and_foreign_chunks_are_a_sentence(teacher, arrays, own_g
     other = TeacherLayout(other.arrays, ROWS)
     with pytest.raises(CorruptCacheError, match="chunks of other sizes than the 12544 bytes"):
         read(MappedRows(own_group, other), other, [9])
+
+
+def test_no_files_left_is_not_called_damage(teacher, groups) -> None:
+    """In a child, whose limit ends with it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            store = MappedRows(groups[False], teacher)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+            try:
+                read(store, teacher, [0])
+            except CorruptCacheError:
+                code = 2
+            except CacheError as error:
+                code = 0 if "no files or maps left" in str(error) else 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -190,6 +190,39 @@ def test_a_server_that_stays_broken_is_a_sentence(
     assert everything(open_storage(f"{prefix}2")) == everything(open_storage(cache_dir))
 
 
+def test_endpoint_and_region_of_a_profile_are_those_of_the_rows_too(
+    server, prefix, cache_dir, tmp_path, monkeypatch
+) -> None:
+    """As ``aws configure`` writes them, and not in the environment."""
+    upload(cache_dir, prefix)
+    config = f"[default]\nregion = us-east-1\nendpoint_url = {server.endpoint}\n"
+    (tmp_path / "config").write_text(config)
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert in_flight.s3_settings()["endpoint"] == server.endpoint
+    assert in_flight.s3_settings()["aws_region"] == "us-east-1"
+    child = f"""
+from movekd.cache.reader import open_cache
+assert len(open_cache({prefix!r})["clip"].read([0, 5]).tokens_BND) == 2
+"""
+    subprocess.run([sys.executable, "-c", child], check=True)
+
+
+def test_a_server_that_goes_away_is_not_called_damage(
+    server, prefix, cache_dir, quick_retries, monkeypatch
+) -> None:
+    """Where rows are read through zarr as well: in a child forked from a reading process."""
+    upload(cache_dir, prefix)
+    opened = open_cache(prefix)["clip"]
+    monkeypatch.setattr(in_flight, "_used_in", -1)
+    assert len(opened.read([3]).tokens_BND) == 1
+    server.fail(("GET", "clip.zarr", "500", 10**6), ("HEAD", "clip.seals", "500", 10**6))
+    with pytest.raises(CacheError, match="several times") as caught:
+        opened.read([3])
+    assert not isinstance(caught.value, CorruptCacheError)
+
+
 def test_a_bucket_that_does_not_exist_is_named(server, corpus_dir, tiny_specs) -> None:
     server.fail()
     with pytest.raises(CacheError, match=r"no bucket 'elsewhere'.*correct --cache"):

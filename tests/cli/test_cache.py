@@ -64,7 +64,8 @@ def test_verify_exits_with_one_and_names_the_file(tmp_path, cache_dir) -> None:
     result = run("verify", cache)
     assert result.exit_code == 1
     assert f"{path} is damaged" in result.stdout
-    assert run("verify", tmp_path / "none").exit_code == 1
+    with pytest.raises(CacheError, match="holds no cache"):  # exit code 2
+        run("verify", tmp_path / "none")
 
 
 def test_skipped_images_are_listed_and_exit_with_one(tmp_path, teachers, corpus_dir) -> None:

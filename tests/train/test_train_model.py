@@ -202,8 +202,8 @@ def test_cached_targets_teach_what_live_ones_do(digits):
     live = {name: live_targets(digits, cache, name, images) for name in ("clip", "sam")}
     for name, targets in live.items():
         found = batch["targets"][name].standardised_BND
-        sealed = cache[name].seals[0]["error"]
-        assert relative_error(found, targets.standardised_BND) < 1.5 * sealed["mean"] + 1e-4
+        sealed = cache[name].seals[0].error
+        assert relative_error(found, targets.standardised_BND) < 1.5 * sealed.mean + 1e-4
     clip = batch["targets"]["clip"]
     torch.testing.assert_close(clip.cls_BD, live["clip"].cls_BD, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(
