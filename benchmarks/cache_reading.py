@@ -74,6 +74,10 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
         ours()
         memmap()
     ratio, low, high = interleaved_ratio(memmap, ours, pairs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a DataLoader's worker; numpy's gather has one at all times
+    alone = interleaved_ratio(memmap, ours, pairs)
+    torch.set_num_threads(threads)
     mean, std = store.stats.mean_D.numpy(), store.stats.std_D.numpy()
     arrays = {name: values.numpy() for name, values in out.items()}
     return [
@@ -84,6 +88,12 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
             f"over that of numpy's memmap gather ({best}); median of {pairs} pairs",
             (low, high),
             at_least=0.85,
+        ),
+        Figure(
+            "read_one_thread_over_memmap",
+            alone[0],
+            "the same with copies in one thread, as in a DataLoader's worker",
+            alone[1:],
         ),
         Figure("read_gb_s", gib_s(data, ours), "movekd's own rate, GB/s"),
         Figure("memmap_gb_s", gib_s(data, memmap), "numpy's, GB/s"),
