@@ -129,6 +129,7 @@ def bench_teacher() -> tuple[CacheSpec, Calibration, ChannelStats]:
         spec_fingerprint=spec.fingerprint,
         weights_sha256="0" * 64,
         dtype="float32",
+        is_compiled=False,
         batch_size=32,
         num_images=64,
         num_tokens=TOKENS,

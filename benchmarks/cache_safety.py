@@ -151,7 +151,7 @@ def part_teacher(folder: Path) -> dict[str, Any]:
     batch = next(
         iter(pixel_batches(open_corpus(folder / "corpus"), images, batches, num_workers=0))
     )
-    load_teacher(spec).forward(batch.pixels_BCHW)
+    load_teacher(spec).forward(batch.pixels("cpu"))
     return {"own_gib": peak_gib()}
 
 

@@ -66,7 +66,7 @@ def build_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
     batches = [list(range(start, start + 64)) for start in range(0, len(corpus), 64)]
     transform = image_transform(spec, "crop")
     pixels = [
-        batch.pixels_BCHW
+        batch.pixels("cpu")
         for batch in pixel_batches(corpus, transform, batches, num_workers=0)
     ]  # fmt: skip
 

@@ -4,11 +4,14 @@ Comes in: a loaded teacher and a corpus. Goes out: an empty group in the cache a
 calibration, which every resume, appended image and other machine goes on with.
 """
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from movekd.build.batch_size import largest_batch_size
 from movekd.build.live import LiveFeatures, live_features
 from movekd.build.options import BuildOptions, Progress
 from movekd.cache import layout
@@ -96,6 +99,16 @@ def sealed_calibration(storage: Storage, spec: CacheSpec) -> Calibration | None:
     )
 
 
+def settled(options: BuildOptions, calibration: Calibration) -> BuildOptions:
+    """Return the options with what a sealed calibration has settled."""
+    return replace(
+        options,
+        dtype=getattr(torch, calibration.dtype),
+        batch_size=calibration.batch_size,
+        compile=calibration.is_compiled,
+    )
+
+
 def calibrate(
     storage: Storage,
     corpus: Corpus,
@@ -111,6 +124,10 @@ def calibrate(
     uniform draw which does not depend on the corpus' (biased) order.
     """
     delete_teacher(storage, spec.name)
+    if options.compile:
+        teacher.compile_forward()
+    if options.batch_size is None:
+        options = replace(options, batch_size=largest_batch_size(teacher, options))
     chosen = np.sort(by_key(corpus)[: spec.calibration_images])
     statistics = StatsAccumulator()
     features: LiveFeatures | None = None
@@ -127,7 +144,8 @@ def calibrate(
         spec_fingerprint=spec.fingerprint,
         weights_sha256=teacher.weights_sha256,
         dtype=str(options.dtype).removeprefix("torch."),
-        batch_size=options.batch_size,
+        is_compiled=options.compile,
+        batch_size=options.images_a_pass,
         num_images=len(chosen),
         num_tokens=features.tokens_BND.shape[1],
         width=features.tokens_BND.shape[2],

@@ -1,40 +1,64 @@
-"""Images of a corpus as batches of pixels, decoded in worker processes ahead of the teacher.
+"""Images of a corpus as batches of pixels, decoded in worker processes ahead of the teachers.
 
-Legend: B batch, C colour channels, H height, W width.
+An image is decoded once, whoever needs it and at however many sizes. What travels from the
+workers, and to the device, is a byte a channel; the device normalises.
+
+Legend: B batch, C colour channels, H height, W width, S side of the square.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import Geometry, ImageTransform
+from movekd.corpus.images import Geometry, ImageTransform, Square, decode_image
 from movekd.corpus.index import Corpus
 from movekd.errors import UnreadableImageError
+
+Images = Sequence[int] | npt.NDArray[np.int64]
+"""Positions in a corpus."""
+_LOADED_TOGETHER = 8
+"""Images that a worker decodes and hands over at once."""
 
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """A batch of model input. An unreadable image is all zeros, so that the shape stays.
+    """A batch of one teacher's input. An unreadable image is black, so that the shape stays.
 
     Attributes:
         images: position of each image in the corpus.
-        pixels_BCHW: float32, normalised for the teacher.
+        levels_BHWC: uint8 (B, S, S, 3); page-locked if asked for.
+        shown: width and height of the image in each square, see ``Square``.
         unreadable: position in the batch -> reason.
+        transform: what normalises them.
     """
 
     images: list[int]
-    pixels_BCHW: Tensor
+    levels_BHWC: Tensor
+    shown: list[tuple[int, int]]
     unreadable: dict[int, str]
+    transform: ImageTransform
 
-    def pin_memory(self) -> "PixelBatch":
-        """Return the batch in page-locked memory; a DataLoader calls this."""
-        return PixelBatch(self.images, self.pixels_BCHW.pin_memory(), self.unreadable)
+    def pixels(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the normalised pixels (B, 3, S, S) on ``device``: what ``transform`` returns."""
+        levels_BHWC = self.levels_BHWC.to(device, non_blocking=True).int()
+        table = torch.from_numpy(self.transform.normalisation_table).to(device)
+        size = self.transform.image_size
+        pixels_BCHW = torch.empty(len(self.images), 3, size, size, dtype=dtype, device=device)
+        for channel in range(3):
+            level = levels_BHWC[..., channel].reshape(-1)
+            pixels_BCHW[:, channel] = table[channel].index_select(0, level).view(-1, size, size)
+        padding_C11 = torch.from_numpy(self.transform.padding_C).to(device)[:, None, None]
+        for pixels_CHW, (width, height) in zip(pixels_BCHW, self.shown, strict=True):
+            if (width, height) != (size, size):
+                pixels_CHW[:, height:, :] = padding_C11
+                pixels_CHW[:, :, width:] = padding_C11
+        return pixels_BCHW
 
 
 def image_transform(spec: CacheSpec, geometry: Geometry) -> ImageTransform:
@@ -57,48 +81,144 @@ def pixel_batches(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[PixelBatch]:
-    """Yield one PixelBatch for each list of image positions, in order.
+    """Yield one PixelBatch for each list of image positions, in order; see ``ImageStream``."""
+    wanted = [image for batch in batches for image in batch]
+    stream = ImageStream(
+        corpus, {transform: wanted}, wanted, num_workers=num_workers, pin_memory=pin_memory
+    )
+    for batch in batches:
+        yield stream.take(batch, transform)
+
+
+class ImageStream:
+    """Decoded images, each kept until all who want it have taken it.
 
     Args:
         corpus: where the bytes are.
-        transform: bytes -> pixels.
-        batches: positions in the corpus, a list a batch.
+        wanted: transform -> positions of the images that ``take`` will be asked for, each as
+            often as it will be. Equal transforms are one: an image is resized once for both.
+        order: positions in the order in which they are needed first; what is taken out of it
+            waits in memory for its turn. Repeats are dropped.
         num_workers: processes that decode ahead; 0 decodes in this one.
         pin_memory: page-locked batches, for a GPU.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _DecodedImages(corpus, transform),
-        batch_sampler=[list(batch) for batch in batches],
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        prefetch_factor=2 if num_workers else None,
-    )
-    yield from loader
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        wanted: Mapping[ImageTransform, Images],
+        order: Images,
+        *,
+        num_workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._pin_memory = pin_memory
+        self._left = {
+            transform: np.bincount(np.asarray(images, np.int64), minlength=len(corpus))
+            for transform, images in wanted.items()
+        }
+        self._transforms = list(self._left)
+        ordered = np.asarray(order, np.int64)
+        images = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
+        use = np.stack([left[images] > 0 for left in self._left.values()], axis=1)
+        groups = [
+            list(range(start, min(start + _LOADED_TOGETHER, len(images))))
+            for start in range(0, len(images), _LOADED_TOGETHER)
+        ]
+        self._loaded = iter(
+            DataLoader(
+                _DecodedImages(corpus, images, use, self._transforms),
+                batch_sampler=groups,
+                num_workers=num_workers,
+                collate_fn=_collate,
+                prefetch_factor=4 if num_workers else None,
+            )
+        )
+        self._squares: dict[tuple[int, ImageTransform], tuple[Tensor, int, int]] = {}
+        self._unreadable: dict[int, str] = {}
+
+    def take(self, images: Sequence[int], transform: ImageTransform) -> PixelBatch:
+        """Return a batch of images, waiting for those that are not decoded yet."""
+        left, size = self._left[transform], transform.image_size
+        levels_BHWC = torch.empty(
+            (len(images), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
+        )
+        shown, unreadable = [(size, size)] * len(images), {}
+        for place, image in enumerate(images):
+            while (image, transform) not in self._squares and image not in self._unreadable:
+                self._load_more()
+            if image in self._unreadable:
+                unreadable[place] = self._unreadable[image]
+                levels_BHWC[place] = 0
+                continue
+            levels_BHWC[place], *shown_here = self._squares[image, transform]
+            shown[place] = shown_here[0], shown_here[1]
+            left[image] -= 1
+            if not left[image]:
+                del self._squares[image, transform]
+        return PixelBatch(list(images), levels_BHWC, shown, unreadable, transform)
+
+    def _load_more(self) -> None:
+        loaded: _Loaded = next(self._loaded)
+        self._unreadable |= loaded.unreadable
+        for index, found in loaded.squares.items():
+            for place, (image, width, height) in enumerate(found.shown):
+                key = image, self._transforms[index]
+                self._squares[key] = found.levels_BHWC[place], width, height
 
 
-class _DecodedImages(Dataset[tuple[int, "np.ndarray[Any, Any] | str"]]):
-    """Image position -> (position, pixels (3, S, S) or why there are none)."""
+@dataclass(frozen=True)
+class _Squares:
+    """Images at one size: uint8 (B, S, S, 3), and for each its position, width and height."""
 
-    def __init__(self, corpus: Corpus, transform: ImageTransform) -> None:
-        self.corpus, self.transform = corpus, transform
+    levels_BHWC: Tensor
+    shown: list[tuple[int, int, int]]
 
-    def __getitem__(self, image: int) -> "tuple[int, np.ndarray[Any, Any] | str]":
-        data = self.corpus.read_image(image)
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a worker hands over: the index of a transform -> squares; position -> reason."""
+
+    squares: dict[int, _Squares]
+    unreadable: dict[int, str]
+
+
+_Item = tuple[int, "dict[int, Square] | str"]
+
+
+class _DecodedImages(Dataset[_Item]):
+    """Index -> (position, squares by the index of their transform, or why there are none)."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        images: npt.NDArray[np.int64],
+        use: npt.NDArray[np.bool_],
+        transforms: Sequence[ImageTransform],
+    ) -> None:
+        self._corpus, self._transforms = corpus, transforms
+        self._images, self._use = images, use
+
+    def __getitem__(self, index: int) -> _Item:
+        image = int(self._images[index])
         try:
-            return image, self.transform(data)
+            decoded = decode_image(self._corpus.read_image(image))
+            chosen = np.flatnonzero(self._use[index]).tolist()
+            return image, {which: self._transforms[which].square(decoded) for which in chosen}
         except UnreadableImageError as error:
             return image, str(error)
 
 
-def _collate(items: "list[tuple[int, np.ndarray[Any, Any] | str]]") -> PixelBatch:
-    unreadable = {i: pixels for i, (_, pixels) in enumerate(items) if isinstance(pixels, str)}
-    decoded = [pixels for _, pixels in items if not isinstance(pixels, str)]
-    shape = decoded[0].shape if decoded else None
-    if shape is None:
-        return PixelBatch([image for image, _ in items], torch.empty(0), unreadable)
-    stacked = np.zeros((len(items), *shape), np.float32)
-    for position, (_, pixels) in enumerate(items):
-        if not isinstance(pixels, str):
-            stacked[position] = pixels
-    return PixelBatch([image for image, _ in items], torch.from_numpy(stacked), unreadable)
+def _collate(items: list[_Item]) -> _Loaded:
+    unreadable = {image: found for image, found in items if isinstance(found, str)}
+    by_transform: dict[int, list[tuple[int, Square]]] = {}
+    for image, found in items:
+        if not isinstance(found, str):
+            for which, square in found.items():
+                by_transform.setdefault(which, []).append((image, square))
+    squares = {}
+    for which, some in by_transform.items():
+        levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
+        shown = [(image, square.width, square.height) for image, square in some]
+        squares[which] = _Squares(levels_BHWC, shown)
+    return _Loaded(squares, unreadable)

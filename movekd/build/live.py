@@ -74,7 +74,7 @@ def live_features(
         progress: called after each batch.
         what: what to tell ``progress``.
     """
-    size = options.batch_size
+    size = options.images_a_pass
     batches = pixel_batches(
         corpus,
         image_transform(teacher.spec, geometry),
@@ -87,8 +87,7 @@ def live_features(
         kept = [place for place in range(len(batch.images)) if place not in batch.unreadable]
         unreadable.update({batch.images[at]: reason for at, reason in batch.unreadable.items()})
         if kept:
-            pixels = batch.pixels_BCHW.to(options.device, options.dtype, non_blocking=True)
-            output = teacher.forward(pixels)
+            output = teacher.forward(batch.pixels(options.device, options.dtype))
             cls, attention = output.cls_BD, output.cls_attention_BHN
             # Picking copies them, which makes them usable in a graph: forward's are not.
             yield LiveFeatures(

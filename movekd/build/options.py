@@ -13,11 +13,21 @@ Progress = Callable[[str, int, int], None]
 class BuildOptions:
     """Where and how teachers run; nothing here changes which features are asked for.
 
-    Batch size and dtype decide the last bits of what comes out, so that those of the calibration
-    hold for the whole of a teacher's features.
+    Batch size, dtype and compilation decide the last bits of what comes out, so that those of the
+    calibration hold for the whole of a teacher's features.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    batch_size: int = 32
+    batch_size: int | None = 32
+    """None: the largest that fits, see ``batch_size``."""
     num_workers: int = 1
+    compile: bool = False
+    """Whether ``torch.compile`` fuses the teachers; it takes minutes at the start."""
+    concurrent: bool = False
+    """Whether several teachers stay on the device together instead of taking turns there."""
+
+    @property
+    def images_a_pass(self) -> int:
+        """The batch size where none is sealed: a few images, for a measurement."""
+        return self.batch_size or 8

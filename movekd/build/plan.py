@@ -153,7 +153,7 @@ def forward_rate(
         CacheError: no image of the first batch can be read.
     """
     spec = teacher.spec
-    images = [i % len(corpus) for i in range(options.batch_size)]
+    images = [i % len(corpus) for i in range(options.images_a_pass)]
     transform = image_transform(spec, "crop")
     batch = next(pixel_batches(corpus, transform, [images], num_workers=0))
     readable = [place for place in range(len(images)) if place not in batch.unreadable]
@@ -163,7 +163,7 @@ def forward_rate(
             f"({batch.unreadable[0]}), so there is nothing to measure with; mend them, or give a "
             "larger --batch-size."
         )
-    pixels = batch.pixels_BCHW[readable].to(options.device, options.dtype)
+    pixels = batch.pixels(options.device, options.dtype)[readable]
     output = teacher.forward(pixels)  # the first pass allocates; it is not timed
     started, done = time.perf_counter(), 0
     for _ in range(_MAX_BATCHES):

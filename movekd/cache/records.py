@@ -55,6 +55,8 @@ class Calibration(Record):
     weights_sha256: str
     dtype: str
     """Of the teacher's forward passes; ``float32``, ``bfloat16`` or ``float16``."""
+    is_compiled: bool
+    """Whether ``torch.compile`` fused the teacher."""
     batch_size: Annotated[int, Field(gt=0)]
     num_images: Count
     num_tokens: Count

@@ -10,6 +10,7 @@ import typer
 from movekd.cli.cache_plan import plan
 from movekd.cli.cache_report import fidelity, recompute_problems
 from movekd.cli.options import (
+    AutoBatchSize,
     BatchSize,
     Cache,
     CacheArgument,
@@ -52,10 +53,17 @@ def build(
     weights: WeightsOption = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: AutoBatchSize = "32",
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode images; all cores but one.")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Fuse teachers with torch.compile (minutes, once).")
+    ] = False,
+    concurrent: Annotated[
+        bool,
+        typer.Option("--concurrent", help="Keep all teachers on the device instead of by turns."),
+    ] = False,
     calibration_images: Annotated[
         int | None, typer.Option(min=1, help="Images that fix the channel statistics.")
     ] = None,
@@ -89,7 +97,9 @@ def build(
         weights=weights,
         calibration_images=calibration_images,
     )
-    options = build_options(device, dtype, batch_size, num_workers)
+    options = build_options(
+        device, dtype, batch_size, num_workers, compile=compile, concurrent=concurrent
+    )
     summaries = []
     with progress_bar() as progress:
         for summary in build_cache(

@@ -41,6 +41,10 @@ WeightsOption = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+AutoBatchSize = Annotated[
+    str,
+    typer.Option(help="Images a forward pass, or `auto`: the largest that the device holds."),
+]
 StudentGrid = Annotated[
     int, typer.Option(min=1, help="Side of the student's grid, for what is pooled to it.")
 ]
@@ -76,7 +80,13 @@ def read_specs(
 
 
 def build_options(
-    device: str, dtype: str, batch_size: int, num_workers: int | None
+    device: str,
+    dtype: str,
+    batch_size: int | str,
+    num_workers: int | None,
+    *,
+    compile: bool = False,
+    concurrent: bool = False,
 ) -> "BuildOptions":
     """Return where and how a build runs, `auto` resolved."""
     import os
@@ -101,7 +111,13 @@ def build_options(
         raise ConfigError(f"--dtype is '{dtype}'; expected auto, float32, bfloat16 or float16.")
     if num_workers is None:
         num_workers = max((os.cpu_count() or 1) - 1, 1)
-    return BuildOptions(device, getattr(torch, dtype), batch_size, num_workers)
+    if isinstance(batch_size, str) and batch_size != "auto" and not batch_size.isdecimal():
+        raise ConfigError(f"--batch-size is '{batch_size}'; expected a number or `auto`.")
+    images = None if batch_size == "auto" else int(batch_size)
+    if images == 0:
+        raise ConfigError("--batch-size is 0; expected at least 1, or `auto`.")
+    kind = getattr(torch, dtype)
+    return BuildOptions(device, kind, images, num_workers, compile=compile, concurrent=concurrent)
 
 
 def check_geometry(geometry: str) -> Any:

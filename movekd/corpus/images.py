@@ -81,6 +81,21 @@ class ImageInfo(NamedTuple):
     height: int
 
 
+class Square(NamedTuple):
+    """An image at a model's size, before normalisation.
+
+    Attributes:
+        levels_HWC: uint8 (S, S, 3).
+        width: columns that show the image, from the left; the rest is padding that comes after
+            the normalisation (``longest_side`` alone has any).
+        height: rows that do, from the top.
+    """
+
+    levels_HWC: NDArray[np.uint8]
+    width: int
+    height: int
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Image bytes to one model's input.
@@ -110,22 +125,42 @@ class ImageTransform:
         Raises:
             UnreadableImageError: ``data`` is not an image that can be decoded.
         """
-        image = decode_image(data)
-        fill = self.mean if self.fill is None else self.fill
-        square = apply_geometry(image, self.image_size, self.geometry, self.resample, fill)
-        levels_HWC = np.asarray(square)
-        table = _normalisation_table(self.mean, self.std)
+        square = self.square(decode_image(data))
+        table = self.normalisation_table
         pixels_CHW = np.empty((3, self.image_size, self.image_size), np.float32)
         for channel in range(3):
-            np.take(table[channel], levels_HWC[..., channel], out=pixels_CHW[channel], mode="clip")
-        if self.geometry == "longest_side":
-            # SAM pads after normalising, so its padding never sees the rounding to 8 bits.
-            width, height = _fit(image.size, self.image_size)
-            mean_C, std_C = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-            level_C = (np.array(fill, np.float32) - mean_C) / std_C
-            pixels_CHW[:, height:, :] = level_C[:, None, None]
-            pixels_CHW[:, :, width:] = level_C[:, None, None]
+            levels_HW = square.levels_HWC[..., channel]
+            np.take(table[channel], levels_HW, out=pixels_CHW[channel], mode="clip")
+        pixels_CHW[:, square.height :, :] = self.padding_C[:, None, None]
+        pixels_CHW[:, :, square.width :] = self.padding_C[:, None, None]
         return pixels_CHW
+
+    def square(self, image: Image.Image) -> "Square":
+        """Return a decoded image as the square that is normalised, a byte a channel."""
+        size = self.image_size
+        square = apply_geometry(image, size, self.geometry, self.resample, self._fill)
+        width, height = (size, size)
+        if self.geometry == "longest_side":
+            width, height = _fit(image.size, size)
+        return Square(np.asarray(square), width, height)
+
+    @property
+    def normalisation_table(self) -> NDArray[np.float32]:
+        """The model's input for each channel and each of the 256 levels, float32 (3, 256)."""
+        return _normalisation_table(self.mean, self.std)
+
+    @property
+    def padding_C(self) -> NDArray[np.float32]:
+        """The model's input where ``longest_side`` pads, float32 (3,).
+
+        SAM pads after normalising, so its padding never sees the rounding to 8 bits.
+        """
+        mean_C, std_C = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return np.asarray((np.array(self._fill, np.float32) - mean_C) / std_C, np.float32)
+
+    @property
+    def _fill(self) -> Colour:
+        return self.mean if self.fill is None else self.fill
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -56,6 +56,7 @@ class Teacher(nn.Module):
         self.spec, self.weights_sha256 = spec, weights_sha256
         self.module = trunk.module.eval().requires_grad_(False)
         self._run, self._num_prefix = trunk.run, trunk.num_prefix
+        self._is_compiled = False
         self._caught: dict[str, Tensor] = {}
         self._watch(trunk)
 
@@ -93,6 +94,11 @@ class Teacher(nn.Module):
                 trunk.num_prefix,
                 lambda row_BHN: self._caught.__setitem__("attention", row_BHN),
             )
+
+    def compile_forward(self) -> None:
+        """Fuse the network with ``torch.compile``; a shape of input is compiled when it comes."""
+        if not self._is_compiled:
+            self._run, self._is_compiled = torch.compile(self._run, dynamic=False), True
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> TeacherOutput:

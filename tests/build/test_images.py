@@ -1,7 +1,11 @@
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
-from movekd.build.images import image_transform, pixel_batches
+from movekd.build import images
+from movekd.build.images import ImageStream, image_transform, pixel_batches
 from movekd.corpus.index import open_corpus
 
 BATCHES = [[3, 1], [0], [5, 4, 2, 7]]
@@ -16,7 +20,7 @@ def test_batches_come_in_order_whatever_the_workers(corpus_dir, tiny_specs, num_
     for batch in found:
         assert batch.unreadable == {}
         expected = [transform(corpus.read_image(image)) for image in batch.images]
-        for pixels, single in zip(batch.pixels_BCHW, expected, strict=True):
+        for pixels, single in zip(batch.pixels("cpu"), expected, strict=True):
             assert torch.equal(pixels, torch.from_numpy(single))
 
 
@@ -34,7 +38,61 @@ def test_unreadable_images_keep_their_place(damaged_corpus, tiny_specs) -> None:
     one, two, three = pixel_batches(corpus, transform, batches, num_workers=0)
     assert list(one.unreadable) == [0]
     assert list(two.unreadable) == [2]
-    assert torch.equal(one.pixels_BCHW[1], torch.from_numpy(transform(corpus.read_image(0))))
-    assert (two.pixels_BCHW[2] == 0).all()
+    assert torch.equal(one.pixels("cpu")[1], torch.from_numpy(transform(corpus.read_image(0))))
+    assert (two.levels_BHWC[2] == 0).all()
     assert list(three.unreadable) == [0]
-    assert three.pixels_BCHW.numel() == 0
+
+
+@pytest.mark.parametrize("geometry", ["crop", "pad", "stretch", "longest_side"])
+@pytest.mark.parametrize("fill", [None, (0.2, 0.5, 0.9)])
+def test_the_device_normalises_as_the_transform_does(
+    corpus_dir, tiny_specs, geometry, fill
+) -> None:
+    """Bit by bit; ``longest_side`` pads after it, with values that no byte holds."""
+    corpus = open_corpus(corpus_dir)
+    spec = tiny_specs[0].with_changes(mean=(0.1, 0.35, 0.7), std=(0.2, 0.3, 0.4), fill=fill)
+    transform = image_transform(spec, geometry)
+    (batch,) = pixel_batches(corpus, transform, [range(24)], num_workers=0)
+    expected = np.stack([transform(corpus.read_image(image)) for image in range(24)])
+    assert torch.equal(batch.pixels("cpu"), torch.from_numpy(expected))
+    half = batch.pixels("cpu", torch.bfloat16)
+    assert torch.equal(half, torch.from_numpy(expected).bfloat16())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_is_decoded_once_for_all_who_want_it(
+    corpus_dir, tiny_specs, num_workers, monkeypatch, tmp_path
+) -> None:
+    """By two sizes, in other batches and with repeats, one of them far ahead of the other."""
+    decoded = tmp_path / "decoded"
+    original = images.decode_image
+
+    def counted(data):
+        with decoded.open("a") as file:
+            file.write("1")
+        return original(data)
+
+    monkeypatch.setattr(images, "decode_image", counted)
+    corpus = open_corpus(corpus_dir)
+    small = image_transform(tiny_specs[0], "crop")
+    large = dataclasses.replace(small, image_size=80)
+    wanted = {small: [0, 1, 2, 3, 2, 9], large: [2, 3, 9, 12]}
+    stream = ImageStream(corpus, wanted, [0, 1, 2, 3, 9, 12], num_workers=num_workers)
+    for transform, batch in (
+        (small, [0, 1, 2]), (small, [3, 2]), (large, [2]), (small, [9]), (large, [3, 9, 12])
+    ):  # fmt: skip
+        found = stream.take(batch, transform)
+        assert found.images == batch
+        expected = np.stack([transform(corpus.read_image(image)) for image in batch])
+        assert torch.equal(found.pixels("cpu"), torch.from_numpy(expected))
+    assert decoded.read_text() == "1" * 6
+    assert not stream._squares  # nothing is kept once all have had it
+
+
+def test_two_teachers_of_equal_input_share_what_is_resized(corpus_dir, tiny_specs) -> None:
+    corpus = open_corpus(corpus_dir)
+    one, other = (image_transform(tiny_specs[0], "crop") for _ in range(2))
+    assert one == other
+    stream = ImageStream(corpus, {one: [4, 4]}, [4], num_workers=0)
+    first, second = stream.take([4], one), stream.take([4], other)
+    assert torch.equal(first.levels_BHWC, second.levels_BHWC)

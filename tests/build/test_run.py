@@ -1,5 +1,6 @@
 """Legend: N tokens, D channels."""
 
+import dataclasses
 import os
 import random
 import resource
@@ -14,18 +15,21 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from movekd.build import images
 from movekd.build.images import image_transform
 from movekd.build.lock import build_lock
 from movekd.build.options import BuildOptions
+from movekd.build.pipeline import TeacherBuild
 from movekd.build.recompute import recompute
 from movekd.build.run import build_cache
+from movekd.build.shard import ShardInMemory
 from movekd.cache import layout
 from movekd.cache.check import verify
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
-from movekd.errors import CacheError
+from movekd.errors import CacheError, WeightsError
 from movekd.teachers import load_teacher
 
 OPTIONS = BuildOptions(batch_size=5, num_workers=0)
@@ -449,4 +453,97 @@ def test_a_damaged_list_of_skipped_images_is_mended_by_the_next_build(
     whole = snapshot(out)
     (out / "clip.seals" / name).write_bytes(b"?")
     build(out, corpus_dir, tiny_specs)
+    assert snapshot(out) == whole
+
+
+def test_a_batch_size_that_was_found_is_sealed(tmp_path, corpus_dir, tiny_specs, snapshot) -> None:
+    auto = BuildOptions(batch_size=None, num_workers=0)
+    build(tmp_path / "auto", corpus_dir, tiny_specs, options=auto)
+    sealed = open_cache(tmp_path / "auto")["clip"].calibration.batch_size
+    assert sealed == 8
+    given = BuildOptions(batch_size=sealed, num_workers=0)
+    build(tmp_path / "given", corpus_dir, tiny_specs, options=given)
+    assert snapshot(tmp_path / "auto") == snapshot(tmp_path / "given")
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_teachers_built_together_are_those_built_alone_from_images_decoded_once(
+    tmp_path, corpus_dir, tiny_specs, small_shards, snapshot, monkeypatch, concurrent
+) -> None:
+    """In turns of several Zarr shards, of which one teacher has half as many rows."""
+    for spec in tiny_specs:
+        build(tmp_path / "alone", corpus_dir, [spec])
+    for name in ("clip.seals/00001.json", "conv.seals/00002.json"):
+        shutil.copytree(tmp_path / "alone", tmp_path / name[:4], dirs_exist_ok=True)
+        (tmp_path / name[:4] / name).unlink()
+    decoded, moves = [], []
+    original, moved = images.decode_image, TeacherBuild.move_to
+    monkeypatch.setattr(images, "decode_image", lambda data: decoded.append(1) or original(data))
+    monkeypatch.setattr(
+        TeacherBuild, "move_to", lambda self, device: moves.append(device) or moved(self, device)
+    )
+    options = dataclasses.replace(OPTIONS, concurrent=concurrent)
+    build(tmp_path / "together", corpus_dir, tiny_specs, options=options)
+    assert snapshot(tmp_path / "together") == snapshot(tmp_path / "alone")
+    assert len(decoded) == 12 + 12 + 24  # two calibrations, then all of them once
+    assert bool(moves) is not concurrent
+    decoded.clear()
+    for name in ("clip", "conv"):  # one of three Zarr shards of eight rows is missing
+        build(tmp_path / name, corpus_dir, tiny_specs, options=options)
+        assert snapshot(tmp_path / name) == snapshot(tmp_path / "alone")
+    assert len(decoded) == 16
+
+
+def test_a_batch_that_fails_behind_the_teacher_is_never_sealed(
+    tmp_path, corpus_dir, tiny_specs, monkeypatch, small_shards
+) -> None:
+    """Its neighbours of the same Zarr shard may be on their way by then."""
+    original, calls = ShardInMemory.add, []
+
+    def fail_once(self, output, batch, stats):
+        calls.append(self)
+        if len(calls) == 3:
+            raise CacheError("a feature is not a number")
+        original(self, output, batch, stats)
+
+    monkeypatch.setattr(ShardInMemory, "add", fail_once)
+    with pytest.raises(CacheError, match="not a number"):
+        build(tmp_path / "cache", corpus_dir, tiny_specs[:1])
+    failed = calls[2]._unit.shard
+    seals = [p.name for p in (tmp_path / "cache" / "clip.seals").glob("0*.json")]
+    assert seals == [f"{shard:05d}.json" for shard in range(failed)]
+
+
+def test_weights_out_of_reach_stop_a_build_before_any_teacher_runs(
+    tmp_path, corpus_dir, tiny_specs
+) -> None:
+    lost = tiny_specs[1].with_changes(weights=str(tmp_path / "none.safetensors"))
+    with pytest.raises(WeightsError, match="does not exist"):
+        build(tmp_path / "cache", corpus_dir, [tiny_specs[0], lost])
+    assert not list((tmp_path / "cache" / "clip.seals").glob("0*.json"))
+    build(tmp_path / "cache", corpus_dir, tiny_specs)
+    assert list(verify(tmp_path / "cache")) == []
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_says_the_same_and_is_sealed_as_compiled(
+    tmp_path, corpus_dir, tiny_specs, snapshot
+) -> None:
+    options = dataclasses.replace(OPTIONS, compile=True)
+    out = tmp_path / "compiled"
+    build(out, corpus_dir, tiny_specs, options=options)
+    build(tmp_path / "plain", corpus_dir, tiny_specs)
+    compiled, plain = open_cache(out), open_cache(tmp_path / "plain")
+    for teacher in plain:
+        assert compiled[teacher].calibration.is_compiled
+        assert not plain[teacher].calibration.is_compiled
+        found, expected = compiled[teacher].read(range(24)), plain[teacher].read(range(24))
+        torch.testing.assert_close(found.tokens_BND, expected.tokens_BND, rtol=0.02, atol=0.05)
+        if expected.cls_attention_BHN is not None:
+            torch.testing.assert_close(
+                found.cls_attention_BHN, expected.cls_attention_BHN, rtol=1e-2, atol=1e-4
+            )
+    whole = snapshot(out)
+    (out / layout.seal_name("clip", 0)).unlink()
+    build(out, corpus_dir, tiny_specs)  # goes on as it was begun
     assert snapshot(out) == whole

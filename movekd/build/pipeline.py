@@ -1,0 +1,128 @@
+"""One teacher's way from pixels to sealed Zarr shards.
+
+    ImageStream (worker processes) -> teacher (device) -> grid, codec (device, a thread behind)
+    -> one Zarr shard in memory -> write and seal (a thread behind that)
+
+Comes in: what is missing of a teacher, and a stream of decoded images. ``build.run`` decides whose
+turn it is.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from movekd.build.behind import Behind
+from movekd.build.images import ImageStream, PixelBatch, image_transform
+from movekd.build.options import BuildOptions, Progress
+from movekd.build.shard import ShardInMemory, Unit
+from movekd.cache import grid
+from movekd.cache.catalog import Catalog
+from movekd.cache.layout import TeacherLayout
+from movekd.cache.reader import TeacherCache
+from movekd.cache.spec import CacheSpec
+from movekd.teachers import Teacher, TeacherOutput
+
+
+@dataclass(frozen=True)
+class Threads:
+    """What runs behind the device, shared by all teachers of a build."""
+
+    encoder: Behind
+    writer: Behind
+
+
+class TeacherBuild:
+    """One teacher while its features are built.
+
+    Attributes:
+        spec: what is built.
+        units: the Zarr shards that are missing.
+        transform: what makes its input.
+        seconds: how long it had its turn.
+        num_done: images that have passed.
+    """
+
+    def __init__(
+        self,
+        store: TeacherCache,
+        catalog: Catalog,
+        teacher: Teacher | None,
+        spec: CacheSpec,
+        options: BuildOptions,
+    ) -> None:
+        """Take stock; ``teacher`` may be None where nothing is missing."""
+        self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
+        self.transform = image_transform(spec, catalog.geometry)
+        self.units = _units(catalog, store.layout, store.missing_shards)
+        self.num_images = sum(len(unit.images) for unit in self.units)
+        self.seconds, self.num_done = 0.0, 0
+        self._stats = store.stats.to(torch.device(options.device))
+
+    def move_to(self, device: str) -> None:
+        """Bring the teacher to a device, or away from one."""
+        assert self._teacher is not None
+        self._teacher.to(device)
+
+    def run(
+        self, units: Sequence[Unit], stream: ImageStream, behind: Threads, progress: Progress
+    ) -> None:
+        """Run the teacher over some units; they are written and sealed behind it."""
+        assert self._teacher is not None
+        started = time.perf_counter()
+        for unit in units:
+            filling = ShardInMemory(self.store, unit, self.spec.max_error)
+            for images in _chunks(unit.images, self.store.calibration.batch_size):
+                batch = stream.take(images.tolist(), self.transform)
+                output = None
+                if len(batch.unreadable) < len(batch.images):
+                    pixels = batch.pixels(self._options.device, self._options.dtype)
+                    output = self._teacher.forward(pixels)
+                behind.encoder.submit(self._encode, filling, output, batch)
+                self.num_done += len(batch.images)
+                progress(f"{self.spec.name}: build", self.num_done, self.num_images)
+            behind.encoder.submit(self._write, filling, behind.writer)
+        self.seconds += time.perf_counter() - started
+
+    def _encode(
+        self, filling: ShardInMemory, output: TeacherOutput | None, batch: PixelBatch
+    ) -> None:
+        if output is None:
+            filling.skip(batch)
+        else:
+            filling.add(_on_grid(output, self.spec), batch, self._stats)
+
+    def _write(self, filling: ShardInMemory, writer: Behind) -> None:
+        writer.submit(filling.write, self.store.storage)
+
+
+def _units(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> list[Unit]:
+    """Return the units of the given Zarr shards; a shard wholly in a gap has no rows."""
+    rows = catalog.rows
+    units = []
+    for shard in shards:
+        first = shard * teacher.rows_per_shard
+        low, high = np.searchsorted(rows, [first, first + teacher.rows_per_shard])
+        keys = catalog.keys_checksum(first, first + teacher.rows_per_shard)
+        units.append(Unit(shard, rows[low:high], np.arange(low, high), keys))
+    return units
+
+
+def _on_grid(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
+    """Return the output resized to the grid that the spec stores."""
+    if spec.grid == "native":
+        return output
+    attention = output.cls_attention_BHN
+    return TeacherOutput(
+        grid.resize_tokens(output.tokens_BND.float(), spec.grid),
+        output.cls_BD,
+        None if attention is None else grid.resize_attention(attention.float(), spec.grid),
+    )
+
+
+def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

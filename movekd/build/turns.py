@@ -1,0 +1,101 @@
+"""Several teachers over the same decoded images, one of them on the device at a time.
+
+Comes in: what is missing of each teacher. A turn is a row range, whole Zarr shards of everyone; in
+it, one teacher after the other runs over its images. ``build.pipeline`` is what happens then.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from movekd.build.behind import Behind
+from movekd.build.images import ImageStream
+from movekd.build.options import BuildOptions, Progress
+from movekd.build.pipeline import TeacherBuild, Threads
+from movekd.build.shard import Unit
+from movekd.cache.layout import MAX_SHARD_ROWS
+from movekd.corpus.images import ImageTransform
+from movekd.corpus.index import Corpus
+
+WAITING_BYTES = 2 * 2**30
+"""Decoded images that may wait for the other teachers of a turn."""
+
+Turn = list[tuple[TeacherBuild, list[Unit]]]
+
+
+def take_turns(
+    builds: Sequence[TeacherBuild],
+    corpus: Corpus,
+    options: BuildOptions,
+    has_company: bool,
+    progress: Progress,
+) -> None:
+    """Run every teacher over the images that it lacks.
+
+    Args:
+        builds: the teachers; those that lack nothing take no turn.
+        corpus: the images.
+        options: device and decoding processes.
+        has_company: whether a teacher must leave the device for the next one.
+        progress: told of every batch.
+    """
+    turns = _turns(builds)
+    if not turns:
+        return
+    with Behind("movekd-write", 1) as writer, Behind("movekd-encode", 2) as encoder:
+        stream = _stream(turns, corpus, options)
+        for turn in turns:
+            for build, units in turn:
+                if has_company:
+                    build.move_to(options.device)
+                build.run(units, stream, Threads(encoder, writer), progress)
+                if has_company:
+                    build.move_to("cpu")
+
+
+def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:
+    """Return who has which units in which turn, in row order."""
+    if not builds:
+        return []
+    rows = _rows_a_turn(builds)
+    by_number: dict[int, dict[TeacherBuild, list[Unit]]] = {}
+    for build in builds:
+        for unit in build.units:
+            number = unit.shard * build.store.layout.rows_per_shard // rows
+            by_number.setdefault(number, {}).setdefault(build, []).append(unit)
+    return [list(turn.items()) for _, turn in sorted(by_number.items())]
+
+
+def _rows_a_turn(builds: Sequence[TeacherBuild]) -> int:
+    """Return how many rows a turn has.
+
+    What the first teacher of a turn has passed waits for the others in memory; the longer a turn,
+    the more rarely teachers move to the device and away.
+    """
+    rows = max(build.store.layout.rows_per_shard for build in builds)
+    if len(builds) > 1:
+        transforms = {build.transform for build in builds}
+        image_bytes = sum(3 * transform.image_size**2 for transform in transforms)
+        while 2 * rows <= MAX_SHARD_ROWS and 2 * rows * image_bytes <= WAITING_BYTES:
+            rows *= 2
+    return rows
+
+
+def _stream(turns: Sequence[Turn], corpus: Corpus, options: BuildOptions) -> ImageStream:
+    order: list[npt.NDArray[np.int64]] = []
+    wanted: dict[ImageTransform, list[npt.NDArray[np.int64]]] = {}
+    for turn in turns:
+        images: list[npt.NDArray[np.int64]] = []
+        for build, units in turn:
+            own = [unit.images for unit in units]
+            wanted.setdefault(build.transform, []).extend(own)
+            images.extend(own)
+        order.append(np.unique(np.concatenate(images)))
+    return ImageStream(
+        corpus,
+        {transform: np.concatenate(images) for transform, images in wanted.items()},
+        np.concatenate(order),
+        num_workers=options.num_workers,
+        pin_memory=options.device.startswith("cuda"),
+    )
