@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from movekd.corpus.anyres import anyres_canvas, cut_tile, num_views
 from movekd.errors import UnreadableImageError
 
 Geometry = Literal["crop", "pad", "stretch", "longest_side"]
@@ -86,15 +87,16 @@ class ImageTransform:
     """Image bytes to one model's input.
 
     ``crop`` is bit-equal to the PIL-backed Hugging Face CLIP processor, ``pad`` to LLaVA's
-    padding followed by it, ``longest_side`` to the PIL-backed SAM processor.
+    padding followed by it, ``longest_side`` to the PIL-backed SAM processor, ``stretch`` and the
+    tiles, at 336 pixels, to the PIL-backed LLaVA-NeXT processor.
 
     Attributes:
         image_size: side S in pixels.
-        geometry: how the image becomes a square.
+        geometry: how the whole image becomes a square; tiles are squares.
         resample: Pillow filter.
         mean: channel means, of pixels in 0..1.
         std: channel standard deviations.
-        fill: colour of padding in 0..1; None is the mean.
+        fill: colour of padding in 0..1; None is the mean. Tiles are padded with black.
     """
 
     image_size: int
@@ -104,28 +106,66 @@ class ImageTransform:
     std: Colour
     fill: Colour | None = None
 
-    def __call__(self, data: bytes) -> NDArray[np.float32]:
-        """Return ``data`` as float32 pixels (3, S, S), normalised.
+    def __call__(self, data: bytes, view: int = 0) -> NDArray[np.float32]:
+        """Return one view of ``data`` as float32 pixels (3, S, S), normalised.
 
         Raises:
-            UnreadableImageError: ``data`` is not an image that can be decoded.
+            UnreadableImageError: ``data`` is not an image that can be decoded, or has no such view.
         """
-        image = decode_image(data)
-        fill = self.mean if self.fill is None else self.fill
-        square = apply_geometry(image, self.image_size, self.geometry, self.resample, fill)
+        return ImageViews(self, data).pixels(view)
+
+
+class ImageViews:
+    """One image for one model, decoded once for all of its views."""
+
+    def __init__(self, transform: ImageTransform, data: bytes) -> None:
+        """Decode the image.
+
+        Raises:
+            UnreadableImageError: as ``decode_image``.
+        """
+        self._transform, self._image = transform, decode_image(data)
+
+    def pixels(self, view: int) -> NDArray[np.float32]:
+        """Return the model's input for one view: float32 pixels (3, S, S), normalised.
+
+        Raises:
+            UnreadableImageError: the image has no such view.
+        """
+        of, size = self._transform, self._transform.image_size
+        fill = of.mean if of.fill is None else of.fill
+        if view == 0:
+            square = apply_geometry(self._image, size, of.geometry, of.resample, fill)
+        else:
+            self._require(view)
+            square = cut_tile(self._canvas, size, view)
         levels_HWC = np.asarray(square)
-        table = _normalisation_table(self.mean, self.std)
-        pixels_CHW = np.empty((3, self.image_size, self.image_size), np.float32)
+        table = _normalisation_table(of.mean, of.std)
+        pixels_CHW = np.empty((3, size, size), np.float32)
         for channel in range(3):
             np.take(table[channel], levels_HWC[..., channel], out=pixels_CHW[channel], mode="clip")
-        if self.geometry == "longest_side":
+        if view == 0 and of.geometry == "longest_side":
             # SAM pads after normalising, so its padding never sees the rounding to 8 bits.
-            width, height = _fit(image.size, self.image_size)
-            mean_C, std_C = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+            width, height = _fit(self._image.size, size)
+            mean_C, std_C = np.array(of.mean, np.float32), np.array(of.std, np.float32)
             level_C = (np.array(fill, np.float32) - mean_C) / std_C
             pixels_CHW[:, height:, :] = level_C[:, None, None]
             pixels_CHW[:, :, width:] = level_C[:, None, None]
         return pixels_CHW
+
+    @cached_property
+    def _canvas(self) -> Image.Image:
+        of = self._transform
+        return anyres_canvas(self._image, of.image_size, _FILTERS[of.resample])
+
+    def _require(self, view: int) -> None:
+        width, height = self._image.size
+        count = int(num_views([width], [height])[0])
+        if not 0 <= view < count:
+            raise UnreadableImageError(
+                f"view {view} was asked for, but the image is {width} x {height} pixels and has "
+                f"the views 0 to {count - 1}; its size in the index is another. Pack it again."
+            )
 
 
 def decode_image(data: bytes) -> Image.Image:
