@@ -159,7 +159,7 @@ def _build_teacher(
     skipped = _skipped_table(catalog, store.skipped)
     write_skipped(storage, spec.name, skipped)
     return BuildSummary(
-        status=teacher_status(store, catalog.num_images),
+        status=teacher_status(store, catalog),
         images_built=sum(len(unit.images) for unit in units),
         skipped=dict(zip(*(skipped[name].to_pylist() for name in ("key", "reason")), strict=True)),
         seconds=time.perf_counter() - started,
