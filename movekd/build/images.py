@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import Geometry, ImageTransform
+from movekd.corpus.images import Geometry, ImageTransform, ImageViews
 from movekd.corpus.index import Corpus
 from movekd.errors import UnreadableImageError
 
@@ -56,6 +56,7 @@ def pixel_batches(
     *,
     num_workers: int,
     pin_memory: bool = False,
+    views: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[PixelBatch]:
     """Yield one PixelBatch for each list of image positions, in order.
 
@@ -65,10 +66,16 @@ def pixel_batches(
         batches: positions in the corpus, a list a batch.
         num_workers: processes that decode ahead; 0 decodes in this one.
         pin_memory: page-locked batches, for a GPU.
+        views: which view of each; the base view unless given.
     """
+    if views is None:
+        views = [[0] * len(batch) for batch in batches]
     loader: DataLoader[Any] = DataLoader(
         _DecodedImages(corpus, transform),
-        batch_sampler=[list(batch) for batch in batches],
+        batch_sampler=[
+            list(zip(batch, of_batch, strict=True))
+            for batch, of_batch in zip(batches, views, strict=True)
+        ],
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -78,15 +85,21 @@ def pixel_batches(
 
 
 class _DecodedImages(Dataset[tuple[int, "np.ndarray[Any, Any] | str"]]):
-    """Image position -> (position, pixels (3, S, S) or why there are none)."""
+    """(Image position, view) -> (position, pixels (3, S, S) or why there are none).
+
+    The last image is kept, decoded: its other views are asked for next.
+    """
 
     def __init__(self, corpus: Corpus, transform: ImageTransform) -> None:
         self.corpus, self.transform = corpus, transform
+        self._last: tuple[int, ImageViews] | None = None
 
-    def __getitem__(self, image: int) -> "tuple[int, np.ndarray[Any, Any] | str]":
-        data = self.corpus.read_image(image)
+    def __getitem__(self, asked: tuple[int, int]) -> "tuple[int, np.ndarray[Any, Any] | str]":
+        image, view = asked
         try:
-            return image, self.transform(data)
+            if self._last is None or self._last[0] != image:
+                self._last = image, ImageViews(self.transform, self.corpus.read_image(image))
+            return image, self._last[1].pixels(view)
         except UnreadableImageError as error:
             return image, str(error)
 

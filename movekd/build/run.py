@@ -44,6 +44,7 @@ from movekd.cache.writer import (
     resize_group,
     write_skipped,
 )
+from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
@@ -56,6 +57,7 @@ class BuildSummary:
 
     status: TeacherStatus
     images_built: int
+    """Rows, which are views of images."""
     skipped: Mapping[str, str]
     seconds: float
     calibration_seconds: float
@@ -67,6 +69,7 @@ def build_cache(
     specs: Sequence[CacheSpec],
     *,
     geometry: Geometry,
+    views: Views = "base",
     options: BuildOptions,
     replace: bool = False,
     channel_stats: str | Path | Storage | None = None,
@@ -83,6 +86,7 @@ def build_cache(
         corpus: the images.
         specs: the teachers.
         geometry: how every image becomes a square; one a cache.
+        views: whether to build the tiles of every image as well; one answer a cache.
         options: where and how to run.
         replace: delete what the cache holds of these teachers first.
         channel_stats: another cache whose sealed calibration a new teacher takes over, so that
@@ -92,8 +96,8 @@ def build_cache(
         progress: told what is being done.
 
     Raises:
-        CacheError: the cache is of another geometry, corpus, spec or weights (names which);
-            or another build of the teacher is running.
+        CacheError: the cache is of other views, another geometry, corpus, spec or weights (names
+            which); or another build of the teacher is running.
     """
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
@@ -101,7 +105,7 @@ def build_cache(
     with build_lock(storage, ".lock", wait=True):  # builds of other teachers do the same
         for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
             storage.delete_leftovers(name)
-        catalog = update_catalog(storage, corpus, geometry)
+        catalog = update_catalog(storage, corpus, geometry, views)
     for spec in specs:
         with build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"):
             imported = None  # read before anything is deleted
@@ -235,7 +239,8 @@ def _batches(
     return pixel_batches(
         corpus,
         image_transform(spec, catalog.geometry),
-        [batch.tolist() for batch in batches],
+        [catalog.images[batch].tolist() for batch in batches],
+        views=[catalog.views[batch].tolist() for batch in batches],
         num_workers=options.num_workers,
         pin_memory=options.device.startswith("cuda"),
     )

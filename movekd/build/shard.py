@@ -24,7 +24,12 @@ from movekd.teachers import TeacherOutput
 
 @dataclass(frozen=True)
 class Unit:
-    """One Zarr shard: its number, the rows and corpus positions that it holds, and their keys'."""
+    """One Zarr shard: its number, what it holds, and the checksum of the images' keys.
+
+    Attributes:
+        rows: the rows in it that stand for a view of an image, ascending.
+        images: the position of each in the catalog.
+    """
 
     shard: int
     rows: npt.NDArray[np.int64]
