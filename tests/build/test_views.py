@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import zarr
 
@@ -87,6 +88,19 @@ def test_views_are_found_by_name(anyres_dir) -> None:
         cache.rows([*names, "0.png"], view=3)
     with pytest.raises(UnknownKeyError, match=r"no image named 'nothing' \(1 of 8 unknown\)"):
         cache.rows([*names, "nothing"], view=3)
+
+
+def test_stock_readers_see_rows_of_views(anyres_dir) -> None:
+    rows = [4, 26, 0]  # a tile, the last row, a base view
+    for name, store in ((name, open_cache(anyres_dir)[name]) for name in ("clip", "conv")):
+        expected = store.read(rows).stored["tokens"].numpy()
+        found = zarr.open_group(anyres_dir / f"{name}.zarr", mode="r")["tokens"]
+        assert found.shape[0] == 27
+        np.testing.assert_array_equal(found[:][rows], expected)
+        path = str(anyres_dir / f"{name}.zarr" / "tokens")
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+        stock = tensorstore.open(spec).result()
+        np.testing.assert_array_equal(stock[:].read().result()[rows], expected)
 
 
 def test_a_base_cache_has_no_tiles(cache_dir) -> None:
