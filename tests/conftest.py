@@ -18,7 +18,7 @@ from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache.spec import CacheSpec
 from movekd.corpus.index import open_corpus
-from movekd.corpus.pack import pack_llava
+from movekd.corpus.pack import pack_folder, pack_llava
 
 torch.set_num_threads(1)
 
@@ -115,6 +115,26 @@ def cache_dir(
     ):
         pass
     return out
+
+
+@pytest.fixture(scope="session")
+def view_corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A corpus of seven images that have 3, 5, 4, 4, 3, 3 and 5 views, and the same with two more.
+
+    Their names are ``0.png`` to ``8.png``.
+    """
+    photo = Image.fromarray(load_sample_images().images[0])
+    sizes = [(40, 30), (700, 690), (1100, 350), (350, 1100), (30, 45), (680, 340), (640, 427)]
+    sizes += [(500, 500), (47, 24)]
+    corpora = []
+    for count in (7, 9):
+        images = tmp_path_factory.mktemp("images")
+        for number, size in enumerate(sizes[:count]):
+            photo.resize(size).rotate(40 * number).save(images / f"{number}.png")
+        out = tmp_path_factory.mktemp("views") / "data"
+        pack_folder(images, out, num_workers=1)
+        corpora.append(out)
+    return corpora[0], corpora[1]
 
 
 @pytest.fixture

@@ -78,10 +78,15 @@ def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
         torch.OutOfMemoryError: one image does not fit.
     """
     one = peak_bytes(1)
-    an_image = max(peak_bytes(2) - one, 1) if limit > 1 and one <= budget else 1
+    if one > budget:
+        raise torch.OutOfMemoryError(f"one image takes {one} of {budget} bytes")
     size = 1
-    while 2 * size <= limit and one + (2 * size - 1) * an_image <= budget:
-        size *= 2
+    try:
+        an_image = max(peak_bytes(2) - one, 1)
+        while 2 * size <= limit and one + (2 * size - 1) * an_image <= budget:
+            size *= 2
+    except torch.OutOfMemoryError:
+        return 1
     while size > 1:
         try:
             if peak_bytes(size) <= budget:
@@ -89,8 +94,6 @@ def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
         except torch.OutOfMemoryError:
             pass
         size //= 2
-    if one > budget:
-        raise torch.OutOfMemoryError(f"one image takes {one} of {budget} bytes")
     return 1
 
 

@@ -121,18 +121,21 @@ def calibrate(
     """Fix channel statistics, dtype and batch size once, and make the group.
 
     The images are those with the smallest keys: a key is the SHA-256 of the image, so that is a
-    uniform draw which does not depend on the corpus' (biased) order.
+    uniform draw which does not depend on the corpus' (biased) order. All views of them count, as
+    they will be stored.
     """
     delete_teacher(storage, spec.name)
     if options.compile:
         teacher.compile_forward()
     if options.batch_size is None:
         options = replace(options, batch_size=largest_batch_size(teacher, options))
-    chosen = np.sort(by_key(corpus)[: spec.calibration_images])
-    statistics = StatsAccumulator()
+    chosen = by_key(corpus)[: spec.calibration_images]
+    places = np.flatnonzero(np.isin(catalog.images, chosen))
+    images, views = catalog.images[places], catalog.views[places]
+    statistics, what = StatsAccumulator(), f"{spec.name}: calibrate"
     features: LiveFeatures | None = None
     for features in live_features(
-        teacher, corpus, catalog.geometry, chosen, options, {}, progress, f"{spec.name}: calibrate"
+        teacher, corpus, catalog.geometry, images, views, options, {}, progress, what
     ):
         if spec.grid != "native":
             features = features.on_grid(spec.grid)

@@ -25,6 +25,7 @@ from movekd.build.live import LiveFeatures, live_features
 from movekd.build.options import BuildOptions, Progress
 from movekd.cache.codec import ChannelStats, StatsAccumulator
 from movekd.cache.spec import CacheSpec, Codec
+from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
@@ -37,6 +38,8 @@ class FidelityReport:
 
     teacher: str
     num_images: int
+    views: Views
+    """Of each image, all measured with."""
     calibration_images: int
     shared_images: int
     """Images measured with that were calibrated with, too: the corpus has no others."""
@@ -53,6 +56,7 @@ def measure_fidelity(
     corpus: Corpus,
     *,
     geometry: Geometry,
+    views: Views = "base",
     options: BuildOptions,
     num_images: int = 32,
     student_grid: int = 24,
@@ -66,6 +70,7 @@ def measure_fidelity(
         spec: the teacher; its ``calibration_images`` fix the channel statistics, as in a build.
         corpus: where the images are drawn from, see ``draw_images``.
         geometry: of the cache to be.
+        views: of the cache to be; all views of the images are measured with.
         options: device, dtype and batch size of the teacher.
         num_images: how many to measure with; fewer if the corpus has fewer.
         student_grid: side of the student's grid.
@@ -83,8 +88,11 @@ def measure_fidelity(
     unreadable: dict[int, str] = {}
 
     def live(chosen: npt.NDArray[np.int64], what: str) -> Iterator[LiveFeatures]:
-        what = f"{spec.name}: {what}"
-        return live_features(teacher, corpus, geometry, chosen, options, unreadable, progress, what)
+        what, sizes = f"{spec.name}: {what}", corpus.index.take(chosen)
+        places, of_each = list_views(sizes["width"], sizes["height"], views)
+        return live_features(
+            teacher, corpus, geometry, chosen[places], of_each, options, unreadable, progress, what
+        )
 
     native, stats = _calibrate(live(calibration, "calibrate"), spec, student_grid)
     stats = {grid: found.to(torch.device(options.device)) for grid, found in stats.items()}
@@ -101,7 +109,12 @@ def measure_fidelity(
         for grid, codec in itertools.product(stats, get_args(Codec))
     }
     for features in live(images, "measure"):
-        keys = corpus.index["key"].take(features.images).to_pylist()
+        keys = [
+            f"{key} {view}" if view else key  # a student of its own for every view
+            for key, view in zip(
+                corpus.index["key"].take(features.images).to_pylist(), features.views, strict=True
+            )
+        ]
         _measure(features, keys, stats, gradient, ways)
     if all(image in unreadable for image in images.tolist()):
         raise CacheError(
@@ -112,6 +125,7 @@ def measure_fidelity(
     return FidelityReport(
         teacher=spec.name,
         num_images=sum(image not in unreadable for image in images.tolist()),
+        views=views,
         calibration_images=len(calibration),
         shared_images=len(np.intersect1d(calibration, images)),
         skipped={corpus.index["key"][at].as_py(): why for at, why in sorted(unreadable.items())},

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import Geometry, ImageTransform, Square, decode_image
+from movekd.corpus.images import Geometry, ImageTransform, ImageViews, Square, decode_image
 from movekd.corpus.index import Corpus
 from movekd.errors import UnreadableImageError
 
-Images = Sequence[int] | npt.NDArray[np.int64]
-"""Positions in a corpus."""
+Places = Sequence[int] | npt.NDArray[np.int64]
 _LOADED_TOGETHER = 8
 """Images that a worker decodes and hands over at once."""
 
@@ -80,25 +79,51 @@ def pixel_batches(
     *,
     num_workers: int,
     pin_memory: bool = False,
+    views: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[PixelBatch]:
-    """Yield one PixelBatch for each list of image positions, in order; see ``ImageStream``."""
-    wanted = [image for batch in batches for image in batch]
-    stream = ImageStream(
-        corpus, {transform: wanted}, wanted, num_workers=num_workers, pin_memory=pin_memory
-    )
-    for batch in batches:
-        yield stream.take(batch, transform)
-
-
-class ImageStream:
-    """Decoded images, each kept until all who want it have taken it.
+    """Yield one PixelBatch for each list of image positions, in order; see ``ImageStream``.
 
     Args:
         corpus: where the bytes are.
-        wanted: transform -> positions of the images that ``take`` will be asked for, each as
-            often as it will be. Equal transforms are one: an image is resized once for both.
-        order: positions in the order in which they are needed first; what is taken out of it
-            waits in memory for its turn. Repeats are dropped.
+        transform: bytes -> pixels.
+        batches: positions in the corpus, a list a batch.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+        pin_memory: page-locked batches, for a GPU.
+        views: which view of each; the base view unless given.
+    """
+    images = np.array([image for batch in batches for image in batch], np.int64)
+    of_each = np.zeros(len(images), np.int16)
+    if views is not None:
+        of_each = np.array([view for batch in views for view in batch], np.int16)
+    places = np.arange(len(images))
+    stream = ImageStream(
+        corpus,
+        images,
+        of_each,
+        {transform: places},
+        places,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+    start = 0
+    for batch in batches:
+        yield stream.take(places[start : start + len(batch)], transform)
+        start += len(batch)
+
+
+class ImageStream:
+    """Decoded views of images, each kept until all who want it have taken it.
+
+    A place is an index into ``images`` and ``views``: a row of a catalog, for one.
+
+    Args:
+        corpus: where the bytes are.
+        images: place -> position of its image in the corpus.
+        views: place -> which view of it.
+        wanted: transform -> places that ``take`` will be asked for, each as often as it will be.
+            Equal transforms are one: an image is resized once for both.
+        order: places in the order in which they are needed first; what is taken out of it waits
+            in memory for its turn. Repeats are dropped.
         num_workers: processes that decode ahead; 0 decodes in this one.
         pin_memory: page-locked batches, for a GPU.
     """
@@ -106,70 +131,83 @@ class ImageStream:
     def __init__(
         self,
         corpus: Corpus,
-        wanted: Mapping[ImageTransform, Images],
-        order: Images,
+        images: npt.NDArray[np.int64],
+        views: npt.NDArray[np.int16],
+        wanted: Mapping[ImageTransform, Places],
+        order: Places,
         *,
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
-        self._pin_memory = pin_memory
+        self._images, self._pin_memory = images, pin_memory
         self._left = {
-            transform: np.bincount(np.asarray(images, np.int64), minlength=len(corpus))
-            for transform, images in wanted.items()
+            transform: np.bincount(np.asarray(places, np.int64), minlength=len(images))
+            for transform, places in wanted.items()
         }
         self._transforms = list(self._left)
         ordered = np.asarray(order, np.int64)
-        images = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
-        use = np.stack([left[images] > 0 for left in self._left.values()], axis=1)
-        groups = [
-            list(range(start, min(start + _LOADED_TOGETHER, len(images))))
-            for start in range(0, len(images), _LOADED_TOGETHER)
-        ]
-        self._loaded = iter(
+        places = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
+        use = np.stack([left[places] > 0 for left in self._left.values()], axis=1)
+        dataset = _DecodedViews(corpus, images[places], views[places], use, self._transforms)
+        self._loaded = zip(
+            _groups(images[places], places),
             DataLoader(
-                _DecodedImages(corpus, images, use, self._transforms),
-                batch_sampler=groups,
+                dataset,
+                batch_sampler=_groups(images[places], np.arange(len(places))),
                 num_workers=num_workers,
                 collate_fn=_collate,
                 prefetch_factor=4 if num_workers else None,
-            )
+            ),
+            strict=True,
         )
         self._squares: dict[tuple[int, ImageTransform], tuple[Tensor, int, int]] = {}
         self._unreadable: dict[int, str] = {}
 
-    def take(self, images: Sequence[int], transform: ImageTransform) -> PixelBatch:
-        """Return a batch of images, waiting for those that are not decoded yet."""
+    def take(self, places: Places, transform: ImageTransform) -> PixelBatch:
+        """Return a batch of places, waiting for those that are not decoded yet."""
         left, size = self._left[transform], transform.image_size
+        wanted = [int(place) for place in places]
         levels_BHWC = torch.empty(
-            (len(images), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
+            (len(wanted), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
         )
-        shown, unreadable = [(size, size)] * len(images), {}
-        for place, image in enumerate(images):
-            while (image, transform) not in self._squares and image not in self._unreadable:
+        shown, unreadable = [(size, size)] * len(wanted), {}
+        for index, place in enumerate(wanted):
+            while (place, transform) not in self._squares and place not in self._unreadable:
                 self._load_more()
-            if image in self._unreadable:
-                unreadable[place] = self._unreadable[image]
-                levels_BHWC[place] = 0
+            if place in self._unreadable:
+                unreadable[index] = self._unreadable[place]
+                levels_BHWC[index] = 0
                 continue
-            levels_BHWC[place], *shown_here = self._squares[image, transform]
-            shown[place] = shown_here[0], shown_here[1]
-            left[image] -= 1
-            if not left[image]:
-                del self._squares[image, transform]
-        return PixelBatch(list(images), levels_BHWC, shown, unreadable, transform)
+            levels_BHWC[index], width, height = self._squares[place, transform]
+            shown[index] = width, height
+            left[place] -= 1
+            if not left[place]:
+                del self._squares[place, transform]
+        images = self._images[wanted].tolist()
+        return PixelBatch(images, levels_BHWC, shown, unreadable, transform)
 
     def _load_more(self) -> None:
-        loaded: _Loaded = next(self._loaded)
-        self._unreadable |= loaded.unreadable
-        for index, found in loaded.squares.items():
-            for place, (image, width, height) in enumerate(found.shown):
-                key = image, self._transforms[index]
-                self._squares[key] = found.levels_BHWC[place], width, height
+        places, loaded = next(self._loaded)
+        for index, reason in loaded.unreadable.items():
+            self._unreadable[places[index]] = reason
+        for which, found in loaded.squares.items():
+            for at, (index, width, height) in enumerate(found.shown):
+                key = places[index], self._transforms[which]
+                self._squares[key] = found.levels_BHWC[at], width, height
+
+
+def _groups(images: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Return ``values`` in groups of a few images; views of one image that follow stay together."""
+    if not len(images):
+        return []
+    number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])]) // _LOADED_TOGETHER
+    cuts = np.flatnonzero(np.diff(number)) + 1
+    return [part.tolist() for part in np.split(values, cuts)]
 
 
 @dataclass(frozen=True)
 class _Squares:
-    """Images at one size: uint8 (B, S, S, 3), and for each its position, width and height."""
+    """Squares of one size: uint8 (B, S, S, 3), and for each its index, width and height."""
 
     levels_BHWC: Tensor
     shown: list[tuple[int, int, int]]
@@ -177,48 +215,62 @@ class _Squares:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker hands over: the index of a transform -> squares; position -> reason."""
+    """A group: index of a transform -> squares; index in the group -> why there are none."""
 
     squares: dict[int, _Squares]
     unreadable: dict[int, str]
 
 
-_Item = tuple[int, "dict[int, Square] | str"]
+_Item = dict[int, Square] | str
+"""Squares by the index of their transform, or why there are none."""
 
 
-class _DecodedImages(Dataset[_Item]):
-    """Index -> (position, squares by the index of their transform, or why there are none)."""
+class _DecodedViews(Dataset[_Item]):
+    """Views of images. The last image is kept, decoded: its other views are asked for next."""
 
     def __init__(
         self,
         corpus: Corpus,
         images: npt.NDArray[np.int64],
+        views: npt.NDArray[np.int16],
         use: npt.NDArray[np.bool_],
         transforms: Sequence[ImageTransform],
     ) -> None:
         self._corpus, self._transforms = corpus, transforms
-        self._images, self._use = images, use
+        self._images, self._views, self._use = images, views, use
+        self._last: tuple[int, list[ImageViews] | str] = (-1, "")
 
     def __getitem__(self, index: int) -> _Item:
-        image = int(self._images[index])
+        image, view = int(self._images[index]), int(self._views[index])
+        if self._last[0] != image:
+            self._last = image, self._decode(image)
+        found = self._last[1]
+        if isinstance(found, str):
+            return found
+        try:
+            chosen = np.flatnonzero(self._use[index]).tolist()
+            return {which: found[which].square(view) for which in chosen}
+        except UnreadableImageError as error:
+            return str(error)
+
+    def _decode(self, image: int) -> list[ImageViews] | str:
         try:
             decoded = decode_image(self._corpus.read_image(image))
-            chosen = np.flatnonzero(self._use[index]).tolist()
-            return image, {which: self._transforms[which].square(decoded) for which in chosen}
         except UnreadableImageError as error:
-            return image, str(error)
+            return str(error)
+        return [ImageViews(transform, decoded) for transform in self._transforms]
 
 
 def _collate(items: list[_Item]) -> _Loaded:
-    unreadable = {image: found for image, found in items if isinstance(found, str)}
+    unreadable = {index: item for index, item in enumerate(items) if isinstance(item, str)}
     by_transform: dict[int, list[tuple[int, Square]]] = {}
-    for image, found in items:
-        if not isinstance(found, str):
-            for which, square in found.items():
-                by_transform.setdefault(which, []).append((image, square))
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            for which, square in item.items():
+                by_transform.setdefault(which, []).append((index, square))
     squares = {}
     for which, some in by_transform.items():
         levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
-        shown = [(image, square.width, square.height) for image, square in some]
+        shown = [(index, square.width, square.height) for index, square in some]
         squares[which] = _Squares(levels_BHWC, shown)
     return _Loaded(squares, unreadable)

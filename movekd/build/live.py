@@ -27,12 +27,14 @@ class LiveFeatures:
 
     Attributes:
         images: positions in the corpus.
+        views: which view of each.
         tokens_BND: patch tokens, in the teacher's units.
         cls_BD: [CLS] embedding, None unless the spec asks for it.
         cls_attention_BHN: attention of [CLS], None unless asked for.
     """
 
     images: list[int]
+    views: list[int]
     tokens_BND: Tensor
     cls_BD: Tensor | None
     cls_attention_BHN: Tensor | None
@@ -57,33 +59,38 @@ def live_features(
     corpus: Corpus,
     geometry: Geometry,
     images: npt.NDArray[np.int64],
+    views: npt.NDArray[np.int16],
     options: BuildOptions,
     unreadable: MutableMapping[int, str],
     progress: Progress,
     what: str,
 ) -> Iterator[LiveFeatures]:
-    """Yield a teacher's features of some images, in order.
+    """Yield a teacher's features of some views of images, in order.
 
     Args:
         teacher: what runs.
         corpus: where the images are.
         geometry: how they become squares, unless the teacher's spec has its own.
         images: positions in the corpus.
+        views: which view of each.
         options: device, dtype, batch size and decoding processes.
         unreadable: takes the images that cannot be decoded, position -> reason; left out.
         progress: called after each batch.
         what: what to tell ``progress``.
     """
     size = options.images_a_pass
+    starts = range(0, len(images), size)
+    views_of = [views[start : start + size].tolist() for start in starts]
     batches = pixel_batches(
         corpus,
         image_transform(teacher.spec, geometry),
-        [images[start : start + size].tolist() for start in range(0, len(images), size)],
+        [images[start : start + size].tolist() for start in starts],
+        views=views_of,
         num_workers=options.num_workers,
         pin_memory=options.device.startswith("cuda"),
     )
     done = 0
-    for batch in batches:
+    for batch, of_batch in zip(batches, views_of, strict=True):
         kept = [place for place in range(len(batch.images)) if place not in batch.unreadable]
         unreadable.update({batch.images[at]: reason for at, reason in batch.unreadable.items()})
         if kept:
@@ -92,6 +99,7 @@ def live_features(
             # Picking copies them, which makes them usable in a graph: forward's are not.
             yield LiveFeatures(
                 [batch.images[place] for place in kept],
+                [of_batch[place] for place in kept],
                 output.tokens_BND[kept].float(),
                 None if cls is None else cls[kept].float(),
                 None if attention is None else attention[kept].float(),

@@ -43,7 +43,7 @@ class TeacherBuild:
         units: the Zarr shards that are missing.
         transform: what makes its input.
         seconds: how long it had its turn.
-        num_done: images that have passed.
+        num_done: rows, which are views of images, that have passed.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TeacherBuild:
         self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
         self.transform = image_transform(spec, catalog.geometry)
         self.units = _units(catalog, store.layout, store.missing_shards)
-        self.num_images = sum(len(unit.images) for unit in self.units)
+        self.num_rows = sum(len(unit.places) for unit in self.units)
         self.seconds, self.num_done = 0.0, 0
         self._stats = store.stats.to(torch.device(options.device))
 
@@ -75,15 +75,15 @@ class TeacherBuild:
         started = time.perf_counter()
         for unit in units:
             filling = ShardInMemory(self.store, unit, self.spec.max_error)
-            for images in _chunks(unit.images, self.store.calibration.batch_size):
-                batch = stream.take(images.tolist(), self.transform)
+            for places in _chunks(unit.places, self.store.calibration.batch_size):
+                batch = stream.take(places, self.transform)
                 output = None
                 if len(batch.unreadable) < len(batch.images):
                     pixels = batch.pixels(self._options.device, self._options.dtype)
                     output = self._teacher.forward(pixels)
                 behind.encoder.submit(self._encode, filling, output, batch)
                 self.num_done += len(batch.images)
-                progress(f"{self.spec.name}: build", self.num_done, self.num_images)
+                progress(f"{self.spec.name}: build", self.num_done, self.num_rows)
             behind.encoder.submit(self._write, filling, behind.writer)
         self.seconds += time.perf_counter() - started
 

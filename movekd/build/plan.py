@@ -23,6 +23,7 @@ from movekd.cache.grid import grid_side
 from movekd.cache.layout import teacher_layout
 from movekd.cache.spec import CacheSpec, Codec
 from movekd.cache.storage import Storage, open_storage
+from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, ConfigError, MovekdError, WeightsError, did_you_mean
 from movekd.teachers import Teacher, TeacherOutput, load_teacher
@@ -66,6 +67,8 @@ class CachePlan:
     """What the teachers of a cache need together, each as its spec says."""
 
     num_images: int
+    num_rows: int
+    """Views of the images."""
     runs: Runs
     free_bytes: int | None
     """None for an object store."""
@@ -85,6 +88,7 @@ def plan_cache(
     corpus: Corpus,
     cache: str | Path | Storage,
     *,
+    views: Views = "base",
     options: BuildOptions,
     num_images: int | None = None,
     student_grid: int = 24,
@@ -99,8 +103,10 @@ def plan_cache(
         specs: the teachers.
         corpus: gives the images that are measured with, and their number.
         cache: where it would lie; its free space is read, and its rates are measured.
+        views: which views of every image would be built; a training run reads the base view.
         options: device, dtype and batch size of the forward passes.
-        num_images: plan for so many instead of the corpus'.
+        num_images: plan for so many instead of the corpus', with as many views as those have on
+            average.
         student_grid: side of the student's grid.
         runs: the training runs to come.
         assumed_rates: teacher -> images/s, instead of measuring it on this device.
@@ -115,7 +121,9 @@ def plan_cache(
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image to measure with.")
     _check_rates(assumed, [spec.name for spec in specs])
+    rows_of_corpus = int(num_views(corpus.index["width"], corpus.index["height"], views).sum())
     num_images = len(corpus) if num_images is None else num_images
+    num_rows = round(rows_of_corpus * num_images / len(corpus))
     rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, progress)
     offers = [offer for spec in specs for offer in _offers(spec, shapes[spec.name], student_grid)]
     storage = open_storage(cache)
@@ -124,7 +132,9 @@ def plan_cache(
         rows = [offer.row_bytes for offer in offers if offer.is_spec]
         disk = measure_disk(storage, sum(rows) // len(rows))
     plans = [
-        _price(offer, rates[offer.teacher], offer.teacher in assumed, num_images, runs, disk)
+        _price(
+            offer, rates[offer.teacher], offer.teacher in assumed, num_images, num_rows, runs, disk
+        )
         for offer in offers
     ]
     chosen = [plan for plan in plans if plan.is_spec]
@@ -133,10 +143,11 @@ def plan_cache(
     row_bytes = sum(plan.row_bytes for plan in chosen)
     return CachePlan(
         num_images=num_images,
+        num_rows=num_rows,
         runs=runs,
         free_bytes=storage.free_bytes(),
         disk=disk,
-        total_bytes=row_bytes * num_images,
+        total_bytes=row_bytes * num_rows,
         hours=hours,
         random_weights=", ".join(random),
         teachers=tuple(plans),
@@ -250,10 +261,16 @@ def _offers(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[_Off
 
 
 def _price(
-    offer: _Offer, rate: float, is_assumed: bool, num_images: int, runs: Runs, disk: DiskRates
+    offer: _Offer,
+    rate: float,
+    is_assumed: bool,
+    num_images: int,
+    num_rows: int,
+    runs: Runs,
+    disk: DiskRates,
 ) -> TeacherPlan:
-    total_bytes = offer.row_bytes * num_images
-    forward_hours = num_images / rate / 3600
+    total_bytes = offer.row_bytes * num_rows
+    forward_hours = num_rows / rate / 3600
     write_hours = 0.0
     if disk.write_bytes_per_s is not None:
         write_hours = total_bytes / disk.write_bytes_per_s / 3600
@@ -265,7 +282,7 @@ def _price(
         is_assumed=is_assumed,
         hours=hours,
         bound_by="disk" if write_hours > forward_hours else "forward",
-        **run_costs(offer.row_bytes, num_images, runs, disk, hours, forward_hours),
+        **run_costs(offer.row_bytes, num_images, runs, disk, hours, num_images / rate / 3600),
     )
 
 

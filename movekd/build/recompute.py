@@ -108,14 +108,15 @@ def _recompute_teacher(
 ) -> Iterator[str]:
     store = cache[name]
     rows = _draw(cache, store, num_rows, seed)
-    keys = cache.catalog.index["key"].take(np.searchsorted(cache.catalog.rows, rows))
+    places = np.searchsorted(cache.catalog.rows, rows)
+    keys, views = cache.catalog.index["key"].take(places), cache.catalog.views[places].tolist()
     images = find_rows(keys.to_pylist(), corpus.index["key"], corpus.names)
-    row_of: dict[int, int] = {}
+    row_of: dict[tuple[int, int], int] = {}  # image and view -> row
     key_of = dict(zip(rows.tolist(), keys.to_pylist(), strict=True))
-    for row, image in zip(rows.tolist(), images.tolist(), strict=True):
+    for row, image, view in zip(rows.tolist(), images.tolist(), views, strict=True):
         problem = _image_problem(corpus, image, key_of[row])
         if problem is None:
-            row_of[image] = row
+            row_of[image, view] = row
         else:
             yield f"{_place(store, row, key_of[row])}: {problem}"
     if not row_of:
@@ -136,21 +137,30 @@ def _recompute_teacher(
     unreadable: dict[int, str] = {}
     chosen = np.array(sorted(row_of), np.int64)
     batches = live_features(
-        teacher, corpus, cache.geometry, chosen, options, unreadable, progress, f"{name}: recompute"
+        teacher,
+        corpus,
+        cache.geometry,
+        chosen[:, 0],
+        chosen[:, 1].astype(np.int16),
+        options,
+        unreadable,
+        progress,
+        f"{name}: recompute",
     )
     for live in batches:
-        batch_rows = [row_of[image] for image in live.images]
+        batch_rows = [row_of[at] for at in zip(live.images, live.views, strict=True)]
         for row, problem in _differences(store, batch_rows, live, SLACK[options.dtype]):
             seal = layout.seal_name(name, row // store.layout.rows_per_shard)
             yield (
                 f"{_place(store, row, key_of[row])}: {problem}. Its features are "
                 f"wrong, or those of another image: delete {cache.url}/{seal} and build again."
             )
-    for image, reason in sorted(unreadable.items()):
-        row = row_of[image]
+    for (image, _), row in sorted(row_of.items()):
+        if image not in unreadable:
+            continue
         yield (
             f"{_place(store, row, key_of[row])} has features, but its image cannot be read any "
-            f"more: {reason} Compare the versions in the group's attributes with yours."
+            f"more: {unreadable[image]} Compare the versions in the group's attributes with yours."
         )
 
 

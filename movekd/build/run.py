@@ -37,6 +37,7 @@ from movekd.cache.writer import (
     resize_group,
     write_skipped,
 )
+from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
@@ -49,6 +50,7 @@ class BuildSummary:
 
     status: TeacherStatus
     images_built: int
+    """Rows, which are views of images."""
     skipped: Mapping[str, str]
     seconds: float
     calibration_seconds: float
@@ -60,6 +62,7 @@ def build_cache(
     specs: Sequence[CacheSpec],
     *,
     geometry: Geometry,
+    views: Views = "base",
     options: BuildOptions,
     replace: bool = False,
     channel_stats: str | Path | Storage | None = None,
@@ -76,6 +79,7 @@ def build_cache(
         corpus: the images.
         specs: the teachers.
         geometry: how every image becomes a square; one a cache.
+        views: whether to build the tiles of every image as well; one answer a cache.
         options: where and how to run.
         replace: delete what the cache holds of these teachers first.
         channel_stats: another cache whose sealed calibration a new teacher takes over, so that
@@ -85,8 +89,8 @@ def build_cache(
         progress: told what is being done.
 
     Raises:
-        CacheError: the cache is of another geometry, corpus, spec or weights (names which);
-            or another build of the teacher is running.
+        CacheError: the cache is of other views, another geometry, corpus, spec or weights (names
+            which); or another build of the teacher is running.
     """
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
@@ -94,7 +98,7 @@ def build_cache(
     with build_lock(storage, ".lock", wait=True):  # builds of other teachers do the same
         for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
             storage.delete_leftovers(name)
-        catalog = update_catalog(storage, corpus, geometry)
+        catalog = update_catalog(storage, corpus, geometry, views)
     with contextlib.ExitStack() as locks:
         for spec in specs:
             locks.enter_context(build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"))
@@ -116,7 +120,7 @@ def build_cache(
                     builds[-1].move_to("cpu")
             else:
                 builds.append(TeacherBuild(store, catalog, None, spec, run))
-        take_turns(builds, corpus, options, has_company, progress)
+        take_turns(builds, corpus, catalog, options, has_company, progress)
         for build, seconds in zip(builds, calibration_seconds, strict=True):
             yield _summary(build, catalog, seconds)
 
@@ -187,7 +191,7 @@ def _summary(build: TeacherBuild, catalog: Catalog, calibration_seconds: float) 
     skipped = _skipped_table(catalog, store.skipped)
     write_skipped(storage, name, skipped)
     return BuildSummary(
-        status=teacher_status(store, catalog.num_images),
+        status=teacher_status(store, catalog),
         images_built=build.num_done,
         skipped=dict(zip(*(skipped[name].to_pylist() for name in ("key", "reason")), strict=True)),
         seconds=build.seconds,

@@ -24,11 +24,17 @@ from movekd.teachers import TeacherOutput
 
 @dataclass(frozen=True)
 class Unit:
-    """One Zarr shard: its number, the rows and corpus positions that it holds, and their keys'."""
+    """One Zarr shard: its number, what it holds, and the checksum of the images' keys.
+
+    Attributes:
+        rows: the rows in it that stand for a view of an image, ascending.
+        places: where each is in the catalog.
+        keys_xxh3_128: which images they are of, see ``Catalog.keys_checksum``.
+    """
 
     shard: int
     rows: npt.NDArray[np.int64]
-    images: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
     keys_xxh3_128: str
 
 

@@ -14,6 +14,7 @@ from movekd.build.images import ImageStream
 from movekd.build.options import BuildOptions, Progress
 from movekd.build.pipeline import TeacherBuild, Threads
 from movekd.build.shard import Unit
+from movekd.cache.catalog import Catalog
 from movekd.cache.layout import MAX_SHARD_ROWS
 from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
@@ -27,6 +28,7 @@ Turn = list[tuple[TeacherBuild, list[Unit]]]
 def take_turns(
     builds: Sequence[TeacherBuild],
     corpus: Corpus,
+    catalog: Catalog,
     options: BuildOptions,
     has_company: bool,
     progress: Progress,
@@ -36,6 +38,7 @@ def take_turns(
     Args:
         builds: the teachers; those that lack nothing take no turn.
         corpus: the images.
+        catalog: which views of them the rows are.
         options: device and decoding processes.
         has_company: whether a teacher must leave the device for the next one.
         progress: told of every batch.
@@ -44,7 +47,7 @@ def take_turns(
     if not turns:
         return
     with Behind("movekd-write", 1) as writer, Behind("movekd-encode", 2) as encoder:
-        stream = _stream(turns, corpus, options)
+        stream = _stream(turns, corpus, catalog, options)
         for turn in turns:
             for build, units in turn:
                 if has_company:
@@ -82,19 +85,23 @@ def _rows_a_turn(builds: Sequence[TeacherBuild]) -> int:
     return rows
 
 
-def _stream(turns: Sequence[Turn], corpus: Corpus, options: BuildOptions) -> ImageStream:
+def _stream(
+    turns: Sequence[Turn], corpus: Corpus, catalog: Catalog, options: BuildOptions
+) -> ImageStream:
     order: list[npt.NDArray[np.int64]] = []
     wanted: dict[ImageTransform, list[npt.NDArray[np.int64]]] = {}
     for turn in turns:
-        images: list[npt.NDArray[np.int64]] = []
+        places: list[npt.NDArray[np.int64]] = []
         for build, units in turn:
-            own = [unit.images for unit in units]
+            own = [unit.places for unit in units]
             wanted.setdefault(build.transform, []).extend(own)
-            images.extend(own)
-        order.append(np.unique(np.concatenate(images)))
+            places.extend(own)
+        order.append(np.unique(np.concatenate(places)))
     return ImageStream(
         corpus,
-        {transform: np.concatenate(images) for transform, images in wanted.items()},
+        catalog.images,
+        catalog.views,
+        {transform: np.concatenate(places) for transform, places in wanted.items()},
         np.concatenate(order),
         num_workers=options.num_workers,
         pin_memory=options.device.startswith("cuda"),

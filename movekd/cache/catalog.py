@@ -1,11 +1,13 @@
 """What the rows of a cache are: cache.json, index.parquet and names.parquet.
 
 The build makes the catalog from a corpus and extends it when images were appended; the reader
-looks names up in it. A row is one view of one image. Appended images start at a multiple of
-1,024 rows, so that no teacher's sealed Zarr shard is ever written again.
+looks names up in it. A row is one view of one image, an image's views stand one after the other.
+Appended images start at a multiple of 1,024 rows, so that no teacher's sealed Zarr shard is ever
+written again.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,12 @@ from movekd.cache.layout import (
 from movekd.cache.records import CacheRecord
 from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
+from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, CorruptCacheError
+
+_TAKEN_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Catalog:
     """The rows of a cache and what names mean them."""
 
     geometry: Geometry
+    view_set: Views
+    """Which views of every image there are."""
     corpus_fingerprint: str
     num_images: int
     index: pa.Table
@@ -45,17 +52,32 @@ class Catalog:
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
-        """The rows that stand for an image, ascending."""
+        """The rows that stand for a view of an image, ascending."""
         return np.asarray(self.index["row"])
+
+    @cached_property
+    def views(self) -> npt.NDArray[np.int16]:
+        """The number of the view in each of ``rows``."""
+        return np.asarray(self.index["view"])
+
+    @cached_property
+    def images(self) -> npt.NDArray[np.int64]:
+        """The position in the corpus of the image in each of ``rows``."""
+        return np.cumsum(self.views == 0, dtype=np.int64) - 1
 
     def keys_checksum(self, first: int, end: int) -> str:
         """Return the checksum of the images' keys in rows [first, end), a line each.
+
+        Where images have more than the base view, a line says the view as well.
 
         A shard's seal holds it, so that its features are never taken for other images'.
         """
         low, high = np.searchsorted(self.rows, [first, end]).tolist()
         keys = self.index["key"].slice(low, high - low).to_pylist()
-        return checksum(f"{key}\n".encode() for key in keys)
+        if self.view_set == "base":
+            return checksum(f"{key}\n".encode() for key in keys)
+        views = self.views[low:high].tolist()
+        return checksum(f"{key} {view}\n".encode() for key, view in zip(keys, views, strict=True))
 
 
 def open_catalog(storage: Storage) -> Catalog:
@@ -67,20 +89,29 @@ def open_catalog(storage: Storage) -> Catalog:
     """
     record = read_cache_json(storage)
     index, names = (_read_table(storage, record, name) for name in (INDEX, NAMES))
-    return Catalog(record.geometry, record.corpus_fingerprint, record.num_images, index, names)
+    return Catalog(
+        record.geometry, record.views, record.corpus_fingerprint, record.num_images, index, names
+    )
 
 
-def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Catalog:
+def update_catalog(
+    storage: Storage, corpus: Corpus, geometry: Geometry, views: Views = "base"
+) -> Catalog:
     """Make the catalog of a new cache, or extend it by the images appended to its corpus.
 
     Raises:
-        CacheError: the cache is of another geometry or another corpus.
+        CacheError: the cache is of other views, another geometry or another corpus.
     """
     if not storage.exists(CACHE_JSON):
         _refuse_orphans(storage)
-        rows = np.arange(len(corpus), dtype=np.int64)
-        return _write(storage, corpus, geometry, rows, [[0, len(corpus)]])
+        blocks = [[0, len(corpus)]]
+        return _write(storage, corpus, geometry, views, blocks, _index(corpus, views, blocks))
     old = read_cache_json(storage)
+    if old.views != views:
+        raise CacheError(
+            f"{storage.url} is of views '{old.views}', the build asks for '{views}'. A cache has "
+            f"the same views of every image: give --views {old.views}, or another --cache."
+        )
     if old.geometry != geometry:
         raise CacheError(
             f"{storage.url} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
@@ -95,19 +126,28 @@ def update_catalog(storage: Storage, corpus: Corpus, geometry: Geometry) -> Cata
         )
     blocks = old.blocks
     if num_new:
-        end = sum(blocks[-1])
+        first, count = blocks[-1]
+        last = corpus.index.slice(num_old - count, count)
+        end = first + int(num_views(last["width"], last["height"], views).sum())
         blocks = [*blocks, [-(-end // MAX_SHARD_ROWS) * MAX_SHARD_ROWS, num_new]]
+    index = _index(corpus, views, blocks)
+    try:
+        catalog = open_catalog(storage)
+    except CorruptCacheError:
+        pass  # an append was interrupted; cache.json and the corpus say what the tables hold
     else:
-        try:
-            catalog = open_catalog(storage)
-        except CorruptCacheError:
-            pass  # an append was interrupted; cache.json and the corpus say what the tables hold
-        else:
-            held = catalog.index.drop_columns(["row", "view"])
-            if catalog.names.equals(corpus.names) and held.equals(corpus.index):
-                return catalog  # else the same images were packed into other tars, or renamed
-    rows = np.concatenate([first + np.arange(count, dtype=np.int64) for first, count in blocks])
-    return _write(storage, corpus, geometry, rows, blocks)
+        if catalog.index.equals(index) and catalog.names.equals(corpus.names):
+            return catalog
+        # else there are more images, or the same ones were packed into other tars, or renamed
+        what_rows_are = ["row", "key", "view"]
+        held = catalog.index.select(what_rows_are)
+        if not index.select(what_rows_are).slice(0, len(held)).equals(held):
+            raise CacheError(
+                f"{storage.url} holds other views than the sizes in {corpus.data_dir}/{INDEX} give "
+                "its images; they changed after it was built. Restore that file, or build into "
+                "another --cache."
+            )
+    return _write(storage, corpus, geometry, views, blocks, index)
 
 
 def _refuse_orphans(storage: Storage) -> None:
@@ -163,17 +203,31 @@ def _read_table(storage: Storage, record: CacheRecord, name: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(raw))
 
 
+def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> pa.Table:
+    """Return index.parquet of a corpus; a block is a first row and how many images follow it."""
+    images, view = list_views(corpus.index["width"], corpus.index["height"], views)
+    ends = np.cumsum([count for _, count in blocks])
+    sizes = np.diff(np.searchsorted(images, ends), prepend=0).tolist()  # rows of each block
+    rows = [first + np.arange(size) for (first, _), size in zip(blocks, sizes, strict=True)]
+    index = corpus.index
+    if views != "base":  # in parts: Arrow counts the bytes of an array's strings in 32 bits
+        parts = range(0, max(len(images), 1), _TAKEN_AT_ONCE)
+        index = pa.concat_tables(
+            index.take(pa.array(images[start : start + _TAKEN_AT_ONCE])) for start in parts
+        )
+    index = index.add_column(0, "row", pa.array(np.concatenate(rows), pa.int64()))
+    return index.add_column(index.schema.get_field_index("key") + 1, "view", pa.array(view))
+
+
 def _write(
     storage: Storage,
     corpus: Corpus,
     geometry: Geometry,
-    rows: npt.NDArray[np.int64],
+    views: Views,
     blocks: list[list[int]],
+    index: pa.Table,
 ) -> Catalog:
-    """Write the three files, cache.json last; a block is a first row and how many follow it."""
-    views = pa.array(np.zeros(len(corpus), np.int16))
-    index = corpus.index.add_column(0, "row", pa.array(rows))
-    index = index.add_column(index.schema.get_field_index("key") + 1, "view", views)
+    """Write the three files, cache.json last."""
     files: dict[str, list[Buffer]] = {}
     for name, table in ((INDEX, index), (NAMES, corpus.names)):
         sink = pa.BufferOutputStream()
@@ -183,10 +237,11 @@ def _write(
     record = CacheRecord(
         format_version=FORMAT_VERSION,
         geometry=geometry,
+        views=views,
         corpus_fingerprint=fingerprint,
         num_images=len(corpus),
         blocks=blocks,
         files={name: entry(buffers) for name, buffers in files.items()},
     )
     storage.write_many(files | {CACHE_JSON: [sealed_bytes(record)]})  # a full disk changes none
-    return Catalog(geometry, fingerprint, len(corpus), index, corpus.names)
+    return Catalog(geometry, views, fingerprint, len(corpus), index, corpus.names)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from movekd.cache import layout
+from movekd.cache.catalog import Catalog
 from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.records import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
@@ -26,6 +27,8 @@ class TeacherStatus:
 
     teacher: str
     images: int
+    rows: int
+    """Views of the images."""
     sealed_shards: int
     total_shards: int
     skipped: int
@@ -42,18 +45,19 @@ class TeacherStatus:
 
 def status(cache: FeatureCache) -> list[TeacherStatus]:
     """Return the state of each teacher of a cache."""
-    return [teacher_status(cache[name], len(cache.keys)) for name in cache.teachers]
+    return [teacher_status(cache[name], cache.catalog) for name in cache.teachers]
 
 
-def teacher_status(teacher: TeacherCache, num_images: int) -> TeacherStatus:
-    """Return the state of one teacher of a cache of ``num_images``."""
+def teacher_status(teacher: TeacherCache, catalog: Catalog) -> TeacherStatus:
+    """Return the state of one teacher of a cache."""
     seals = list(teacher.seals.values())
     tokens = [seal.error.num_tokens for seal in seals]
     errors = [seal.error.mean * seal.error.num_tokens for seal in seals]
     sizes = [entry.size_bytes for seal in seals for entry in seal.files.values()]
     return TeacherStatus(
         teacher=teacher.teacher,
-        images=num_images,
+        images=catalog.num_images,
+        rows=len(catalog.rows),
         sealed_shards=len(seals),
         total_shards=len(seals) + len(teacher.missing_shards),
         skipped=len(teacher.skipped),

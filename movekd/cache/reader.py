@@ -41,7 +41,7 @@ from movekd.cache.targets import TeacherTargets
 from movekd.cache.writer import read_calibration
 from movekd.config import validate
 from movekd.corpus.index import find_rows, require_known
-from movekd.errors import CacheError, CorruptCacheError, did_you_mean
+from movekd.errors import CacheError, CorruptCacheError, UnknownKeyError, did_you_mean
 
 Rows = npt.NDArray[np.int64] | Sequence[int]
 
@@ -53,6 +53,7 @@ class FeatureCache:
         self.storage = storage
         self.catalog = open_catalog(storage)
         self.geometry = self.catalog.geometry
+        self.views = self.catalog.view_set
         self.teachers: tuple[str, ...] = tuple(
             folder.removesuffix(".seals")
             for folder in storage.folders()
@@ -69,23 +70,32 @@ class FeatureCache:
     @property
     def keys(self) -> pa.ChunkedArray:
         """Key of each image, in row order (Arrow strings)."""
-        return self.catalog.index["key"]
+        index = self.catalog.index
+        return index["key"] if self.views == "base" else index["key"].filter(_is_view(index, 0))
 
     def rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
-        """Return the row of each name or key.
+        """Return the row of a view of each name or key; view 0 is the whole image.
 
         Raises:
-            UnknownKeyError: names some that the cache does not hold.
+            UnknownKeyError: names some that the cache does not hold, or not in this view.
         """
         rows = self.find_rows(names, view)
+        if view != 0 and (rows < 0).any():
+            require_known(names, self.find_rows(names), f"the cache {self.url}")
+            without = pa.array(names, pa.string()).filter(pa.array(rows < 0)).unique()
+            raise UnknownKeyError(
+                f"the cache {self.url} holds no view {view} of {without[0].as_py()!r}"
+                f"{' ...' if len(without) > 1 else ''} ({len(without)} images); it is of views "
+                f"'{self.views}'. Ask for view 0, or with find_rows, which gives -1 for those."
+            )
         require_known(names, rows, f"the cache {self.url}")
         return rows
 
     def find_rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
-        """Return the row of each name or key, -1 where the cache does not hold it."""
-        index = self.catalog.index
-        if view != 0:
-            index = index.filter(pc.equal(index["view"], view))
+        """Return the row of a view of each name or key, -1 where the cache does not hold it."""
+        index = self.catalog.index.select(["row", "key", "view"])
+        if view != 0 or self.views != "base":
+            index = index.filter(_is_view(index, view))
         found = find_rows(names, index["key"], self.catalog.names)
         rows = np.asarray(index["row"])
         return np.where(found >= 0, rows[found], -1) if len(rows) else found
@@ -121,6 +131,10 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
         CorruptCacheError: its index is damaged.
     """
     return FeatureCache(open_storage(url))
+
+
+def _is_view(index: pa.Table, view: int) -> pa.ChunkedArray:
+    return pc.equal(index["view"], pa.scalar(view, pa.int64()))
 
 
 class TeacherCache:

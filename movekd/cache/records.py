@@ -12,6 +12,7 @@ from pydantic import Field
 from movekd.cache.layout import TeacherLayout, teacher_layout
 from movekd.cache.spec import CacheSpec
 from movekd.config import FrozenModel
+from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry
 
 Count = Annotated[int, Field(ge=0)]
@@ -39,10 +40,11 @@ class CacheRecord(Record):
 
     format_version: int
     geometry: Geometry
+    views: Views
     corpus_fingerprint: str
     num_images: Count
     blocks: list[Pair]
-    """First row and number of images of each batch of appended images."""
+    """First row and number of images of each batch of appended images; an image has its views."""
     files: dict[str, FileEntry]
 
 

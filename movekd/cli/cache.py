@@ -23,9 +23,11 @@ from movekd.cli.options import (
     RecipeOption,
     Shards,
     Teachers,
+    ViewsOption,
     WeightsOption,
     build_options,
     check_geometry,
+    check_views,
     read_specs,
 )
 from movekd.cli.output import print_json, print_table, progress_bar, size
@@ -43,7 +45,8 @@ def build(
     teacher: Teachers,
     shards: Shards,
     cache: Cache = "cache",
-    geometry: Geometry = "crop",
+    views: ViewsOption = "base",
+    geometry: Geometry = None,
     codec: CodecOption = None,
     grid: GridOption = None,
     recipe: RecipeOption = None,
@@ -106,7 +109,8 @@ def build(
             cache,
             open_corpus(shards),
             specs,
-            geometry=check_geometry(geometry),
+            geometry=check_geometry(geometry, views),
+            views=check_views(views),
             options=options,
             replace=replace,
             channel_stats=channel_stats,
@@ -156,10 +160,19 @@ def list_teachers(cache: CacheArgument = "cache", json: Json = False) -> None:
     opened = open_cache(cache)
     teachers = status(opened)
     if json:
-        print_json({"geometry": opened.geometry, "teachers": [asdict(t) for t in teachers]})
+        print_json(
+            {
+                "geometry": opened.geometry,
+                "views": opened.views,
+                "images": opened.catalog.num_images,
+                "rows": len(opened.catalog.rows),
+                "teachers": [asdict(t) for t in teachers],
+            }
+        )
         return
     print_table(
-        f"{cache}: {len(opened.keys):,} images, geometry {opened.geometry}",
+        f"{cache}: {opened.catalog.num_images:,} images, geometry {opened.geometry}, views "
+        f"{opened.views}: {len(opened.catalog.rows):,} rows",
         [
             "teacher",
             "state",
@@ -176,7 +189,7 @@ def list_teachers(cache: CacheArgument = "cache", json: Json = False) -> None:
             [
                 t.teacher,
                 _state(t),
-                f"{t.images:,}",
+                f"{t.rows:,}",
                 f"{t.grid}x{t.grid}",
                 t.width,
                 t.codec if t.compressor == "none" else f"{t.codec} {t.compressor}",

@@ -17,8 +17,10 @@ from movekd.cli.options import (
     Shards,
     StudentGrid,
     Teachers,
+    ViewsOption,
     WeightsOption,
     build_options,
+    check_views,
     named_values,
     read_specs,
 )
@@ -32,6 +34,7 @@ def plan(
     teacher: Teachers,
     shards: Shards,
     cache: Cache = "cache",
+    views: ViewsOption = "base",
     weights: WeightsOption = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -75,6 +78,7 @@ def plan(
             specs,
             open_corpus(shards),
             cache,
+            views=check_views(views),
             options=build_options(device, dtype, batch_size, 0),
             num_images=num_images,
             student_grid=student_grid,
@@ -130,9 +134,10 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     row_bytes = sum(p.row_bytes for p in planned.teachers if p.is_spec)
     totals = [size(row_bytes), size(planned.total_bytes), "", f"{planned.hours:,.2f}", ""]
     rows.append(["all *", "", "", *totals, *_run_cells(planned)])
-    columns = ["teacher", "codec", "features", "an image", "total", "images/s", "hours", "bound by"]
+    columns = ["teacher", "codec", "features", "a row", "total", "images/s", "hours", "bound by"]
     print_table(
-        f"{planned.num_images:,} images; {free} free at {cache}; {rates}",
+        f"{planned.num_images:,} images, {planned.num_rows:,} rows; {free} free at {cache}; "
+        f"{rates}",
         [*columns, "read MB/s", "pays after"],
         rows,
     )

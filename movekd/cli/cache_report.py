@@ -17,9 +17,11 @@ from movekd.cli.options import (
     Shards,
     StudentGrid,
     Teachers,
+    ViewsOption,
     WeightsOption,
     build_options,
     check_geometry,
+    check_views,
     named_values,
     read_specs,
 )
@@ -34,7 +36,8 @@ def fidelity(
     teacher: Teachers,
     shards: Shards,
     images: Annotated[int, typer.Option(min=1, help="Images to measure with.")] = 32,
-    geometry: Geometry = "crop",
+    views: ViewsOption = "base",
+    geometry: Geometry = None,
     weights: WeightsOption = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -62,13 +65,14 @@ def fidelity(
 
     specs = read_specs(teacher, weights=weights, calibration_images=calibration_images)
     options = build_options(device, dtype, batch_size, num_workers)
-    corpus, checked = open_corpus(shards), check_geometry(geometry)
+    corpus, checked = open_corpus(shards), check_views(views)
     with progress_bar() as progress:
         reports = [
             measure_fidelity(
                 spec,
                 corpus,
-                geometry=checked,
+                geometry=check_geometry(geometry, views),
+                views=checked,
                 options=options,
                 num_images=images,
                 student_grid=student_grid,
@@ -147,7 +151,7 @@ def _print_fidelity(report: "FidelityReport") -> None:
         for way in report.ways
     ]
     print_table(
-        f"{report.teacher}: {report.num_images} images, calibrated on "
+        f"{report.teacher}: {report.num_images} images, views {report.views}, calibrated on "
         f"{report.calibration_images}{random}",
         ["codec", "grid", "an image", "error mean", "max", "token cosine", "attention L1"],
         [

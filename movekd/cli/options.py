@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 if TYPE_CHECKING:
     from movekd.build.options import BuildOptions
     from movekd.cache.spec import CacheSpec
+    from movekd.corpus.anyres import Views
+    from movekd.corpus.images import Geometry as KnownGeometry
 
 STUDENT_GRID = 24
 """Side of the grid of CLIP ViT-L/14 at 336 pixels."""
@@ -22,7 +24,19 @@ Cache = Annotated[
     str, typer.Option("--cache", help="Folder of the cache, or s3://bucket/prefix, gs://...")
 ]
 CacheArgument = Annotated[str, typer.Argument(help="Folder or URL of the cache.")]
-Geometry = Annotated[str, typer.Option(help="crop, pad, stretch or longest_side.")]
+Geometry = Annotated[
+    str | None,
+    typer.Option(
+        help="How the whole image becomes a square: crop, pad, stretch or longest_side. Unless "
+        "given, crop; with --views anyres, stretch."
+    ),
+]
+ViewsOption = Annotated[
+    str,
+    typer.Option(
+        "--views", help="base: the whole image; anyres: and its tiles, as LLaVA-NeXT cuts them."
+    ),
+]
 CodecOption = Annotated[str | None, typer.Option(help="int8 or float16, instead of the spec's.")]
 GridOption = Annotated[
     str | None, typer.Option(help="Side of the stored grid, or `native`, instead of the spec's.")
@@ -120,19 +134,32 @@ def build_options(
     return BuildOptions(device, kind, images, num_workers, compile=compile, concurrent=concurrent)
 
 
-def check_geometry(geometry: str) -> Any:
-    """Return the geometry, or say which there are."""
-    from typing import get_args
+def check_views(views: str) -> "Views":
+    """Return which views there are to be, or say what could be asked for."""
+    from movekd.corpus.anyres import Views
 
+    _check_one_of("--views", views, get_args(Views))
+    return cast("Views", views)
+
+
+def check_geometry(geometry: str | None, views: str = "base") -> "KnownGeometry":
+    """Return the geometry, that of the views unless given, or say which there are."""
     from movekd.corpus.images import Geometry as Known
+
+    if geometry is None:
+        geometry = "crop" if views == "base" else "stretch"  # LLaVA-1.5's and LLaVA-NeXT's
+    _check_one_of("--geometry", geometry, get_args(Known))
+    return cast("KnownGeometry", geometry)
+
+
+def _check_one_of(option: str, given: str, known: Sequence[str]) -> None:
     from movekd.errors import ConfigError, did_you_mean
 
-    if geometry not in get_args(Known):
+    if given not in known:
         raise ConfigError(
-            f"--geometry is '{geometry}'; expected one of {', '.join(get_args(Known))}."
-            f"{did_you_mean(geometry, get_args(Known))}"
+            f"{option} is '{given}'; expected one of {', '.join(known)}."
+            f"{did_you_mean(given, known)}"
         )
-    return geometry
 
 
 def named_values(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -24,13 +24,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table = Table()
     for at, column in enumerate(columns):
         is_number = bool(rows) and all(_looks_numeric(row[at]) for row in rows)
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*[escape(str(cell)) for cell in row])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(escape(title), style="bold", soft_wrap=True)  # as a table's title it would wrap
+    console.print(table)
 
 
 def size(num_bytes: float) -> str:

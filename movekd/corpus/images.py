@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from movekd.corpus.anyres import anyres_canvas, cut_tile, num_views
 from movekd.errors import UnreadableImageError
 
 Geometry = Literal["crop", "pad", "stretch", "longest_side"]
@@ -101,15 +102,16 @@ class ImageTransform:
     """Image bytes to one model's input.
 
     ``crop`` is bit-equal to the PIL-backed Hugging Face CLIP processor, ``pad`` to LLaVA's
-    padding followed by it, ``longest_side`` to the PIL-backed SAM processor.
+    padding followed by it, ``longest_side`` to the PIL-backed SAM processor, ``stretch`` and the
+    tiles, at 336 pixels, to the PIL-backed LLaVA-NeXT processor.
 
     Attributes:
         image_size: side S in pixels.
-        geometry: how the image becomes a square.
+        geometry: how the whole image becomes a square; tiles are squares.
         resample: Pillow filter.
         mean: channel means, of pixels in 0..1.
         std: channel standard deviations.
-        fill: colour of padding in 0..1; None is the mean.
+        fill: colour of padding in 0..1; None is the mean. Tiles are padded with black.
     """
 
     image_size: int
@@ -119,13 +121,13 @@ class ImageTransform:
     std: Colour
     fill: Colour | None = None
 
-    def __call__(self, data: bytes) -> NDArray[np.float32]:
-        """Return ``data`` as float32 pixels (3, S, S), normalised.
+    def __call__(self, data: bytes, view: int = 0) -> NDArray[np.float32]:
+        """Return one view of ``data`` as float32 pixels (3, S, S), normalised.
 
         Raises:
-            UnreadableImageError: ``data`` is not an image that can be decoded.
+            UnreadableImageError: ``data`` is not an image that can be decoded, or has no such view.
         """
-        square = self.square(decode_image(data))
+        square = ImageViews(self, decode_image(data)).square(view)
         table = self.normalisation_table
         pixels_CHW = np.empty((3, self.image_size, self.image_size), np.float32)
         for channel in range(3):
@@ -135,14 +137,10 @@ class ImageTransform:
         pixels_CHW[:, :, square.width :] = self.padding_C[:, None, None]
         return pixels_CHW
 
-    def square(self, image: Image.Image) -> "Square":
-        """Return a decoded image as the square that is normalised, a byte a channel."""
-        size = self.image_size
-        square = apply_geometry(image, size, self.geometry, self.resample, self._fill)
-        width, height = (size, size)
-        if self.geometry == "longest_side":
-            width, height = _fit(image.size, size)
-        return Square(np.asarray(square), width, height)
+    @property
+    def padding_colour(self) -> Colour:
+        """Red, green, blue in 0..1."""
+        return self.mean if self.fill is None else self.fill
 
     @property
     def normalisation_table(self) -> NDArray[np.float32]:
@@ -156,11 +154,49 @@ class ImageTransform:
         SAM pads after normalising, so its padding never sees the rounding to 8 bits.
         """
         mean_C, std_C = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        return np.asarray((np.array(self._fill, np.float32) - mean_C) / std_C, np.float32)
+        return np.asarray((np.array(self.padding_colour, np.float32) - mean_C) / std_C, np.float32)
 
-    @property
-    def _fill(self) -> Colour:
-        return self.mean if self.fill is None else self.fill
+
+class ImageViews:
+    """One decoded image for one model: the square of each of its views.
+
+    Args:
+        transform: the model's.
+        image: RGB, upright.
+    """
+
+    def __init__(self, transform: ImageTransform, image: Image.Image) -> None:
+        self._transform, self._image = transform, image
+
+    def square(self, view: int = 0) -> Square:
+        """Return one view as the square that is normalised, a byte a channel.
+
+        Raises:
+            UnreadableImageError: the image has no such view.
+        """
+        of, size = self._transform, self._transform.image_size
+        if view:
+            self._require(view)
+            return Square(np.asarray(cut_tile(self._canvas, size, view)), size, size)
+        square = apply_geometry(self._image, size, of.geometry, of.resample, of.padding_colour)
+        width, height = size, size
+        if of.geometry == "longest_side":
+            width, height = _fit(self._image.size, size)
+        return Square(np.asarray(square), width, height)
+
+    @cached_property
+    def _canvas(self) -> Image.Image:
+        of = self._transform
+        return anyres_canvas(self._image, of.image_size, _FILTERS[of.resample])
+
+    def _require(self, view: int) -> None:
+        width, height = self._image.size
+        count = int(num_views([width], [height])[0])
+        if not 0 <= view < count:
+            raise UnreadableImageError(
+                f"view {view} was asked for, but the image is {width} x {height} pixels and has "
+                f"the views 0 to {count - 1}; its size in the index is another. Pack it again."
+            )
 
 
 def decode_image(data: bytes) -> Image.Image:

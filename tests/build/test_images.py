@@ -11,6 +11,13 @@ from movekd.corpus.index import open_corpus
 BATCHES = [[3, 1], [0], [5, 4, 2, 7]]
 
 
+def stream_of(corpus, wanted, order, num_workers) -> ImageStream:
+    """The base views of a corpus: a place is an image."""
+    images = np.arange(len(corpus))
+    views = np.zeros(len(corpus), np.int16)
+    return ImageStream(corpus, images, views, wanted, order, num_workers=num_workers)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_in_order_whatever_the_workers(corpus_dir, tiny_specs, num_workers) -> None:
     corpus = open_corpus(corpus_dir)
@@ -77,7 +84,7 @@ def test_an_image_is_decoded_once_for_all_who_want_it(
     small = image_transform(tiny_specs[0], "crop")
     large = dataclasses.replace(small, image_size=80)
     wanted = {small: [0, 1, 2, 3, 2, 9], large: [2, 3, 9, 12]}
-    stream = ImageStream(corpus, wanted, [0, 1, 2, 3, 9, 12], num_workers=num_workers)
+    stream = stream_of(corpus, wanted, [0, 1, 2, 3, 9, 12], num_workers)
     for transform, batch in (
         (small, [0, 1, 2]), (small, [3, 2]), (large, [2]), (small, [9]), (large, [3, 9, 12])
     ):  # fmt: skip
@@ -93,6 +100,6 @@ def test_two_teachers_of_equal_input_share_what_is_resized(corpus_dir, tiny_spec
     corpus = open_corpus(corpus_dir)
     one, other = (image_transform(tiny_specs[0], "crop") for _ in range(2))
     assert one == other
-    stream = ImageStream(corpus, {one: [4, 4]}, [4], num_workers=0)
+    stream = stream_of(corpus, {one: [4, 4]}, [4], 0)
     first, second = stream.take([4], one), stream.take([4], other)
     assert torch.equal(first.levels_BHWC, second.levels_BHWC)

@@ -1,5 +1,10 @@
+import shutil
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from movekd.cache.catalog import open_catalog, update_catalog
 from movekd.cache.seal import read_sealed, write_sealed
@@ -119,3 +124,82 @@ def test_the_same_images_in_other_tars_are_found_where_they_are_now(tmp_path, co
     held = open_catalog(storage).index
     for column in ("shard", "offset"):
         assert held[column].to_pylist() == moved.index[column].to_pylist()
+
+
+VIEWS = [3, 5, 4, 4, 3, 3, 5, 5, 3]
+"""How many views the images of ``view_corpora`` have."""
+
+
+def test_views_stand_image_by_image(tmp_path, view_corpora) -> None:
+    small, large = (open_corpus(data) for data in view_corpora)
+    storage = open_storage(tmp_path)
+    for corpus, blocks in ((small, [[0, 7]]), (large, [[0, 7], [1024, 2]])):
+        update_catalog(storage, corpus, "stretch", "anyres")
+        catalog = open_catalog(storage)
+        counts = VIEWS[: len(corpus)]
+        assert catalog.views.tolist() == [view for count in counts for view in range(count)]
+        assert catalog.images.tolist() == [i for i, n in enumerate(counts) for _ in range(n)]
+        assert (catalog.views.dtype, catalog.images.dtype) == (np.int16, np.int64)
+        assert catalog.rows.tolist() == [*range(27), *range(1024, 1032)][: sum(counts)]
+        keys = corpus.index["key"].to_pylist()
+        assert catalog.index["key"].to_pylist() == [keys[image] for image in catalog.images]
+        record = read_sealed(storage, "cache.json")
+        assert (record["views"], record["blocks"]) == ("anyres", blocks)
+        assert (catalog.view_set, catalog.num_images) == ("anyres", len(corpus))
+
+
+def test_a_second_append_starts_after_every_view(tmp_path, view_corpora, small_shards) -> None:
+    small, large = view_corpora
+    corpus = open_corpus(large)
+    parts = []
+    for count in (6, 7, 9):  # 22 rows, then 5, then 8
+        part = tmp_path / f"{count}"
+        shutil.copytree(small if count < 8 else large, part)
+        pq.write_table(corpus.index.slice(0, count), part / "index.parquet")
+        parts.append(open_corpus(part))
+    for part in parts:
+        catalog = update_catalog(open_storage(tmp_path / "cache"), part, "stretch", "anyres")
+    assert catalog.rows.tolist() == [*range(22), *range(24, 29), *range(32, 40)]
+    assert read_sealed(open_storage(tmp_path / "cache"), "cache.json")["blocks"] == [
+        [0, 6], [24, 1], [32, 2]
+    ]  # fmt: skip
+
+
+def test_the_checksum_of_keys_tells_views_apart(tmp_path, view_corpora) -> None:
+    corpus = open_corpus(view_corpora[0])
+    keys = corpus.index["key"].to_pylist()
+    base = update_catalog(open_storage(tmp_path / "base"), corpus, "stretch")
+    assert base.keys_checksum(1, 3) == xxhash.xxh3_128_hexdigest(f"{keys[1]}\n{keys[2]}\n".encode())
+    anyres = update_catalog(open_storage(tmp_path / "anyres"), corpus, "stretch", "anyres")
+    said = f"{keys[0]} 2\n{keys[1]} 0\n{keys[1]} 1\n"
+    assert anyres.keys_checksum(2, 5) == xxhash.xxh3_128_hexdigest(said.encode())
+    assert anyres.keys_checksum(3, 4) != anyres.keys_checksum(4, 5)
+
+
+@pytest.mark.parametrize(("held", "asked"), [("base", "anyres"), ("anyres", "base")])
+def test_other_views_are_refused(tmp_path, view_corpora, snapshot, held, asked) -> None:
+    corpus = open_corpus(view_corpora[0])
+    update_catalog(open_storage(tmp_path), corpus, "stretch", held)
+    before = snapshot(tmp_path)
+    with pytest.raises(CacheError, match=f"views '{held}', .* '{asked}'.*--views {held}, or ano"):
+        update_catalog(open_storage(tmp_path), corpus, "crop", asked)
+    assert snapshot(tmp_path) == before
+    update_catalog(open_storage(tmp_path), corpus, "stretch", held)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sizes_that_changed_cannot_move_rows(tmp_path, view_corpora, snapshot, number) -> None:
+    storage = open_storage(tmp_path / "c")
+    update_catalog(storage, open_corpus(view_corpora[0]), "crop", "anyres")
+    before = snapshot(tmp_path / "c")
+    shutil.copytree(view_corpora[number], tmp_path / "data")
+    index = open_corpus(view_corpora[number]).index
+    widths = pa.array([40, *[340] * (len(index) - 1)], pa.int32())
+    column = index.schema.get_field_index("width")
+    pq.write_table(index.set_column(column, "width", widths), tmp_path / "data" / "index.parquet")
+    with pytest.raises(CacheError, match=r"other views than the sizes in .*Restore that file"):
+        update_catalog(
+            open_storage(tmp_path / "c"), open_corpus(tmp_path / "data"), "crop", "anyres"
+        )
+    assert snapshot(tmp_path / "c") == before

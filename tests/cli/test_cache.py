@@ -216,3 +216,33 @@ def test_recompute_is_refused_before_anything_is_read(cache_dir) -> None:
     for words in (["--recompute", "2"], ["--teacher", "clip"]):
         with pytest.raises(ConfigError, match=r"--recompute"):
             run("verify", cache_dir, *words)
+
+
+def test_anyres_caches_are_stretched_unless_told_otherwise(
+    tmp_path, teachers, view_corpora
+) -> None:
+    data, cache = view_corpora[0], tmp_path / "cache"
+    command = ("build", *teachers[:2], "--shards", data, "--num-workers", 0, "--device", "cpu")
+    (summary,) = json.loads(run(*command, "--cache", cache, "--views", "anyres", "--json").stdout)
+    assert (summary["images_built"], summary["status"]["rows"]) == (27, 27)
+    listed = json.loads(run("ls", cache, "--json").stdout)
+    found = {key: listed[key] for key in ("geometry", "views", "images", "rows")}
+    assert found == {"geometry": "stretch", "views": "anyres", "images": 7, "rows": 27}
+    shown = run("ls", cache).stdout
+    assert "7 images, geometry stretch, views anyres: 27 rows" in shown
+    with pytest.raises(CacheError, match=r"views 'anyres', the build asks for 'base'.*--views any"):
+        run(*command, "--cache", cache)
+    with pytest.raises(CacheError, match=r"geometry 'stretch', the build asks for 'pad'"):
+        run(*command, "--cache", cache, "--views", "anyres", "--geometry", "pad")
+    run(*command, "--cache", tmp_path / "pad", "--views", "anyres", "--geometry", "pad")
+    assert json.loads(run("ls", tmp_path / "pad", "--json").stdout)["geometry"] == "pad"
+    with pytest.raises(ConfigError, match=r"--views is 'anyers'.*Did you mean 'anyres'\?"):
+        run(*command, "--cache", cache, "--views", "anyers")
+
+
+def test_a_plan_of_an_anyres_cache_counts_its_rows(tmp_path, teachers, view_corpora) -> None:
+    command = ("plan", *teachers[:2], "--shards", view_corpora[0], "--cache", tmp_path)
+    command += ("--views", "anyres", "--assume-rate", 10, "--no-measure-disk")
+    assert "7 images, 27 rows" in run(*command).stdout.replace("\n", " ")
+    planned = json.loads(run(*command, "--num-images", 14, "--json").stdout)
+    assert planned["num_rows"] == 54

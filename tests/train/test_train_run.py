@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import scenes
 import torch
 
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
 from movekd.cache import open_cache
+from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError, UnknownKeyError
@@ -252,6 +258,35 @@ def test_geometry_must_be_the_caches(digits, tmp_path):
     with pytest.raises(ConfigError, match=r"geometry 'crop'; the config asks for data.geometry"):
         digits.train(tmp_path, "pretrain", "data.geometry=pad")
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_an_anyres_cache_teaches_the_base_view(digits, tmp_path):
+    """Equal losses and weights to a base cache of the same geometry; one image a pass, so that
+    the two builds' features are equal bits."""
+    teachers = Path(scenes.__file__).parent / "teachers"
+    specs = [load_spec(str(teachers / f"{name}.yaml")) for name in ("clip", "sam")]
+    corpus, options = open_corpus(digits.data), BuildOptions(batch_size=1, num_workers=0)
+    summaries = {}
+    for views in ("base", "anyres"):
+        build = build_cache(
+            tmp_path / views,
+            corpus,
+            specs,
+            geometry="stretch",
+            views=views,
+            options=options,
+            channel_stats=None if views == "base" else tmp_path / "base",
+        )
+        assert all(s.status.rows == len(corpus) * (1 if views == "base" else 3) for s in build)
+        part = replace(digits, cache=tmp_path / views)
+        with pytest.raises(ConfigError, match=r"geometry 'stretch'; the config asks .* 'crop'"):
+            part.train(tmp_path / "crop", "pretrain")
+        overrides = ("data.geometry=stretch", "training.max_steps=3")
+        summaries[views] = part.train(tmp_path / f"run-{views}", "pretrain", *overrides)
+    base, anyres = (digits.logged(summary) for summary in summaries.values())
+    assert base == anyres
+    assert base[0]["loss_kd_sam"] > 0
+    assert_same_weights(digits, tmp_path / "run-base", tmp_path / "run-anyres")
 
 
 def test_a_teacher_that_is_not_there_is_named(digits, tmp_path):
