@@ -61,7 +61,13 @@ class CacheSpec(FrozenModel):
     cls: bool = Field(default=False, description="Store the [CLS] embedding of that layer.")
     cls_attention: bool = Field(
         default=False,
-        description="Store the attention row of [CLS] in the block before that layer.",
+        description="Store the attention row of [CLS] in the block before that layer; for `last`, "
+        "in the last block.",
+    )
+    cls_source: Literal["token", "attention_pool"] = Field(
+        default="token",
+        description="What stands for [CLS]: its token, or the attention-pooling head of a model "
+        "without one (SigLIP): the head's output, and its probe's attention over the patches.",
     )
 
     grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
@@ -89,9 +95,12 @@ class CacheSpec(FrozenModel):
         return std
 
     @model_validator(mode="after")
-    def _attention_needs_cls(self) -> "CacheSpec":
-        if self.cls_attention and self.layer in ("last", "neck"):
-            raise ValueError("cls_attention needs a layer by index: the block before it is read")
+    def _attention_has_a_block(self) -> "CacheSpec":
+        if self.cls_attention and self.layer == "neck" and self.cls_source == "token":
+            raise ValueError(
+                "cls_attention is read in the block before the layer, and a neck is behind no "
+                "single one; set layer to an index or last"
+            )
         return self
 
     def with_changes(self, **changes: Any) -> "CacheSpec":

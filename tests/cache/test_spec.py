@@ -21,7 +21,7 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         "seed": 1, "model_args": {}, "image_size": 17, "geometry": "pad", "resample": "lanczos",
         "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3), "fill": (0.0, 0.0, 0.0), "layer": -1,
         "cls": False, "cls_attention": False, "grid": 2, "codec": "float16",
-        "compressor": "zstd", "calibration_images": 9,
+        "compressor": "zstd", "calibration_images": 9, "cls_source": "attention_pool",
     }  # fmt: skip
     assert {*changes, "description", "max_error"} == set(CacheSpec.model_fields)
     fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}
@@ -37,7 +37,8 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
     [
         ({"imagesize": 3}, r"unknown key 'imagesize'. Did you mean 'image_size'\?"),
         ({"std": [1, 0, 1]}, "std: every value must be above 0"),
-        ({"layer": "last"}, "cls_attention needs a layer by index"),
+        ({"layer": "neck"}, "cls_attention is read in the block .* set layer to an index or last"),
+        ({"cls_source": "pool"}, "cls_source: .*'attention_pool'"),
         ({"layer": "first"}, "layer"),
         ({"grid": 0}, "grid"),
         ({"codec": "int4"}, "codec: .*'int8'"),
@@ -67,6 +68,11 @@ def test_weights_are_taken_from_the_folder_of_the_yaml_file(tmp_path, tiny_specs
     ):
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content | {"weights": weights}))
         assert load_spec(str(tmp_path / "mine.yaml")).weights == expected
+
+
+def test_attention_of_a_pool_needs_no_block(tiny_specs) -> None:
+    for layer in ("last", "neck", -2):
+        tiny_specs[0].with_changes(layer=layer, cls_source="attention_pool")
 
 
 def test_an_unknown_teacher_names_the_nearest(tmp_path) -> None:
