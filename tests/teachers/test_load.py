@@ -167,6 +167,24 @@ def test_unreachable_weights_say_what_to_fetch(shrunken: Shrink) -> None:
             load_teacher(shrunken(name, weights="hub"))
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("openai/clip-vit-large-patch14-33", "Did you mean 'openai/clip-vit-large-patch14-336'?"),
+        ("clip-vit-large-patch14-336", "Did you mean 'openai/clip-vit-large-patch14-336'?"),
+        ("google/siglip2-so400m-patch14-348", "Did you mean 'google/siglip2-so400m-patch14-384'?"),
+        ("facebook/dinov2-large", ""),  # exists, though no shipped spec has it
+    ],
+)
+def test_a_wrong_hub_id_names_the_nearest_shipped_one(
+    model: str, said: str, shrunken: Shrink
+) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_teacher(shrunken("clip", weights="hub", model=model))
+    assert said in str(caught.value)
+    assert ("Did you mean" in str(caught.value)) == bool(said)
+
+
 def test_loading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, spec = saved_clip(tmp_path)
     assert load_teacher(spec).weights_sha256 == weights_sha256(model.vision_model)
