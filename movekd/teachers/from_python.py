@@ -119,7 +119,7 @@ def _import_failed(spec: CacheSpec, name: str, error: Exception) -> ConfigError:
 def _modules_beside(name: str) -> Iterable[str]:
     """Return the names of importable modules in the package of ``name``, itself imported."""
     parent = name.rpartition(".")[0]
-    places = importlib.import_module(parent).__path__ if parent else None
+    places = getattr(importlib.import_module(parent), "__path__", []) if parent else None
     prefix = f"{parent}." if parent else ""
     return [info.name for info in pkgutil.iter_modules(places, prefix)]
 

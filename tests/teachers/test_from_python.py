@@ -153,6 +153,7 @@ def test_shape_is_known_without_work(spec: CacheSpec, monkeypatch: pytest.Monkey
         ({"weights": "hub"}, r"weights: hub; no hub knows .*`factory` .* `random` for a trial"),
         ({"factory": "mines.vit:encoder"}, r"no module mines that .*PYTHONPATH to the folder"),
         ({"factory": "mine.vitt:encoder"}, r"no module mine\.vitt .*Did you mean 'mine\.vit'\?"),
+        ({"factory": "mine.vit.small:encoder"}, r"no module mine\.vit\.small that Python"),
         ({"factory": "mine.vit:encodr"}, r"mine\.vit has no encodr\. Did you mean 'encoder'\?"),
         ({"factory": "mine.vit:not_a_function"}, r"not_a_function in mine\.vit is a int; expected"),
         ({"factory": "mine.broken:encoder"}, r"importing mine\.broken fails: ZeroDivisionError"),

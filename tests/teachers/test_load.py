@@ -245,6 +245,18 @@ def test_config_of_the_checkpoint_must_agree_with_model_args(tmp_path: Path) -> 
         load_teacher(wrong)
 
 
+@pytest.mark.parametrize("name", ["dinov2", "dinov3", "radio", "eva02_clip"])
+def test_last_reads_attention_in_the_last_block(name: str, shrunken: Shrink) -> None:
+    """The tokens are those after the final norm, where there is one; the block is the same."""
+    spec = shrunken(name, layer="last")
+    last, block = load_teacher(spec), load_teacher(spec.with_changes(layer=-1))
+    with_norm, without = last(images(spec)), block(images(spec))
+    assert with_norm.cls_attention_BHN is not None
+    assert without.cls_attention_BHN is not None
+    assert torch.equal(with_norm.cls_attention_BHN, without.cls_attention_BHN)
+    assert torch.equal(with_norm.tokens_BND, without.tokens_BND) == (name == "radio")
+
+
 @pytest.mark.parametrize("layer", [0, 4, -4])
 def test_layers_that_do_not_exist_are_refused(tmp_path: Path, layer: int) -> None:
     _, spec = saved_clip(tmp_path)
