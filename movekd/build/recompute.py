@@ -22,8 +22,10 @@ from torch import Tensor
 
 from movekd.build.live import LiveFeatures, live_features
 from movekd.build.options import BuildOptions, Progress
+from movekd.build.stored_spec import spec_to_run
 from movekd.cache import layout
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
+from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
 from movekd.corpus.index import Corpus, find_rows
 from movekd.errors import ConfigError, CorpusError, MovekdError, did_you_mean
@@ -52,6 +54,7 @@ def recompute(
     options: BuildOptions,
     teachers: Sequence[str] = (),
     weights: Mapping[str, str] | None = None,
+    specs: Sequence[CacheSpec] = (),
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[str]:
@@ -73,6 +76,8 @@ def recompute(
         teachers: which ones; all unless given.
         weights: teacher -> ``hub``, a directory or a file. A cache does not say where its weights
             came from; ``hub`` unless given. (Random weights are drawn again from the spec's seed.)
+        specs: the user's own, of teachers that were built from a YAML file; matched by name and
+            fingerprint. Needed where the network is code of his own, see ``build.stored_spec``.
         seed: of the draw.
         progress: called after each batch.
 
@@ -81,7 +86,8 @@ def recompute(
         CacheError: there is no cache.
     """
     opened = open_cache(cache)
-    for name in (*teachers, *(weights or {})):
+    given = {spec.name: spec for spec in specs}
+    for name in (*teachers, *(weights or {}), *given):
         if name not in opened.teachers:
             raise ConfigError(
                 f"{opened.url} holds no teacher '{name}'.{did_you_mean(name, opened.teachers)} It "
@@ -89,24 +95,22 @@ def recompute(
             )
     for name in teachers or opened.teachers:
         try:
-            yield from _recompute_teacher(
-                opened, name, corpus, num_rows, options, (weights or {}).get(name), seed, progress
-            )
+            spec = spec_to_run(opened[name], given.get(name), (weights or {}).get(name))
+            yield from _recompute_teacher(opened, spec, corpus, num_rows, options, seed, progress)
         except MovekdError as error:
             yield f"'{name}' in {opened.url} was not recomputed: {error}"
 
 
 def _recompute_teacher(
     cache: FeatureCache,
-    name: str,
+    spec: CacheSpec,
     corpus: Corpus,
     num_rows: int,
     options: BuildOptions,
-    weights: str | None,
     seed: int,
     progress: Progress,
 ) -> Iterator[str]:
-    store = cache[name]
+    name, store = spec.name, cache[spec.name]
     rows = _draw(cache, store, num_rows, seed)
     places = np.searchsorted(cache.catalog.rows, rows)
     keys, views = cache.catalog.index["key"].take(places), cache.catalog.views[places].tolist()
@@ -122,9 +126,6 @@ def _recompute_teacher(
     if not row_of:
         return
     options = replace(options, dtype=getattr(torch, store.calibration.dtype))
-    spec = store.spec  # "given" stands for whatever place the build took its weights from
-    if spec.weights != "random":
-        spec = spec.with_changes(weights=weights or "hub")
     teacher = load_teacher(spec, options.device, options.dtype)
     if teacher.weights_sha256 != store.calibration.weights_sha256:
         sealed = store.calibration.weights_sha256

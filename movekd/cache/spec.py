@@ -18,7 +18,10 @@ from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
 
 Codec = Literal["float16", "int8"]
-Provider = Literal["transformers", "timm", "open_clip", "movekd"]
+Provider = Literal["transformers", "timm", "open_clip", "movekd", "python"]
+
+WEIGHTS_WORDS = ("hub", "random", "factory")
+"""Values of ``weights`` that are no path."""
 
 
 class CacheSpec(FrozenModel):
@@ -29,13 +32,24 @@ class CacheSpec(FrozenModel):
     )
     description: str = Field(default="", description="One line for people.")
 
-    provider: Provider = Field(description="The library that defines the architecture.")
-    model: str = Field(description="The model's name in that library, or a hub id.")
+    provider: Provider = Field(
+        description="The library that defines the architecture; `python` is a module of your own."
+    )
+    model: str = Field(
+        description="The model's name in that library, or a hub id; with provider python, the "
+        "factory unless given."
+    )
+    factory: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        description="provider python: package.module:function, called with `model_args`; returns "
+        "the network.",
+    )
     revision: str = Field(default="main", description="Revision of the weights on the hub.")
     weights: str = Field(
         default="hub",
-        description="hub, a local directory, a .safetensors or .pth file, or `random` (tests and "
-        "benchmarks only).",
+        description="hub, a local directory, a .safetensors or .pth file, `random` (tests and "
+        "benchmarks only), or `factory` (provider python: the function loads its own).",
     )
     seed: int = Field(default=0, description="Seed of `weights: random`.")
     model_args: dict[str, Any] = Field(
@@ -61,7 +75,13 @@ class CacheSpec(FrozenModel):
     cls: bool = Field(default=False, description="Store the [CLS] embedding of that layer.")
     cls_attention: bool = Field(
         default=False,
-        description="Store the attention row of [CLS] in the block before that layer.",
+        description="Store the attention row of [CLS] in the block before that layer; for `last`, "
+        "in the last block.",
+    )
+    cls_source: Literal["token", "attention_pool"] = Field(
+        default="token",
+        description="What stands for [CLS]: its token, or the attention-pooling head of a model "
+        "without one (SigLIP): the head's output, and its probe's attention over the patches.",
     )
 
     grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
@@ -88,10 +108,43 @@ class CacheSpec(FrozenModel):
             raise ValueError("every value must be above 0")
         return std
 
+    @model_validator(mode="before")
+    @classmethod
+    def _factory_names_the_model(cls, content: Any) -> Any:
+        is_python = isinstance(content, dict) and content.get("provider") == "python"
+        if is_python and "model" not in content and "factory" in content:
+            return {**content, "model": content["factory"]}
+        return content
+
     @model_validator(mode="after")
-    def _attention_needs_cls(self) -> "CacheSpec":
-        if self.cls_attention and self.layer in ("last", "neck"):
-            raise ValueError("cls_attention needs a layer by index: the block before it is read")
+    def _attention_has_a_block(self) -> "CacheSpec":
+        if self.cls_attention and self.layer == "neck" and self.cls_source == "token":
+            raise ValueError(
+                "cls_attention is read in the block before the layer, and a neck is behind no "
+                "single one; set layer to an index or last"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _factory_goes_with_python(self) -> "CacheSpec":
+        if self.provider == "python":
+            if self.factory is None:
+                raise ValueError("provider python needs factory: package.module:function")
+            if self.cls_source != "token":
+                raise ValueError(
+                    "cls_source is for the libraries' models; with provider python, forward "
+                    "returns a movekd.teachers.TeacherOutput with cls_BD and cls_attention_BHN"
+                )
+        elif self.factory is not None:
+            raise ValueError(
+                f"factory goes with provider python, not {self.provider}; drop it, or set "
+                "provider: python"
+            )
+        elif self.weights == "factory":
+            raise ValueError(
+                f"weights: factory goes with provider python, not {self.provider}; give hub, a "
+                "directory or a file"
+            )
         return self
 
     def with_changes(self, **changes: Any) -> "CacheSpec":
@@ -137,6 +190,6 @@ def load_spec(teacher: str) -> CacheSpec:
     path = Path(teacher) if is_file else shipped[teacher]
     content = read_yaml(path)
     weights = content.get("weights")
-    if isinstance(weights, str) and weights not in ("hub", "random"):
+    if isinstance(weights, str) and weights not in WEIGHTS_WORDS:
         content["weights"] = str((path.parent / weights).resolve())
     return validate(CacheSpec, content, str(path))

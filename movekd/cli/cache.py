@@ -214,7 +214,10 @@ def verify(
     ] = None,
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="With --recompute: which teachers; all unless given."),
+        typer.Option(
+            help="With --recompute: which teachers, all unless given; the YAML file that one was "
+            "built from, which provider python needs."
+        ),
     ] = None,
     weights: Annotated[
         list[str] | None,

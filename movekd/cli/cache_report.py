@@ -111,6 +111,7 @@ def recompute_problems(
     """
     from movekd.build.recompute import recompute
     from movekd.cache.reader import open_cache
+    from movekd.cache.spec import WEIGHTS_WORDS, load_spec
     from movekd.corpus.index import open_corpus
     from movekd.errors import ConfigError
 
@@ -120,7 +121,10 @@ def recompute_problems(
             "corpus that the cache was built from."
         )
     opened = open_cache(cache)
-    names = list(teachers) or list(opened.teachers)
+    is_file = [teacher.endswith((".yaml", ".yml")) for teacher in teachers]
+    specs = [load_spec(file) for file, is_yaml in zip(teachers, is_file, strict=True) if is_yaml]
+    asked = [name for name, is_yaml in zip(teachers, is_file, strict=True) if not is_yaml]
+    names = list(dict.fromkeys([*asked, *(spec.name for spec in specs)]) or opened.teachers)
     if len(names) > 1 and any("=" not in value for value in weights):
         raise ConfigError(
             f"--weights fits one teacher, the cache has {', '.join(names)}; give NAME=PATH, once "
@@ -131,9 +135,10 @@ def recompute_problems(
         open_corpus(shards),
         num_rows,
         options=build_options(device, "float32", batch_size, 0),  # the dtype is the build's
-        teachers=teachers,
+        teachers=names,
+        specs=specs,
         weights={
-            name: place if place == "hub" else str(Path(place).resolve())
+            name: place if place in WEIGHTS_WORDS else str(Path(place).resolve())
             for name, place in named_values(weights, names, "--weights").items()
         },
         seed=seed,

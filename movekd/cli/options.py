@@ -69,7 +69,7 @@ def read_specs(
     teachers: list[str], *, recipe: str | None = None, **changes: Any
 ) -> "list[CacheSpec]":
     """Return the specs of the teachers asked for, with what the command line changes in them."""
-    from movekd.cache.spec import load_spec
+    from movekd.cache.spec import WEIGHTS_WORDS, load_spec
     from movekd.errors import ConfigError
 
     if recipe not in (None, "official", "revised"):
@@ -79,7 +79,7 @@ def read_specs(
 
     if changes.get("weights") is not None and len(teachers) > 1:
         raise ConfigError("--weights fits one --teacher; give the others' in YAML files of theirs.")
-    if changes.get("weights") not in (None, "hub", "random"):
+    if changes.get("weights") not in (None, *WEIGHTS_WORDS):
         changes["weights"] = str(Path(changes["weights"]).resolve())
     if changes.get("grid") is not None and changes["grid"] != "native":
         if not changes["grid"].isdecimal():

@@ -31,14 +31,24 @@ _KNOWN = {
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
     ".Dinov2WithRegistersAttention",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention",
     "transformers.models.vit.modeling_vit.ViTAttention",
     "transformers.models.vit_msn.modeling_vit_msn.ViTMSNAttention",
 }
-"""Classes whose arithmetic is known: softmax(q k^T), with or without timm's rotary embedding.
+"""Classes whose arithmetic is known: softmax(q k^T), with or without a rotary embedding.
 
 A list, because others hide terms that a row computed here would miss without a word: BEiT adds
 a relative position bias to the logits, for one.
 """
+
+
+Rope = Tensor | tuple[Tensor, Tensor]
+"""A rotary embedding as a block passes it on: timm's (N, 2 K), or transformers' cos and sin."""
+
+
+def class_path(module: nn.Module) -> str:
+    """Return where a module's class is defined, ``package.module.Class``."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def find_attention(block: nn.Module) -> nn.Module:
@@ -48,7 +58,7 @@ def find_attention(block: nn.Module) -> nn.Module:
         ConfigError: the block has none whose arithmetic is known.
     """
     for module in block.modules():
-        if f"{type(module).__module__}.{type(module).__qualname__}" in _KNOWN:
+        if class_path(module) in _KNOWN:
             return module
     known = ", ".join(sorted({name.rsplit(".", 1)[1] for name in _KNOWN}))
     raise ConfigError(
@@ -72,13 +82,14 @@ def watch_cls_attention(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # CLIP passes hidden_states by keyword, DINOv2 and timm by position.
         hidden_BTC = args[0] if args else kwargs["hidden_states"]
-        keep(cls_attention_row(module, hidden_BTC, num_prefix, kwargs.get("rope")))
+        rope = kwargs.get("rope", kwargs.get("position_embeddings"))
+        keep(cls_attention_row(module, hidden_BTC, num_prefix, rope))
 
     return attention.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def cls_attention_row(
-    attention: nn.Module, hidden_BTC: Tensor, num_prefix: int, rope: Tensor | None = None
+    attention: nn.Module, hidden_BTC: Tensor, num_prefix: int, rope: Rope | None = None
 ) -> Tensor:
     """Return cls_attention_BHN, float32, for the input that ``attention`` is about to see.
 
@@ -86,7 +97,7 @@ def cls_attention_row(
         attention: what ``find_attention`` returned.
         hidden_BTC: its input, after the block's first norm.
         num_prefix: P, the tokens before the patches.
-        rope: timm's rotary embedding, (N, 2 K), as the block passes it on.
+        rope: the rotary embedding of the patches, as the block passes it on.
     """
     module: Any = attention
     num_heads = int(getattr(module, "num_heads", 0) or module.num_attention_heads)
@@ -119,9 +130,15 @@ def _query_and_keys(module: Any, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rotate(keys_BHTK: Tensor, rope: Tensor, num_prefix: int, is_half: bool) -> Tensor:
-    """Rotate the patches' keys as timm does; prefix tokens, the query among them, stay."""
-    from timm.layers import apply_rot_embed_cat  # only rotary timm models come here
+def _rotate(keys_BHTK: Tensor, rope: Rope, num_prefix: int, is_half: bool) -> Tensor:
+    """Rotate the patches' keys as the library does; prefix tokens, the query among them, stay."""
+    patches_BHNK = keys_BHTK[:, :, num_prefix:]
+    if isinstance(rope, tuple):  # transformers: the two halves of a head turn together
+        cos_NK, sin_NK = rope
+        first, second = patches_BHNK.chunk(2, dim=-1)
+        rotated_BHNK = patches_BHNK * cos_NK + torch.cat((-second, first), dim=-1) * sin_NK
+    else:
+        from timm.layers import apply_rot_embed_cat
 
-    patches_BHNK = apply_rot_embed_cat(keys_BHTK[:, :, num_prefix:], rope, half=is_half)
-    return torch.cat((keys_BHTK[:, :, :num_prefix], patches_BHNK.type_as(keys_BHTK)), dim=2)
+        rotated_BHNK = apply_rot_embed_cat(patches_BHNK, rope, half=is_half)
+    return torch.cat((keys_BHTK[:, :, :num_prefix], rotated_BHNK.type_as(keys_BHTK)), dim=2)

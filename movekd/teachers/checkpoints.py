@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from movekd.cache.spec import CacheSpec
-from movekd.errors import WeightsError
+from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
+from movekd.errors import WeightsError, did_you_mean
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -125,13 +125,20 @@ def _download(spec: CacheSpec, repo: str, names: Sequence[str]) -> Path:
 def unreachable(
     spec: CacheSpec, repo: str, names: Iterable[str], reason: object = None
 ) -> WeightsError:
-    """Return the error that tells how to fetch weights by hand."""
+    """Return the error that tells how to fetch weights by hand, and of a name nearly right."""
     why = f" ({str(reason).splitlines()[0]})" if reason and str(reason) else ""
     return WeightsError(
-        f"weights of '{spec.name}' could not be fetched from {repo}{why}. Check the name and the "
-        f"connection, or download {' or '.join(names)} from https://huggingface.co/{repo} on "
+        f"weights of '{spec.name}' could not be fetched from {repo}{why}."
+        f"{_nearest_shipped(spec)} Check the name and the connection, or "
+        f"download {' or '.join(names)} from https://huggingface.co/{repo} on "
         "another machine and set `weights: DIRECTORY` in the teacher's YAML."
     )
+
+
+def _nearest_shipped(spec: CacheSpec) -> str:
+    """Suggest the model of a shipped spec: nobody can list all of the hub's."""
+    known = {load_spec(name).model for name in shipped_specs()}
+    return "" if spec.model in known else did_you_mean(spec.model, known, cutoff=0.8)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from movekd.teachers.checkpoints import (
     read_state_dict,
     weights_file,
 )
+from movekd.teachers.pooling import find_pool
 from movekd.teachers.trunk import Trunk, check_name
 
 
@@ -67,6 +68,7 @@ def _trunk(module: Any) -> Trunk:
         output: Tensor = module.forward_features(pixels_BCHW)
         return output.permute(0, 3, 1, 2) if is_channels_last and output.ndim == 4 else output
 
+    reads_prefix = bool(getattr(module, "pool_include_prefix", False))
     is_transformer = hasattr(module, "num_prefix_tokens")  # EfficientNets have `blocks` as well
     return Trunk(
         module,
@@ -74,6 +76,7 @@ def _trunk(module: Any) -> Trunk:
         blocks=tuple(module.blocks) if is_transformer and hasattr(module, "blocks") else (),
         num_prefix=int(getattr(module, "num_prefix_tokens", 0)),
         has_cls=getattr(module, "cls_token", None) is not None,
+        pool=None if reads_prefix else find_pool(module),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, WeightsError, did_you_mean
+from movekd.teachers import pix2struct
 from movekd.teachers.checkpoints import (
     first_line,
     given_path,
@@ -23,6 +24,7 @@ from movekd.teachers.checkpoints import (
     read_state_dict,
     unreachable,
 )
+from movekd.teachers.pooling import find_pool
 from movekd.teachers.trunk import Trunk
 
 
@@ -36,12 +38,17 @@ def transformers_trunk(spec: CacheSpec) -> Trunk:
     with quiet():
         module = _model(spec)
     config = module.config
+    is_pix2struct = config.model_type == pix2struct.MODEL_TYPE
+    if is_pix2struct:
+        pix2struct.check_input(spec)
     extra: dict[str, bool] = {}
     is_resized = getattr(config, "image_size", spec.image_size) != spec.image_size
     if is_resized and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
         extra["interpolate_pos_encoding"] = True
 
     def run(pixels_BCHW: Tensor) -> Tensor:
+        if is_pix2struct:
+            return pix2struct.run_pix2struct(module, pixels_BCHW)
         output: Tensor = module(pixel_values=pixels_BCHW, **extra).last_hidden_state
         return output
 
@@ -56,16 +63,18 @@ def transformers_trunk(spec: CacheSpec) -> Trunk:
         blocks=tuple(next(stacks, ())) if depth else (),
         num_prefix=num_prefix,
         has_cls=num_prefix > 0,
+        pool=find_pool(module),
         has_neck=any(name.rsplit(".", 1)[-1] == "neck" for name, _ in module.named_modules()),
     )
 
 
 def _model(spec: CacheSpec) -> Any:
     """Return the model in float32, every weight of it from where the spec says."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     if spec.weights == "random":
-        return AutoModel.from_config(_config_from_args(spec), dtype=torch.float32)
+        config = _config_from_args(spec)
+        return _model_class(spec, config)._from_config(config, dtype=torch.float32)
     path = None if spec.weights == "hub" else given_path(spec)
     if path is not None and path.is_file():
         config = _config_from_args(spec)
@@ -96,20 +105,14 @@ def _load_all(
     ``whole`` is the checkpoint's own config. Where that is of a larger model (CLIP with its text
     side, a classifier), the checkpoint may hold more than the vision model.
     """
-    from transformers import MODEL_MAPPING
-
-    if type(config) not in MODEL_MAPPING:
-        raise ConfigError(
-            f"'{spec.name}': transformers has no base model for {type(config).__name__}; expected "
-            "a vision model such as clip_vision_model, dinov2 or convnextv2."
-        )
-    model_class = MODEL_MAPPING[type(config)]
+    model_class = _model_class(spec, config)
     module, report = model_class.from_pretrained(
         source,
         config=config,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # reported, and refused below
         output_loading_info=True,
+        key_mapping=pix2struct.KEY_MAPPING if config.model_type == pix2struct.MODEL_TYPE else None,
         **options,
     )
     is_larger = model_class.__name__ not in (whole.architectures or [model_class.__name__])
@@ -129,6 +132,20 @@ def _load_all(
             "from this architecture, or correct `model_args`."
         )
     return module
+
+
+def _model_class(spec: CacheSpec, config: Any) -> Any:
+    """Return the class of the base model of ``config``."""
+    from transformers import MODEL_MAPPING, Pix2StructVisionModel
+
+    if config.model_type == pix2struct.MODEL_TYPE:
+        return Pix2StructVisionModel  # a vision model, but in none of the library's lists
+    if type(config) not in MODEL_MAPPING:
+        raise ConfigError(
+            f"'{spec.name}': transformers has no base model for {type(config).__name__}; expected "
+            "a vision model such as clip_vision_model, dinov2 or convnextv2."
+        )
+    return MODEL_MAPPING[type(config)]
 
 
 def _config_from_args(spec: CacheSpec) -> Any:

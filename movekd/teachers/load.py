@@ -8,7 +8,6 @@ T tokens with prefix, N patch tokens on a square grid, row-major, D width.
 
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,9 @@ from torch import Tensor, nn
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.teachers.attention import find_attention, watch_cls_attention
+from movekd.teachers.pooling import pool
 from movekd.teachers.providers import build_trunk
-from movekd.teachers.trunk import Trunk
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """What a teacher says about a batch of images; float32, on the teacher's device.
-
-    Attributes:
-        tokens_BND: patch tokens on the native grid, row-major, without prefix tokens.
-        cls_BD: the [CLS] embedding of the same layer, None unless the spec asks for it.
-        cls_attention_BHN: the [CLS] row of the attention in the block before that layer, None
-            unless asked for. A row is a softmax over all tokens with the prefix dropped.
-    """
-
-    tokens_BND: Tensor
-    cls_BD: Tensor | None
-    cls_attention_BHN: Tensor | None
+from movekd.teachers.trunk import TeacherOutput, Trunk
 
 
 class Teacher(nn.Module):
@@ -57,40 +41,37 @@ class Teacher(nn.Module):
         self.module = trunk.module.eval().requires_grad_(False)
         self._run, self._num_prefix = trunk.run, trunk.num_prefix
         self._is_compiled = False
+        takes_pool = (spec.cls or spec.cls_attention) and spec.cls_source == "attention_pool"
+        self._pool = trunk.pool if takes_pool else None
         self._caught: dict[str, Tensor] = {}
         self._watch(trunk)
 
     def _watch(self, trunk: Trunk) -> None:
         """Hook the block that the spec asks for, once it is clear that the network has it."""
         spec, depth = self.spec, len(trunk.blocks)
-        if (spec.cls or spec.cls_attention) and not trunk.has_cls:
-            raise ConfigError(
-                f"'{spec.name}' asks for cls or cls_attention; {spec.model} has no [CLS] token. "
-                "Set both to false."
-            )
+        _check_cls(spec, trunk)
         if spec.layer == "neck" and not trunk.has_neck:
             raise ConfigError(
                 f"'{spec.name}' asks for layer: neck; {spec.model} has none, SAM alone does. "
                 "Set layer: last, or an index."
             )
-        if isinstance(spec.layer, str):
-            return
-        if not -depth <= spec.layer <= depth or spec.layer == 0:
-            counts = f"has {depth} blocks" if depth else "has no blocks to count"
-            valid = f"-{depth}..-1, 1..{depth} or last" if depth else "last"
-            raise ConfigError(
-                f"'{spec.name}' asks for layer {spec.layer}; {spec.model} {counts}. "
-                f"Set layer to {valid}."
-            )
-        block = trunk.blocks[spec.layer - 1 if spec.layer > 0 else spec.layer]
+        if isinstance(spec.layer, int):
+            if not -depth <= spec.layer <= depth or spec.layer == 0:
+                counts = f"has {depth} blocks" if depth else "has no blocks to count"
+                valid = f"-{depth}..-1, 1..{depth} or last" if depth else "last"
+                raise ConfigError(
+                    f"'{spec.name}' asks for layer {spec.layer}; {spec.model} {counts}. "
+                    f"Set layer to {valid}."
+                )
+            block = trunk.blocks[spec.layer - 1 if spec.layer > 0 else spec.layer]
 
-        def keep_hidden(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._caught["hidden"] = output[0] if isinstance(output, tuple) else output
+            def keep_hidden(_module: nn.Module, _args: Any, output: Any) -> None:
+                self._caught["hidden"] = output[0] if isinstance(output, tuple) else output
 
-        block.register_forward_hook(keep_hidden)
-        if spec.cls_attention:
+            block.register_forward_hook(keep_hidden)
+        if spec.cls_attention and spec.cls_source == "token" and not trunk.is_complete:
             watch_cls_attention(
-                find_attention(block),
+                find_attention(block if isinstance(spec.layer, int) else trunk.blocks[-1]),
                 trunk.num_prefix,
                 lambda row_BHN: self._caught.__setitem__("attention", row_BHN),
             )
@@ -119,22 +100,55 @@ class Teacher(nn.Module):
                 f"{self.spec.model} does not take {size} pixels: {error} Set image_size of "
                 f"'{self.spec.name}' to the model's own (or, in timm, model_args.img_size)."
             ) from None
+        if not isinstance(output, TeacherOutput):
+            output = self._taken(output)
+        if math.isqrt(output.tokens_BND.shape[1]) ** 2 != output.tokens_BND.shape[1]:
+            raise ConfigError(
+                f"{self.spec.model} gives {output.tokens_BND.shape[1]} tokens an image, which are "
+                f"no square grid; '{self.spec.name}' needs a model with one token a patch."
+            )
+        return output
+
+    def _taken(self, output: Tensor) -> TeacherOutput:
+        """Return what the spec takes from the network's own output and from its blocks."""
+        last_BTD = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+        tokens_BTD = last_BTD
         if isinstance(self.spec.layer, int):
             hidden = self._caught.pop("hidden")  # (B, T, D), or (B, rows, columns, D) in SAM
             tokens_BTD = hidden.flatten(1, 2) if hidden.ndim == 4 else hidden
-        else:
-            tokens_BTD = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
-        tokens_BTD = tokens_BTD.float()
-        tokens_BND = tokens_BTD[:, self._num_prefix :].contiguous()
-        if math.isqrt(tokens_BND.shape[1]) ** 2 != tokens_BND.shape[1]:
-            raise ConfigError(
-                f"{self.spec.model} gives {tokens_BND.shape[1]} tokens an image, which are no "
-                f"square grid; '{self.spec.name}' needs a model with one token a patch."
-            )
+        cls_BD, attention_BHN = tokens_BTD[:, 0], self._caught.pop("attention", None)
+        if self._pool is not None:
+            cls_BD, attention_BHN = pool(self._pool, last_BTD[:, self._num_prefix :])
         return TeacherOutput(
-            tokens_BND=tokens_BND,
-            cls_BD=tokens_BTD[:, 0].contiguous() if self.spec.cls else None,
-            cls_attention_BHN=self._caught.pop("attention", None),
+            tokens_BND=tokens_BTD[:, self._num_prefix :].float().contiguous(),
+            cls_BD=cls_BD.float().contiguous() if self.spec.cls else None,
+            cls_attention_BHN=attention_BHN if self.spec.cls_attention else None,
+        )
+
+
+def _check_cls(spec: CacheSpec, trunk: Trunk) -> None:
+    """Refuse a spec that asks for a [CLS] that the network does not have."""
+    if trunk.is_complete or not (spec.cls or spec.cls_attention):
+        return
+    asks = f"'{spec.name}' asks for cls or cls_attention"
+    if spec.cls_source == "attention_pool" and trunk.pool is None:
+        way_out = "Set cls_source: token." if trunk.has_cls else "Set both to false."
+        raise ConfigError(
+            f"{asks} of an attention pool; {spec.model} has no attention-pooling head that is "
+            f"known (SigLIP's, with one probe). {way_out}"
+        )
+    if spec.cls_source == "token" and not trunk.has_cls:
+        way_out = "Set both to false."
+        if trunk.pool is not None:
+            way_out = (
+                "Its attention-pooling head can stand for one: set cls_source: attention_pool, or "
+                "both to false."
+            )
+        raise ConfigError(f"{asks}; {spec.model} has no [CLS] token. {way_out}")
+    if spec.cls_source == "token" and spec.cls_attention and not trunk.blocks:
+        raise ConfigError(
+            f"'{spec.name}' asks for cls_attention; {spec.model} has no blocks to read it in. Set "
+            "cls_attention: false."
         )
 
 
@@ -152,7 +166,12 @@ def load_teacher(
     """
     trunk = build_trunk(spec)
     teacher = Teacher(trunk, spec, weights_sha256(trunk.module))
-    return teacher.to(device=device, dtype=dtype)
+    rotary = {n: b for n, b in teacher.named_buffers() if n.endswith("inv_freq")}
+    teacher = teacher.to(device=device, dtype=dtype)
+    for name, frequencies in rotary.items():  # rounded, they would turn far patches by a degree
+        owner, _, own = name.rpartition(".")
+        setattr(teacher.get_submodule(owner), own, frequencies.to(device))
+    return teacher
 
 
 def weights_sha256(module: nn.Module) -> str:

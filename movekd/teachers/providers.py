@@ -12,6 +12,7 @@ from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.teachers.checkpoints import load_exactly, read_state_dict, weights_file
 from movekd.teachers.eva02_det import RELEASED_FILE, RELEASED_REPO, Eva02Det, backbone_weights
+from movekd.teachers.from_python import python_trunk
 from movekd.teachers.from_timm import open_clip_trunk, timm_trunk
 from movekd.teachers.from_transformers import transformers_trunk
 from movekd.teachers.trunk import Trunk, check_name
@@ -61,4 +62,5 @@ _PROVIDERS: dict[str, Callable[[CacheSpec], Trunk]] = {
     "timm": timm_trunk,
     "open_clip": open_clip_trunk,
     "movekd": movekd_trunk,
+    "python": python_trunk,
 }

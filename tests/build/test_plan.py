@@ -191,9 +191,10 @@ def test_shapes_of_the_shipped_teachers_are_at_hand(teacher) -> None:
     """As docs say: tokens and channels, and [CLS] where the spec asks for it."""
     spec = load_spec(teacher)
     num_tokens, width, cls_width, num_heads = output_shape(spec)
-    tokens = {"clip": 576, "eva02_clip": 576, "eva02": 4096, "sam": 4096, "convnext": 1024}
-    channels = {"convnext": 3072, "sam": 256}
-    assert (num_tokens, width) == (tokens[teacher], channels.get(teacher, 1024))
+    tokens = {"clip": 576, "eva02_clip": 576, "eva02": 4096, "sam": 4096}
+    tokens |= {"siglip2": 729, "dinov2": 1369}
+    channels = {"convnext": 3072, "sam": 256, "pix2struct": 1536, "siglip2": 1152}
+    assert (num_tokens, width) == (tokens.get(teacher, 1024), channels.get(teacher, 1024))
     assert (cls_width is not None, num_heads is not None) == (spec.cls, spec.cls_attention)
 
 

@@ -56,6 +56,59 @@ SHRUNKEN: dict[str, dict[str, Any]] = {
             "initializer_range": 0.02,
         },
     },
+    "pix2struct": {
+        "image_size": 64,
+        "model_args": {
+            "model_type": "pix2struct_vision_model",
+            "hidden_size": 32,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "patch_embed_hidden_size": 12,
+            "seq_len": 64,
+        },
+    },
+    "siglip2": {
+        "image_size": 56,
+        "model_args": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+    },
+    "dinov2": {
+        "image_size": 56,
+        "model_args": {
+            "model_type": "dinov2_with_registers",
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_register_tokens": 4,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+    },
+    "dinov3": {
+        "image_size": 64,
+        "model_args": {
+            "model_type": "dinov3_vit",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_register_tokens": 4,
+            "patch_size": 16,
+        },
+    },
+    "radio": {
+        "image_size": 64,
+        "model_args": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4},
+    },
 }
 """Shipped spec -> what makes it small."""
 

@@ -31,6 +31,8 @@ def transformers_model(model_type: str, **extra: Any) -> Any:
         ("clip_vision_model", {"intermediate_size": 48}, 1),
         ("dinov2", {}, 1),
         ("dinov2_with_registers", {"num_register_tokens": 3}, 4),
+        ("dinov3_vit", {"num_register_tokens": 3, "intermediate_size": 48}, 4),
+        ("dinov3_vit", {"num_register_tokens": 0, "intermediate_size": 48, "key_bias": True}, 1),
         ("vit", {"intermediate_size": 48}, 1),
     ],
 )
@@ -66,6 +68,7 @@ def test_row_equals_the_eager_map_of_transformers(
         ("eva02_tiny_patch14_224", {"num_reg_tokens": 2}),
         ("eva02_large_patch14_clip_336", {}),
         ("vit_small_patch16_dinov3", {}),
+        ("vit_large_patch16_radio_v3", {}),
     ],
 )
 def test_row_equals_the_unfused_map_of_timm(model: str, extra: dict[str, Any]) -> None:

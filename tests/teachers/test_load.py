@@ -25,6 +25,11 @@ TOKENS = {
     "eva02_clip": (16, 32),
     "convnext": (4, 24),
     "sam": (64, 16),
+    "pix2struct": (1024, 32),
+    "siglip2": (16, 32),
+    "dinov2": (16, 32),
+    "dinov3": (16, 32),
+    "radio": (16, 32),
 }
 """Shipped spec -> (N, D) of its shrunken configuration; a new spec needs its line."""
 
@@ -60,7 +65,11 @@ def test_output_has_the_promised_shapes(shipped: Teacher) -> None:
     if output.cls_attention_BHN is not None:
         assert output.cls_attention_BHN.shape == (2, 4, num_tokens)
         assert (output.cls_attention_BHN > 0).all()
-        assert (output.cls_attention_BHN.sum(dim=-1) < 1).all()
+        mass_BH = output.cls_attention_BHN.sum(dim=-1)
+        if spec.cls_source == "token":
+            assert (mass_BH < 1).all()
+        else:
+            assert torch.allclose(mass_BH, torch.ones_like(mass_BH))
     for tensor in (value for value in vars(output).values() if value is not None):
         assert tensor.dtype == torch.float32
         assert tensor.isfinite().all()
@@ -98,6 +107,16 @@ def test_runs_in_bfloat16_and_hashes_in_float32(shipped: Teacher) -> None:
     assert next(half.module.parameters()).dtype == torch.bfloat16
     assert rounded.dtype == torch.float32
     assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_rotary_frequencies_stay_exact_in_bfloat16(shrunken: Shrink) -> None:
+    """As transformers keeps them when it loads a model in bfloat16."""
+    exact = load_teacher(shrunken("dinov3"))
+    half = load_teacher(shrunken("dinov3"), dtype=torch.bfloat16)
+    found = {name: b for name, b in half.module.named_buffers() if "inv_freq" in name}
+    assert found
+    for name, frequencies in found.items():
+        assert torch.equal(frequencies, exact.module.get_buffer(name))
 
 
 def test_hash_follows_every_weight(shipped: Teacher) -> None:
@@ -146,10 +165,34 @@ def test_unreachable_weights_say_what_to_fetch(shrunken: Shrink) -> None:
         "eva02_clip": r"model\.safetensors .*timm/eva02_large_patch14_clip_336\.merged2b",
         "convnext": r"open_clip_model\.safetensors .*laion/CLIP-convnext_xxlarge",
         "sam": r"model\.safetensors .*facebook/sam-vit-large",
+        "pix2struct": r"config\.json with model\.safetensors .*google/pix2struct-large",
+        "siglip2": r"config\.json with model\.safetensors .*google/siglip2-so400m-patch14-384",
+        "dinov2": r"config\.json with .*facebook/dinov2-with-registers-large",
+        "dinov3": r"config\.json with .*facebook/dinov3-vitl16-pretrain-lvd1689m",
+        "radio": r"model\.safetensors .*timm/vit_large_patch16_radio_v3\.c_radio",
     }
+    assert sorted(files) == sorted(shipped_specs())
     for name, said in files.items():
         with pytest.raises(WeightsError, match=rf"{said}.* set `weights: DIRECTORY`"):
             load_teacher(shrunken(name, weights="hub"))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("openai/clip-vit-large-patch14-33", "Did you mean 'openai/clip-vit-large-patch14-336'?"),
+        ("clip-vit-large-patch14-336", "Did you mean 'openai/clip-vit-large-patch14-336'?"),
+        ("google/siglip2-so400m-patch14-348", "Did you mean 'google/siglip2-so400m-patch14-384'?"),
+        ("facebook/dinov2-large", ""),  # exists, though no shipped spec has it
+    ],
+)
+def test_a_wrong_hub_id_names_the_nearest_shipped_one(
+    model: str, said: str, shrunken: Shrink
+) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_teacher(shrunken("clip", weights="hub", model=model))
+    assert said in str(caught.value)
+    assert ("Did you mean" in str(caught.value)) == bool(said)
 
 
 def test_loading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +253,18 @@ def test_config_of_the_checkpoint_must_agree_with_model_args(tmp_path: Path) -> 
     wrong = spec.model_copy(update={"model_args": {"hidden_size": 64}})
     with pytest.raises(WeightsError, match="has hidden_size: 32; model_args of 'clip' ask for 64"):
         load_teacher(wrong)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov3", "radio", "eva02_clip"])
+def test_last_reads_attention_in_the_last_block(name: str, shrunken: Shrink) -> None:
+    """The tokens are those after the final norm, where there is one; the block is the same."""
+    spec = shrunken(name, layer="last")
+    last, block = load_teacher(spec), load_teacher(spec.with_changes(layer=-1))
+    with_norm, without = last(images(spec)), block(images(spec))
+    assert with_norm.cls_attention_BHN is not None
+    assert without.cls_attention_BHN is not None
+    assert torch.equal(with_norm.cls_attention_BHN, without.cls_attention_BHN)
+    assert torch.equal(with_norm.tokens_BND, without.tokens_BND) == (name == "radio")
 
 
 @pytest.mark.parametrize("layer", [0, 4, -4])
@@ -410,7 +465,18 @@ def test_a_text_model_is_no_teacher(shrunken: Shrink, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("clip", 304), ("eva02", 304), ("eva02_clip", 304), ("convnext", 843), ("sam", 308)],
+    [
+        ("clip", 304),
+        ("eva02", 304),
+        ("eva02_clip", 304),
+        ("convnext", 843),
+        ("sam", 308),
+        ("pix2struct", 513),
+        ("siglip2", 428),
+        ("dinov2", 304),
+        ("dinov3", 303),
+        ("radio", 304),
+    ],
 )
 def test_published_architectures_have_their_published_size(name: str, millions: int) -> None:
     spec = load_spec(name).model_copy(update={"weights": "random"})

@@ -1,0 +1,119 @@
+"""docs/teachers.md, followed to the letter on a tiny corpus; its table against the specs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import movekd
+from movekd.build.plan import output_shape
+from movekd.cache.layout import teacher_layout
+from movekd.cache.reader import open_cache
+from movekd.cache.spec import load_spec, shipped_specs
+
+PAGE = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+
+# The command as it is installed: unlike `python -m`, it makes no current folder importable.
+SHELL = """
+set -eu
+movekd() { PYTHONPATH="$MOVEKD:${PYTHONPATH-}" "$PYTHON" -P -m movekd "$@"; }
+python() { PYTHONPATH="$MOVEKD:${PYTHONPATH-}" "$PYTHON" -P "$@"; }
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def run(script: str, folder: Path) -> str:
+    """Run a shell script as a reader of the page would, without a network."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {
+        "PYTHON": sys.executable,
+        "MOVEKD": str(Path(movekd.__file__).parents[1]),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+    }
+    done = subprocess.run(
+        ["bash", "-c", SHELL + script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path, corpus_dir) -> Path:
+    """A reader's folder: the page's files, each under the name in its first line, and a corpus."""
+    shutil.copytree(corpus_dir, tmp_path / "data")
+    for content in (*blocks("yaml"), *blocks("python")):
+        first, _, _ = content.partition("\n")
+        (tmp_path / first.removeprefix("# ")).write_text(content)
+    return tmp_path
+
+
+def test_the_page_has_the_blocks_that_are_followed(folder) -> None:
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"data", "dino_small.yaml", "my_encoders.py", "save_weights.py", "stripes.yaml"}
+    assert len(blocks("sh")) == 3
+    assert len(blocks("yaml")[0].splitlines()) == 1 + 10, "ten lines, says the page"
+    load_spec(str(folder / "dino_small.yaml"))
+
+
+def test_a_model_of_a_library_step_by_step(folder) -> None:
+    printed = run(blocks("sh")[0], folder)
+    words = printed.replace("│", " ").split()  # the table folds the state
+    assert "RANDOM" in words
+    assert "WEIGHTS" in words
+    store = open_cache(folder / "trial")["dino_small"]
+    targets = store.read([0, 5])
+    assert targets.tokens_BND.shape == (2, 256, 384)
+    assert targets.cls_BD is not None
+    assert targets.cls_attention_BHN is not None
+    assert store.spec.weights == "random"
+
+
+def test_a_network_of_one_s_own_step_by_step(folder) -> None:
+    build, check = blocks("sh")[1:]
+    run(build, folder)
+    store = open_cache(folder / "cache")["stripes"]
+    assert store.read([0]).tokens_BND.shape == (1, 16, 32)
+    assert store.read([0]).cls_BD is not None
+    assert store.spec.factory == "my_encoders:stripes"
+    assert "no problems" in run("export PYTHONPATH=.\n" + check, folder)
+    by_name = check.replace("./stripes.yaml", "stripes").strip()
+    printed = run(f"{by_name} || echo refused with $?", folder)
+    assert "code is not run because a cache names it" in " ".join(printed.split())
+    assert "refused with 1" in printed
+
+
+def test_the_table_is_that_of_the_specs() -> None:
+    rows = {}
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0] in shipped_specs():
+            rows[cells[0]] = cells
+    assert list(rows) == list(shipped_specs())
+    for name, (_, _, size, shape, cls, attention, megabytes) in rows.items():
+        spec = load_spec(name)
+        found = output_shape(spec)
+        num_tokens, width, cls_width, num_heads = found
+        assert int(size) == spec.image_size
+        assert shape == f"{num_tokens} x {width}"
+        expected = {"token": "token", "attention_pool": "pooling head"}[spec.cls_source]
+        assert cls.split(",")[0] == (expected if spec.cls else "-")
+        assert attention == (f"{num_heads} heads" if spec.cls_attention else "-")
+        layout = teacher_layout(
+            spec.codec, num_tokens, width, cls_width=cls_width, num_heads=num_heads
+        )
+        assert float(megabytes) == pytest.approx(layout.row_bytes / 1e6, abs=0.0051)
