@@ -64,7 +64,7 @@ def main() -> None:
         corpus = open_corpus(folder / "data")
         peak = matmul_flops(options)
         for name in arguments.teachers.split(","):
-            spec = load_spec(name).with_changes(weights="random")
+            spec = load_spec(name).with_changes(weights="random", calibration_images=16)
             suffix = f"_{name}" if has_gpu else ""
             figures += build_figures(
                 folder / f"cache_{name}",
