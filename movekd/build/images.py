@@ -8,6 +8,7 @@ Legend: B batch, C colour channels, H height, W width, S side of the square.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -46,18 +47,27 @@ class PixelBatch:
     def pixels(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the normalised pixels (B, 3, S, S) on ``device``: what ``transform`` returns."""
         levels_BHWC = self.levels_BHWC.to(device, non_blocking=True).int()
-        table = torch.from_numpy(self.transform.normalisation_table).to(device)
+        table, padding_C11 = _constants(self.transform, str(device))
         size = self.transform.image_size
         pixels_BCHW = torch.empty(len(self.images), 3, size, size, dtype=dtype, device=device)
         for channel in range(3):
             level = levels_BHWC[..., channel].reshape(-1)
             pixels_BCHW[:, channel] = table[channel].index_select(0, level).view(-1, size, size)
-        padding_C11 = torch.from_numpy(self.transform.padding_C).to(device)[:, None, None]
         for pixels_CHW, (width, height) in zip(pixels_BCHW, self.shown, strict=True):
             if (width, height) != (size, size):
                 pixels_CHW[:, height:, :] = padding_C11
                 pixels_CHW[:, :, width:] = padding_C11
         return pixels_BCHW
+
+
+@lru_cache(maxsize=16)
+def _constants(transform: ImageTransform, device: str) -> tuple[Tensor, Tensor]:
+    """Return the table of levels (3, 256) and the padding (3, 1, 1), on a device.
+
+    Kept, because such a copy would wait for everything that the device has yet to do.
+    """
+    table = torch.from_numpy(transform.normalisation_table).to(device)
+    return table, torch.from_numpy(transform.padding_C).to(device)[:, None, None]
 
 
 def image_transform(spec: CacheSpec, geometry: Geometry) -> ImageTransform:
