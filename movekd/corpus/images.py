@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from movekd.corpus.anyres import anyres_canvas, cut_tile, num_views
+from movekd.corpus.anyres import Views, anyres_canvas, cut_tile, num_views
 from movekd.errors import UnreadableImageError
 
 Geometry = Literal["crop", "pad", "stretch", "longest_side"]
@@ -97,6 +97,20 @@ class Square(NamedTuple):
     height: int
 
 
+class SeenImage(NamedTuple):
+    """An image as a model sees it.
+
+    Attributes:
+        pixels_VCHW: float32, normalised; the base view and the tiles, if any.
+        width: of the image in pixels, as a viewer shows it.
+        height: the same.
+    """
+
+    pixels_VCHW: NDArray[np.float32]
+    width: int
+    height: int
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Image bytes to one model's input.
@@ -127,7 +141,20 @@ class ImageTransform:
         Raises:
             UnreadableImageError: ``data`` is not an image that can be decoded, or has no such view.
         """
-        square = ImageViews(self, decode_image(data)).square(view)
+        return self._normalise(ImageViews(self, decode_image(data)).square(view))
+
+    def see(self, data: bytes, views: Views) -> SeenImage:
+        """Return all ``views`` of ``data``, decoded once, and its size.
+
+        Raises:
+            UnreadableImageError: ``data`` is not an image that can be decoded.
+        """
+        image = decode_image(data)
+        squares, count = ImageViews(self, image), num_views([image.width], [image.height], views)
+        pixels = [self._normalise(squares.square(view)) for view in range(int(count[0]))]
+        return SeenImage(np.stack(pixels), image.width, image.height)
+
+    def _normalise(self, square: Square) -> NDArray[np.float32]:
         table = self.normalisation_table
         pixels_CHW = np.empty((3, self.image_size, self.image_size), np.float32)
         for channel in range(3):

@@ -1,6 +1,6 @@
 """Greedy answers of a trained student to conversations about images.
 
-Legend: B questions, L tokens, I images, C H W an image.
+Legend: B questions, L tokens, V views of images, C H W a view.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from movekd.corpus.conversations import Conversation
-from movekd.corpus.images import Geometry
+from movekd.corpus.images import Geometry, SeenImage
 from movekd.errors import CorpusError
 from movekd.student.config import PromptFormat
 from movekd.student.prompts import tokenize_question
@@ -42,8 +42,10 @@ def generate_answers(
     tokenizer, device = student.tokenizer, student.vlm.device
     for start in range(0, len(conversations), batch_size):
         batch = conversations[start : start + batch_size]
+        seen = [[transform.see(read_image(n), student.views) for n in c.images] for c in batch]
         questions = [
-            tokenize_question(c, tokenizer, prompt, student.num_image_tokens) for c in batch
+            tokenize_question(c, tokenizer, prompt, _num_tokens(student, images))
+            for c, images in zip(batch, seen, strict=True)
         ]
         length = max(map(len, questions))
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
@@ -51,12 +53,14 @@ def generate_answers(
         for i, question in enumerate(questions):  # on the left: generation goes on at the right
             input_ids[i, length - len(question) :] = torch.tensor(question)
             attention_mask[i, length - len(question) :] = 1
-        pixels = [transform(read_image(name)) for c in batch for name in c.images]
+        images = [image for of_one in seen for image in of_one]
         with torch.inference_mode():
             outputs = {}
-            if pixels:
-                pixels_ICHW = torch.from_numpy(np.stack(pixels)).to(device, student.vlm.dtype)
-                outputs = {"image": image_features(student.vlm, pixels_ICHW)[0]}
+            if images:
+                pixels = torch.from_numpy(np.concatenate([i.pixels_VCHW for i in images]))
+                pixels_VCHW = pixels.to(device, student.vlm.dtype)
+                sizes = [(i.height, i.width) for i in images] if student.has_tiles else None
+                outputs = {"image": image_features(student.vlm, pixels_VCHW, sizes)[0]}
             generated = student.vlm.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -70,6 +74,12 @@ def generate_answers(
             text.strip()
             for text in tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
         )
+
+
+def _num_tokens(student: Student, images: Sequence[SeenImage]) -> list[int]:
+    """Return how many tokens each image has in the prompt."""
+    widths, heights = [image.width for image in images], [image.height for image in images]
+    return student.count_tokens(widths, heights).tolist() if images else []
 
 
 def read_from_folder(folder: Path) -> Callable[[str], bytes]:

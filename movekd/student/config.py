@@ -14,6 +14,10 @@ PromptFormat = Literal["plain", "v1", "chat_template"]
 chat_template: whatever template the tokenizer brings."""
 
 
+Architecture = Literal["llava", "llava_next"]
+"""llava: an image is one square. llava_next: the whole of it stretched, and tiles of it."""
+
+
 class MoleKeys(FrozenModel):
     """A Mixture of LoRA Experts in the tower's MLPs. Null keys take the recipe's value."""
 
@@ -49,8 +53,15 @@ class MoleKeys(FrozenModel):
 class StudentConfig(FrozenModel):
     """A LLaVA: vision tower with experts, projector, language model."""
 
+    architecture: Architecture = Field(
+        default="llava",
+        description="llava (LLaVA-1.5): the whole image. llava_next: and up to four tiles of it.",
+    )
     vision_tower: str = Field(description="Hub id or directory of the CLIP to start from.")
-    language_model: str = Field(description="Hub id or directory of a causal language model.")
+    language_model: str | None = Field(
+        default=None,
+        description="Hub id or directory of a causal language model; stage distill loads none.",
+    )
     vision_feature_layer: int = Field(
         default=-2, lt=0, description="Hidden state of the tower that is projected and distilled."
     )
@@ -61,7 +72,7 @@ class StudentConfig(FrozenModel):
         default_factory=MoleKeys, description="The experts; null trains or freezes the plain tower."
     )
     prompt: PromptFormat | None = Field(
-        default=None, description="Prompt format; null: plain in pretrain, v1 in finetune."
+        default=None, description="Prompt format; null: v1 in finetune, else plain."
     )
     image_mean: tuple[float, float, float] | None = Field(
         default=None, description="Null takes the vision tower's preprocessor_config.json."

@@ -42,7 +42,7 @@ def part_of(name: str) -> str:
     """Return the part that a parameter of the vision-language model belongs to."""
     if ".mole_" in name:
         return "mole"
-    if "multi_modal_projector" in name:
+    if "multi_modal_projector" in name or "image_newline" in name:
         return "projector"
     return "vision_tower" if "vision_tower" in name else "language_model"
 

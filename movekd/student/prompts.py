@@ -5,6 +5,7 @@ tokens are the answer is read off the character offsets. Each ``<image>`` become
 tokens as the projector gives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def tokenize(
     conversation: Conversation,
     tokenizer: Any,
     prompt: PromptFormat,
-    num_image_tokens: int,
+    num_image_tokens: int | Sequence[int],
     max_length: int | None = None,
 ) -> TokenizedConversation:
     """Return tokens and labels of a conversation; only the answers have labels.
@@ -52,7 +53,7 @@ def tokenize(
         conversation: turns of "human" and "gpt".
         tokenizer: a fast tokenizer that knows ``<image>`` as one token.
         prompt: the format.
-        num_image_tokens: tokens an image.
+        num_image_tokens: tokens an image; one number for all, or one for each.
         max_length: longer samples are cut at the end.
 
     Raises:
@@ -66,8 +67,8 @@ def tokenize(
     image_id = _require_images(conversation, tokens, tokenizer)
     input_ids: list[int] = []
     labels: list[int] = []
-    for token, answers in zip(tokens, is_answer, strict=True):
-        copies = num_image_tokens if token == image_id else 1
+    numbers = _copies(tokens, image_id, num_image_tokens)
+    for token, answers, copies in zip(tokens, is_answer, numbers, strict=True):
         input_ids += [token] * copies
         labels += [token if answers and token != image_id else IGNORED] * copies
     if max_length is not None and len(input_ids) > max_length:
@@ -81,7 +82,10 @@ def tokenize(
 
 
 def tokenize_question(
-    conversation: Conversation, tokenizer: Any, prompt: PromptFormat, num_image_tokens: int
+    conversation: Conversation,
+    tokenizer: Any,
+    prompt: PromptFormat,
+    num_image_tokens: int | Sequence[int],
 ) -> list[int]:
     """Return the tokens up to where the model must answer: the last human turn, then its cue.
 
@@ -99,9 +103,22 @@ def tokenize_question(
     ids = tokenizer(rendered.text, add_special_tokens=not rendered.has_special_tokens)["input_ids"]
     image_id = _require_images(conversation, ids, tokenizer)
     expanded: list[int] = []
-    for token in ids:
-        expanded += [token] * (num_image_tokens if token == image_id else 1)
+    for token, copies in zip(ids, _copies(ids, image_id, num_image_tokens), strict=True):
+        expanded += [token] * copies
     return expanded
+
+
+def _copies(
+    tokens: Sequence[int], image_id: int, num_image_tokens: int | Sequence[int]
+) -> list[int]:
+    """Return how often each token goes into the prompt: an image's as often as it has features."""
+    copies = [1] * len(tokens)
+    places = [place for place, token in enumerate(tokens) if token == image_id]
+    if isinstance(num_image_tokens, int):
+        num_image_tokens = [num_image_tokens] * len(places)
+    for place, number in zip(places, num_image_tokens, strict=True):
+        copies[place] = number
+    return copies
 
 
 def _require_images(conversation: Conversation, tokens: list[int], tokenizer: Any) -> int:

@@ -1,18 +1,22 @@
-"""LLaVA-1.5 on transformers, with the student as its vision tower.
+"""LLaVA-1.5 or LLaVA-NeXT on transformers, with the student as its vision tower.
 
-Comes in: a StudentConfig (hub ids or directories). Goes out: a LlavaForConditionalGeneration
-whose tower has a Mixture of LoRA Experts in its MLPs, its tokenizer, and what its images look
-like. Used by training, evaluation and ``ask``; knows nothing of teachers.
+Comes in: a StudentConfig (hub ids or directories). Goes out: a LlavaForConditionalGeneration or
+LlavaNextForConditionalGeneration whose tower has a Mixture of LoRA Experts in its MLPs, its
+tokenizer, and what its images look like; or that tower alone, under the names that it has in there.
+Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
@@ -22,21 +26,34 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry, ImageTransform
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import StudentConfig
+from movekd.student.llava_next import (
+    GRID_PINPOINTS,
+    count_anyres_tokens,
+    new_line_end,
+    require_tile,
+)
 from movekd.student.mole import MoleConfig
 from movekd.student.prompts import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
 class Student:
-    """A vision-language model and what feeds it."""
+    """A vision-language model and what feeds it.
+
+    A student of stage distill has an ``EncoderAlone`` as its ``vlm`` and no tokenizer.
+    """
 
     vlm: Any
     tokenizer: Any
@@ -61,8 +78,24 @@ class Student:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens an image."""
+        """Patch tokens a view."""
         return self.grid**2
+
+    @property
+    def views(self) -> Views:
+        """The views of an image that the model looks at."""
+        return "anyres" if isinstance(self.vlm, LlavaNextForConditionalGeneration) else "base"
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether an image is more than one view."""
+        return self.views != "base"
+
+    def count_tokens(self, widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
+        """Return how many tokens each image has in the prompt, by its size in pixels."""
+        if self.views == "anyres":
+            return count_anyres_tokens(widths, heights, self.grid)
+        return np.full(len(np.asarray(widths)), self.num_image_tokens, np.int64)
 
     @property
     def width(self) -> int:
@@ -88,39 +121,88 @@ def build_vlm(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: a tower or a language model cannot be found; says which and what to do.
-        ConfigError: the tower is not one that experts fit into.
+        ConfigError: the tower is not one that experts fit into, or there is no language model.
     """
+    if config.language_model is None:
+        raise ConfigError(
+            "student.language_model is null: this is an encoder of stage: distill, which neither "
+            "reads nor answers text. Give it to a stage: pretrain as init_from first."
+        )
     dtype = getattr(torch, config.dtype)
-    with _loading(config.vision_tower, "student.vision_tower"):
-        tower_config = AutoConfig.from_pretrained(config.vision_tower)
-        tower_config = getattr(tower_config, "vision_config", tower_config)
-        tower = AutoModel.from_pretrained(config.vision_tower, config=tower_config, dtype=dtype)
+    tower = _load_tower(config)
     with _loading(config.language_model, "student.language_model"):
         language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(config.language_model)
     _add_image_token(tokenizer, language_model)
-    llava_config = LlavaConfig(
-        vision_config=tower_config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        projector_hidden_act=config.projector_hidden_act,
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy="default",
-        image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):  # the parts are here already
-        vlm = LlavaForConditionalGeneration(llava_config)
+    keys = {
+        "vision_config": tower.config,
+        "text_config": language_model.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "projector_hidden_act": config.projector_hidden_act,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
+        "tie_word_embeddings": False,
+    }
+    if config.architecture == "llava_next":
+        require_tile(tower, config.vision_tower)
+        keys["image_grid_pinpoints"] = GRID_PINPOINTS
+        vlm = _frame(LlavaNextForConditionalGeneration, LlavaNextConfig(**keys))
+        vlm.model.multi_modal_projector = LlavaNextMultiModalProjector(vlm.config).to(dtype)
+        vlm.model.image_newline = new_line_end(vlm.config.text_config.hidden_size, dtype)
+    else:
+        vlm = _frame(LlavaForConditionalGeneration, LlavaConfig(**keys))
+        vlm.model.multi_modal_projector = LlavaMultiModalProjector(vlm.config).to(dtype)
     vlm.model.vision_tower = tower
     vlm.model.language_model = language_model.model
     vlm.lm_head = _untied(language_model)
-    vlm.model.multi_modal_projector = LlavaMultiModalProjector(llava_config).to(dtype)
     vlm.generation_config = language_model.generation_config
-    if config.mole is not None:
-        inject_adapter_in_model(mole_config(config, tower_config.num_hidden_layers), tower)
+    _add_experts(tower, config)
     mean, std = _mean_and_std(config)
     vlm.requires_grad_(True)
     return Student(vlm, tokenizer, mean, std)
+
+
+def build_encoder(config: StudentConfig) -> Student:
+    """Load the tower and put new experts into it; no language model, no projector.
+
+    Raises:
+        WeightsError: the tower cannot be found.
+        ConfigError: the tower is not one that experts fit into.
+    """
+    tower = _load_tower(config)
+    _add_experts(tower, config)
+    mean, std = _mean_and_std(config)
+    encoder = EncoderAlone(tower, config.vision_feature_layer)
+    encoder.requires_grad_(True)
+    return Student(encoder, None, mean, std)
+
+
+class EncoderAlone(nn.Module):
+    """A vision tower under the names that it has inside a LLaVA.
+
+    So the files of its parts, its checkpoints and its routers' records fit either.
+
+    Args:
+        tower: the tower.
+        layer: the hidden state that is read.
+    """
+
+    def __init__(self, tower: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"vision_tower": tower})
+        self.config = SimpleNamespace(vision_config=tower.config, vision_feature_layer=layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the patch tokens (B, N, D) of the layer that is read."""
+        output = self.model["vision_tower"](pixels_BCHW, output_hidden_states=True)
+        tokens_BND: Tensor = output.hidden_states[self.config.vision_feature_layer][:, 1:]
+        return tokens_BND
 
 
 def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
@@ -143,20 +225,57 @@ def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
     )
 
 
-def image_features(vlm: Any, pixels_BCHW: Tensor) -> tuple[Any, Tensor]:
+def image_features(
+    vlm: Any, pixels_BCHW: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None
+) -> tuple[Any, Tensor]:
     """Return transformers' image output and the student's patch tokens (B, N, D).
 
+    For LLaVA-NeXT B counts the views of all images, an image's one after the other, and
+    ``image_sizes`` holds height and width of each image in pixels.
+
     The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
-    runs once for both the projector and the distillation.
+    runs once for both the projector and the distillation. It is None for an ``EncoderAlone``.
     """
+    if isinstance(vlm, EncoderAlone):
+        return None, vlm(pixels_BCHW)
     layer = vlm.config.vision_feature_layer
+    sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
     output = vlm.model.get_image_features(
         pixel_values=pixels_BCHW,
+        **sizes,
         vision_feature_layer=layer,
         vision_feature_select_strategy="default",
         return_dict=True,
     )
     return output, output.hidden_states[layer][:, 1:]
+
+
+def recompute_activations(vlm: Any) -> None:
+    """Trade time for memory: activations of every block are computed again in backward."""
+    model: Any = vlm.model["vision_tower"] if isinstance(vlm, EncoderAlone) else vlm
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _frame(model: Any, config: Any) -> Any:
+    """Return a LLaVA without weights: its parts are loaded already."""
+    with torch.device("meta"):
+        return model(config)
+
+
+def _load_tower(config: StudentConfig) -> Any:
+    """Return the vision tower of any checkpoint that has one, without experts."""
+    with _loading(config.vision_tower, "student.vision_tower"):
+        tower_config = AutoConfig.from_pretrained(config.vision_tower)
+        tower_config = getattr(tower_config, "vision_config", tower_config)
+        return AutoModel.from_pretrained(
+            config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype)
+        )
+
+
+def _add_experts(tower: Any, config: StudentConfig) -> None:
+    if config.mole is not None:
+        inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers), tower)
 
 
 def _add_image_token(tokenizer: Any, language_model: Any) -> None:

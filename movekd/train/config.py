@@ -19,7 +19,7 @@ from movekd.errors import ConfigError, did_you_mean
 from movekd.student.config import StudentConfig
 
 Recipe = Literal["official", "revised"]
-Stage = Literal["pretrain", "finetune"]
+Stage = Literal["distill", "pretrain", "finetune"]
 Part = Literal["mole", "projector", "vision_tower", "language_model"]
 
 RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
@@ -61,10 +61,14 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
 """What `recipe` decides, unless student.yaml gives the key itself."""
 
 TRAINED: dict[Stage, tuple[Part, ...]] = {
+    "distill": ("mole",),
     "pretrain": ("mole", "projector"),
     "finetune": ("mole", "projector", "vision_tower", "language_model"),
 }
 """Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
+
+ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
+"""Parts that a student without a language model has."""
 
 
 class DistillConfig(FrozenModel):
@@ -102,6 +106,12 @@ class DistillConfig(FrozenModel):
         default=None, description="anchor (official), anchor_equal, or equal (revised)."
     )
 
+    views: Literal["base", "all"] = Field(
+        default="base",
+        description="base: only the whole image is distilled. all: its tiles as well (llava_next, "
+        "or stage distill), from a cache of views anyres.",
+    )
+
     @field_validator("teachers")
     @classmethod
     def _no_teacher_twice(cls, teachers: list[str]) -> list[str]:
@@ -115,10 +125,14 @@ class DataConfig(FrozenModel):
 
     shards: Path = Field(description="Folder that `movekd shards pack` wrote.")
     conversations: list[Path] = Field(
-        default_factory=list, description="LLaVA JSON files; empty: those packed with the images."
+        default_factory=list,
+        description="LLaVA JSON files; empty: those packed with the images. Stage distill needs "
+        "none: it sees every image of the corpus.",
     )
-    geometry: Geometry = Field(
-        default="crop", description="Must be the cache's, so that all see the same field."
+    geometry: Geometry | None = Field(
+        default=None,
+        description="Must be the cache's, so that all see the same field. Null: crop; for "
+        "llava_next stretch.",
     )
     group_by_modality_length: bool | None = Field(
         default=None,
@@ -131,7 +145,10 @@ class TrainConfig(FrozenModel):
     """One run."""
 
     recipe: Recipe = Field(description="Sets defaults: `official` as released, `revised` as ours.")
-    stage: Stage = Field(description="pretrain (stage 1) or finetune (stage 2).")
+    stage: Stage = Field(
+        description="pretrain (stage 1) or finetune (stage 2); distill trains the encoder on "
+        "cached targets alone, without a language model."
+    )
     student: StudentConfig
     distill: DistillConfig | None = Field(
         default=None, description="Null trains without distillation."
@@ -142,7 +159,8 @@ class TrainConfig(FrozenModel):
     )
     trained: list[Part] | None = Field(
         default=None,
-        description="Parts that learn. Null: mole and projector in pretrain, all in finetune.",
+        description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
+        "in distill (the vision tower where there is no mole).",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of transformers.TrainingArguments."
@@ -168,15 +186,21 @@ class TrainConfig(FrozenModel):
         if distill is not None:
             distill = _fill(distill, defaults["distill"])
         if student.prompt is None:
-            prompt = "plain" if self.stage == "pretrain" else "v1"
+            prompt = "v1" if self.stage == "finetune" else "plain"
             student = student.model_copy(update={"prompt": prompt})
+        if self.stage == "distill":
+            student = student.model_copy(update={"language_model": None})
         data = self.data
+        if data.geometry is None:
+            geometry = "stretch" if student.architecture == "llava_next" else "crop"
+            data = data.model_copy(update={"geometry": geometry})
         if data.group_by_modality_length is None:
             grouped = {"group_by_modality_length": self.stage == "finetune"}
             data = data.model_copy(update=grouped)
         trained = self.trained
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
+            trained = trained or ["vision_tower"]
         update = {"student": student, "distill": distill, "data": data, "trained": trained}
         return self.model_copy(update=update)
 
@@ -210,13 +234,31 @@ def _check(config: TrainConfig) -> None:
         ConfigError: says which keys contradict each other.
     """
     distill, student = config.distill, config.student
+    if config.stage == "distill":
+        _check_encoder_alone(config)
+    elif student.language_model is None:
+        raise ConfigError(
+            f"key 'student.language_model' is missing; stage {config.stage} needs a hub id or a "
+            "directory there. Only stage: distill does without."
+        )
     if "mole" in (config.trained or []) and student.mole is None:
         raise ConfigError(
             "trained names 'mole', but student.mole is null; give student.mole its keys, or take "
             "'mole' out of trained."
         )
+    if student.architecture == "llava_next" and config.data.geometry != "stretch":
+        raise ConfigError(
+            f"data.geometry is '{config.data.geometry}', but the base view of "
+            "student.architecture: llava_next is the whole image, stretched. Set data.geometry: "
+            "stretch, or leave it out."
+        )
     if distill is None:
         return
+    if distill.views == "all" and student.architecture == "llava" and config.stage != "distill":
+        raise ConfigError(
+            "distill.views is 'all', but student.architecture: llava looks at the whole image "
+            "alone. Set architecture: llava_next, or views: base."
+        )
     if distill.anchor not in distill.teachers and (
         distill.token_weighting != "none" or distill.teacher_weighting != "equal"
     ):
@@ -229,6 +271,35 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "distill.adapters: student predicts token by token and needs distill.grid: student; "
             "only adapters: teacher can mix a native grid."
+        )
+
+
+def _check_encoder_alone(config: TrainConfig) -> None:
+    """Refuse keys that mean nothing without a language model.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if config.distill is None:
+        raise ConfigError(
+            "stage: distill learns from cached targets alone, but distill is null; name "
+            "distill.teachers, or choose stage: pretrain."
+        )
+    others = [part for part in config.trained or [] if part not in ENCODER_PARTS]
+    if others:
+        raise ConfigError(
+            f"trained names {', '.join(others)}, which stage: distill does not have; it trains "
+            f"{' and '.join(ENCODER_PARTS)}."
+        )
+    if config.data.conversations:
+        raise ConfigError(
+            "data.conversations is given, but stage: distill takes every image of data.shards and "
+            "reads no text; leave it out, or pack those images into shards of their own."
+        )
+    if config.data.group_by_modality_length:
+        raise ConfigError(
+            "data.group_by_modality_length sorts by text, and stage: distill has none; leave it "
+            "out."
         )
 
 

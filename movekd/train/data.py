@@ -3,7 +3,8 @@
 Samples are joined by key, never by order. A sample is a conversation; its images and their targets
 are read when its batch is collated, in the DataLoader's workers: one batched read a teacher.
 
-Legend: B samples, L tokens of text, I images of the batch, C H W an image.
+Legend: B samples, L tokens of text, V views of the batch's images (LLaVA-1.5: one an image), I
+views with targets, C H W a view.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from movekd.cache.reader import FeatureCache
+from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
-from movekd.errors import CacheError, ConfigError, UnreadableImageError
+from movekd.errors import CacheError, ConfigError
 from movekd.student.config import PromptFormat
 from movekd.student.prompts import IGNORED, tokenize
 from movekd.student.vlm import Student
 from movekd.train.config import DataConfig
+from movekd.train.images import naming_image
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,21 @@ class Sample:
     images: list[int]
     """Positions in the corpus."""
     rows: list[int]
-    """Rows of the cache; empty without distillation."""
+    """Rows of the cache, an image's one after the other; empty without distillation."""
 
 
 class ConversationDataset(Dataset[Sample]):
     """Conversations of a corpus, every image of which is present in corpus and cache.
+
+    Args:
+        conversations: what is said about images.
+        corpus: holds the images.
+        cache: holds their targets; None without distillation.
+        teachers: whose targets.
+        student: what tokenises, and says how many tokens an image has.
+        prompt: how conversations become text.
+        max_length: longer samples are cut.
+        target_views: which views of an image have targets.
 
     Raises:
         ConfigError: there is no conversation.
@@ -56,6 +70,7 @@ class ConversationDataset(Dataset[Sample]):
         student: Student,
         prompt: PromptFormat,
         max_length: int,
+        target_views: Views = "base",
     ) -> None:
         if not conversations:
             raise ConfigError(
@@ -64,34 +79,38 @@ class ConversationDataset(Dataset[Sample]):
             )
         self.conversations = conversations
         self._tokenizer, self._prompt = student.tokenizer, prompt
-        self._num_image_tokens, self._max_length = student.num_image_tokens, max_length
+        self._max_length = max_length
         names = [name for conversation in conversations for name in conversation.images]
         counts = [len(conversation.images) for conversation in conversations]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._images = corpus.rows(names) if names else np.empty(0, np.int64)
-        self._rows: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        widths, heights = (np.asarray(corpus.index[c])[self._images] for c in ("width", "height"))
+        self._num_tokens = student.count_tokens(widths, heights)
+        self._num_rows = num_views(widths, heights, target_views)
+        self._rows: NDArray[np.int64] | None = None  # of the base views; the tiles' follow them
         if cache is not None:
             self._rows = cache.rows(names) if names else np.empty(0, np.int64)
             for teacher in teachers:
                 cache[teacher].require_images(cache.catalog)
-            _refuse_skipped(cache, teachers, names, self._rows)
+            _refuse_skipped(cache, teachers, names, self._rows, self._num_rows)
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, position: int) -> Sample:
         conversation = self.conversations[position]
-        tokenized = tokenize(
-            conversation, self._tokenizer, self._prompt, self._num_image_tokens, self._max_length
-        )
         images = slice(self._starts[position], self._starts[position + 1])
-        return Sample(
-            conversation.id,
-            tokenized.input_ids,
-            tokenized.labels,
-            self._images[images].tolist(),
-            [] if self._rows is None else self._rows[images].tolist(),
+        num_tokens = self._num_tokens[images].tolist()
+        tokenized = tokenize(
+            conversation, self._tokenizer, self._prompt, num_tokens, self._max_length
         )
+        rows: list[int] = []
+        if self._rows is not None:
+            bases, counts = self._rows[images].tolist(), self._num_rows[images].tolist()
+            for base, count in zip(bases, counts, strict=True):
+                rows += range(base, base + count)
+        image_rows = self._images[images].tolist()
+        return Sample(conversation.id, tokenized.input_ids, tokenized.labels, image_rows, rows)
 
     def modality_lengths(self) -> list[int]:
         """Return words and image tokens of each sample; negative for text-only ones.
@@ -100,9 +119,11 @@ class ConversationDataset(Dataset[Sample]):
         tokenising a corpus twice costs more than this precision is worth).
         """
         lengths = []
-        for conversation in self.conversations:
+        for position, conversation in enumerate(self.conversations):
             words = sum(len(text.split()) for _, text in conversation.turns)
-            images = len(conversation.images) * self._num_image_tokens
+            images = int(
+                self._num_tokens[self._starts[position] : self._starts[position + 1]].sum()
+            )
             lengths.append(words + images if images else -max(words, 1))
         return lengths
 
@@ -116,13 +137,18 @@ class Collator:
     cache: FeatureCache | None
     teachers: tuple[str, ...]
     pad_token_id: int
+    views: Views = "base"
+    """The views that the student looks at."""
+    target_views: Views = "base"
+    """Those of them that have targets."""
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return the keyword arguments of ``DistillModel.forward``.
 
         Keys: input_ids, labels, attention_mask int64 (B, L); keys (for error messages);
-        pixel_values float32 (I, C, H, W) or None; targets: teacher -> TeacherTargets of I rows,
-        or None.
+        pixel_values float32 (V, C, H, W) or None; image_sizes: height and width of each image, or
+        None where an image is one view; targets: teacher -> TeacherTargets of I rows, or None;
+        target_views: int64 (I,), which of the V views these are, or None for all.
         """
         length = max(len(sample.input_ids) for sample in samples)
         input_ids = torch.full((len(samples), length), self.pad_token_id)
@@ -143,21 +169,26 @@ class Collator:
             "labels": labels,
             "attention_mask": attention_mask,
             "keys": [sample.key for sample in samples],
-            "pixel_values": self._pixels(images) if images else None,
             "targets": targets,
+            **self._see(images),
         }
 
-    def _pixels(self, images: list[int]) -> torch.Tensor:
-        pixels = []
+    def _see(self, images: list[int]) -> dict[str, Any]:
+        """Return pixel_values, image_sizes and target_views of some images."""
+        seen = []
         for image in images:
-            try:
-                pixels.append(self.transform(self.corpus.read_image(image)))
-            except UnreadableImageError as error:
-                key = self.corpus.index["key"][image].as_py()
-                raise UnreadableImageError(
-                    f"image {key} of {self.corpus.data_dir}: {error}"
-                ) from None
-        return torch.from_numpy(np.stack(pixels))
+            with naming_image(self.corpus, image):
+                seen.append(self.transform.see(self.corpus.read_image(image), self.views))
+        inputs: dict[str, Any] = dict.fromkeys(("pixel_values", "image_sizes", "target_views"))
+        if not seen:
+            return inputs
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([s.pixels_VCHW for s in seen]))
+        if self.views != "base":
+            inputs["image_sizes"] = [(image.height, image.width) for image in seen]
+        if self.views != self.target_views:
+            counts = torch.tensor([len(image.pixels_VCHW) for image in seen])
+            inputs["target_views"] = counts.cumsum(0) - counts  # where each base view stands
+        return inputs
 
 
 def read_conversations(data: DataConfig, corpus: Corpus) -> list[Conversation]:
@@ -181,15 +212,18 @@ def _refuse_skipped(
     cache: FeatureCache,
     teachers: Sequence[str],
     names: Sequence[str],
-    rows: np.ndarray[Any, np.dtype[np.int64]],
+    rows: NDArray[np.int64],
+    num_rows: NDArray[np.int64],
 ) -> None:
+    of = np.repeat(np.arange(len(rows)), num_rows)  # the image of every row
+    every_row = rows[of] + np.arange(len(of)) - (np.cumsum(num_rows) - num_rows)[of]
     for teacher in teachers:
         skipped = cache[teacher].skipped
-        hit = np.flatnonzero(np.isin(rows, list(skipped)))
+        hit = np.flatnonzero(np.isin(every_row, list(skipped)))
         if len(hit):
-            row = int(rows[hit[0]])
+            row, images = int(every_row[hit[0]]), of[hit]
             raise CacheError(
-                f"teacher '{teacher}' has no features of {len(np.unique(rows[hit]))} images that "
-                f"the conversations use, '{names[hit[0]]}' first ({skipped[row]}). Take them out "
-                "of data.conversations, or mend the images and build the cache anew."
+                f"teacher '{teacher}' has no features of {len(np.unique(rows[images]))} images "
+                f"that the conversations use, '{names[images[0]]}' first ({skipped[row]}). Take "
+                "them out of data.conversations, or mend the images and build the cache anew."
             )

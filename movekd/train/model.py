@@ -4,10 +4,11 @@ Comes in: a collated batch, with targets as the cache stores them. Goes out: the
 batch as sums, for the Trainer to divide by what the whole optimizer step holds. Everything that
 learns lives in one module, so that DDP and FSDP see it.
 
-Legend: B samples, I images, N student tokens, D student width, M teacher tokens, T teachers.
+Legend: B samples, V views of images (LLaVA-1.5: one an image), I views with targets, N student
+tokens, D student width, M teacher tokens, T teachers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.reader import FeatureCache
 from movekd.cache.targets import TeacherTargets
+from movekd.corpus.anyres import num_views
 from movekd.distill import (
     balance_loss,
     kd_loss,
@@ -29,7 +31,7 @@ from movekd.distill.balance import BalanceKind
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.prompts import IGNORED
-from movekd.student.vlm import Student, image_features
+from movekd.student.vlm import Student, image_features, recompute_activations
 from movekd.train.config import DistillConfig
 
 
@@ -60,6 +62,8 @@ class DistillModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vlm = student.vlm
+        self.has_language_model = student.tokenizer is not None
+        self.has_tiles = student.has_tiles
         self.distill = distill
         self.side = student.grid
         self.balance = balance
@@ -70,48 +74,63 @@ class DistillModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor,
         pixel_values: Tensor | None,
         targets: Mapping[str, TeacherTargets] | None,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        target_views: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss terms of a batch, float32 scalars.
 
-        ``text_sum`` over answer tokens, ``kd_sum`` and ``kd_<teacher>_sum`` over images with
-        targets, ``balance``; besides ``num_images``, and statistics without gradient.
+        ``text_sum`` over answer tokens (with a language model), ``kd_sum`` and
+        ``kd_<teacher>_sum`` over images with targets, ``balance``; besides ``num_images``, and
+        statistics without gradient.
         """
         clear_routing(self.vlm)
         has_images = pixel_values is not None
         if pixel_values is None:  # every process needs a gradient for every parameter, in each step
-            size = self.vlm.config.vision_config.image_size
-            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device)
-        output, student_IND = image_features(self.vlm, pixel_values.to(self.vlm.dtype))
-        text = self.vlm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            mm_encoder_outputs={"image": output} if has_images else None,
-            num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean
-            use_cache=False,
-        )
+            assert input_ids is not None
+            pixel_values, image_sizes = self._blank(input_ids.device)
+        output, student_VND = image_features(self.vlm, pixel_values.to(self.vlm.dtype), image_sizes)
+        student_IND = student_VND if target_views is None else student_VND[target_views]
         terms = {
-            "text_sum": text.loss,
             "num_images": torch.tensor(float(len(student_IND) if has_images else 0)),
-            "token_std": token_statistics(student_IND),
+            "token_std": token_statistics(student_VND),
         }
-        if not has_images:
-            projected = torch.cat(list(output.pooler_output))
-            terms["text_sum"] = terms["text_sum"] + 0.0 * projected.sum()
+        if self.has_language_model:
+            assert input_ids is not None
+            text = self.vlm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                mm_encoder_outputs={"image": output} if has_images else None,
+                num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean
+                use_cache=False,
+            )
+            terms["text_sum"] = text.loss
+            if not has_images:
+                projected = torch.cat(list(output.pooler_output))
+                terms["text_sum"] = terms["text_sum"] + 0.0 * projected.sum()
         if self.has_experts:
             terms |= self._balance()
         if self.distill is not None:
             terms |= self._distil(student_IND, targets)
         return terms
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def _blank(self, device: torch.device) -> tuple[Tensor, list[tuple[int, int]] | None]:
+        """Return pixels of a black image, and its size where the model asks for one."""
+        size, has_tiles = self.vlm.config.vision_config.image_size, self.has_tiles
+        count = int(num_views([size], [size])[0]) if has_tiles else 1
+        pixels_VCHW = torch.zeros(count, 3, size, size, device=device)
+        return pixels_VCHW, [(size, size)] if has_tiles else None
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in backward; Trainer calls this for `gradient_checkpointing`."""
-        self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(self.vlm)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before 5.23
 
     def _balance(self) -> dict[str, Tensor]:
         records = routing(self.vlm)
@@ -129,13 +148,21 @@ class DistillModel(nn.Module):
     def _distil(
         self, student_IND: Tensor, targets: Mapping[str, TeacherTargets] | None
     ) -> dict[str, Tensor]:
-        """Return the terms of the distillation; zero, but with a graph, without targets."""
+        """Return the terms of the distillation; zero, but with a graph, without targets.
+
+        The names are the same in both cases: processes with and without images add them up.
+        """
         distill = self.distill
         assert distill is not None
         if targets is None:
             touched = [head(student_IND).sum() for head in self._heads_on_student()]
             touched += [p.sum() for a in self._adapters_on_teacher() for p in a.parameters()]
-            return {"kd_sum": 0.0 * sum(touched, student_IND.sum())}
+            zero = student_IND.new_zeros(())
+            names = [f"kd_{name}_sum" for name in distill.teachers]
+            names += [f"teacher_weight_{name}" for name in distill.teachers]
+            names += [] if distill.token_weighting == "none" else ["token_weight_entropy"]
+            kd_sum = 0.0 * sum(touched, student_IND.sum())
+            return {"kd_sum": kd_sum} | dict.fromkeys(names, zero)
         batch = {name: targets[name].to(student_IND.device) for name in distill.teachers}
         predictions, goals = [], []
         for name in distill.teachers:

@@ -25,22 +25,27 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.config import read_yaml
-from movekd.corpus.index import open_corpus
-from movekd.errors import CacheError, ConfigError, did_you_mean
+from movekd.corpus.anyres import Views
+from movekd.corpus.index import Corpus, open_corpus
+from movekd.errors import CacheError, ConfigError, WeightsError, did_you_mean
 from movekd.student.files import (
     CONFIG_FILE,
     PART_FILES,
     load_adapters,
+    load_exact,
     load_parts,
     part_of,
+    part_parameters,
     save_adapters,
     save_parts,
     save_tokenizer,
 )
-from movekd.student.vlm import Student, build_vlm
-from movekd.train.config import TrainConfig
+from movekd.student.vlm import Student, build_encoder, build_vlm
+from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
+from movekd.train.images import ViewCollator, ViewDataset
 from movekd.train.model import DistillModel, check_targets
+from movekd.train.sharding import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
 from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
 
 LOG_FILE = "log.json"
@@ -58,6 +63,12 @@ _DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """What `training:` leaves out. As in LLaVA's scripts where those say something."""
+
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Names until transformers 5.22 or so; where the new ones exist, the old ones warn."""
 
 
 @dataclass(frozen=True)
@@ -103,35 +114,22 @@ def train(
     corpus = open_corpus(config.data.shards)
     cache = _open_targets(config, cache_url, allow_random_teachers)
     arguments = _training_arguments(config, output_dir)
+    refuse_fsdp_on_cpu(arguments)
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
-    assert config.student.prompt is not None
-    dataset = ConversationDataset(
-        read_conversations(config.data, corpus),
-        corpus,
-        cache,
-        [] if config.distill is None else config.distill.teachers,
-        student,
-        config.student.prompt,
-        config.data.model_max_length,
-    )
-    collator = Collator(
-        corpus,
-        student.image_transform(config.data.geometry),
-        cache,
-        () if config.distill is None else tuple(config.distill.teachers),
-        student.tokenizer.pad_token_id,
-    )
+    dataset, collator = build_data(config, corpus, cache, student)
     if arguments.should_save:
         if overwrite:  # not before all the rest was found to fit
             shutil.rmtree(output_dir, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+    require_fsdp2(arguments, trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    gather_parameters(model)
     if arguments.should_save:
         _save_model(config, output_dir / "model", model, student)
         log = json.dumps(trainer.state.log_history, indent=1) + "\n"
@@ -224,6 +222,11 @@ def _open_targets(
             f"data.geometry '{config.data.geometry}'. Set data.geometry: {cache.geometry}, or "
             f"build a cache with --geometry {config.data.geometry}."
         )
+    if config.distill.views == "all" and cache.views == "base":
+        raise ConfigError(
+            f"distill.views is 'all', but {cache.url} holds base views only. Build a cache with "
+            "--views anyres, or set distill.views: base."
+        )
     for name in config.distill.teachers:
         teacher = cache[name]
         if not teacher.is_complete:
@@ -240,11 +243,15 @@ def _open_targets(
 
 
 def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
+    fields = TrainingArguments.__dataclass_fields__
     keys = _DEFAULTS | config.training
+    for old, new in _RENAMED.items():
+        if old in keys and new in fields:
+            keys[new] = keys.pop(old)
     has_accelerator = torch.accelerator.is_available()
-    unknown = [key for key in keys if key not in TrainingArguments.__dataclass_fields__]
+    unknown = [key for key in keys if key not in fields]
     if unknown:
-        near = did_you_mean(unknown[0], TrainingArguments.__dataclass_fields__)
+        near = did_you_mean(unknown[0], fields)
         raise ConfigError(
             f"training.{unknown[0]} is no argument of transformers.TrainingArguments.{near}"
         )
@@ -261,9 +268,46 @@ def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgume
         raise ConfigError(f"training: {error}") from None
 
 
+def build_data(
+    config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
+) -> tuple[ConversationDataset, Collator] | tuple[ViewDataset, ViewCollator]:
+    """Return the samples of a run, and what makes batches of them."""
+    teachers = () if config.distill is None else tuple(config.distill.teachers)
+    assert config.data.geometry is not None
+    transform = student.image_transform(config.data.geometry)
+    target_views: Views = "base"
+    if config.distill is not None and config.distill.views == "all":
+        target_views = "anyres"
+    if config.stage == "distill":
+        assert cache is not None
+        dataset = ViewDataset(corpus, cache, teachers, target_views)
+        return dataset, ViewCollator(corpus, transform, cache, teachers)
+    assert config.student.prompt is not None
+    conversations = ConversationDataset(
+        read_conversations(config.data, corpus),
+        corpus,
+        cache,
+        teachers,
+        student,
+        config.student.prompt,
+        config.data.model_max_length,
+        target_views,
+    )
+    return conversations, Collator(
+        corpus,
+        transform,
+        cache,
+        teachers,
+        student.tokenizer.pad_token_id,
+        student.views,
+        target_views,
+    )
+
+
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
     """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
-    student = build_vlm(config.student)
+    is_encoder_alone = config.stage == "distill"
+    student = build_encoder(config.student) if is_encoder_alone else build_vlm(config.student)
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
@@ -272,12 +316,28 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     model = DistillModel(student, config.distill, shapes, balance)
     if config.init_from is not None:
         directory = config.init_from / "model"
-        load_parts(directory, student.vlm)
+        if is_encoder_alone:
+            _load_encoder(directory, student)
+        else:
+            load_parts(directory, student.vlm)
         load_adapters(directory, model.adapters)
     trained = config.trained or []
     for name, parameter in student.vlm.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
     return model, student
+
+
+def _load_encoder(directory: Path, student: Student) -> None:
+    """Load what an earlier stage learned in the tower; its other parts are not for an encoder."""
+    files = {part: directory / PART_FILES[part] for part in ENCODER_PARTS}
+    found = {part: path for part, path in files.items() if path.exists()}
+    if not found:
+        raise WeightsError(
+            f"{directory} holds neither {' nor '.join(path.name for path in files.values())}; "
+            "init_from of stage: distill expects a run that trained the encoder."
+        )
+    for part, path in found.items():
+        load_exact(path, dict(part_parameters(student.vlm, part)))
 
 
 def _save_model(
@@ -288,7 +348,10 @@ def _save_model(
     if config.init_from is not None:
         earlier = config.init_from / "model"
         parts |= {part for part, file in PART_FILES.items() if (earlier / file).exists()}
+    if config.stage == "distill":
+        parts &= set(ENCODER_PARTS)
     save_parts(directory, student.vlm, sorted(parts))
     save_adapters(directory, model.adapters)
-    save_tokenizer(directory, student.tokenizer)
+    if student.tokenizer is not None:
+        save_tokenizer(directory, student.tokenizer)
     (directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")

@@ -1,7 +1,7 @@
 """DistillTrainer: transformers' Trainer with the project's reductions, order and checkpoints.
 
 - Text loss by answer tokens and KD loss by images with targets, each over the whole optimizer
-  step: all processes, all accumulation steps.
+  step: all processes, all accumulation steps. Stage distill has the KD loss alone.
 - One global order of samples, fixed by seed and epoch, exact after a resume.
 - Checkpoints hold what learns and nothing else.
 - Each term of the loss is logged by itself.
@@ -20,10 +20,13 @@ from movekd.errors import TrainingError
 from movekd.student.files import load_exact
 from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
+from movekd.train.images import ViewCollator, ViewDataset
 from movekd.train.model import DistillModel, count_answer_tokens
 from movekd.train.sampler import GlobalOrderSampler
 
 CHECKPOINT_FILE = "trained.safetensors"
+_BY_IMAGE = ("token_std", "token_weight_entropy", "teacher_weight_")
+"""Statistics of images: a batch without any has none, whatever it says."""
 
 
 class DistillTrainer(Trainer):
@@ -32,8 +35,8 @@ class DistillTrainer(Trainer):
     Args:
         config: the resolved run.
         model: the model; parameters that do not learn have ``requires_grad`` off.
-        dataset: the conversations.
-        collator: reads their images and targets.
+        dataset: the conversations, or in stage distill the images.
+        collator: reads images and targets.
         kwargs: further arguments of transformers.Trainer, ``args`` among them.
     """
 
@@ -41,8 +44,8 @@ class DistillTrainer(Trainer):
         self,
         config: TrainConfig,
         model: DistillModel,
-        dataset: ConversationDataset,
-        collator: Collator,
+        dataset: ConversationDataset | ViewDataset,
+        collator: Collator | ViewCollator,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
@@ -77,8 +80,9 @@ class DistillTrainer(Trainer):
         self._num_steps += 1
         counts = torch.zeros(3, device=device)
         for batch in batch_samples:
-            images = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-            tokens = int(count_answer_tokens(batch["labels"]))
+            targets = batch["targets"]  # of as many rows for every teacher
+            images = len(next(iter(targets.values()))) if targets else 0
+            tokens = int(count_answer_tokens(batch["labels"])) if "labels" in batch else 0
             counts += torch.tensor([tokens, images, 1], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -100,22 +104,16 @@ class DistillTrainer(Trainer):
         num_tokens, num_images, num_batches = num_items_in_batch.clamp(min=1)
         terms: dict[str, Tensor] = model(**inputs)
         world = self.args.world_size
-        parts = {"text": terms["text_sum"] * world / num_tokens}
-        distill = self.config.distill
-        if "kd_sum" in terms and distill is not None:
-            parts["kd"] = terms["kd_sum"] * world / num_images
-            for name in distill.teachers:
-                if f"kd_{name}_sum" in terms:
-                    parts[f"kd_{name}"] = terms[f"kd_{name}_sum"] * world / num_images
-        if "balance" in terms:
-            parts["balance"] = terms["balance"] * world / num_batches
-        loss = parts["text"]
-        if distill is not None and "kd" in parts:
-            assert distill.kd_weight is not None
-            loss = loss + distill.kd_weight * parts["kd"]
-        if "balance" in parts:
-            assert self.config.student.mole is not None
-            loss = loss + self.config.student.mole.balance_weight * parts["balance"]
+        counts = {"text_sum": num_tokens, "balance": num_batches}  # the others count images
+        parts = {
+            name.removesuffix("_sum"): term * world / counts.get(name, num_images)
+            for name, term in terms.items()
+            if name.endswith("_sum") or name == "balance"
+        }
+        loss = sum(
+            (weight * parts[name] for name, weight in self._weights().items() if name in parts),
+            torch.zeros((), device=num_images.device),
+        )
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step}, in the batch of "
@@ -124,41 +122,68 @@ class DistillTrainer(Trainer):
                 "Lower training.learning_rate, or look at those samples; --resume goes on from "
                 "the last checkpoint."
             )
-        statistics = {
-            name: terms[name] / num_batches * world
-            for name in terms
-            if not name.endswith("_sum") and name not in ("num_images", "balance")
-        }
-        self._note({f"loss_{name}": value for name, value in parts.items()} | statistics)
+        logged = {f"loss_{name}": value for name, value in parts.items()}
+        for name, term in terms.items():
+            if name.startswith("routing_"):
+                logged[name] = term / num_batches * world
+            elif name.startswith(_BY_IMAGE):
+                logged[name] = term * terms["num_images"].to(term.device)
+        self._note(logged | {"num_images": terms["num_images"]})
         return (loss, terms) if return_outputs else loss
+
+    def _weights(self) -> dict[str, float]:
+        """Return the weight of each part of the loss; the other parts are logged alone."""
+        config, weights = self.config, {"text": 1.0}
+        if config.distill is not None:
+            assert config.distill.kd_weight is not None
+            weights["kd"] = config.distill.kd_weight
+        if config.student.mole is not None:
+            weights["balance"] = config.student.mole.balance_weight
+        return weights
 
     def _note(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self._logged[name] = self._logged[name] + value.detach().float().cpu()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the mean of each term over the steps since the last log, beside Trainer's own."""
+        """Log the mean of each term over the steps since the last log, beside Trainer's own.
+
+        Statistics of images are means over the images since then; without any there are none.
+        """
         if "loss" in logs and self._logged:
             names = sorted(self._logged)
             sums = torch.stack([self._logged[name] for name in names]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "mean")
-            logs |= {name: (sums[i] / self._num_steps).item() for i, name in enumerate(names)}
+            values = dict(zip(names, sums.tolist(), strict=True))
+            num_images = values.pop("num_images")
+            for name, value in values.items():
+                if not name.startswith(_BY_IMAGE):
+                    logs[name] = value / self._num_steps
+                elif num_images:
+                    logs[name] = value / num_images
             self._logged.clear()
             self._num_steps = 0
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # under FSDP every process comes here
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
+        parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        whole = state_dict or parameters  # gathered, where the model is in pieces
         tensors = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+            name: whole[name].detach().cpu().contiguous()
+            for name, parameter in parameters.items()
             if parameter.requires_grad
         }
         save_file(tensors, directory / CHECKPOINT_FILE, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:  # from the files that accelerate wrote beside ours
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         module = self.model if model is None else model
         learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
         load_exact(Path(resume_from_checkpoint) / CHECKPOINT_FILE, learning)

@@ -10,7 +10,7 @@ from movekd.train.config import RECIPES, TrainConfig, load_config
 
 CONFIGS = sorted(
     path
-    for stage in ("pretrain", "finetune")
+    for stage in ("distill", "pretrain", "finetune")
     for path in resource_dir("pipelines").glob(f"*/{stage}.yaml")
 )
 
@@ -28,12 +28,14 @@ def test_resolves_to_its_recipe(path: Path) -> None:
             assert getattr(resolved, key) is not None
 
 
+@pytest.mark.parametrize("version", ["v1.0", "v1.1"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_published_settings_of_v1_0(stage: str) -> None:
-    config = load_config(resource_dir("pipelines") / "llava15_v1.0" / f"{stage}.yaml")
+def test_published_settings(stage: str, version: str) -> None:
+    config = load_config(resource_dir("pipelines") / f"llava15_{version}" / f"{stage}.yaml")
     assert config.recipe == "official"
     assert config.distill is not None
-    assert config.distill.teachers == ["clip", "eva02", "convnext"]
+    fourth = ["sam"] if version == "v1.1" else []
+    assert config.distill.teachers == ["clip", "eva02", "convnext", *fourth]
     assert config.student.mole is not None
     assert (config.student.mole.num_experts, config.student.mole.r) == (3, 32)
     assert config.student.mole.lora_alpha == 1

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, StudentConfig
-from movekd.student.vlm import build_vlm, image_features
+from movekd.student.vlm import build_encoder, build_vlm, image_features
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 REVISED = MoleKeys(r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", last_block=False)
@@ -54,6 +54,31 @@ def test_the_official_student_is_not_clip_at_step_0(pixels_BCHW):
     with torch.no_grad():
         _, found_BND = image_features(student.vlm, pixels_BCHW)
     assert not torch.allclose(found_BND, clip_tokens(pixels_BCHW), atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_the_encoder_alone_is_the_tower_inside(pixels_BCHW, layer):
+    keys = config(OFFICIAL, vision_feature_layer=layer)
+    torch.manual_seed(1)
+    whole = build_vlm(keys)
+    alone = build_encoder(keys.model_copy(update={"language_model": None}))
+    inside = dict(whole.vlm.named_parameters())
+    with torch.no_grad():
+        for name, parameter in alone.vlm.named_parameters():
+            assert parameter.requires_grad
+            parameter.copy_(inside[name])  # of the same name and shape
+        assert alone.vlm.eval().dtype == torch.float32
+        _, expected_BND = image_features(whole.vlm.eval(), pixels_BCHW)
+        _, found_BND = image_features(alone.vlm, pixels_BCHW)
+    assert torch.equal(found_BND, expected_BND)
+    assert len(list(alone.vlm.parameters())) == len(list(whole.vision_tower.parameters()))
+    assert (alone.image_size, alone.grid, alone.width) == (48, 6, 96)
+    assert alone.image_mean == whole.image_mean
+
+
+def test_an_encoder_does_not_talk():
+    with pytest.raises(ConfigError, match=r"language_model is null.*stage: pretrain as init_from"):
+        build_vlm(config(language_model=None))
 
 
 def test_experts_end_at_the_layer_that_is_read_unless_official():

@@ -17,8 +17,7 @@ from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.student.vlm import quiet_libraries
 from movekd.train.config import load_config
-from movekd.train.data import Collator, ConversationDataset, read_conversations
-from movekd.train.run import build_model, train
+from movekd.train.run import build_data, build_model, train
 
 PIPELINE = Path(scenes.__file__).parent
 TEACHERS = ("clip", "sam")
@@ -33,10 +32,13 @@ class Digits:
     cache: Path
 
     def config(self, stage="pretrain", *overrides):
-        """Return a run of 6 steps (pretrain) or 4 (finetune), batch 4, every step logged."""
+        """Return a run of 6 steps (pretrain), 4 (finetune) or 9 (distill), batch 4, all logged."""
+        is_distill = stage == "distill"  # of every image of the corpus, without text
+        conversations = "" if is_distill else f"{self.source / stage}.json"
         fixed = [
+            f"stage={stage}",
             f"data.shards={self.data}",
-            f"data.conversations=[{self.source / stage}.json]",
+            f"data.conversations=[{conversations}]",
             f"distill.teachers=[{', '.join(TEACHERS)}]",
             "training.per_device_train_batch_size=4",
             "training.num_train_epochs=1",
@@ -44,7 +46,8 @@ class Digits:
             "training.report_to=none",
             "training.use_cpu=true",
         ]
-        return load_config(PIPELINE / f"{stage}.yaml", [*fixed, *overrides])
+        path = PIPELINE / f"{'pretrain' if is_distill else stage}.yaml"
+        return load_config(path, [*fixed, *overrides])
 
     def train(self, output, stage="pretrain", *overrides, **kwargs):
         """Train such a run; return its summary."""
@@ -53,23 +56,11 @@ class Digits:
         return train(config, output, cache, **kwargs)
 
     def parts(self, config):
-        """Return the model, its student, the conversations and the collator of a run."""
+        """Return the model, its student, the data set and the collator of a run."""
         cache = None if config.distill is None else open_cache(self.cache)
-        corpus = open_corpus(config.data.shards)
-        teachers = () if config.distill is None else tuple(config.distill.teachers)
         set_seed(0)
         model, student = build_model(config, cache)
-        dataset = ConversationDataset(
-            read_conversations(config.data, corpus),
-            corpus,
-            cache,
-            teachers,
-            student,
-            config.student.prompt,
-            config.data.model_max_length,
-        )
-        transform = student.image_transform(config.data.geometry)
-        collator = Collator(corpus, transform, cache, teachers, student.tokenizer.pad_token_id)
+        dataset, collator = build_data(config, open_corpus(config.data.shards), cache, student)
         return model, student, dataset, collator
 
     @staticmethod

@@ -8,28 +8,80 @@ import sys
 import pytest
 import torch
 
+from movekd.train.sampler import GlobalOrderSampler
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_two_ranks_equal_one(digits, tmp_path, stage):
-    # finetune has text-only samples, so some ranks see batches without any image
-    single = digits.train(tmp_path / "one", stage, "training.max_steps=3")
-    config = digits.config(stage, "training.max_steps=3", "training.per_device_train_batch_size=2")
-    (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+
+def train_in_two_processes(digits, config, output):
+    """Run a config under torchrun; return its log."""
+    path = output.with_suffix(".yaml")
+    path.write_text(config.to_yaml(), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--standalone", "-m", "movekd", "train", "--config", tmp_path / "run.yaml"]
+    torchrun += ["--standalone", "-m", "movekd", "train", "--config", path]
     done = subprocess.run(
-        [*torchrun, "--cache", digits.cache, "--output", tmp_path / "two"],
+        [*torchrun, "--cache", digits.cache, "--output", output],
         check=False,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    logged = json.loads((tmp_path / "two" / "log.json").read_text(encoding="utf-8"))
+    log = json.loads((output / "log.json").read_text(encoding="utf-8"))
+    return [entry for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])
+def test_two_ranks_equal_one(digits, tmp_path, stage):
+    # finetune has text-only samples, so some ranks see batches without any image
+    single = digits.train(tmp_path / "one", stage, "training.max_steps=3")
+    config = digits.config(stage, "training.max_steps=3", "training.per_device_train_batch_size=2")
+    logged = train_in_two_processes(digits, config, tmp_path / "two")
     for one, two in zip(digits.logged(single), logged, strict=False):
-        for name in ("loss_text", "loss_kd"):
+        for name in {"loss_text", "loss_kd"} & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-5)
     one, two = digits.weights(tmp_path / "one"), digits.weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("recipe", ["official", "revised"])
+def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tmp_path, recipe):
+    """One process, two, or two micro-batches: the same gradients to 1e-5, recomputed in backward.
+
+    One step of plain SGD at rate 1 moves every weight by its gradient. The samples are not grouped
+    by kind, so that one process sees a text-only batch while the other sees images.
+    """
+    seed = 3
+    first_step = list(GlobalOrderSampler(16, seed))[:4]
+    assert [position > 10 for position in first_step] == [True, True, False, False]  # 11-15: text
+    keys = (
+        f"recipe={recipe}",
+        "data.group_by_modality_length=false",
+        "student.mole.balance_weight=0",
+        "training.gradient_checkpointing=true",
+        "training.optim=sgd",
+        "training.learning_rate=1",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.max_grad_norm=0",
+        "training.max_steps=1",
+        f"training.seed={seed}",
+    )
+    half = (*keys, "training.per_device_train_batch_size=2")
+    one = digits.train(tmp_path / "one", "finetune", *keys)
+    two = train_in_two_processes(digits, digits.config("finetune", *half), tmp_path / "two")
+    accumulated = digits.train(
+        tmp_path / "halves", "finetune", *half, "training.gradient_accumulation_steps=2"
+    )
+    first = digits.logged(one)[0]
+    for other in (two[0], digits.logged(accumulated)[0]):
+        assert other.keys() >= first.keys() - {"total_flos"}
+        for name in first:
+            if name.startswith(("loss", "teacher_weight", "token_weight")) and "bal" not in name:
+                assert other[name] == pytest.approx(first[name], rel=1e-4), name
+    expected = digits.weights(tmp_path / "one")
+    for folder in ("two", "halves"):
+        found = digits.weights(tmp_path / folder)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)

@@ -30,7 +30,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["official", "revised"])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["distill", "pretrain", "finetune"])
 def test_a_resolved_run_reads_back_as_itself(write, tmp_path, recipe, stage):
     config = load_config(write(recipe=recipe, stage=stage))
     (tmp_path / "again.yaml").write_text(config.to_yaml())
@@ -106,8 +106,33 @@ def test_parts_that_are_not_there_cannot_learn(write):
 
 
 def test_a_missing_key_is_named(write):
-    with pytest.raises(ConfigError, match=r"key 'student\.language_model' is missing"):
+    with pytest.raises(ConfigError, match=r"key 'student\.vision_tower' is missing"):
+        load_config(write(student={"language_model": "x"}))
+    with pytest.raises(ConfigError, match=r"key 'student\.language_model' is missing.*pretrain"):
         load_config(write(student={"vision_tower": "x"}))
+
+
+def test_distill_trains_the_encoder_and_needs_no_language_model(write):
+    config = load_config(write(stage="distill", student={"vision_tower": "x"}))
+    assert config.trained == ["mole"]
+    assert config.student.language_model is None
+    assert load_config(write(stage="distill")).student.language_model is None
+    plain = load_config(write(stage="distill"), ["student.mole=null"])
+    assert plain.trained == ["vision_tower"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill=null", r"learns from cached targets alone, but distill is null"),
+        ("trained=[mole, projector]", r"trained names projector, which stage: distill does not"),
+        ("data.conversations=[a.json]", r"takes every image of data\.shards and reads no text"),
+        ("data.group_by_modality_length=true", r"sorts by text, and stage: distill has none"),
+    ],
+)
+def test_distill_refuses_what_belongs_to_text(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(stage="distill"), [override])
 
 
 def test_overrides_are_yaml_and_reach_any_depth(write):

@@ -75,6 +75,16 @@ def assert_same_weights(digits, first, second):
             (2,),
             ("training.save_steps=1", "training.gradient_accumulation_steps=2"),
         ),
+        (
+            "distill",
+            (4, 12),  # the second in epoch 2
+            (
+                "training.save_steps=2",
+                "training.num_train_epochs=2",
+                "training.dataloader_num_workers=1",
+                "student.mole.lora_dropout=0.3",
+            ),
+        ),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(digits, tmp_path, stage, stops, overrides):
@@ -145,7 +155,7 @@ def test_an_earlier_run_is_neither_lost_nor_mixed_up(digits, tmp_path):
     assert summary.steps == 2
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])
 def test_accumulated_micro_batches_equal_one_batch(digits, tmp_path, stage):
     # The balance loss is taken a micro-batch, and AdamW divides rounding errors by themselves.
     keys = ["student.mole.balance_weight=0", "training.optim=sgd", "training.max_steps=3"]
@@ -162,6 +172,8 @@ def test_accumulated_micro_batches_equal_one_batch(digits, tmp_path, stage):
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5)
     for first, second in zip(digits.logged(one), digits.logged(halves), strict=True):
         for name in ("loss", "loss_text", "loss_kd", "grad_norm"):
+            if stage == "distill" and name == "loss_text":
+                continue
             assert first[name] == pytest.approx(second[name], rel=1e-4)
 
 

@@ -1,0 +1,65 @@
+"""What LLaVA-NeXT has and LLaVA-1.5 has not: tiles, and line ends between the rows of an image.
+
+An image goes in as the views of ``corpus.anyres``: the whole of it, stretched, and tiles. In the
+prompt stand the tokens of the whole image, then those of its tiles as one picture, row by row,
+without the rows and columns that show padding alone, a learned token after each row.
+
+Used by ``vlm``; every number is transformers' own.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from movekd.corpus.anyres import GRIDS, TILE, anyres_grids
+from movekd.errors import ConfigError
+
+GRID_PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in GRIDS]
+"""Height and width in pixels of the canvases that tiles are cut from, as LlavaNextConfig wants."""
+
+
+def count_anyres_tokens(widths: ArrayLike, heights: ArrayLike, side: int) -> NDArray[np.int64]:
+    """Return how many tokens each image has in the prompt, (N,).
+
+    Args:
+        widths: (N,), in pixels, as a viewer shows the image.
+        heights: (N,).
+        side: patches along a side of a view.
+
+    Source: transformers models/llava_next/processing_llava_next.py (_get_unpadded_features) and
+    modeling_llava_next.py (unpad_image).
+    """
+    width_N, height_N = np.asarray(widths, np.float64), np.asarray(heights, np.float64)
+    grid_N2 = anyres_grids(widths, heights) * side
+    rows_N, columns_N = grid_N2[:, 0], grid_N2[:, 1]
+    is_wide_N = width_N / height_N > columns_N / rows_N
+    shown_rows_N = np.round(height_N * (columns_N / width_N), 7).astype(np.int64)
+    shown_columns_N = np.round(width_N * (rows_N / height_N), 7).astype(np.int64)
+    rows_N = np.where(is_wide_N, rows_N - (rows_N - shown_rows_N) // 2 * 2, rows_N)
+    columns_N = np.where(is_wide_N, columns_N, columns_N - (columns_N - shown_columns_N) // 2 * 2)
+    tokens_N: NDArray[np.int64] = side * side + rows_N * columns_N + rows_N
+    return tokens_N
+
+
+def require_tile(tower: Any, source: str) -> None:
+    """Refuse a tower that looks at another size than that for which grids are chosen.
+
+    Raises:
+        ConfigError: names both sizes.
+    """
+    if tower.config.image_size != TILE:
+        raise ConfigError(
+            f"student.vision_tower '{source}' looks at {tower.config.image_size} pixels; "
+            f"student.architecture: llava_next cuts tiles of {TILE}. Take a tower of {TILE} "
+            "pixels, or architecture: llava."
+        )
+
+
+def new_line_end(width: int, dtype: torch.dtype) -> nn.Parameter:
+    """Return a new token for the end of a row, (width,), from torch's current seed."""
+    newline_D: Tensor = torch.randn(width) / math.sqrt(width)
+    return nn.Parameter(newline_D.to(dtype))

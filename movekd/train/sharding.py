@@ -1,0 +1,54 @@
+"""FSDP2: a run whose model lies in pieces on several GPUs, asked for and checked.
+
+Used by ``run``. Not run on GPUs yet; the files for it are in pipelines/accelerate.
+"""
+
+import os
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
+
+from movekd.errors import ConfigError
+
+
+def is_fsdp_asked_for(arguments: TrainingArguments) -> bool:
+    """Return whether `training.fsdp` or `accelerate launch` wants the model in pieces."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return launched or bool(arguments.fsdp)
+
+
+def refuse_fsdp_on_cpu(arguments: TrainingArguments) -> None:
+    """Refuse what would quietly be another run.
+
+    Raises:
+        ConfigError: FSDP is asked for on a CPU.
+    """
+    if is_fsdp_asked_for(arguments) and arguments.device.type == "cpu":
+        raise ConfigError(
+            "FSDP2 was asked for, but this run is on a CPU: accelerate enables FSDP on "
+            "accelerators only and would quietly train with DDP. Run it on GPUs, or with torchrun "
+            "and without training.fsdp."
+        )
+
+
+def require_fsdp2(arguments: TrainingArguments, accelerator: Any) -> None:
+    """Refuse a run whose model is not in pieces although it should be.
+
+    Raises:
+        ConfigError: says what accelerate chose instead.
+    """
+    if is_fsdp_asked_for(arguments) and not accelerator.is_fsdp2:
+        raise ConfigError(
+            f"FSDP was asked for, and accelerate chose {accelerator.distributed_type}; expected "
+            "FSDP of version 2. Set fsdp_version: 2 and several processes, as in "
+            "pipelines/accelerate/fsdp2.yaml."
+        )
+
+
+def gather_parameters(model: nn.Module) -> None:
+    """Make every parameter whole again where FSDP2 has cut it; every process must come here."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
