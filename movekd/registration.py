@@ -1,7 +1,8 @@
 """Makes transformers know movekd's vision tower once both are imported, and loads neither.
 
-``import movekd`` is to cost nothing, and transformers is slow to import: so the tower is registered
-when transformers' own table of configs is there, be that before or after movekd.
+``import movekd`` is to cost nothing, and transformers is slow to import: so nothing happens before
+transformers' own table of configs is there, be that before or after movekd. Even then the tower is
+not imported (CLIP may be half imported at that moment) but looked up when a config of its type is.
 """
 
 import importlib
@@ -11,12 +12,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+MODEL_TYPE = "movekd_clip_vision"
 _TABLE = "transformers.models.auto.configuration_auto"
-_CONFIGURATION = "movekd.student.hub.configuration_movekd"
+_OURS = "movekd.student.hub.configuration_movekd"
 
 
 def register_with_transformers() -> None:
-    """Register the tower's config now, or as soon as transformers has its table."""
+    """Put the tower's type into transformers' table now, or as soon as there is one."""
     if _TABLE in sys.modules:
         _register(sys.modules[_TABLE])
     elif not any(isinstance(finder, _AfterTable) for finder in sys.meta_path):
@@ -24,8 +26,30 @@ def register_with_transformers() -> None:
 
 
 def _register(table: Any) -> None:
-    config = importlib.import_module(_CONFIGURATION).MovekdClipVisionConfig
-    table.AutoConfig.register(config.model_type, config, exist_ok=True)
+    mapping = table.CONFIG_MAPPING
+    if MODEL_TYPE not in mapping:
+        mapping._extra_content = _Lazy(mapping._extra_content)
+
+
+class _Lazy(dict[str, Any]):
+    """Configs that were registered from outside, ours among them but not imported yet."""
+
+    def __init__(self, registered: dict[str, Any]) -> None:
+        super().__init__(registered)
+        self[MODEL_TYPE] = None
+
+    def __getitem__(self, key: str) -> Any:
+        if super().__getitem__(key) is None:
+            importlib.import_module(_OURS)  # which registers itself in place of the None
+        return super().__getitem__(key)
+
+    def values(self) -> Any:
+        """Return the configs, all imported."""
+        return [self[key] for key in self]
+
+    def items(self) -> Any:
+        """Return types and configs, all imported."""
+        return [(key, self[key]) for key in self]
 
 
 class _AfterTable(MetaPathFinder):

@@ -5,7 +5,7 @@ Part of movekd (Apache-2.0). Needs transformers alone.
 
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlavaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
 
 class MovekdClipVisionConfig(CLIPVisionConfig):
@@ -38,3 +38,6 @@ class MovekdLlavaConfig(LlavaConfig):
     """LLaVA's own config, under a name that remote code can have."""
 
     model_type = "llava"
+
+
+AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)

@@ -63,7 +63,8 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
     config.architectures = ["LlavaForConditionalGeneration"]
-    config.dtype = student.vlm.dtype
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = student.vlm.dtype
     if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
             "AutoConfig": "configuration_movekd.MovekdLlavaConfig",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 
 from .configuration_movekd import MovekdClipVisionConfig, MovekdLlavaConfig
@@ -104,5 +104,4 @@ class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: MovekdLlavaConfig
 
 
-AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
 AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)
