@@ -1,7 +1,7 @@
 """An export of format ``hf``, back as a student that can be asked, evaluated and exported again."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
@@ -42,7 +42,8 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             "export of `movekd export --format hf`."
         )
     about = read_json(directory / ABOUT_FILE)
-    prompt, geometry = about.get("prompt"), about.get("geometry")
+    prompt: Any = about.get("prompt")
+    geometry: Any = about.get("geometry")
     if prompt not in get_args(PromptFormat) or geometry not in get_args(Geometry):
         raise WeightsError(
             f"{directory / ABOUT_FILE} has prompt {prompt!r} and geometry {geometry!r}; expected "
