@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.files import ADAPTERS_FILE, PART_FILES, TrainedStudent
+from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
 from movekd.student.official import (
     PROJECTOR,
     mole_layers,
@@ -73,6 +73,11 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
         WeightsError: the run's files are damaged.
     """
     vlm = trained.student.vlm
+    if not (trained.directory / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{trained.directory} is an export already, which does not say what it started from; "
+            "export the run or the imported model itself."
+        )
     require_official(vlm, vlm.config.vision_config.num_hidden_layers)
     directory.mkdir(parents=True, exist_ok=True)
     adapters = _adapters(trained.directory)

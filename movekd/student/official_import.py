@@ -145,7 +145,7 @@ def _import_checkpoint(
     _write_adapters(model_dir, {name: tensors[name] for name in adapters})
     tokenizer.save_pretrained(model_dir)
     _write_originals(model_dir / ORIGINALS, source, tensors, buffers, student.dtype)
-    _write_config(model_dir, source, student, "finetune", keys)
+    _write_config(model_dir, source, student, "finetune", keys, _teachers(adapters))
     return Imported(model_dir.parent, "2", len(tensors), _teachers(adapters), student.dtype)
 
 
@@ -184,7 +184,7 @@ def _import_stage_1(
     for part in ("mole", "projector"):
         _write_part(model_dir / PART_FILES[part], part, learned, tensors)
     _write_adapters(model_dir, {name: tensors[name] for name in adapters})
-    _write_config(model_dir, source, student, "pretrain", keys)
+    _write_config(model_dir, source, student, "pretrain", keys, _teachers(adapters))
     return Imported(model_dir.parent, "1", len(tensors), _teachers(adapters), student.dtype)
 
 
@@ -335,7 +335,12 @@ def _write_originals(
 
 
 def _write_config(
-    model_dir: Path, source: Path, student: StudentConfig, stage: str, keys: Mapping[str, Any]
+    model_dir: Path,
+    source: Path,
+    student: StudentConfig,
+    stage: str,
+    keys: Mapping[str, Any],
+    teachers: tuple[str, ...],
 ) -> None:
     aspect = keys.get("image_aspect_ratio") or "square"
     geometry = {there: here for here, there in ASPECT_RATIOS.items()}[aspect]
@@ -343,6 +348,8 @@ def _write_config(
         "recipe": "official",
         "stage": stage,
         "student": student.model_dump(mode="json"),
+        # CLIP, the anchor, has no adapter
+        "distill": {"teachers": ["clip", *teachers]} if teachers else None,
         "data": {"geometry": geometry},
         "imported": {
             "from": source.resolve().name,

@@ -1,13 +1,18 @@
 """Tests of official_files and official_import: a released checkpoint in, and out bit for bit."""
 
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
+from movekd.evaluate.generate import generate_answers
 from movekd.student.adapters import StudentHead, TeacherAdapter
+from movekd.student.exports import export
 from movekd.student.files import ADAPTERS_FILE, load_student, save_adapters
 from movekd.student.official import official_state_dict
 from movekd.student.official_files import STAGE_1_FILES, write_official
@@ -213,6 +218,46 @@ def test_a_finetuned_run_is_written_whole_and_taken(kit, tmp_path):
         66,
         10000.0,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_imported_model_answers_in_the_dtype_of_its_checkpoint(kit, source, tmp_path, dtype):
+    save_file(kit.released_state(dtype=dtype), source / "model.safetensors")
+    import_official(source, tmp_path / "imported")
+    trained = load_student(tmp_path / "imported")
+    assert trained.student.vlm.dtype == dtype
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 30), (90, 60, 30)).save(buffer, "PNG")
+    turns = (("human", "<image>\nWhat is the sum?"),)
+    (answer,) = generate_answers(
+        trained.student,
+        [Conversation("c", ("image",), turns)],
+        lambda _: buffer.getvalue(),
+        prompt=trained.prompt,
+        geometry=trained.geometry,
+        max_new_tokens=5,
+    )
+    assert isinstance(answer, str)
+
+
+def test_a_malicious_file_of_stage_1_is_refused(kit, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_run"), "w"))
+
+    source = tmp_path / "files"
+    source.mkdir()
+    torch.save({"model.mm_projector.0.bias": Malicious()}, source / "mole_encoder.bin")
+    with pytest.raises(WeightsError, match="nothing in it was run"):
+        import_official(source, tmp_path / "in", language_model=str(kit.WEIGHTS / "language_model"))
+    assert not (tmp_path / "was_run").exists()
+    assert not (tmp_path / "in").exists()
+
+
+def test_an_export_is_no_source_of_official_files(kit, tmp_path):
+    export(kit.make_run(tmp_path / "run", kit.OFFICIAL), "hf", tmp_path / "hf")
+    with pytest.raises(ConfigError, match="is an export already"):
+        write_official(load_student(tmp_path / "hf"), tmp_path / "out")
 
 
 def test_heads_of_the_revised_recipe_are_left_out(kit, tmp_path):

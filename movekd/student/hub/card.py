@@ -1,6 +1,7 @@
 """The model card, README.md of every export: what it is, what it was made of, how it is loaded."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -130,8 +131,21 @@ def base_models(run: Mapping[str, Any]) -> dict[str, str]:
     imported = run.get("imported") or {}
     student = run.get("student") or {}
     keys = ("vision_tower", "language_model")
-    found = {key: imported.get(key) or student.get(key) for key in keys}
-    return {key: str(value) for key, value in found.items() if value}
+    found = {key: str(imported.get(key) or student.get(key) or "") for key in keys}
+    return {key: value for key, value in found.items() if value and not value.startswith("base/")}
+
+
+def made_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run its exports carry on; of local directories, the name alone."""
+    bases = {
+        key: base if _is_hub_id(base) else f"./{Path(base).name}"
+        for key, base in base_models(run).items()
+    }
+    kept = {key: run[key] for key in ("recipe", "stage", "imported") if key in run}
+    teachers = (run.get("distill") or {}).get("teachers")
+    if "imported" in kept:
+        kept["imported"] = {"from": kept["imported"].get("from")} | bases
+    return kept | {"student": bases, "distill": {"teachers": teachers} if teachers else None}
 
 
 def _is_untouched(tower: nn.Module) -> bool:
@@ -140,7 +154,8 @@ def _is_untouched(tower: nn.Module) -> bool:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    is_local = name.startswith(("/", ".", "~")) or Path(name).exists()
+    return name.count("/") == 1 and not is_local
 
 
 def _warning(random: list[str]) -> str:
@@ -182,7 +197,7 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
 
 def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
     distill = run.get("distill") or {}
-    teachers = ", ".join(distill.get("teachers", [])) or "not recorded"
+    teachers = ", ".join(distill.get("teachers") or []) or "not recorded"
     if run and "imported" not in run and not distill:
         teachers = "none: trained without distillation"
     lines = [

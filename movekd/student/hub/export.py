@@ -27,6 +27,7 @@ from transformers import (
 from movekd.errors import ConfigError
 from movekd.student.files import TrainedStudent
 from movekd.student.hub import configuration_movekd, modeling_movekd
+from movekd.student.hub.card import made_of
 from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
 from movekd.student.official import mole_layers, plain_parameters
 from movekd.student.prompts import V1_SYSTEM
@@ -193,6 +194,7 @@ def write_about(trained: TrainedStudent, directory: Path) -> None:
         "image_mean": list(trained.student.image_mean),
         "image_std": list(trained.student.image_std),
         "vision_feature_layer": trained.student.vlm.config.vision_feature_layer,
+        "run": made_of(trained.run),
     }
     text = json.dumps(about, indent=1) + "\n"
     (directory / ABOUT_FILE).write_text(text, encoding="utf-8")

@@ -51,8 +51,11 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             "Export the model again."
         )
     with loading(str(directory), "the model in"):
-        vlm = LlavaForConditionalGeneration.from_pretrained(directory, dtype="auto")
+        vlm = LlavaForConditionalGeneration.from_pretrained(
+            directory, dtype="auto", use_safetensors=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory)
     vlm.eval().requires_grad_(False).to(torch.device(device))
+    run = about.get("run") or {}
     mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
-    return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, {})
+    return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)

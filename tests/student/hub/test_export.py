@@ -277,6 +277,12 @@ def test_weights_that_never_learned_are_marked(kit, official, tmp_path):
     card = model_card(trained, "hf", "x")
     assert "**Random weights.** The vision tower and the language model" in card
     assert "imported from | released" in card
+    assert "teachers | clip, convnext, eva02" in card
+    assert "base/" not in card
+    export(trained, "hf", tmp_path / "hf")
+    again = model_card(load_student(tmp_path / "hf"), "hf", "x")
+    assert again == card
+    assert str(tmp_path) not in (tmp_path / "hf/movekd.json").read_text()
 
 
 def test_a_directory_that_holds_something_is_kept(official, tmp_path):
