@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +190,29 @@ def _import_stage_1(
 
 
 def _tokenizer(source: str, language: Any) -> Any:
-    try:
-        with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
-            tokenizer = AutoTokenizer.from_pretrained(source, config=language)
-    except ImportError as error:  # a tokenizer.model needs a package to be converted
+    """Return a fast tokenizer that knows ``<image>``.
+
+    Raises:
+        WeightsError: there is none, or it cannot be read.
+        ConfigError: it is a slow one.
+    """
+    folder = Path(source)
+    known = ("tokenizer.json", "tokenizer.model")
+    if folder.is_dir() and not any((folder / name).exists() for name in known):
+        # transformers would make one of four tokens
         raise WeightsError(
-            f"the tokenizer of {source} cannot be read: {str(error).strip().splitlines()[0]} "
-            "Install sentencepiece and protobuf, or give --tokenizer with a directory that has a "
+            f"{source} holds no tokenizer; expected one of {', '.join(known)}. Give --tokenizer "
+            "with the hub id or directory of the language model's."
+        )
+    needs_conversion = folder.is_dir() and not (folder / known[0]).exists()
+    if needs_conversion and find_spec("sentencepiece") is None:
+        raise WeightsError(
+            f"{source} holds a tokenizer.model alone, which takes sentencepiece to be read; "
+            "pip install sentencepiece protobuf, or give --tokenizer with a directory that has a "
             "tokenizer.json."
-        ) from None
+        )
+    with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
+        tokenizer = AutoTokenizer.from_pretrained(source, config=language)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets; give "

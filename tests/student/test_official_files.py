@@ -153,6 +153,23 @@ def test_a_config_that_movekd_does_not_compute_is_refused(kit, source, tmp_path)
         import_official(tmp_path, tmp_path / "x")
 
 
+def test_a_checkpoint_without_a_readable_tokenizer_is_refused(kit, source, tmp_path, monkeypatch):
+    save_file(kit.released_state(), source / "model.safetensors")
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(WeightsError, match=r"holds no tokenizer.*Give --tokenizer"):
+        import_official(source, tmp_path / "imported")
+    (source / "tokenizer.model").write_bytes(b"sentencepiece")
+    monkeypatch.setattr("movekd.student.official_import.find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match=r"tokenizer\.model alone.*pip install sentencepiece"):
+        import_official(source, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+    language_model = str(kit.WEIGHTS / "language_model")
+    import_official(source, tmp_path / "imported", tokenizer=language_model)
+    write_official(load_student(tmp_path / "imported"), tmp_path / "back")
+    same(open_checkpoint(tmp_path / "back"), kit.released_state())
+    assert (tmp_path / "back/tokenizer.model").read_bytes() == b"sentencepiece"
+
+
 def test_quantised_weights_are_refused(kit, source, tmp_path):
     state = kit.released_state()
     state["lm_head.weight"] = torch.zeros(66, 24, dtype=torch.uint8)
