@@ -35,7 +35,10 @@ def heavy(modules, packages=HEAVY):
     return [m for m in modules if any(m == p or m.startswith(f"{p}.") for p in packages)]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["cache", "build"], ["shards", "pack"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["ask"], ["export"], ["import"], ["cache", "build"], ["shards", "pack"]],
+)
 def test_help_loads_nothing_heavy(command):
     script = (
         "import sys\nfrom movekd.cli.main import app\n"

@@ -1,42 +1,125 @@
 """`movekd ask`."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from movekd.corpus.conversations import Role
+    from movekd.student.files import TrainedStudent
+
 
 def ask(
-    run: Annotated[Path, typer.Argument(help="Output of `movekd train`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
+    ],
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask about it; with --chat, the first question.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Go on: a question a line on standard input, to an empty line or its end.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each answer.")
+    ] = False,
 ) -> None:
     """Ask a trained student about an image.
 
-    Example: movekd ask runs/finetune cat.jpg "What is the animal doing?"
+    Examples:
+
+    movekd ask runs/finetune cat.jpg "What is the animal doing?"
+
+    movekd ask my-model cat.jpg --chat
     """
-    from movekd.corpus.conversations import Conversation
     from movekd.errors import ConfigError
-    from movekd.evaluate.generate import generate_answers
     from movekd.student.files import load_student
     from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     if not image.is_file():
         raise ConfigError(f"{image} is no file; expected an image such as a JPEG or PNG.")
+    if question is None and not chat:
+        raise ConfigError("there is no question; give one behind the image, or --chat.")
     trained = load_student(run, resolve_device(device))
-    conversation = Conversation("ask", (str(image),), (("human", f"<image>\n{question}"),), None)
-    for answer in generate_answers(
-        trained.student,
-        [conversation],
-        lambda _: image.read_bytes(),
-        prompt=trained.prompt,
-        geometry=trained.geometry,
-        max_new_tokens=max_new_tokens,
-    ):
-        typer.echo(answer)
+    if chat and trained.prompt == "plain":
+        raise ConfigError(
+            f"{run} was trained with prompt format 'plain', which knows an image and its caption "
+            "alone; --chat needs a model of stage finetune."
+        )
+    turns: list[tuple[Role, str]] = []
+    for asked in _questions(question, chat=chat):
+        turns.append(("human", asked if turns else f"<image>\n{asked}"))
+        answer = _answer(trained, image.read_bytes(), turns, max_new_tokens)
+        turns.append(("gpt", answer))
+        if json:
+            _print_line({"question": asked, "answer": answer})
+        else:
+            typer.echo(answer)
+
+
+def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
+    """Yield the first question, then a line of standard input each, if it is a chat."""
+    if first is not None:
+        yield first
+    while chat:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _answer(
+    trained: "TrainedStudent",
+    image: bytes,
+    turns: "list[tuple[Role, str]]",
+    max_new_tokens: int,
+) -> str:
+    """Return the answer to the last of the turns, all of which the model sees, the image too."""
+    from movekd.corpus.conversations import Conversation
+    from movekd.errors import ConfigError
+    from movekd.evaluate.generate import generate_answers
+    from movekd.student.prompts import tokenize_question
+
+    student, conversation = trained.student, Conversation("ask", ("image",), tuple(turns))
+    tokens = tokenize_question(
+        conversation, student.tokenizer, trained.prompt, student.num_image_tokens
+    )
+    most = getattr(student.vlm.config.text_config, "max_position_embeddings", None)
+    if most is not None and len(tokens) >= most:
+        raise ConfigError(
+            f"image and conversation are {len(tokens)} tokens; the language model holds {most}. "
+            "Ask less, or begin a new chat."
+        )
+    left = max_new_tokens if most is None else min(max_new_tokens, most - len(tokens))
+    return next(
+        generate_answers(
+            student,
+            [conversation],
+            lambda _: image,
+            prompt=trained.prompt,
+            geometry=trained.geometry,
+            max_new_tokens=left,
+        )
+    )
+
+
+def _print_line(value: dict[str, str]) -> None:
+    import json
+
+    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def resolve_device(device: str) -> str:

@@ -9,7 +9,10 @@ from movekd.cli.output import print_json, print_table, progress_bar
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Output of `movekd train`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
+    ],
     questions: Annotated[
         Path, typer.Option(help="LLaVA JSON whose last turns are the right answers.")
     ],

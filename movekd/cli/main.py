@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from movekd import __version__
-from movekd.cli import ask, cache, demo, evaluate, shards, train
+from movekd.cli import ask, cache, demo, evaluate, export, shards, train
 from movekd.errors import MovekdError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.add_typer(cache.app, name="cache", help="Pipeline 1: features of teachers, o
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("ask")(ask.ask)
+app.command("export")(export.export)
+app.command("import")(export.import_)
 app.command("demo")(demo.demo)
 
 

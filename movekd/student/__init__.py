@@ -10,10 +10,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from movekd.student.adapters import StudentHead, TeacherAdapter
     from movekd.student.mole import MoleConfig, Routing, clear_routing, routing
+    from movekd.student.official import load_official_state_dict, official_state_dict
 
-__all__ = ["MoleConfig", "Routing", "StudentHead", "TeacherAdapter", "clear_routing", "routing"]
+__all__ = [
+    "MoleConfig",
+    "Routing",
+    "StudentHead",
+    "TeacherAdapter",
+    "clear_routing",
+    "load_official_state_dict",
+    "official_state_dict",
+    "routing",
+]
 
-_MODULES = dict.fromkeys(("StudentHead", "TeacherAdapter"), "movekd.student.adapters")
+_MODULES = {
+    "StudentHead": "movekd.student.adapters",
+    "TeacherAdapter": "movekd.student.adapters",
+    "load_official_state_dict": "movekd.student.official",
+    "official_state_dict": "movekd.student.official",
+}
 
 
 def __getattr__(name: str) -> Any:

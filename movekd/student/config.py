@@ -80,9 +80,10 @@ class StudentConfig(FrozenModel):
     image_std: tuple[float, float, float] | None = Field(
         default=None, description="Null takes the vision tower's preprocessor_config.json."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="Of the weights in memory; `bf16: true` computes in bfloat16.",
+        description="Of the weights in memory; `bf16: true` computes in bfloat16. float16 is for "
+        "imported models, to ask and to export; training needs one of the others.",
     )
 
     @model_validator(mode="after")

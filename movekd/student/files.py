@@ -124,24 +124,39 @@ def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """The model of a finished run, and how it was fed."""
+    """The model of a finished run, and how it was fed.
+
+    Attributes:
+        student: the model, frozen, in evaluation mode.
+        prompt: the format of its questions.
+        geometry: how its images become square.
+        directory: the folder that its parts lie in.
+        run: the resolved config, as YAML holds it.
+    """
 
     student: Student
     prompt: PromptFormat
     geometry: Geometry
+    directory: Path
+    run: dict[str, Any]
 
 
 def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
     """Return the trained model of a run, frozen and in evaluation mode.
 
     Args:
-        directory: a run's output, or its ``model`` folder.
+        directory: a run's output, or its ``model`` folder; what `movekd import` wrote; or an
+            export of format hf.
         device: where to.
 
     Raises:
         WeightsError: there is no finished model there.
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
+    if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
+        from movekd.student.hub.read import load_export  # transformers' own files
+
+        return load_export(model_dir, device)
     if not (model_dir / CONFIG_FILE).exists():
         raise WeightsError(
             f"{directory} holds no finished run (no model/{CONFIG_FILE}); expected the --output of "
@@ -156,10 +171,20 @@ def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{source} lacks data.geometry or student.prompt; it was not written "
             "by movekd, or was edited since."
         )
-    student = build_vlm(config)
+    student = build_vlm(_beside(config, model_dir))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
-    return TrainedStudent(student, config.prompt, geometry)
+    return TrainedStudent(student, config.prompt, geometry, model_dir, content)
+
+
+def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
+    """Return the config with base models that lie in the model's own folder found there."""
+    update = {
+        key: str(model_dir / value)
+        for key in ("vision_tower", "language_model")
+        if (value := getattr(config, key)).startswith("base/") and (model_dir / value).is_dir()
+    }
+    return config.model_copy(update=update)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

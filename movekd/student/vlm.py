@@ -130,7 +130,7 @@ def build_vlm(config: StudentConfig) -> Student:
         )
     dtype = getattr(torch, config.dtype)
     tower = _load_tower(config)
-    with _loading(config.language_model, "student.language_model"):
+    with loading(config.language_model, "student.language_model"):
         language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(config.language_model)
     _add_image_token(tokenizer, language_model)
@@ -265,7 +265,7 @@ def _frame(model: Any, config: Any) -> Any:
 
 def _load_tower(config: StudentConfig) -> Any:
     """Return the vision tower of any checkpoint that has one, without experts."""
-    with _loading(config.vision_tower, "student.vision_tower"):
+    with loading(config.vision_tower, "student.vision_tower"):
         tower_config = AutoConfig.from_pretrained(config.vision_tower)
         tower_config = getattr(tower_config, "vision_config", tower_config)
         return AutoModel.from_pretrained(
@@ -307,7 +307,7 @@ def _mean_and_std(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     if config.image_mean is not None and config.image_std is not None:
         return config.image_mean, config.image_std
-    with _loading(config.vision_tower, "student.vision_tower"):
+    with loading(config.vision_tower, "student.vision_tower"):
         path = cached_file(config.vision_tower, "preprocessor_config.json")
     keys = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
@@ -326,7 +326,7 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _loading(source: str, key: str) -> Iterator[None]:
+def loading(source: str, key: str) -> Iterator[None]:
     """Turn the many ways in which loading fails into one sentence."""
     try:
         yield

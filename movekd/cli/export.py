@@ -1,0 +1,125 @@
+"""`movekd export` and `movekd import`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from movekd.cli.output import print_json
+
+FORMATS = ("hf", "encoder", "onnx", "official")
+
+
+def export(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf: the whole model for transformers. encoder: its vision encoder, for "
+            "AutoModel. onnx: the encoder for onnxruntime. official: files of the released code."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A new directory.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Write a trained student in a format that others use, with a model card.
+
+    Examples:
+
+    movekd export runs/finetune --format hf --out my-model
+
+    movekd export runs/finetune --format official --out released
+    """
+    from movekd.errors import ConfigError, did_you_mean
+
+    if format not in FORMATS:
+        raise ConfigError(
+            f"--format '{format}' is unknown; expected one of {', '.join(FORMATS)}."
+            f"{did_you_mean(format, FORMATS)}"
+        )
+    from movekd.student.exports import export as write
+    from movekd.student.files import load_student
+    from movekd.student.hub.card import random_parts
+    from movekd.student.vlm import quiet_libraries
+
+    quiet_libraries()
+    trained = load_student(model)
+    said = write(trained, format, out, overwrite=overwrite)  # type: ignore[arg-type]
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
+    random = random_parts(trained.student.vlm)
+    if json:
+        print_json({"format": format, "out": out, "files": files, "random": random, "check": said})
+        return
+    from movekd.cli.output import size
+
+    for name, num_bytes in files.items():
+        typer.echo(f"{out / name}  {size(num_bytes)}")
+    if said:
+        typer.echo(said)
+    if random:
+        typer.echo(f"random weights ({', '.join(random)}): the card says so", err=True)
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A released checkpoint, or the three files of its stage 1.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new directory; OUT/model is written.")],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Hub id or directory of the CLIP, instead of config.json's."),
+    ] = None,
+    language_model: Annotated[
+        str | None, typer.Option(help="Hub id or directory; the files of stage 1 need it.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Hub id or directory of a fast tokenizer, where SOURCE has none."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Turn files of the released code into a model that `ask`, `evaluate` and `export` take.
+
+    Names, shapes and values are kept exactly: `export --format official` gives them back. Nothing
+    in the files is executed.
+
+    Examples:
+
+    movekd import MoVE-KD-7b-v1.1 --out models/7b
+
+    movekd import pretrain-files --language-model lmsys/vicuna-7b-v1.5 --out models/stage-1
+    """
+    from movekd.student.exports import new_directory
+    from movekd.student.official_import import import_official
+    from movekd.student.vlm import quiet_libraries
+
+    quiet_libraries()
+    with new_directory(out, overwrite=overwrite) as directory:
+        found = import_official(
+            source,
+            directory,
+            vision_tower=vision_tower,
+            language_model=language_model,
+            tokenizer=tokenizer,
+        )
+    if json:
+        print_json(
+            {
+                "out": out,
+                "stage": int(found.stage),
+                "tensors": found.num_tensors,
+                "dtype": found.dtype,
+                "adapters": list(found.adapters),
+            }
+        )
+        return
+    adapters = f", adapters of {', '.join(found.adapters)}" if found.adapters else ""
+    typer.echo(
+        f"stage {found.stage}: {found.num_tensors} tensors, {found.dtype}{adapters}; model in "
+        f"{out / 'model'}"
+    )

@@ -1,0 +1,200 @@
+"""A student as a directory that stock transformers loads: ``hf`` and ``encoder``.
+
+    hf                                        encoder
+      config.json, model*.safetensors           config.json, model*.safetensors
+      generation_config.json                    preprocessor_config.json
+      processor_config.json, tokenizer files    movekd.json
+      movekd.json                               *_movekd.py
+      *_movekd.py
+
+Comes in: a loaded student. ``movekd.json`` says how it is to be asked, for ``read``. Nothing is
+merged: the experts stay experts, since each token chooses its own.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaProcessor,
+)
+
+from movekd.errors import ConfigError
+from movekd.student.files import TrainedStudent
+from movekd.student.hub import configuration_movekd, modeling_movekd
+from movekd.student.hub.card import made_of
+from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
+from movekd.student.official import mole_layers, plain_parameters
+from movekd.student.prompts import V1_SYSTEM
+from movekd.student.tensor_files import write_shards
+
+ABOUT_FILE = "movekd.json"
+TOWER = "model.vision_tower."
+
+V1_TEMPLATE = (
+    "{{ " + json.dumps(V1_SYSTEM + " ") + " }}"
+    "{% for message in messages %}"
+    "{% set text = namespace(value='') %}"
+    "{% if message['content'] is string %}{% set text.value = message['content'] %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set text.value = '<image>\\n' + text.value %}"
+    "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + text.value + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + text.value + '</s>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn."""
+
+
+def export_hf(trained: TrainedStudent, directory: Path) -> None:
+    """Write what ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load.
+
+    Raises:
+        ConfigError: no processor of transformers makes images square as the training did.
+    """
+    student = trained.student
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(student.vlm.config)
+    config.vision_config = tower_config(student.vlm)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = student.vlm.dtype
+    if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
+        config.auto_map = {
+            "AutoConfig": "configuration_movekd.MovekdLlavaConfig",
+            "AutoModelForImageTextToText": "modeling_movekd.MovekdLlavaForConditionalGeneration",
+        }
+        _copy_code(directory)
+    processor = LlavaProcessor(
+        image_processor=image_processor(trained),
+        tokenizer=student.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # [CLS], which "default" takes off again
+        chat_template=_chat_template(trained),
+    )
+    write_shards(directory, plain_parameters(student.vlm))
+    config.save_pretrained(directory)
+    student.vlm.generation_config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    write_about(trained, directory)
+
+
+def export_encoder(trained: TrainedStudent, directory: Path) -> None:
+    """Write the vision tower alone, as ``AutoModel`` and ``AutoImageProcessor`` load it.
+
+    Raises:
+        ConfigError: as ``export_hf``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    processor = image_processor(trained)
+    config = tower_config(trained.student.vlm)
+    config.dtype = trained.student.vlm.dtype
+    if config.model_type == MovekdClipVisionConfig.model_type:
+        config.auto_map = {
+            "AutoConfig": "configuration_movekd.MovekdClipVisionConfig",
+            "AutoModel": "modeling_movekd.MovekdClipVisionModel",
+        }
+        _copy_code(directory)
+    write_shards(directory, tower_parameters(trained.student.vlm))
+    config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    write_about(trained, directory)
+
+
+def tower_parameters(vlm: Any) -> dict[str, Tensor]:
+    """Return the tower's weights under the names of ``modeling_movekd``."""
+    plain = plain_parameters(vlm)
+    return {n.removeprefix(TOWER): p for n, p in plain.items() if n.startswith(TOWER)}
+
+
+def tower_config(vlm: Any) -> Any:
+    """Return the config of the tower with its experts; a tower without keeps its own.
+
+    Raises:
+        ConfigError: the experts stand in a tower that is no CLIP.
+    """
+    config = copy.deepcopy(vlm.config.vision_config)
+    layers = mole_layers(vlm)
+    if not layers:
+        config.architectures = [type(vlm.model.vision_tower).__name__]
+        return config
+    if config.model_type not in ("clip_vision_model", MovekdClipVisionConfig.model_type):
+        raise ConfigError(
+            f"the experts stand in a tower of type '{config.model_type}'; exports know experts in "
+            "a CLIP ('clip_vision_model') alone. Use the model directory itself."
+        )
+    first = next(iter(layers.values()))
+    keys = config.to_dict()
+    for key in ("model_type", "transformers_version", "auto_map"):
+        keys.pop(key, None)
+    keys |= {
+        "architectures": ["MovekdClipVisionModel"],
+        "num_experts": first["num_experts"],
+        "expert_rank": first["r"],
+        "expert_alpha": first["lora_alpha"],
+        "use_gate": first["use_gate"],
+        "expert_blocks": sorted(layers),
+    }
+    return MovekdClipVisionConfig(**keys)
+
+
+def image_processor(trained: TrainedStudent) -> Any:
+    """Return transformers' processor that makes images square as the training did.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    size = trained.student.image_size
+    square = {"height": size, "width": size}
+    keys: dict[str, Any] = {
+        "image_mean": list(trained.student.image_mean),
+        "image_std": list(trained.student.image_std),
+        "crop_size": square,
+    }
+    short = {"shortest_edge": size}
+    if trained.geometry == "pad":
+        return LlavaImageProcessor(do_pad=True, size=short, **keys)
+    if trained.geometry == "crop":
+        return CLIPImageProcessor(size=short, **keys)
+    if trained.geometry == "stretch":
+        return CLIPImageProcessor(size=square, do_center_crop=False, **keys)
+    raise ConfigError(
+        f"the student was trained with geometry '{trained.geometry}'; transformers has a processor "
+        "for crop, pad and stretch. Train with one of these, or use the model directory itself."
+    )
+
+
+def _chat_template(trained: TrainedStudent) -> str | None:
+    if trained.prompt == "v1":
+        return V1_TEMPLATE
+    template: str | None = trained.student.tokenizer.chat_template
+    return template if trained.prompt == "chat_template" else None
+
+
+def _copy_code(directory: Path) -> None:
+    for module in (configuration_movekd, modeling_movekd):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, directory / path.name)
+
+
+def write_about(trained: TrainedStudent, directory: Path) -> None:
+    """Write how the student is asked and fed, which the formats themselves do not say."""
+    about = {
+        "format": 1,
+        "prompt": trained.prompt,
+        "geometry": trained.geometry,
+        "image_mean": list(trained.student.image_mean),
+        "image_std": list(trained.student.image_std),
+        "vision_feature_layer": trained.student.vlm.config.vision_feature_layer,
+        "run": made_of(trained.run),
+    }
+    text = json.dumps(about, indent=1) + "\n"
+    (directory / ABOUT_FILE).write_text(text, encoding="utf-8")

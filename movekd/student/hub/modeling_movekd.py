@@ -1,0 +1,107 @@
+"""A CLIP vision tower with a mixture of LoRA experts in its MLPs, and LLaVA around it.
+
+Part of movekd (Apache-2.0). Needs torch and transformers alone. A router sends every token to one
+expert, which adds a low-rank term to both linear layers of the MLP:
+
+    p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
+    h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
+    y =     W_2 h + b_2 + s g (B2_e (A2_e h + a2_e) + c2_e)
+
+Dimensions: X tokens, E experts, R rank, I features in, O features out, J = E (R + 1).
+
+Source: MoVE-KD (arXiv 2501.01709).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers.activations import ACT2FN
+
+from .configuration_movekd import MovekdClipVisionConfig, MovekdLlavaConfig
+
+
+class MovekdExperts(nn.Module):
+    """The low-rank terms of all experts on one linear layer, stacked.
+
+    Attributes:
+        lora_A: (E, R, I), first factors.
+        lora_A_bias: (E, R).
+        lora_B: (E, R, O), second factors, transposed.
+        lora_B_bias: (E, O).
+    """
+
+    def __init__(self, num_experts: int, rank: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.zeros(num_experts, rank, in_features))
+        self.lora_A_bias = nn.Parameter(torch.zeros(num_experts, rank))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, rank, out_features))
+        self.lora_B_bias = nn.Parameter(torch.zeros(num_experts, out_features))
+
+    def forward(self, inputs_XI: Tensor, base_XO: Tensor, mask_XE: Tensor, scale: float) -> Tensor:
+        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``."""
+        low = F.linear(inputs_XI, self.lora_A.flatten(0, 1), self.lora_A_bias.flatten())
+        masked_XER = low.view(-1, *self.lora_A_bias.shape) * mask_XE.unsqueeze(-1)
+        wide_XJ = torch.cat([masked_XER.flatten(1), mask_XE], dim=1)
+        rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0)
+        return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
+
+
+class MovekdClipMLP(nn.Module):
+    """The MLP of a block, its experts and their router."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.experts: dict[str, Any] = {
+            "num_experts": config.num_experts,
+            "r": config.expert_rank,
+            "lora_alpha": config.expert_alpha,
+            "use_gate": config.use_gate,
+        }
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.mole_fc1 = MovekdExperts(config.num_experts, config.expert_rank, width, hidden)
+        self.mole_fc2 = MovekdExperts(config.num_experts, config.expert_rank, hidden, width)
+        self.mole_router = nn.Linear(width, config.num_experts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the MLP's output, (..., N, D) -> (..., N, D)."""
+        shape = hidden_states.shape
+        inputs = hidden_states.flatten(0, -2)
+        scale = self.experts["lora_alpha"] / self.experts["r"]
+        probabilities = self.mole_router(inputs).softmax(dim=-1, dtype=torch.float32)
+        numbers = torch.arange(self.experts["num_experts"], device=inputs.device)
+        choice = probabilities.argmax(dim=-1, keepdim=True) == numbers
+        mask = choice.to(probabilities.dtype)
+        mask = (mask * probabilities if self.experts["use_gate"] else mask).to(inputs.dtype)
+        hidden = self.activation_fn(self.mole_fc1(inputs, self.fc1(inputs), mask, scale))
+        output: Tensor = self.mole_fc2(hidden, self.fc2(hidden), mask, scale)
+        return output.view(shape)
+
+
+class MovekdClipVisionModel(CLIPVisionModel):
+    """A CLIP vision tower with experts; LLaVA reads its hidden state -2."""
+
+    config_class = MovekdClipVisionConfig
+    config: MovekdClipVisionConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        blocks = config.expert_blocks
+        for number in range(config.num_hidden_layers) if blocks is None else blocks:
+            self.encoder.layers[number].mlp = MovekdClipMLP(config)
+        self.post_init()
+
+
+class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA itself, under a name that remote code can have."""
+
+    config_class = MovekdLlavaConfig
+    config: MovekdLlavaConfig
+
+
+AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)

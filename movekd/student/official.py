@@ -1,0 +1,288 @@
+"""The student's weights under the names of the released code, and back.
+
+Comes in: a vision-language model of ``vlm.build_vlm`` (or of ``hub``), whose experts are stacked,
+one tensor a layer. Goes out: one tensor an expert, named as the released ``move_llava_llama``
+names them, with the tower under the names of transformers 4. ``official_files`` writes them.
+
+Both directions go over one table: official name -> a view into our parameter. Reading is a copy of
+the views, loading a copy into them, so the one is exactly the inverse of the other.
+
+Dimensions: E experts, R rank, I features in, O features out.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from movekd.errors import ConfigError, WeightsError, did_you_mean
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR = "model.mm_projector."
+ADAPTERS = {"eva02": "eva", "convnext": "convnext", "sam": "sam", "pix2struct": "pix2struct"}
+"""Name of a teacher here -> what its adapters are called there."""
+
+_EXPERTS = re.compile(r"^(.*\.mlp)\.mole_(fc1|fc2)\.(lora_A|lora_B)(_bias)?$")
+_ROUTER = re.compile(r"^(.*\.mlp)\.mole_router\.(weight|bias)$")
+_BASE = re.compile(r"^(.*\.mlp)\.(fc[12]\.(?:weight|bias))$")
+_BRANCH = {"fc1": "moe_down", "fc2": "moe_up"}
+_LAYER = {"linear_1": "0", "linear_2": "2"}
+
+
+def official_state_dict(vlm: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a student under their official names.
+
+    A renaming, and no more: whether the released code would compute the same function from them
+    says ``require_official``.
+
+    Args:
+        vlm: a LLaVA with the student as its tower, from ``build_vlm`` or ``from_pretrained``.
+    """
+    views = official_views(plain_parameters(vlm))
+    return {
+        name: view.detach().clone(memory_format=torch.contiguous_format)
+        for name, view in views.items()
+    }
+
+
+def load_official_state_dict(vlm: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy weights under their official names into a student.
+
+    Raises:
+        WeightsError: a name is missing, unknown or of another shape; nothing is copied.
+    """
+    views = official_views(plain_parameters(vlm))
+    require_exact(
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tuple(view.shape) for name, view in views.items()},
+        "the state dict",
+    )
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(state[name])
+
+
+def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model without the names that PEFT puts between.
+
+    ``mlp.base_layer.fc1.weight`` is ``mlp.fc1.weight``, ``mlp.mole_fc1.default.lora_A`` is
+    ``mlp.mole_fc1.lora_A``: the names of ``hub.modeling_movekd``.
+
+    Raises:
+        ConfigError: the tower has more than one MoLE adapter.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        short = plain_name(name)
+        if short in plain:
+            raise ConfigError(
+                f"the tower has several MoLE adapters ('{name}' is one of two); expected one. "
+                "Remove the others with delete_adapter before you export."
+            )
+        plain[short] = parameter.data
+    return plain
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without PEFT's ``base_layer`` and adapter name."""
+    name = name.replace(".mlp.base_layer.", ".mlp.")
+    return re.sub(r"\.(mole_(?:fc1|fc2|router))\.[^.]+\.(\w+)$", r".\1.\2", name)
+
+
+def official_views(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return official name -> a view into our tensor, for ``plain_parameters`` or some of them."""
+    with_experts = {match[1] for name in plain if (match := _ROUTER.match(name))}
+    views: dict[str, Tensor] = {}
+    for name, tensor in plain.items():
+        if match := _EXPERTS.match(name):
+            mlp, linear, factor, bias = match.groups()
+            for expert, part in enumerate(tensor):
+                key = f"{_BRANCH[linear]}.{expert}.{factor}.{'bias' if bias else 'weight'}"
+                is_transposed = factor == "lora_B" and not bias  # (R, O) here, (O, R) there
+                views[_tower(f"{mlp}.{key}")] = part.T if is_transposed else part
+        elif match := _ROUTER.match(name):
+            views[_tower(f"{match[1]}.router.{match[2]}")] = tensor
+        else:
+            match = _BASE.match(name)
+            views[official_name(name, match is not None and match[1] in with_experts)] = tensor
+    return views
+
+
+def official_name(name: str, has_experts: bool) -> str:
+    """Return the official name of a parameter that is no expert's.
+
+    Args:
+        name: as in ``plain_parameters``.
+        has_experts: whether it is of an MLP with experts around it.
+    """
+    if name.startswith("model.vision_tower."):
+        name = name.replace(".mlp.fc", ".mlp.original_module.fc") if has_experts else name
+        return _tower(name)
+    if name.startswith("model.multi_modal_projector."):
+        linear, kind = name.split(".")[-2:]
+        return f"{PROJECTOR}{_LAYER[linear]}.{kind}"
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name  # lm_head
+
+
+def official_adapters(adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return teacher adapters (``eva02.channels.weight``) under their official names.
+
+    Raises:
+        ConfigError: they are the revised recipe's heads, or of a teacher that has no name there.
+    """
+    official = {}
+    for name, tensor in adapters.items():
+        teacher, part, kind = _adapter_name(name)
+        official[f"{teacher}_adapter_{part}.{kind}"] = tensor
+    return official
+
+
+def adapters_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return official adapters under our names, the inverse of ``official_adapters``."""
+    teachers = {there: here for here, there in ADAPTERS.items()}
+    adapters = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(\w+)_adapter_([12])\.(weight|bias)", name)
+        assert match is not None  # is_adapter said so
+        part = "channels" if match[2] == "1" else "tokens"
+        adapters[f"{teachers[match[1]]}.{part}.{match[3]}"] = tensor
+    return adapters
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether an official name is that of a teacher's adapter."""
+    return (
+        re.fullmatch(rf"({'|'.join(ADAPTERS.values())})_adapter_[12]\.(weight|bias)", name)
+        is not None
+    )
+
+
+def adapter_shapes(
+    found: Mapping[str, tuple[int, ...]], width: int, num_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the adapters among ``found`` must have, all four of each teacher.
+
+    The teacher's own width and number of tokens are taken as they are.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for prefix in sorted({name.split("_adapter_")[0] for name in found if is_adapter(name)}):
+        for part, out in ((1, width), (2, num_tokens)):
+            weight = f"{prefix}_adapter_{part}.weight"
+            shape = found.get(weight, ())
+            expected[weight] = (out, shape[1] if len(shape) == 2 else 0)
+            expected[f"{prefix}_adapter_{part}.bias"] = (out,)
+    return expected
+
+
+def require_exact(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Check that names and shapes are exactly the expected ones.
+
+    Raises:
+        WeightsError: names what is missing, unexpected and of another shape.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    shapes = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+    if not (missing or unexpected or shapes):
+        return
+    said = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if shapes:
+        first = shapes[0]
+        said.append(
+            f"{len(shapes)} of another shape ({first} is {list(found[first])}, expected "
+            f"{list(expected[first])})"
+        )
+    near = did_you_mean(unexpected[0], missing, cutoff=0.9) if unexpected else ""
+    raise WeightsError(
+        f"{source} does not hold the weights that were expected: {'; '.join(said)}.{near} "
+        "docs/compatibility.md lists every name; compare the config.json beside the weights."
+    )
+
+
+def require_official(vlm: Any, num_layers: int) -> None:
+    """Check that the released code computes the same function from the renamed weights.
+
+    Raises:
+        ConfigError: no experts, experts multiplied by their gate or missing from some blocks, or
+            a language model that is no Llama.
+    """
+    layers = mole_layers(vlm)
+    way_out = "Export it as --format hf, which holds any student."
+    if not layers:
+        raise ConfigError(
+            f"the student has no experts, and the official format is one of experts. {way_out}"
+        )
+    if any(shape["use_gate"] for shape in layers.values()):
+        raise ConfigError(
+            "the student's experts are multiplied by their gate (mole.use_gate), as in the revised "
+            "recipe; the released code has no gate and would compute something else from the same "
+            f"weights. {way_out}"
+        )
+    if len(layers) < num_layers:
+        raise ConfigError(
+            f"the student has experts in {len(layers)} of {num_layers} blocks (mole.last_block); "
+            f"the released code expects them in every one. {way_out}"
+        )
+    for what, config, known in (
+        ("vision tower", vlm.config.vision_config, ("clip_vision_model", "movekd_clip_vision")),
+        ("language model", vlm.config.text_config, ("llama",)),
+    ):
+        if config.model_type not in known:
+            raise ConfigError(
+                f"the {what} is of type '{config.model_type}'; the released code knows "
+                f"'{known[0]}' alone. {way_out}"
+            )
+
+
+def mole_layers(vlm: Any) -> dict[int, dict[str, Any]]:
+    """Return block -> num_experts, r, lora_alpha and use_gate of its experts."""
+    layers: dict[int, dict[str, Any]] = {}
+    for name, module in vlm.named_modules():
+        block = re.search(r"\.layers\.(\d+)\.mlp$", name)
+        if block is None or not hasattr(module, "mole_router"):
+            continue
+        mole_config = getattr(module, "mole_config", None)
+        if mole_config is None:  # of hub.modeling_movekd
+            layers[int(block[1])] = module.experts
+            continue
+        (config,) = mole_config.values()
+        layers[int(block[1])] = {
+            "num_experts": config.num_experts,
+            "r": config.r,
+            "lora_alpha": float(config.lora_alpha),
+            "use_gate": bool(config.use_gate),
+        }
+    return layers
+
+
+def _tower(name: str) -> str:
+    return TOWER + name.removeprefix("model.vision_tower.")
+
+
+def _adapter_name(name: str) -> tuple[str, str, str]:
+    teacher, _, rest = name.partition(".")
+    part, _, kind = rest.partition(".")
+    if part not in ("channels", "tokens"):
+        raise ConfigError(
+            f"'{name}' belongs to a head of the revised recipe; the official format has adapters "
+            "of teachers alone."
+        )
+    known = ADAPTERS | {there: there for there in ADAPTERS.values()}
+    if teacher not in known:
+        raise ConfigError(
+            f"the adapter of teacher '{teacher}' has no official name; expected one of "
+            f"{', '.join(ADAPTERS)}.{did_you_mean(teacher, ADAPTERS)}"
+        )
+    return known[teacher], "1" if part == "channels" else "2", kind

@@ -1,0 +1,382 @@
+"""Files of the released code, in: a directory that movekd can ask, evaluate, train and export.
+
+    OUT/model/
+      config.yaml                  as of a run; the base models are those below
+      base/vision_tower/           the tower's base weights, a CLIPVisionModel of transformers
+      base/language_model/         a LlamaForCausalLM, and a tokenizer that knows <image>
+      mole_encoder.safetensors     experts and routers, stacked
+      mm_projector.safetensors
+      encoder_adapter.safetensors  where the checkpoint holds adapters
+      official/                    its config.json and tokenizer as they were, for the way back
+
+Every name and shape is checked before anything is written; values are copied as they are, one
+tensor at a time. ``official_files`` is the way back.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.config import StudentConfig
+from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, part_of
+from movekd.student.official import (
+    ADAPTERS,
+    adapters_from_official,
+    official_name,
+    official_views,
+    plain_name,
+)
+from movekd.student.official_files import (
+    ASPECT_RATIOS,
+    BUFFERS_FILE,
+    DTYPES_FILE,
+    ORIGINALS,
+    STAGE_1_FILES,
+)
+from movekd.student.official_layout import (
+    CLIP_L_336,
+    OLD_BUFFERS,
+    check_weights,
+    clip_config,
+    common_dtype,
+    experts_of,
+    require_supported,
+    skeleton,
+    student_config,
+    text_config,
+)
+from movekd.student.prompts import IMAGE_TOKEN
+from movekd.student.tensor_files import (
+    INDEX_FILES,
+    SINGLE_FILES,
+    TensorFiles,
+    open_checkpoint,
+    read_json,
+    write_shards,
+)
+from movekd.student.vlm import loading
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "preprocessor_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was found."""
+
+    directory: Path
+    stage: str
+    num_tensors: int
+    adapters: tuple[str, ...]
+    dtype: str
+
+
+def import_official(
+    source: Path,
+    out: Path,
+    *,
+    vision_tower: str | None = None,
+    language_model: str | None = None,
+    tokenizer: str | None = None,
+) -> Imported:
+    """Turn a released checkpoint, or the files of stage 1, into a model directory of ours.
+
+    Args:
+        source: directory of a ``move_llava_llama`` checkpoint, or with the files of stage 1.
+        out: where to; ``out/model`` is written.
+        vision_tower: hub id or directory of the CLIP, instead of the one that config.json names.
+        language_model: hub id or directory of the language model; stage 1 alone needs one.
+        tokenizer: hub id or directory of a fast tokenizer, where the checkpoint has none.
+
+    Raises:
+        WeightsError: weights are missing, unexpected, of another shape, or not plain tensors.
+        ConfigError: config.json describes what movekd does not compute.
+    """
+    if not source.is_dir():
+        raise WeightsError(f"{source} is no directory; expected a released checkpoint.")
+    stage_1 = {part: source / name for part, name in STAGE_1_FILES.items()}
+    if not (source / "config.json").exists() and not any(p.exists() for p in stage_1.values()):
+        raise WeightsError(
+            f"{source} holds neither a config.json nor {', '.join(STAGE_1_FILES.values())}; "
+            "expected a released checkpoint, or the files of its stage 1."
+        )
+    is_whole = any((source / name).exists() for name in INDEX_FILES + SINGLE_FILES)
+    if stage_1["mole"].exists() and not is_whole:
+        return _import_stage_1(source, out / "model", stage_1, vision_tower, language_model)
+    return _import_checkpoint(source, out / "model", vision_tower, tokenizer)
+
+
+def _import_checkpoint(
+    source: Path, model_dir: Path, vision_tower: str | None, tokenizer_source: str | None
+) -> Imported:
+    keys = read_json(source / "config.json")
+    require_supported(keys, source / "config.json")
+    tensors = open_checkpoint(source)
+    tower_source = vision_tower or str(keys.get("mm_vision_tower"))
+    vision_config = clip_config(tower_source)
+    language = text_config(keys)
+    student = student_config(keys, common_dtype(tensors), "v1")
+    parameters = dict(skeleton(vision_config, language, student).named_parameters())
+    buffers = [name for name in tensors if name.endswith(OLD_BUFFERS)]
+    adapters = check_weights(tensors, parameters, buffers, vision_config, source)
+    tokenizer = _tokenizer(tokenizer_source or str(source), language)
+
+    base = model_dir / "base"
+    _write_tower(base / "vision_tower", vision_config, tower_source, parameters, tensors)
+    _write_language_model(base / "language_model", language, tokenizer, parameters, tensors)
+    for part in ("mole", "projector"):
+        _write_part(model_dir / PART_FILES[part], part, parameters, tensors)
+    _write_adapters(model_dir, {name: tensors[name] for name in adapters})
+    tokenizer.save_pretrained(model_dir)
+    _write_originals(model_dir / ORIGINALS, source, tensors, buffers, student.dtype)
+    _write_config(model_dir, source, student, "finetune", keys, _teachers(adapters))
+    return Imported(model_dir.parent, "2", len(tensors), _teachers(adapters), student.dtype)
+
+
+def _import_stage_1(
+    source: Path,
+    model_dir: Path,
+    files: Mapping[str, Path],
+    vision_tower: str | None,
+    language_model: str | None,
+) -> Imported:
+    if language_model is None:
+        raise ConfigError(
+            f"{source} holds the files of stage 1, which leave the language model as it was; give "
+            "its hub id or directory with --language-model (the release took lmsys/vicuna-7b-v1.5)."
+        )
+    has_config = (source / "config.json").exists()
+    keys = read_json(source / "config.json") if has_config else {}
+    tensors = TensorFiles({path: None for path in files.values() if path.exists()})
+    tower_source = vision_tower or str(keys.get("mm_vision_tower") or CLIP_L_336)
+    vision_config = clip_config(tower_source)
+    projected = [n for n in tensors if n.endswith("mm_projector.0.bias")]
+    hidden_size = tensors.shape(projected[0])[0] if projected else 64
+    language = LlamaConfig(
+        vocab_size=2, hidden_size=hidden_size, num_hidden_layers=0, num_attention_heads=1
+    )
+    keys = {"moe": experts_of(tensors)} | keys
+    student = student_config(keys, common_dtype(tensors), "plain").model_copy(
+        update={"vision_tower": tower_source, "language_model": language_model}
+    )
+    learned = {
+        name: parameter
+        for name, parameter in skeleton(vision_config, language, student).named_parameters()
+        if part_of(name) in ("mole", "projector")
+    }
+    adapters = check_weights(tensors, learned, [], vision_config, source)
+    for part in ("mole", "projector"):
+        _write_part(model_dir / PART_FILES[part], part, learned, tensors)
+    _write_adapters(model_dir, {name: tensors[name] for name in adapters})
+    _write_config(model_dir, source, student, "pretrain", keys, _teachers(adapters))
+    return Imported(model_dir.parent, "1", len(tensors), _teachers(adapters), student.dtype)
+
+
+def _tokenizer(source: str, language: Any) -> Any:
+    """Return a fast tokenizer that knows ``<image>``.
+
+    Raises:
+        WeightsError: there is none, or it cannot be read.
+        ConfigError: it is a slow one.
+    """
+    folder = Path(source)
+    known = ("tokenizer.json", "tokenizer.model")
+    if folder.is_dir() and not any((folder / name).exists() for name in known):
+        # transformers would make one of four tokens
+        raise WeightsError(
+            f"{source} holds no tokenizer; expected one of {', '.join(known)}. Give --tokenizer "
+            "with the hub id or directory of the language model's."
+        )
+    needs_conversion = folder.is_dir() and not (folder / known[0]).exists()
+    if needs_conversion and find_spec("sentencepiece") is None:
+        raise WeightsError(
+            f"{source} holds a tokenizer.model alone, which takes sentencepiece to be read; "
+            "pip install sentencepiece protobuf, or give --tokenizer with a directory that has a "
+            "tokenizer.json."
+        )
+    with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
+        tokenizer = AutoTokenizer.from_pretrained(source, config=language)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets; give "
+            "--tokenizer with a directory that has a tokenizer.json."
+        )
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _write_tower(
+    directory: Path,
+    config: Any,
+    source: str,
+    parameters: Mapping[str, Tensor],
+    tensors: TensorFiles,
+) -> None:
+    names = {
+        plain_name(name).removeprefix("model.vision_tower."): official_name(
+            plain_name(name), ".base_layer." in name
+        )
+        for name in parameters
+        if part_of(name) == "vision_tower"
+    }
+    _write_base(directory, names, tensors)
+    config.architectures = ["CLIPVisionModel"]
+    config.save_pretrained(directory)
+    preprocessor = Path(source) / "preprocessor_config.json"
+    if preprocessor.exists():
+        shutil.copyfile(preprocessor, directory / preprocessor.name)
+        return
+    keys = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": config.image_size},
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    text = json.dumps(keys, indent=2) + "\n"
+    (directory / preprocessor.name).write_text(text, encoding="utf-8")
+
+
+def _write_language_model(
+    directory: Path,
+    config: Any,
+    tokenizer: Any,
+    parameters: Mapping[str, Tensor],
+    tensors: TensorFiles,
+) -> None:
+    """Write the language model, with a row of zeros for each token that is new.
+
+    An image's tokens are replaced before they are read, and may not be generated, so that no
+    answer depends on those rows.
+    """
+    names = {
+        official_name(name, False): official_name(name, False)
+        for name in parameters
+        if part_of(name) == "language_model"
+    }
+    num_new = max(0, len(tokenizer) - config.vocab_size)
+    _write_base(directory, names, tensors, num_new)
+    generation = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=list(range(config.vocab_size, config.vocab_size + num_new)) or None,
+    )
+    generation.save_pretrained(directory)
+    config.vocab_size += num_new
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _write_base(
+    directory: Path, names: Mapping[str, str], tensors: TensorFiles, num_new_rows: int = 0
+) -> None:
+    """Write tensors under other names; the vocabulary's get some more rows."""
+
+    def rows(name: str) -> int:
+        return num_new_rows if name in ("model.embed_tokens.weight", "lm_head.weight") else 0
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[names[name]]
+        new = tensor.new_zeros(rows(name), *tensor.shape[1:])
+        return torch.cat([tensor, new]) if rows(name) else tensor
+
+    def shape(name: str) -> Tensor:
+        first, *others = tensors.shape(names[name])
+        dtype = tensors.dtype(names[name])
+        return torch.empty(first + rows(name), *others, dtype=dtype, device="meta")
+
+    write_shards(directory, {name: shape(name) for name in names}, read)
+
+
+def _write_part(
+    path: Path, part: str, parameters: Mapping[str, Tensor], tensors: TensorFiles
+) -> None:
+    """Write the experts, or the projector, as a run of ours does."""
+    named = {name: plain_name(name) for name in parameters if part_of(name) == part}
+    found = official_views({plain: parameters[name].data for name, plain in named.items()})
+    dtypes = {tensors.dtype(name) for name in found}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    filled = {
+        name: torch.empty(parameters[name].shape, dtype=dtype, device="cpu") for name in named
+    }
+    for name, view in official_views({named[name]: t for name, t in filled.items()}).items():
+        view.copy_(tensors[name])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(filled, path, metadata={"format": "pt"})
+
+
+def _write_adapters(model_dir: Path, official: Mapping[str, Tensor]) -> None:
+    if official:
+        ours = {n: t.contiguous() for n, t in adapters_from_official(official).items()}
+        save_file(ours, model_dir / ADAPTERS_FILE, metadata={"format": "pt"})
+
+
+def _write_originals(
+    directory: Path, source: Path, tensors: TensorFiles, buffers: list[str], dtype: str
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in SMALL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if buffers:
+        kept = {name: tensors[name].contiguous() for name in buffers}
+        save_file(kept, directory / BUFFERS_FILE, metadata={"format": "pt"})
+    others = {n: str(tensors.dtype(n)).removeprefix("torch.") for n in tensors if n not in buffers}
+    if set(others.values()) != {dtype}:
+        text = json.dumps(others, indent=1) + "\n"
+        (directory / DTYPES_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_config(
+    model_dir: Path,
+    source: Path,
+    student: StudentConfig,
+    stage: str,
+    keys: Mapping[str, Any],
+    teachers: tuple[str, ...],
+) -> None:
+    aspect = keys.get("image_aspect_ratio") or "square"
+    geometry = {there: here for here, there in ASPECT_RATIOS.items()}[aspect]
+    run = {
+        "recipe": "official",
+        "stage": stage,
+        "student": student.model_dump(mode="json"),
+        # CLIP, the anchor, has no adapter
+        "distill": {"teachers": ["clip", *teachers]} if teachers else None,
+        "data": {"geometry": geometry},
+        "imported": {
+            "from": source.resolve().name,
+            "vision_tower": keys.get("mm_vision_tower"),
+            "language_model": keys.get("_name_or_path"),
+        },
+    }
+    model_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(run, sort_keys=False)
+    (model_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _teachers(adapters: list[str]) -> tuple[str, ...]:
+    here = {there: name for name, there in ADAPTERS.items()}
+    return tuple(sorted({here[name.split("_adapter_")[0]] for name in adapters}))

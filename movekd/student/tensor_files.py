@@ -1,0 +1,231 @@
+"""Tensors by name, in files that others write and read: safetensors and PyTorch's ``.bin``.
+
+Comes in: a directory or a file of a released checkpoint. Goes out: one tensor at a time, so that a
+checkpoint is never in memory twice. A ``.bin`` is a pickle, and a pickle can hold a program: it is
+read with ``weights_only``, which builds tensors and refuses everything else. Used by
+``official_files`` and ``hub.export``.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from movekd.errors import WeightsError
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+SHARD_BYTES = 5_000_000_000
+"""Weights a file, as the hub likes them."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of some weight files; each is read when it is asked for.
+
+    Args:
+        files: file -> names that are taken from it; None takes all that it holds.
+
+    Raises:
+        WeightsError: a file is missing, damaged, holds something other than tensors, or lacks a
+            name.
+    """
+
+    def __init__(self, files: Mapping[Path, Iterable[str] | None]) -> None:
+        self._sources: dict[str, Any] = {}
+        for path, names in files.items():
+            source = _open_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+            held = set(source.keys())
+            taken = held if names is None else set(names)
+            if taken - held:
+                raise WeightsError(
+                    f"{path} lacks {len(taken - held)} tensors that its index promises "
+                    f"({', '.join(sorted(taken - held)[:3])}); download it again."
+                )
+            self._sources |= dict.fromkeys(sorted(taken), source)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._sources[name]
+        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from the file's header where it has one."""
+        source = self._sources[name]
+        if isinstance(source, dict):
+            return tuple(source[name].shape)
+        return tuple(source.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor, from the file's header where it has one."""
+        source = self._sources[name]
+        if isinstance(source, dict):
+            dtype: torch.dtype = source[name].dtype
+            return dtype
+        return _DTYPES.get(source.get_slice(name).get_dtype()) or self[name].dtype
+
+
+def open_checkpoint(directory: Path) -> TensorFiles:
+    """Return the tensors of a checkpoint directory: one file, or shards with an index.
+
+    Raises:
+        WeightsError: there are none, or a file of them is missing or damaged.
+    """
+    for name in INDEX_FILES:
+        if (directory / name).exists():
+            return TensorFiles(_shards(directory / name))
+    for name in SINGLE_FILES:
+        if (directory / name).exists():
+            return TensorFiles({directory / name: None})
+    raise WeightsError(
+        f"{directory} holds no weights; expected one of {', '.join(INDEX_FILES + SINGLE_FILES)}. "
+        "Download the whole checkpoint."
+    )
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.bin``; nothing in the file is executed.
+
+    Raises:
+        WeightsError: missing, damaged, or it holds something other than tensors by name.
+    """
+    content: Any = None
+    for mmap in (True, False):  # files of PyTorch before 1.6 cannot be mapped
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except FileNotFoundError:
+            raise WeightsError(f"{path} does not exist; expected a file of weights.") from None
+        except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, ...
+            if not mmap:
+                raise WeightsError(_unreadable(path, error)) from None
+    is_plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+    if not is_plain:
+        raise WeightsError(
+            f"{path} holds {type(content).__name__}; expected tensors by name, as "
+            "torch.save(model.state_dict()) writes them."
+        )
+    tensors: dict[str, Tensor] = content
+    return tensors
+
+
+def write_bin(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as a ``.bin`` that ``torch.load(weights_only=True)`` reads."""
+    # a view would drag its whole storage into the file
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    torch.save(plain, path)
+
+
+def write_shards(
+    directory: Path,
+    shapes: Mapping[str, Tensor],
+    read: Callable[[str], Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``model.safetensors``, or shards with an index where it would grow too large.
+
+    Args:
+        directory: where to.
+        shapes: tensors by name; on the meta device where ``read`` gives the values.
+        read: returns the values of a name when it is its turn.
+        shard_bytes: most bytes a file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in shapes.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: read(name) if read is not None else shapes[name] for name in names}
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / INDEX_FILES[0]).write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        WeightsError: missing, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist; expected a JSON file there.") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is no JSON: {error}. Download it again.") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """Return file -> names of an index; its files lie beside it and nowhere else."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map; download it again.")
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise WeightsError(
+                f"{index} sends '{name}' to {file!r}; expected the name of a file beside it."
+            )
+        files.setdefault(index.parent / file, []).append(name)
+    return files
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist; expected a file of weights.") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}. Download it again.") from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = str(error)
+    if "weights_only" in reason.lower() or "WeightsUnpickler" in reason:
+        return (
+            f"{path} holds more than tensors, so it was not loaded and nothing in it was run; "
+            "expected plain tensors by name. Take it from a source that you trust, or ask for "
+            "safetensors."
+        )
+    first = reason.strip().splitlines()[0] if reason.strip() else type(error).__name__
+    return f"{path} cannot be read: {first[:200]} Download it again."

@@ -1,0 +1,121 @@
+"""Tests of `movekd ask`, `export` and `import`: one model in every form answers alike."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scenes
+import torch
+from typer.testing import CliRunner
+
+from movekd.cli.main import app
+from movekd.errors import ConfigError
+from movekd.student.config import MoleKeys, StudentConfig
+from movekd.student.files import PART_FILES, save_parts, save_tokenizer
+from movekd.student.vlm import build_vlm
+
+WEIGHTS = Path(scenes.__file__).parent / "weights"
+
+
+def run(*words, stdin=None):
+    """Run a command in this process; return what it printed."""
+    result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finetuned run of the official recipe, its exports, one of them imported, and an image."""
+    folder = tmp_path_factory.mktemp("models")
+    scenes.write_corpus(folder, num_pretrain=1, num_finetune=1, num_val=1, num_test=1)
+    for prompt in ("chat_template", "plain", "v1"):
+        config = StudentConfig(
+            vision_tower=str(WEIGHTS / "clip"),
+            language_model=str(WEIGHTS / "language_model"),
+            mole=MoleKeys(
+                r=4, lora_alpha=1, use_gate=False, init_lora_weights="kaiming", last_block=True
+            ),
+            prompt=prompt,
+        )
+        torch.manual_seed(5)
+        student = build_vlm(config)
+        model = folder / prompt / "model"
+        save_parts(model, student.vlm, list(PART_FILES))
+        save_tokenizer(model, student.tokenizer)
+        keys = {
+            "recipe": "official",
+            "stage": "finetune",
+            "student": config.model_dump(mode="json"),
+            "data": {"geometry": "crop"},
+        }
+        (model / "config.yaml").write_text(json.dumps(keys))
+    run("export", folder / "chat_template", "--format", "hf", "--out", folder / "hf")
+    run("export", folder / "v1", "--format", "hf", "--out", folder / "hf_v1")
+    run("export", folder / "v1", "--format", "official", "--out", folder / "official")
+    run("import", folder / "official", "--out", folder / "imported")
+    return folder
+
+
+def test_every_form_of_a_model_answers_alike(folder):
+    image = folder / "images/test_00000.png"
+    words = [image, "Is there a 3?", "--max-new-tokens", 6]
+    answers = {form: run("ask", folder / form, *words) for form in ("chat_template", "hf")}
+    assert answers["hf"] == answers["chat_template"]
+    assert answers["hf"].strip()
+    answers = {form: run("ask", folder / form, *words) for form in ("v1", "hf_v1", "imported")}
+    assert answers["imported"] == answers["v1"] == answers["hf_v1"]
+    assert answers["imported"].strip()
+
+
+def test_a_chat_keeps_image_and_turns(folder):
+    image = folder / "images/test_00000.png"
+    words = ["ask", folder / "chat_template", image, "--chat", "--json", "--max-new-tokens", 4]
+    printed = run(*words, stdin="Is there a 3?\nWhat is the sum?\n\nnot asked\n")
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["question"] for line in lines] == ["Is there a 3?", "What is the sum?"]
+    first = run("ask", folder / "chat_template", image, "Is there a 3?", "--max-new-tokens", 4)
+    assert lines[0]["answer"] == first.strip()
+    again = run(*words[:3], "Is there a 3?", *words[3:], stdin="What is the sum?\n")  # ends by EOF
+    assert again == printed
+    assert run(*words, stdin="") == ""
+
+
+def test_what_cannot_be_asked_is_a_sentence(folder):
+    image = folder / "images/test_00000.png"
+    with pytest.raises(ConfigError, match="there is no question"):
+        run("ask", folder / "hf", image)
+    with pytest.raises(ConfigError, match="knows an image and its caption"):
+        run("ask", folder / "plain", image, "--chat", stdin="a\n")
+    with pytest.raises(ConfigError, match=r"tokens; the language model holds 256"):
+        run("ask", folder / "hf", image, "Is there a 3? " * 200)
+    with pytest.raises(ConfigError, match=r"'hff' is unknown.*Did you mean 'hf'"):
+        run("export", folder / "hf", "--format", "hff", "--out", folder / "x")
+
+
+def test_json_of_export_and_import(folder, tmp_path):
+    words = ["export", folder / "v1", "--format", "official", "--out", tmp_path / "o", "--json"]
+    said = json.loads(run(*words))
+    assert {"config.json", "model.safetensors", "README.md"} <= set(said["files"])
+    assert said["random"] == []
+    said = json.loads(run("import", tmp_path / "o", "--out", tmp_path / "i", "--json"))
+    assert (said["stage"], said["dtype"], said["adapters"]) == (2, "float32", [])
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2(folder, tmp_path):
+    words = ["-m", "movekd", "import", folder / "images", "--out", tmp_path / "x"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("movekd: ")
+    assert not (tmp_path / "x").exists()
