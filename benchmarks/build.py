@@ -76,7 +76,7 @@ def main() -> None:
                 float(str(defaults["at_most"])),
                 suffix,
             )
-            if spec.cls_attention:
+            if name == "clip":
                 figures += attention_figures(corpus, spec, options, suffix)
     defaults_asked = all(str(vars(arguments)[k]) == str(defaults[k]) for k in vars(arguments))
     write_figures("build", figures, is_complete=defaults_asked)
@@ -99,13 +99,13 @@ def build_figures(
     print(f"{spec.name}: first build {time.perf_counter() - started:.0f} s", flush=True)
     batch_size = int(_sealed_batch_size(cache, spec))
     teacher = load_teacher(spec, options.device, options.dtype)
-    pixels = _pixels(corpus, spec, options, batch_size)
+    pixels = [p.to(options.device) for p in _pixels(corpus, spec, options, batch_size)]
     seconds: dict[str, list[float]] = {"build": [], "forward": []}
 
     def forward() -> float:
         started = time.perf_counter()
         for batch in pixels:
-            teacher.forward(batch.to(options.device, options.dtype))
+            teacher.forward(batch)
         _finish(options)
         seconds["forward"].append(time.perf_counter() - started)
         return seconds["forward"][-1]
@@ -123,7 +123,7 @@ def build_figures(
     forward()
     ratio, low, high = interleaved_ratio(build, forward, pairs)
     with FlopCounterMode(display=False) as counter:
-        teacher.forward(pixels[0].to(options.device, options.dtype))
+        teacher.forward(pixels[0])
     flops = counter.get_total_flops() / len(pixels[0])
     rate = len(corpus) / statistics.median(seconds["build"])
     what = f"{spec.name}, {len(corpus)} JPEG of 640x480, batches of {batch_size}, "
@@ -133,7 +133,7 @@ def build_figures(
             f"build_over_forward{suffix}",
             ratio,
             f"wall time of a build over the bare forward pass of tensors in memory; {what}; "
-            f"median of {pairs} pairs",
+            f"median and range of {pairs} pairs",
             (low, high),
             at_most=at_most,
         ),

@@ -8,7 +8,11 @@ from collections.abc import Callable
 
 import torch
 
+from movekd.build.images import PixelBatch, image_transform
 from movekd.build.options import BuildOptions
+from movekd.build.shard import on_grid
+from movekd.cache import codec
+from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import grid_side
 from movekd.cache.layout import teacher_layout
 from movekd.errors import CacheError
@@ -19,7 +23,7 @@ CPU_BATCH_SIZE = 8
 MEMORY_SHARE = 0.9
 _HELD_OUTPUTS = 4
 """Of how many batches features are on the device at once: one that runs, two that wait to be
-encoded, one that is."""
+encoded, one that is. The last of them is encoded while the measurement runs."""
 
 
 def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
@@ -40,10 +44,8 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
         outputs.clear()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        size = spec.image_size
-        pixels = torch.zeros(batch_size, 3, size, size, dtype=options.dtype, device=device)
         for _ in range(_HELD_OUTPUTS):
-            outputs.append(teacher.forward(pixels))
+            outputs.append(one_pass(teacher, batch_size, options))
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
 
@@ -61,6 +63,21 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
     finally:
         outputs.clear()
         torch.cuda.empty_cache()
+
+
+def one_pass(teacher: Teacher, batch_size: int, options: BuildOptions) -> TeacherOutput:
+    """Do to black images what a build does to a batch, up to the encoded features."""
+    spec, size = teacher.spec, teacher.spec.image_size
+    levels_BHWC = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8)
+    transform = image_transform(spec, "crop")
+    places = list(range(batch_size))
+    batch = PixelBatch(places, levels_BHWC, [(size, size)] * batch_size, {}, transform)
+    output = teacher.forward(batch.pixels(options.device, options.dtype))
+    kept = on_grid(output, spec)
+    width = kept.tokens_BND.shape[-1]
+    stats = ChannelStats(torch.zeros(width), torch.ones(width)).to(torch.device(options.device))
+    codec.token_error(kept.tokens_BND, codec.encode(kept.tokens_BND, spec.codec, stats), stats)
+    return output
 
 
 def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:

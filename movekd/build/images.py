@@ -6,8 +6,9 @@ workers, and to the device, is a byte a channel; the device normalises.
 Legend: B batch, C colour channels, H height, W width, S side of the square.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import Geometry, ImageTransform, ImageViews, Square, decode_image
+from movekd.corpus.images import Colour, Geometry, ImageTransform, ImageViews, Square, decode_image
 from movekd.corpus.index import Corpus
-from movekd.errors import UnreadableImageError
+from movekd.errors import CorpusError, UnreadableImageError
 
 Places = Sequence[int] | npt.NDArray[np.int64]
-_LOADED_TOGETHER = 8
-"""Images that a worker decodes and hands over at once."""
+_LOADED_TOGETHER, _GROUP_BYTES = 8, 32 * 2**20
+"""Images, and bytes, that a worker decodes and hands over at once; four groups a worker wait."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class ImageStream:
         images: place -> position of its image in the corpus.
         views: place -> which view of it.
         wanted: transform -> places that ``take`` will be asked for, each as often as it will be.
-            Equal transforms are one: an image is resized once for both.
+            Transforms that differ in mean and std alone are one: an image is resized once.
         order: places in the order in which they are needed first; what is taken out of it waits
             in memory for its turn. Repeats are dropped.
         num_workers: processes that decode ahead; 0 decodes in this one.
@@ -150,69 +151,106 @@ class ImageStream:
         pin_memory: bool = False,
     ) -> None:
         self._images, self._pin_memory = images, pin_memory
-        self._left = {
-            transform: np.bincount(np.asarray(places, np.int64), minlength=len(images))
-            for transform, places in wanted.items()
-        }
+        self._left: dict[ImageTransform, npt.NDArray[np.int32]] = {}
+        for transform, wanted_places in wanted.items():
+            square = square_key(transform)
+            left = np.bincount(np.asarray(wanted_places, np.int64), minlength=len(images))
+            self._left[square] = self._left.get(square, 0) + left.astype(np.int32)
         self._transforms = list(self._left)
         ordered = np.asarray(order, np.int64)
         places = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
         use = np.stack([left[places] > 0 for left in self._left.values()], axis=1)
         dataset = _DecodedViews(corpus, images[places], views[places], use, self._transforms)
+        cuts = _cuts(images[places], sum(3 * square.image_size**2 for square in self._left))
         self._loaded = zip(
-            _groups(images[places], places),
+            _Groups(places, cuts),
             DataLoader(
                 dataset,
-                batch_sampler=_groups(images[places], np.arange(len(places))),
+                batch_sampler=_Groups(np.arange(len(places)), cuts),
                 num_workers=num_workers,
                 collate_fn=_collate,
                 prefetch_factor=4 if num_workers else None,
             ),
             strict=True,
         )
+        self._is_shared = num_workers > 0
         self._squares: dict[tuple[int, ImageTransform], tuple[Tensor, int, int]] = {}
         self._unreadable: dict[int, str] = {}
 
     def take(self, places: Places, transform: ImageTransform) -> PixelBatch:
         """Return a batch of places, waiting for those that are not decoded yet."""
-        left, size = self._left[transform], transform.image_size
+        square, size = square_key(transform), transform.image_size
+        left = self._left[square]
         wanted = [int(place) for place in places]
         levels_BHWC = torch.empty(
             (len(wanted), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
         )
         shown, unreadable = [(size, size)] * len(wanted), {}
         for index, place in enumerate(wanted):
-            while (place, transform) not in self._squares and place not in self._unreadable:
+            while (place, square) not in self._squares and place not in self._unreadable:
                 self._load_more()
             if place in self._unreadable:
                 unreadable[index] = self._unreadable[place]
                 levels_BHWC[index] = 0
                 continue
-            levels_BHWC[index], width, height = self._squares[place, transform]
+            levels_BHWC[index], width, height = self._squares[place, square]
             shown[index] = width, height
             left[place] -= 1
             if not left[place]:
-                del self._squares[place, transform]
+                del self._squares[place, square]
         images = self._images[wanted].tolist()
         return PixelBatch(images, levels_BHWC, shown, unreadable, transform)
 
     def _load_more(self) -> None:
         places, loaded = next(self._loaded)
+        if loaded.failure is not None:
+            raise CorpusError(loaded.failure)
         for index, reason in loaded.unreadable.items():
             self._unreadable[places[index]] = reason
         for which, found in loaded.squares.items():
+            levels_BHWC = found.levels_BHWC
+            if self._is_shared:  # each shared tensor holds a file descriptor while it waits
+                levels_BHWC = levels_BHWC.clone()
             for at, (index, width, height) in enumerate(found.shown):
                 key = places[index], self._transforms[which]
-                self._squares[key] = found.levels_BHWC[at], width, height
+                self._squares[key] = levels_BHWC[at], width, height
 
 
-def _groups(images: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> list[list[int]]:
-    """Return ``values`` in groups of a few images; views of one image that follow stay together."""
+def square_key(transform: ImageTransform) -> ImageTransform:
+    """Return what decides the squares of a transform: teachers that differ in mean and std alone
+    share them."""
+    plain: Colour = (0.0, 0.0, 0.0)
+    return replace(transform, mean=plain, std=(1.0, 1.0, 1.0), fill=transform.padding_colour)
+
+
+def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int64]:
+    """Return where groups of a few images begin; views of one image that follow stay together.
+
+    Args:
+        images: the image of each view, in order.
+        view_bytes: what a view takes, all sizes of it together.
+    """
     if not len(images):
-        return []
-    number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])]) // _LOADED_TOGETHER
-    cuts = np.flatnonzero(np.diff(number)) + 1
-    return [part.tolist() for part in np.split(values, cuts)]
+        return np.empty(0, np.int64)
+    number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])])
+    views_each = len(images) / (number[-1] + 1)
+    together = max(min(_LOADED_TOGETHER, int(_GROUP_BYTES / (views_each * view_bytes))), 1)
+    starts = np.flatnonzero(np.diff(number // together, prepend=-1))
+    return np.append(starts, len(images))
+
+
+class _Groups:
+    """Values in groups, made as they are asked for: a corpus can have millions of rows."""
+
+    def __init__(self, values: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64]) -> None:
+        self._values, self._cuts = values, cuts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start, end in itertools.pairwise(self._cuts):
+            yield self._values[start:end].tolist()
+
+    def __len__(self) -> int:
+        return max(len(self._cuts) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -229,9 +267,18 @@ class _Loaded:
 
     squares: dict[int, _Squares]
     unreadable: dict[int, str]
+    failure: str | None
+    """Why the corpus itself cannot be read: the end of the build."""
 
 
-_Item = dict[int, Square] | str
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker says instead of raising, which would arrive as a traceback."""
+
+    reason: str
+
+
+_Item = dict[int, Square] | str | _Failure
 """Squares by the index of their transform, or why there are none."""
 
 
@@ -248,14 +295,14 @@ class _DecodedViews(Dataset[_Item]):
     ) -> None:
         self._corpus, self._transforms = corpus, transforms
         self._images, self._views, self._use = images, views, use
-        self._last: tuple[int, list[ImageViews] | str] = (-1, "")
+        self._last: tuple[int, list[ImageViews] | str | _Failure] = (-1, "")
 
     def __getitem__(self, index: int) -> _Item:
         image, view = int(self._images[index]), int(self._views[index])
         if self._last[0] != image:
             self._last = image, self._decode(image)
         found = self._last[1]
-        if isinstance(found, str):
+        if isinstance(found, str | _Failure):
             return found
         try:
             chosen = np.flatnonzero(self._use[index]).tolist()
@@ -263,11 +310,13 @@ class _DecodedViews(Dataset[_Item]):
         except UnreadableImageError as error:
             return str(error)
 
-    def _decode(self, image: int) -> list[ImageViews] | str:
+    def _decode(self, image: int) -> list[ImageViews] | str | _Failure:
         try:
             decoded = decode_image(self._corpus.read_image(image))
         except UnreadableImageError as error:
             return str(error)
+        except CorpusError as error:
+            return _Failure(str(error))
         return [ImageViews(transform, decoded) for transform in self._transforms]
 
 
@@ -275,7 +324,7 @@ def _collate(items: list[_Item]) -> _Loaded:
     unreadable = {index: item for index, item in enumerate(items) if isinstance(item, str)}
     by_transform: dict[int, list[tuple[int, Square]]] = {}
     for index, item in enumerate(items):
-        if not isinstance(item, str):
+        if isinstance(item, dict):
             for which, square in item.items():
                 by_transform.setdefault(which, []).append((index, square))
     squares = {}
@@ -283,4 +332,5 @@ def _collate(items: list[_Item]) -> _Loaded:
         levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
         shown = [(index, square.width, square.height) for index, square in some]
         squares[which] = _Squares(levels_BHWC, shown)
-    return _Loaded(squares, unreadable)
+    failures = (item.reason for item in items if isinstance(item, _Failure))
+    return _Loaded(squares, unreadable, next(failures, None))

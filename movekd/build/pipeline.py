@@ -7,7 +7,6 @@ Comes in: what is missing of a teacher, and a stream of decoded images. ``build.
 turn it is.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,7 @@ import torch
 from movekd.build.behind import Behind
 from movekd.build.images import ImageStream, PixelBatch, image_transform
 from movekd.build.options import BuildOptions, Progress
-from movekd.build.shard import ShardInMemory, Unit
-from movekd.cache import grid
+from movekd.build.shard import ShardInMemory, Unit, on_grid
 from movekd.cache.catalog import Catalog
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache
@@ -72,7 +70,6 @@ class TeacherBuild:
     ) -> None:
         """Run the teacher over some units; they are written and sealed behind it."""
         assert self._teacher is not None
-        started = time.perf_counter()
         for unit in units:
             filling = ShardInMemory(self.store, unit, self.spec.max_error)
             for places in _chunks(unit.places, self.store.calibration.batch_size):
@@ -85,7 +82,6 @@ class TeacherBuild:
                 self.num_done += len(batch.images)
                 progress(f"{self.spec.name}: build", self.num_done, self.num_rows)
             behind.encoder.submit(self._write, filling, behind.writer)
-        self.seconds += time.perf_counter() - started
 
     def _encode(
         self, filling: ShardInMemory, output: TeacherOutput | None, batch: PixelBatch
@@ -93,7 +89,7 @@ class TeacherBuild:
         if output is None:
             filling.skip(batch)
         else:
-            filling.add(_on_grid(output, self.spec), batch, self._stats)
+            filling.add(on_grid(output, self.spec), batch, self._stats)
 
     def _write(self, filling: ShardInMemory, writer: Behind) -> None:
         writer.submit(filling.write, self.store.storage)
@@ -109,18 +105,6 @@ def _units(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> l
         keys = catalog.keys_checksum(first, first + teacher.rows_per_shard)
         units.append(Unit(shard, rows[low:high], np.arange(low, high), keys))
     return units
-
-
-def _on_grid(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
-    """Return the output resized to the grid that the spec stores."""
-    if spec.grid == "native":
-        return output
-    attention = output.cls_attention_BHN
-    return TeacherOutput(
-        grid.resize_tokens(output.tokens_BND.float(), spec.grid),
-        output.cls_BD,
-        None if attention is None else grid.resize_attention(attention.float(), spec.grid),
-    )
 
 
 def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

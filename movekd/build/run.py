@@ -30,7 +30,9 @@ from movekd.build.turns import take_turns
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.check import TeacherStatus, teacher_status
+from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
+from movekd.cache.records import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import (
@@ -102,13 +104,31 @@ def build_cache(
     with contextlib.ExitStack() as locks:
         for spec in specs:
             locks.enter_context(build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"))
-        has_company = len(specs) > 1 and not options.concurrent
+        imported: dict[str, tuple[Calibration, ChannelStats]] = {}
+        if channel_stats is not None:  # read before anything is deleted
+            source = open_storage(channel_stats)
+            imported = {spec.name: calibration_of(source, spec, geometry) for spec in specs}
+        loaded: dict[str, Teacher] = {}
+        if replace:
+            for spec in specs:
+                given = imported.get(spec.name)
+                dtype = options.dtype if given is None else settled(options, given[0]).dtype
+                loaded[spec.name] = load_teacher(spec, "cpu", dtype)
+            for spec in specs:  # all of them can be built anew
+                _delete(storage, spec, deletes)
         builds: list[TeacherBuild] = []
         calibration_seconds = []
         for spec in specs:
             started = time.perf_counter()
             teacher, run = _begin(
-                storage, corpus, catalog, spec, options, replace, channel_stats, deletes, progress
+                storage,
+                corpus,
+                catalog,
+                spec,
+                options,
+                loaded.get(spec.name),
+                imported.get(spec.name),
+                progress,
             )
             calibration_seconds.append(time.perf_counter() - started)
             store = TeacherCache(storage, spec.name, catalog.num_rows)
@@ -116,13 +136,22 @@ def build_cache(
             if store.missing_shards:
                 teacher = _same_teacher(spec, teacher, store, run)
                 builds.append(TeacherBuild(store, catalog, teacher, spec, run))
-                if has_company:
+                if len(specs) > 1 and not options.concurrent:
                     builds[-1].move_to("cpu")
             else:
                 builds.append(TeacherBuild(store, catalog, None, spec, run))
-        take_turns(builds, corpus, catalog, options, has_company, progress)
+        take_turns(builds, corpus, catalog, options, progress)
         for build, seconds in zip(builds, calibration_seconds, strict=True):
             yield _summary(build, catalog, seconds)
+
+
+def _delete(
+    storage: Storage, spec: CacheSpec, deletes: Callable[[str, Mapping[str, int]], None]
+) -> None:
+    """Delete what the cache holds of a teacher, after saying so."""
+    for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
+        deletes(f"{storage.url}/{name}", storage.sizes(name))
+    delete_teacher(storage, spec.name)
 
 
 def _begin(
@@ -131,9 +160,8 @@ def _begin(
     catalog: Catalog,
     spec: CacheSpec,
     options: BuildOptions,
-    replace: bool,
-    channel_stats: str | Path | Storage | None,
-    deletes: Callable[[str, Mapping[str, int]], None],
+    teacher: Teacher | None,
+    imported: tuple[Calibration, ChannelStats] | None,
     progress: Progress,
 ) -> tuple[Teacher | None, BuildOptions]:
     """Make sure that a teacher has a sealed calibration and arrays of the right length.
@@ -141,23 +169,16 @@ def _begin(
     Returns:
         The teacher where it had to be loaded, and the options that its calibration settles.
     """
-    imported = None  # read before anything is deleted
-    if channel_stats is not None:
-        imported = calibration_of(open_storage(channel_stats), spec, catalog.geometry)
-        options = settled(options, imported[0])
-    teacher = None
-    if replace:
-        teacher = load_teacher(spec, options.device, options.dtype)  # or nothing is deleted
-        for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
-            deletes(f"{storage.url}/{name}", storage.sizes(name))
-        delete_teacher(storage, spec.name)
     for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
         storage.delete_leftovers(folder)
     if imported is not None:
         begin_with(storage, catalog, spec, *imported)
+        options = settled(options, imported[0])
     calibration = sealed_calibration(storage, spec)
     if calibration is None:
-        teacher = teacher or load_teacher(spec, options.device, options.dtype)
+        if teacher is None:
+            teacher = load_teacher(spec, options.device, options.dtype)
+        teacher = teacher.to(options.device)
         calibration = calibrate(storage, corpus, catalog, spec, teacher, options, progress)
     resize_group(storage, spec, calibration, catalog.num_rows)
     return teacher, settled(options, calibration)
@@ -173,6 +194,7 @@ def _same_teacher(
     """
     if teacher is None:
         teacher = load_teacher(spec, options.device, options.dtype)
+    teacher = teacher.to(device=options.device)
     begun = store.calibration.weights_sha256
     if teacher.weights_sha256 != begun:
         raise CacheError(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from movekd.build.images import PixelBatch
-from movekd.cache import codec
+from movekd.cache import codec, grid
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
 from movekd.cache.records import EncodingError
+from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
 from movekd.cache.writer import write_shard
 from movekd.errors import CacheError
@@ -57,7 +58,9 @@ class ShardInMemory:
         """Encode a batch and put it into its rows."""
         rows = self._next_rows(batch)
         readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
-        tokens_BND = output.tokens_BND[readable].float()
+        if batch.unreadable:
+            output = _picked(output, readable)
+        tokens_BND = output.tokens_BND.float()
         try:
             stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
         except CacheError as error:
@@ -74,9 +77,9 @@ class ShardInMemory:
             )
         self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
         if output.cls_BD is not None:
-            stored["cls"] = _half(output.cls_BD[readable], "[CLS] embedding")
+            stored["cls"] = _half(output.cls_BD, "[CLS] embedding")
         if output.cls_attention_BHN is not None:
-            stored["cls_attention"] = _half(output.cls_attention_BHN[readable], "attention")
+            stored["cls_attention"] = _half(output.cls_attention_BHN, "attention")
         for name, values in stored.items():
             self._arrays[name][rows[readable]] = values.cpu().numpy()
 
@@ -109,6 +112,28 @@ class ShardInMemory:
         for position, reason in batch.unreadable.items():
             self._skipped[int(rows[position])] = reason
         return rows - self._first
+
+
+def on_grid(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
+    """Return the output resized to the grid that the spec stores."""
+    if spec.grid == "native":
+        return output
+    attention = output.cls_attention_BHN
+    return TeacherOutput(
+        grid.resize_tokens(output.tokens_BND.float(), spec.grid),
+        output.cls_BD,
+        None if attention is None else grid.resize_attention(attention.float(), spec.grid),
+    )
+
+
+def _picked(output: TeacherOutput, places: list[int]) -> TeacherOutput:
+    """Return some rows of a batch."""
+    cls, attention = output.cls_BD, output.cls_attention_BHN
+    return TeacherOutput(
+        output.tokens_BND[places],
+        None if cls is None else cls[places],
+        None if attention is None else attention[places],
+    )
 
 
 def _half(values: Tensor, what: str) -> Tensor:

@@ -4,13 +4,14 @@ Comes in: what is missing of each teacher. A turn is a row range, whole Zarr sha
 it, one teacher after the other runs over its images. ``build.pipeline`` is what happens then.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from movekd.build.behind import Behind
-from movekd.build.images import ImageStream
+from movekd.build.images import ImageStream, square_key
 from movekd.build.options import BuildOptions, Progress
 from movekd.build.pipeline import TeacherBuild, Threads
 from movekd.build.shard import Unit
@@ -20,7 +21,7 @@ from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
 
 WAITING_BYTES = 2 * 2**30
-"""Decoded images that may wait for the other teachers of a turn."""
+"""Decoded images that may wait for the other teachers of a turn, unless one Zarr shard is more."""
 
 Turn = list[tuple[TeacherBuild, list[Unit]]]
 
@@ -30,7 +31,6 @@ def take_turns(
     corpus: Corpus,
     catalog: Catalog,
     options: BuildOptions,
-    has_company: bool,
     progress: Progress,
 ) -> None:
     """Run every teacher over the images that it lacks.
@@ -39,28 +39,34 @@ def take_turns(
         builds: the teachers; those that lack nothing take no turn.
         corpus: the images.
         catalog: which views of them the rows are.
-        options: device and decoding processes.
-        has_company: whether a teacher must leave the device for the next one.
+        options: device, decoding processes, and whether teachers stay on the device together.
         progress: told of every batch.
     """
-    turns = _turns(builds)
-    if not turns:
+    builds = [build for build in builds if build.units]
+    if not builds:
         return
+    turns = _turns(builds)
+    has_company = len(builds) > 1 and not options.concurrent
+    if len(builds) == 1:  # it may have been put aside for others that lack nothing
+        builds[0].move_to(options.device)
     with Behind("movekd-write", 1) as writer, Behind("movekd-encode", 2) as encoder:
         stream = _stream(turns, corpus, catalog, options)
         for turn in turns:
             for build, units in turn:
+                started = time.perf_counter()
                 if has_company:
                     build.move_to(options.device)
                 build.run(units, stream, Threads(encoder, writer), progress)
                 if has_company:
                     build.move_to("cpu")
+                if turn is turns[-1]:  # what is still on its way counts as well
+                    encoder.wait()
+                    writer.wait()
+                build.seconds += time.perf_counter() - started
 
 
 def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:
     """Return who has which units in which turn, in row order."""
-    if not builds:
-        return []
     rows = _rows_a_turn(builds)
     by_number: dict[int, dict[TeacherBuild, list[Unit]]] = {}
     for build in builds:
@@ -71,15 +77,15 @@ def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:
 
 
 def _rows_a_turn(builds: Sequence[TeacherBuild]) -> int:
-    """Return how many rows a turn has.
+    """Return how many rows a turn has: whole Zarr shards of everyone.
 
     What the first teacher of a turn has passed waits for the others in memory; the longer a turn,
     the more rarely teachers move to the device and away.
     """
     rows = max(build.store.layout.rows_per_shard for build in builds)
     if len(builds) > 1:
-        transforms = {build.transform for build in builds}
-        image_bytes = sum(3 * transform.image_size**2 for transform in transforms)
+        squares = {square_key(build.transform) for build in builds}
+        image_bytes = sum(3 * square.image_size**2 for square in squares)
         while 2 * rows <= MAX_SHARD_ROWS and 2 * rows * image_bytes <= WAITING_BYTES:
             rows *= 2
     return rows

@@ -50,7 +50,7 @@ class Catalog:
         """Length of every teacher's arrays: the last row plus one, gaps included."""
         return int(self.index["row"][-1].as_py()) + 1 if len(self.index) else 0
 
-    @property
+    @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """The rows that stand for a view of an image, ascending."""
         return np.asarray(self.index["row"])

@@ -58,6 +58,15 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}. Check the path, its rights and the disk.", 2)
+    except RuntimeError as error:
+        if "--debug" in sys.argv or type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            f"the device is out of memory: {str(error).splitlines()[0]} Give a smaller batch size, "
+            "or free the device. A teacher keeps the batch size that its calibration settled; "
+            "--replace it to change that.",
+            2,
+        )
     except SystemExit as end:  # what typer makes of Ctrl-C
         if end.code != 130:
             raise

@@ -130,6 +130,11 @@ def build_options(
     images = None if batch_size == "auto" else int(batch_size)
     if images == 0:
         raise ConfigError("--batch-size is 0; expected at least 1, or `auto`.")
+    if images is None and concurrent:
+        raise ConfigError(
+            "--batch-size auto gives each teacher the whole device, --concurrent shares it; give a "
+            "number, or leave --concurrent out."
+        )
     kind = getattr(torch, dtype)
     return BuildOptions(device, kind, images, num_workers, compile=compile, concurrent=concurrent)
 

@@ -11,6 +11,7 @@ H heads, K width of a head.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,13 @@ def backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def rotary_table(num_rows: int, num_cols: int, base_grid: int, head_dim: int) -> Tensor:
+def rotary_table(
+    num_rows: int,
+    num_cols: int,
+    base_grid: int,
+    head_dim: int,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return the rotation angles of a patch grid, (N, K / 2), float32, row-major.
 
     The first half of the angles turns with the row, the second with the column. Position i of n
@@ -48,9 +55,10 @@ def rotary_table(num_rows: int, num_cols: int, base_grid: int, head_dim: int) ->
     Source: EVA-02 (arXiv 2303.11331), 2-D rotary position embedding with theta 10000.
     """
     num_freqs = head_dim // 4
-    freqs = 10000.0 ** (-torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
-    rows = torch.arange(num_rows, dtype=torch.float32) / num_rows * base_grid
-    cols = torch.arange(num_cols, dtype=torch.float32) / num_cols * base_grid
+    kind: Any = {"dtype": torch.float32, "device": device}  # made there: a copy would wait for it
+    freqs = 10000.0 ** (-torch.arange(num_freqs, **kind) / num_freqs)
+    rows = torch.arange(num_rows, **kind) / num_rows * base_grid
+    cols = torch.arange(num_cols, **kind) / num_cols * base_grid
     angles_R1F = (rows[:, None] * freqs)[:, None].expand(-1, num_cols, -1)
     angles_1SF = (cols[:, None] * freqs)[None].expand(num_rows, -1, -1)
     return torch.cat((angles_R1F, angles_1SF), dim=-1).flatten(0, 1)
@@ -215,8 +223,9 @@ class Eva02Det(nn.Module):
         rows, cols = x_BRSD.shape[1:3]
         x_BRSD = x_BRSD + self._positions(rows, cols)
         side = self.window_size
-        whole = rotary_table(rows, cols, self.base_grid, self.head_dim).to(x_BRSD.device)
-        window = rotary_table(side, side, self.base_grid, self.head_dim).to(x_BRSD.device)
+        device = x_BRSD.device
+        whole = rotary_table(rows, cols, self.base_grid, self.head_dim, device)
+        window = rotary_table(side, side, self.base_grid, self.head_dim, device)
         for index, block in enumerate(self.blocks):
             x_BRSD = block(x_BRSD, whole if index in self.global_blocks else window)
         out_BDRS: Tensor = x_BRSD.permute(0, 3, 1, 2)

@@ -22,6 +22,24 @@ from movekd.teachers.checkpoints import (
 from movekd.teachers.pooling import find_pool
 from movekd.teachers.trunk import Trunk, check_name
 
+_NOT_OF_THE_ARCHITECTURE = {
+    "cache_dir",
+    "checkpoint_path",
+    "device",
+    "dtype",
+    "exportable",
+    "model_name",
+    "no_jit",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "scriptable",
+}
+"""Arguments of ``timm.create_model`` that fetch or write files, or undo what ``weights`` says.
+
+A spec may come out of somebody else's cache.
+"""
+
 
 def timm_trunk(spec: CacheSpec) -> Trunk:
     """Build a timm model, ``architecture`` or ``architecture.tag``."""
@@ -52,6 +70,12 @@ def timm_trunk(spec: CacheSpec) -> Trunk:
 def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
     import timm
 
+    if refused := sorted(_NOT_OF_THE_ARCHITECTURE & spec.model_args.keys()):
+        raise ConfigError(
+            f"model_args of '{spec.name}' hold {', '.join(refused)}, which is about files and "
+            "downloads; expected keys of the architecture alone. Say where weights come from under "
+            "`weights`."
+        )
     try:
         with quiet():
             return timm.create_model(name, **spec.model_args, **options)

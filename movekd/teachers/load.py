@@ -7,6 +7,7 @@ T tokens with prefix, N patch tokens on a square grid, row-major, D width.
 """
 
 import hashlib
+import inspect
 import math
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, MovekdError
 from movekd.teachers.attention import find_attention, watch_cls_attention
 from movekd.teachers.pooling import pool
 from movekd.teachers.providers import build_trunk
 from movekd.teachers.trunk import TeacherOutput, Trunk
+
+_SHAPES = 16
+"""Shapes of input that one teacher may be compiled for: batch sizes that are tried, and rests."""
 
 
 class Teacher(nn.Module):
@@ -77,9 +81,33 @@ class Teacher(nn.Module):
             )
 
     def compile_forward(self) -> None:
-        """Fuse the network with ``torch.compile``; a shape of input is compiled when it comes."""
-        if not self._is_compiled:
-            self._run, self._is_compiled = torch.compile(self._run, dynamic=False), True
+        """Fuse the network with ``torch.compile``; a shape of input is compiled when it comes.
+
+        Each teacher has a limit of its own: by default all networks of one class share one, and
+        the last of them would run unfused without a word.
+        """
+        if self._is_compiled:
+            return
+        own: dict[str, Any] = {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # newer torch
+            own = {"isolate_recompiles": True, "recompile_limit": _SHAPES}
+        compiled = torch.compile(self._run, dynamic=False, **own)
+
+        def run(pixels_BCHW: Tensor) -> Any:
+            limits: Any = torch._dynamo.config
+            with limits.patch(fail_on_recompile_limit_hit=True):
+                try:
+                    return compiled(pixels_BCHW)
+                except (MovekdError, torch.OutOfMemoryError, ValueError, AssertionError):
+                    raise
+                except Exception as error:  # of the compiler, whatever it is
+                    said = str(error).splitlines()[0][:200] if str(error) else ""
+                    raise ConfigError(
+                        f"{self.spec.model} cannot be compiled ({type(error).__name__}: {said}). "
+                        "It needs a C++ compiler, on a GPU Triton as well; leave --compile out."
+                    ) from error
+
+        self._run, self._is_compiled = run, True
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> TeacherOutput:

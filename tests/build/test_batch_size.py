@@ -1,9 +1,12 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from movekd.build import batch_size
 from movekd.build.batch_size import CPU_BATCH_SIZE, largest_batch_size, settle
 from movekd.build.options import BuildOptions
+from movekd.errors import CacheError
 from movekd.teachers import load_teacher
 
 
@@ -52,6 +55,36 @@ def test_backs_off_when_the_estimate_was_too_low() -> None:
     device = Device(total=1000, fixed=100, an_image=10, surprise=500)
     assert settle(device.peak_bytes, 900, 1024) == 16
     assert device.tried == [1, 2, 64, 32, 16]
+
+
+def test_what_is_measured_is_a_pass_with_its_encoding(tiny_specs, monkeypatch) -> None:
+    """On a stand-in for a GPU with room for eleven images and what encoding them takes."""
+    passes: list[int] = []
+    original = batch_size.one_pass
+
+    def counted(teacher, images, options):
+        passes.append(images)
+        if images > 11:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(teacher, images, BuildOptions())
+
+    monkeypatch.setattr(batch_size, "one_pass", counted)
+    for name, value in {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "synchronize": lambda device: None,
+        "mem_get_info": lambda device: (20_000, 20_000),
+        "memory_reserved": lambda device: 0,
+        "max_memory_allocated": lambda device: 1000 * passes[-1],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    options = BuildOptions(device="cuda", batch_size=None)
+    teacher = load_teacher(tiny_specs[0])
+    assert largest_batch_size(teacher, options) == 8
+    assert passes == [1] * 8 + [2] * 4 + [16] + [8] * 4
+    monkeypatch.setattr(batch_size, "one_pass", lambda *_: counted(teacher, 12, options))
+    with pytest.raises(CacheError, match=r"'clip' does not fit cuda.*0\.0 GB free.*bfloat16"):
+        largest_batch_size(teacher, options)
 
 
 def test_on_a_cpu_it_is_a_small_one(tiny_specs) -> None:

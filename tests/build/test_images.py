@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from movekd.build import images
 from movekd.build.images import ImageStream, image_transform, pixel_batches
 from movekd.corpus.index import open_corpus
+from movekd.errors import CorpusError
 
 BATCHES = [[3, 1], [0], [5, 4, 2, 7]]
 
@@ -96,10 +98,48 @@ def test_an_image_is_decoded_once_for_all_who_want_it(
     assert not stream._squares  # nothing is kept once all have had it
 
 
-def test_two_teachers_of_equal_input_share_what_is_resized(corpus_dir, tiny_specs) -> None:
+def test_teachers_that_differ_in_mean_and_std_alone_share_what_is_resized(
+    corpus_dir, tiny_specs, monkeypatch
+) -> None:
     corpus = open_corpus(corpus_dir)
-    one, other = (image_transform(tiny_specs[0], "crop") for _ in range(2))
-    assert one == other
-    stream = stream_of(corpus, {one: [4, 4]}, [4], 0)
-    first, second = stream.take([4], one), stream.take([4], other)
-    assert torch.equal(first.levels_BHWC, second.levels_BHWC)
+    one = image_transform(tiny_specs[0].with_changes(fill=(0.5, 0.5, 0.5)), "pad")
+    other = dataclasses.replace(one, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))
+    resized = []
+    original = images.ImageViews.square
+    monkeypatch.setattr(
+        images.ImageViews, "square", lambda self, view: resized.append(1) or original(self, view)
+    )
+    stream = stream_of(corpus, {one: [4, 5], other: [4]}, [4, 5], 0)
+    first, second = stream.take([4, 5], one), stream.take([4], other)
+    assert len(resized) == 2
+    monkeypatch.undo()
+    for batch, transform in ((first, one), (second, other)):
+        expected = np.stack([transform(corpus.read_image(image)) for image in batch.images])
+        assert torch.equal(batch.pixels("cpu"), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_tar_that_became_shorter_is_a_sentence(
+    tmp_path, corpus_dir, tiny_specs, num_workers
+) -> None:
+    shutil.copytree(corpus_dir, tmp_path / "data")
+    corpus = open_corpus(tmp_path / "data")
+    shard = tmp_path / "data" / corpus.shards[0]
+    shard.write_bytes(shard.read_bytes()[:5000])
+    transform = image_transform(tiny_specs[0], "crop")
+    with pytest.raises(CorpusError) as caught:
+        list(pixel_batches(corpus, transform, [range(24)], num_workers=num_workers))
+    assert "\n" not in str(caught.value)
+    assert shard.name in str(caught.value)
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_groups_keep_the_views_of_an_image_together_and_stay_small(num_views) -> None:
+    shown = np.repeat(np.arange(100), num_views)
+    for view_bytes, most in ((100, 8), (3 * 1024**2, 8 if num_views == 1 else 3), (10**9, 1)):
+        cuts = images._cuts(shown, view_bytes)
+        groups = list(images._Groups(shown, cuts))
+        assert len(groups) == len(images._Groups(shown, cuts))
+        assert np.concatenate(groups).tolist() == shown.tolist()
+        assert {len(set(group)) for group in groups[:-1]} == {most}
+        assert sum(len(set(group)) for group in groups) == 100

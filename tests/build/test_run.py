@@ -525,6 +525,46 @@ def test_weights_out_of_reach_stop_a_build_before_any_teacher_runs(
     assert list(verify(tmp_path / "cache")) == []
 
 
+def test_replace_deletes_nothing_unless_all_teachers_can_be_built_anew(
+    tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot
+) -> None:
+    out = tmp_path / "cache"
+    shutil.copytree(cache_dir, out)
+    whole = snapshot(out)
+    lost = tiny_specs[1].with_changes(weights=str(tmp_path / "none.safetensors"))
+    with pytest.raises(WeightsError, match="does not exist"):
+        build(out, corpus_dir, [tiny_specs[0], lost], replace=True)
+    assert snapshot(out) == whole
+
+
+def test_a_teacher_without_company_stays_on_the_device(
+    tmp_path, corpus_dir, tiny_specs, small_shards, monkeypatch
+) -> None:
+    build(tmp_path / "cache", corpus_dir, tiny_specs[:1])
+    moves, moved = [], TeacherBuild.move_to
+    monkeypatch.setattr(
+        TeacherBuild, "move_to", lambda self, device: moves.append(device) or moved(self, device)
+    )
+    build(tmp_path / "cache", corpus_dir, tiny_specs)
+    assert len(moves) == 2  # aside while others may come, and back
+
+
+@pytest.mark.slow
+def test_many_compiled_teachers_are_all_compiled(
+    tmp_path, corpus_dir, tiny_specs, snapshot
+) -> None:
+    """All of one class: torch lets them share one limit of recompilations unless told otherwise."""
+    specs = [tiny_specs[0].with_changes(name=f"clip{n}", seed=n) for n in range(6)]
+    options = dataclasses.replace(OPTIONS, compile=True)
+    build(tmp_path / "together", corpus_dir, specs, options=options)
+    torch.compiler.reset()
+    build(tmp_path / "alone", corpus_dir, specs[-1:], options=options)
+    together, alone = snapshot(tmp_path / "together"), snapshot(tmp_path / "alone")
+    for name, content in alone.items():
+        if name.startswith("clip5"):
+            assert together[name] == content, name
+
+
 @pytest.mark.slow
 def test_a_compiled_teacher_says_the_same_and_is_sealed_as_compiled(
     tmp_path, corpus_dir, tiny_specs, snapshot

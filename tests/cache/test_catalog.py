@@ -203,3 +203,10 @@ def test_sizes_that_changed_cannot_move_rows(tmp_path, view_corpora, snapshot, n
             open_storage(tmp_path / "c"), open_corpus(tmp_path / "data"), "crop", "anyres"
         )
     assert snapshot(tmp_path / "c") == before
+
+
+def test_rows_are_read_out_of_the_table_once(tmp_path, corpora) -> None:
+    """A resume asks for them once a Zarr shard, of which there can be a hundred thousand."""
+    update_catalog(open_storage(tmp_path), corpora["ab"], "crop")
+    catalog = open_catalog(open_storage(tmp_path))
+    assert catalog.rows is catalog.rows

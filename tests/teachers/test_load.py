@@ -484,3 +484,41 @@ def test_published_architectures_have_their_published_size(name: str, millions: 
         module = build_trunk(spec).module
     count = sum(parameter.numel() for parameter in module.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"pretrained": True},
+        {"checkpoint_path": "x.pth"},
+        {"cache_dir": "/tmp", "pretrained_cfg_overlay": {"url": "file:///x"}},
+    ],
+)
+@pytest.mark.parametrize("name", ["eva02_clip", "convnext"])
+def test_model_args_cannot_fetch_or_write_files(name, extra, shrunken: Shrink) -> None:
+    spec = shrunken(name)
+    changed = spec.model_copy(update={"model_args": {**spec.model_args, **extra}})
+    with pytest.raises(ConfigError, match=rf"hold {sorted(extra)[0]}.*under `weights`"):
+        load_teacher(changed)
+
+
+def test_what_the_compiler_says_is_a_sentence(shrunken: Shrink, monkeypatch) -> None:
+    teacher = load_teacher(shrunken("clip"))
+
+    def broken(function, **_options):
+        def run(_pixels):
+            raise RuntimeError("no C++ compiler\nand much more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    teacher.compile_forward()
+    with pytest.raises(ConfigError, match=r"compiled \(RuntimeError: no C\+\+ compiler\)"):
+        teacher(images(teacher.spec))
+
+
+def test_every_shipped_file_names_its_revision_and_what_stands_for_cls() -> None:
+    for path in shipped_specs().values():
+        text = path.read_text()
+        assert "\nrevision: " in text, path
+        assert "[CLS]" in text.split("\nname: ")[0], path
