@@ -9,9 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from movekd.student.adapters import StudentHead, TeacherAdapter
-    from movekd.student.mole import MoleConfig, Routing, clear_routing, routing
+    from movekd.student.mole import (
+        MoleConfig,
+        Routing,
+        clear_routing,
+        recorded_routing,
+        routing,
+        save_tower,
+    )
 
-__all__ = ["MoleConfig", "Routing", "StudentHead", "TeacherAdapter", "clear_routing", "routing"]
+__all__ = [
+    "MoleConfig",
+    "Routing",
+    "StudentHead",
+    "TeacherAdapter",
+    "clear_routing",
+    "recorded_routing",
+    "routing",
+    "save_tower",
+]
 
 _MODULES = dict.fromkeys(("StudentHead", "TeacherAdapter"), "movekd.student.adapters")
 
