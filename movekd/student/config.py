@@ -49,7 +49,9 @@ class MoleKeys(FrozenModel):
 class StudentConfig(FrozenModel):
     """A LLaVA: vision tower with experts, projector, language model."""
 
-    vision_tower: str = Field(description="Hub id or directory of the CLIP to start from.")
+    vision_tower: str = Field(
+        description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
+    )
     language_model: str = Field(description="Hub id or directory of a causal language model.")
     vision_feature_layer: int = Field(
         default=-2, lt=0, description="Hidden state of the tower that is projected and distilled."

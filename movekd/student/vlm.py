@@ -88,12 +88,14 @@ def build_vlm(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: a tower or a language model cannot be found; says which and what to do.
-        ConfigError: the tower is not one that experts fit into.
+        ConfigError: the tower is not one that experts fit into, or of an unknown kind.
     """
     dtype = getattr(torch, config.dtype)
     with _loading(config.vision_tower, "student.vision_tower"):
         tower_config = AutoConfig.from_pretrained(config.vision_tower)
         tower_config = getattr(tower_config, "vision_config", tower_config)
+    num_prefix = num_prefix_tokens(tower_config)
+    with _loading(config.vision_tower, "student.vision_tower"):
         tower = AutoModel.from_pretrained(config.vision_tower, config=tower_config, dtype=dtype)
     with _loading(config.language_model, "student.language_model"):
         language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
@@ -105,7 +107,7 @@ def build_vlm(config: StudentConfig) -> Student:
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         projector_hidden_act=config.projector_hidden_act,
         vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if num_prefix == 1 else "full",
         image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
         tie_word_embeddings=False,
     )
@@ -143,20 +145,48 @@ def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
     )
 
 
+def num_prefix_tokens(tower_config: Any) -> int:
+    """Return how many tokens stand before the patches: [CLS], registers, or none.
+
+    Raises:
+        ConfigError: a kind of tower whose tokens are not known.
+    """
+    kind = tower_config.model_type
+    if kind not in _PREFIX_TOKENS:
+        raise ConfigError(
+            f"student.vision_tower is a '{kind}'; expected one of {', '.join(_PREFIX_TOKENS)}, "
+            "whose tokens and MLPs are known. Give the directory or hub id of one of these."
+        )
+    return _PREFIX_TOKENS[kind] + int(getattr(tower_config, "num_register_tokens", 0))
+
+
+_PREFIX_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "siglip_vision_model": 0,
+}
+"""By model_type; registers come on top."""
+
+
 def image_features(vlm: Any, pixels_BCHW: Tensor) -> tuple[Any, Tensor]:
     """Return transformers' image output and the student's patch tokens (B, N, D).
 
     The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
-    runs once for both the projector and the distillation.
+    runs once for both the projector and the distillation. LLaVA drops [CLS] by itself; registers
+    it does not know, so their projections are dropped here.
     """
     layer = vlm.config.vision_feature_layer
+    num_prefix = num_prefix_tokens(vlm.config.vision_config)
     output = vlm.model.get_image_features(
         pixel_values=pixels_BCHW,
         vision_feature_layer=layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
         return_dict=True,
     )
-    return output, output.hidden_states[layer][:, 1:]
+    if num_prefix > 1:
+        output.pooler_output = [features_ND[num_prefix:] for features_ND in output.pooler_output]
+    return output, output.hidden_states[layer][:, num_prefix:]
 
 
 def _add_image_token(tokenizer: Any, language_model: Any) -> None:
