@@ -8,6 +8,8 @@
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +141,9 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean of each term over the steps since the last log, beside Trainer's own."""
         if "loss" in logs and self._logged:
-            names = sorted(self._logged)
-            sums = torch.stack([self._logged[name] for name in names]).to(self.args.device)
+            logged = _scalars(self._logged)
+            names = sorted(logged)
+            sums = torch.stack([logged[name] for name in names]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "mean")
             logs |= {name: (sums[i] / self._num_steps).item() for i, name in enumerate(names)}
@@ -162,3 +165,12 @@ class DistillTrainer(Trainer):
         module = self.model if model is None else model
         learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
         load_exact(Path(resume_from_checkpoint) / CHECKPOINT_FILE, learning)
+
+
+def _scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each value under its name, and those of a matrix under ``name_row_column``."""
+    return {
+        "_".join([name, *map(str, place)]): value[place]
+        for name, value in values.items()
+        for place in product(*map(range, value.shape))
+    }
