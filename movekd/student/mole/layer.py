@@ -69,11 +69,10 @@ class StackedLora(nn.Module):
                 nn.init.kaiming_uniform_(self.lora_B.data[expert].T, nonlinearity="relu")
 
     def forward(self, inputs_XI: Tensor, base_XO: Tensor, mask_XE: Tensor, scale: float) -> Tensor:
-        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``, in place.
+        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``.
 
-        ``base_XO`` is the fresh output of a linear layer, which that layer's backward does not
-        need, so the sum takes its memory: no second array of all activations. The product runs in
-        its dtype, so half-precision towers and autocast never make a float32 copy of them either.
+        The product runs in the dtype of ``base_XO``, so half-precision towers and autocast never
+        make a float32 copy of the activations.
         """
         dtype = base_XO.dtype
         low_XK = F.linear(
@@ -83,7 +82,7 @@ class StackedLora(nn.Module):
         # The second bias is E more rows of B, which the mask itself multiplies.
         wide_XJ = torch.cat([masked_XER.flatten(1), mask_XE], dim=1)
         rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0).to(dtype)
-        return base_XO.addmm_(wide_XJ, rows_JO, alpha=scale)
+        return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 
 class MoleLayer(nn.Module, BaseTunerLayer):
