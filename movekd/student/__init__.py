@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from movekd.student.adapters import StudentHead, TeacherAdapter
-    from movekd.student.mole import MoleConfig, Routing, clear_routing, routing
+    from movekd.student.mole import (
+        MoleConfig,
+        Routing,
+        clear_routing,
+        recorded_routing,
+        routing,
+        save_tower,
+    )
     from movekd.student.official import load_official_state_dict, official_state_dict
 
 __all__ = [
@@ -20,7 +27,9 @@ __all__ = [
     "clear_routing",
     "load_official_state_dict",
     "official_state_dict",
+    "recorded_routing",
     "routing",
+    "save_tower",
 ]
 
 _MODULES = {

@@ -57,7 +57,9 @@ class StudentConfig(FrozenModel):
         default="llava",
         description="llava (LLaVA-1.5): the whole image. llava_next: and up to four tiles of it.",
     )
-    vision_tower: str = Field(description="Hub id or directory of the CLIP to start from.")
+    vision_tower: str = Field(
+        description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
+    )
     language_model: str | None = Field(
         default=None,
         description="Hub id or directory of a causal language model; stage distill loads none.",

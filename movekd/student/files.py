@@ -182,7 +182,7 @@ def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
     update = {
         key: str(model_dir / value)
         for key in ("vision_tower", "language_model")
-        if (value := getattr(config, key)).startswith("base/") and (model_dir / value).is_dir()
+        if (value := getattr(config, key) or "").startswith("base/") and (model_dir / value).is_dir()
     }
     return config.model_copy(update=update)
 

@@ -121,7 +121,8 @@ def build_vlm(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: a tower or a language model cannot be found; says which and what to do.
-        ConfigError: the tower is not one that experts fit into, or there is no language model.
+        ConfigError: the tower is not one that experts fit into, or of an unknown kind, or there is
+            no language model.
     """
     if config.language_model is None:
         raise ConfigError(
@@ -130,6 +131,7 @@ def build_vlm(config: StudentConfig) -> Student:
         )
     dtype = getattr(torch, config.dtype)
     tower = _load_tower(config)
+    num_prefix = num_prefix_tokens(tower.config)
     with loading(config.language_model, "student.language_model"):
         language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(config.language_model)
@@ -140,7 +142,7 @@ def build_vlm(config: StudentConfig) -> Student:
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "projector_hidden_act": config.projector_hidden_act,
         "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": "default" if num_prefix == 1 else "full",
         "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
         "tie_word_embeddings": False,
     }
@@ -168,7 +170,7 @@ def build_encoder(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: the tower cannot be found.
-        ConfigError: the tower is not one that experts fit into.
+        ConfigError: the tower is not one that experts fit into, or of an unknown kind.
     """
     tower = _load_tower(config)
     _add_experts(tower, config)
@@ -192,6 +194,7 @@ class EncoderAlone(nn.Module):
         super().__init__()
         self.model = nn.ModuleDict({"vision_tower": tower})
         self.config = SimpleNamespace(vision_config=tower.config, vision_feature_layer=layer)
+        self._num_prefix = num_prefix_tokens(tower.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,8 +204,8 @@ class EncoderAlone(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the patch tokens (B, N, D) of the layer that is read."""
         output = self.model["vision_tower"](pixels_BCHW, output_hidden_states=True)
-        tokens_BND: Tensor = output.hidden_states[self.config.vision_feature_layer][:, 1:]
-        return tokens_BND
+        hidden_BTD: Tensor = output.hidden_states[self.config.vision_feature_layer]
+        return hidden_BTD[:, self._num_prefix :]
 
 
 def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
@@ -225,6 +228,30 @@ def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
     )
 
 
+def num_prefix_tokens(tower_config: Any) -> int:
+    """Return how many tokens stand before the patches: [CLS], registers, or none.
+
+    Raises:
+        ConfigError: a kind of tower whose tokens are not known.
+    """
+    kind = tower_config.model_type
+    if kind not in _PREFIX_TOKENS:
+        raise ConfigError(
+            f"student.vision_tower is a '{kind}'; expected one of {', '.join(_PREFIX_TOKENS)}, "
+            "whose tokens and MLPs are known. Give the directory or hub id of one of these."
+        )
+    return _PREFIX_TOKENS[kind] + int(getattr(tower_config, "num_register_tokens", 0))
+
+
+_PREFIX_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "siglip_vision_model": 0,
+}
+"""By model_type; registers come on top."""
+
+
 def image_features(
     vlm: Any, pixels_BCHW: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None
 ) -> tuple[Any, Tensor]:
@@ -234,20 +261,24 @@ def image_features(
     ``image_sizes`` holds height and width of each image in pixels.
 
     The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
-    runs once for both the projector and the distillation. It is None for an ``EncoderAlone``.
+    runs once for both the projector and the distillation. It is None for an ``EncoderAlone``. LLaVA
+    drops [CLS] by itself; registers it does not know, so their projections are dropped here.
     """
     if isinstance(vlm, EncoderAlone):
         return None, vlm(pixels_BCHW)
     layer = vlm.config.vision_feature_layer
     sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+    num_prefix = num_prefix_tokens(vlm.config.vision_config)
     output = vlm.model.get_image_features(
         pixel_values=pixels_BCHW,
         **sizes,
         vision_feature_layer=layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
         return_dict=True,
     )
-    return output, output.hidden_states[layer][:, 1:]
+    if num_prefix > 1:
+        output.pooler_output = [features_ND[num_prefix:] for features_ND in output.pooler_output]
+    return output, output.hidden_states[layer][:, num_prefix:]
 
 
 def recompute_activations(vlm: Any) -> None:

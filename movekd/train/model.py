@@ -86,7 +86,8 @@ class DistillModel(nn.Module):
 
         ``text_sum`` over answer tokens (with a language model), ``kd_sum`` and
         ``kd_<teacher>_sum`` over images with targets, ``balance``; besides ``num_images``, and
-        statistics without gradient.
+        statistics without gradient, of which ``routing_share`` has a value for each expert of each
+        layer.
         """
         clear_routing(self.vlm)
         has_images = pixel_values is not None
@@ -143,6 +144,7 @@ class DistillModel(nn.Module):
             "balance": balance_loss(records, self.balance, share_LE=share_LE),
             "routing_entropy": statistics.entropy_L.mean(),
             "routing_max_share": statistics.share_LE.max(),
+            "routing_share": statistics.share_LE,
         }
 
     def _distil(

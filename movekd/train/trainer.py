@@ -8,6 +8,8 @@
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,9 @@ class DistillTrainer(Trainer):
         Statistics of images are means over the images since then; without any there are none.
         """
         if "loss" in logs and self._logged:
-            names = sorted(self._logged)
-            sums = torch.stack([self._logged[name] for name in names]).to(self.args.device)
+            logged = _scalars(self._logged)
+            names = sorted(logged)
+            sums = torch.stack([logged[name] for name in names]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "mean")
             values = dict(zip(names, sums.tolist(), strict=True))
@@ -187,3 +190,12 @@ class DistillTrainer(Trainer):
         module = self.model if model is None else model
         learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
         load_exact(Path(resume_from_checkpoint) / CHECKPOINT_FILE, learning)
+
+
+def _scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each value under its name, and those of a matrix under ``name_row_column``."""
+    return {
+        "_".join([name, *map(str, place)]): value[place]
+        for name, value in values.items()
+        for place in product(*map(range, value.shape))
+    }

@@ -1,4 +1,7 @@
-"""The Python of the docs' pages runs as it is printed, without movekd and without a warning."""
+"""The Python of the docs' pages runs as it is printed.
+
+That of the pages on the cache runs without movekd and without a warning.
+"""
 
 import re
 import shutil
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from movekd.cache.reader import open_cache
 
@@ -54,3 +58,15 @@ def test_the_reader_of_the_format_page_reads_what_movekd_reads(folder, cache_dir
         found = np.stack([np.load(folder / f"{row}.npy") for row in range(24)])
         expected = cache[teacher].read(range(24)).tokens_BND.numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_page_on_the_student_works_from_top_to_bottom(tmp_path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, **sizes)
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    # PEFT uses names that transformers deprecates, and both show progress: no -W error here
+    command = [sys.executable, "-c", "".join(snippets("student.md"))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "trainable params" in done.stdout
+    assert "torch.Size([4, 4])" in done.stdout

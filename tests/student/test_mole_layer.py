@@ -9,9 +9,15 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.dinov2.modeling_dinov2 import Dinov2MLP, Dinov2SwiGLUFFN
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
-from movekd.distill import balance_loss
+from movekd.distill import balance_loss, routing_statistics
 from movekd.errors import ConfigError, TrainingError
-from movekd.student.mole import MoleConfig, MoleLayer, clear_routing, routing
+from movekd.student.mole import (
+    MoleConfig,
+    MoleLayer,
+    clear_routing,
+    recorded_routing,
+    routing,
+)
 
 B, N, D, HIDDEN, E, R = 2, 7, 12, 20, 3, 2
 OFFICIAL = {"use_gate": False, "lora_alpha": 1.0, "init_lora_weights": "kaiming"}
@@ -82,6 +88,58 @@ def test_forward_and_gradients_equal_the_equations_written_with_loops(
         )
 
 
+class ReleasedMlp(nn.Module):
+    """An MLP with the released code's modules, names and recipe; experts one after the other."""
+
+    def __init__(self, width: int, hidden: int, r: int) -> None:
+        super().__init__()
+
+        def experts(fan_in: int, fan_out: int) -> nn.ModuleList:
+            pairs = [(nn.Linear(fan_in, r), nn.Linear(r, fan_out)) for _ in range(E)]
+            return nn.ModuleList(nn.ModuleDict({"lora_A": a, "lora_B": b}) for a, b in pairs)
+
+        self.original_module = CLIPMLP(
+            CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_attention_heads=4)
+        )
+        self.moe_down, self.moe_up = experts(width, hidden), experts(hidden, width)
+        self.router = nn.Linear(width, E)
+        self.scale = 1 / r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(x).softmax(-1).argmax(-1)
+        hidden = self._add(self.moe_down, x, self.original_module.fc1(x), chosen)
+        hidden = hidden * torch.sigmoid(1.702 * hidden)  # CLIP's quick_gelu
+        return self._add(self.moe_up, hidden, self.original_module.fc2(hidden), chosen)
+
+    def _add(
+        self, experts: nn.ModuleList, x: torch.Tensor, base: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        for number, expert in enumerate(experts):
+            of_expert = expert["lora_B"](expert["lora_A"](x)) * self.scale
+            base = torch.where((chosen == number).unsqueeze(-1), base + of_expert, base)
+        return base
+
+
+def test_official_equals_the_released_modules_at_a_real_rank() -> None:
+    torch.manual_seed(0)
+    released, inputs = ReleasedMlp(64, 256, r=32), torch.randn(2, 50, 64)
+    layer = MoleLayer(released.original_module, "default", MoleConfig(lora_dropout=0, **OFFICIAL))
+    layer.mole_router["default"].load_state_dict(released.router.state_dict())
+    for lora, experts in (
+        (layer.mole_fc1["default"], released.moe_down),
+        (layer.mole_fc2["default"], released.moe_up),
+    ):
+        for number, expert in enumerate(experts):
+            nn.init.kaiming_uniform_(expert["lora_B"].weight, nonlinearity="relu")
+            lora.lora_A.data[number] = expert["lora_A"].weight
+            lora.lora_A_bias.data[number] = expert["lora_A"].bias
+            lora.lora_B.data[number] = expert["lora_B"].weight.T
+            lora.lora_B_bias.data[number] = expert["lora_B"].bias
+    expected = released(inputs)
+    assert (layer(inputs) - released.original_module(inputs)).abs().max() > 0.01
+    torch.testing.assert_close(layer(inputs), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("use_gate", [True, False])
 def test_task_loss_reaches_the_router_only_through_the_gate(use_gate: bool) -> None:
     layer = _layer({"use_gate": use_gate})
@@ -148,6 +206,27 @@ def test_routing_is_that_of_the_last_training_pass_and_can_be_forgotten() -> Non
     with torch.no_grad():
         layer.eval()(_inputs())
     assert layer.routing is None
+
+
+def test_the_routing_of_an_evaluation_pass_is_kept_where_asked_for() -> None:
+    layer, inputs = _layer(REVISED).eval(), _inputs()
+    with recorded_routing(layer):
+        with torch.no_grad(), recorded_routing(layer):
+            layer(inputs)
+        with torch.no_grad():
+            layer(inputs)
+        (record,) = routing(layer)
+        statistics = routing_statistics(routing(layer))
+    router = layer.mole_router["default"]
+    chosen = (inputs @ router.weight.T + router.bias).argmax(-1)
+    assert torch.equal(record.choice_BNE.argmax(-1), chosen)
+    counts = torch.bincount(chosen.flatten(), minlength=E)
+    torch.testing.assert_close(statistics.share_LE[0], counts / counts.sum())
+    assert layer.routing is None
+    with torch.no_grad():
+        layer(inputs)
+    with pytest.raises(TrainingError, match="does not train belongs into `with recorded_routing"):
+        routing(layer)
 
 
 @pytest.mark.parametrize("recipe", [OFFICIAL, REVISED], ids=["official", "revised"])

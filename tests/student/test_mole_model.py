@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +9,24 @@ import torch.multiprocessing as mp
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from movekd.distill import balance_loss, choice_share
 from movekd.errors import ConfigError
-from movekd.student.mole import MoleConfig, MoleLayer, clear_routing, routing
+from movekd.student.mole import MoleConfig, MoleLayer, clear_routing, routing, save_tower
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; nothing here can change that.
 # The old name of the switch is the only one that transformers 5.17 has too.
@@ -92,21 +99,55 @@ def test_experts_stand_where_asked_and_the_base_is_frozen() -> None:
     assert all(layer.mlp.routing is None for layer in layers[:2])
 
 
-@pytest.mark.parametrize(
-    "tower",
-    [
-        SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, **SMALL)),
-        Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)),
-    ],
-    ids=["siglip", "dinov2"],
-)
-def test_other_towers_get_experts_in_their_blocks_and_nowhere_else(tower: nn.Module) -> None:
-    expected = tower.eval()(pixel_values=_pixels()).last_hidden_state
-    model = get_peft_model(tower, MoleConfig(num_experts=3, r=2)).eval()
+TOWERS: dict[str, Callable[[], nn.Module]] = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, **SMALL)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)),
+    "dinov2 with registers": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=4, **SMALL)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("recipe", [OFFICIAL, REVISED], ids=["official", "revised"])
+def test_every_tower_is_a_student(name: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Experts in its blocks and nowhere else; it learns, is saved, loaded and disabled."""
+
+    def tower() -> nn.Module:
+        torch.manual_seed(0)
+        return TOWERS[name]()
+
+    def tokens(model: nn.Module) -> torch.Tensor:
+        hidden: torch.Tensor = model(pixel_values=_pixels()).last_hidden_state
+        return hidden
+
+    expected = tokens(tower().eval())
+    model = get_peft_model(tower(), MoleConfig(**(recipe | {"layers_to_transform": [0, 1, 2]})))
     names = [name for name, module in model.named_modules() if isinstance(module, MoleLayer)]
     assert len(names) == 3
     assert not any("head" in name for name in names)
-    assert torch.equal(model(pixel_values=_pixels()).last_hidden_state, expected)
+    assert torch.equal(tokens(model.eval()), expected) == (recipe is REVISED)
+    _shake(model)
+    tokens(model.train()).square().mean().backward()
+    (record, *_) = routing(model)
+    assert record.choice_BNE.shape == (*expected.shape[:2], 3)
+    trained = [p for n, p in model.named_parameters() if "mole_fc" in n]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert any(p.grad.any() for p in trained if p.grad is not None)
+
+    found = tokens(model.eval())
+    assert not torch.allclose(found, expected, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(tokens(model), expected)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(tower(), str(tmp_path)).eval()
+    assert torch.equal(tokens(again), found)
+
+
+def test_a_target_that_is_nowhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="feed_forward"):
+        get_peft_model(_clip(), MoleConfig(r=2, target_modules=["feed_forward"]))
 
 
 def test_an_adapter_alone_is_saved_and_comes_back_equal(tmp_path: Path) -> None:
@@ -138,6 +179,66 @@ def test_an_adapter_alone_is_saved_and_comes_back_equal(tmp_path: Path) -> None:
     assert sum(parameter.requires_grad for parameter in trainable.parameters()) == 20
     lean = PeftModel.from_pretrained(_clip(), str(tmp_path), low_cpu_mem_usage=True).eval()
     assert torch.equal(_tokens(lean, _pixels()), expected)
+
+
+def _finetuned(has_frozen_since: bool) -> Any:
+    """A tower whose experts and base took a training step."""
+    model = get_peft_model(_clip(), MoleConfig(**REVISED))
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _tokens(model.train(), _pixels()).square().mean().backward()
+    optimizer.step()
+    return model.requires_grad_(not has_frozen_since).eval()
+
+
+@pytest.mark.parametrize("has_frozen_since", [True, False])
+def test_an_adapter_whose_base_learned_is_not_saved_alone(
+    has_frozen_since: bool, tmp_path: Path
+) -> None:
+    model = _finetuned(has_frozen_since)
+    with pytest.raises(ConfigError, match=r"weights of its base.*do not hold them.*save_tower"):
+        model.save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"trained as well \(base_model"):
+        get_peft_model_state_dict(model)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_tower_that_transformers_gave_an_adapter_is_watched_as_well(tmp_path: Path) -> None:
+    get_peft_model(_clip(), MoleConfig(**REVISED)).save_pretrained(str(tmp_path / "adapter"))
+    tower = _clip()
+    tower.load_adapter(str(tmp_path / "adapter"))
+    tower.save_pretrained(str(tmp_path / "frozen"))
+    assert (tmp_path / "frozen" / "adapter_model.safetensors").exists()
+    tower.requires_grad_(True)
+    with pytest.raises(ConfigError, match="Save the tower whole"):
+        tower.save_pretrained(str(tmp_path / "trained"))
+
+
+@pytest.mark.parametrize("has_frozen_since", [True, False])
+def test_a_tower_whose_base_learned_is_saved_whole(has_frozen_since: bool, tmp_path: Path) -> None:
+    model = _finetuned(has_frozen_since)
+    model.add_adapter("other", MoleConfig(num_experts=2, r=4, init_lora_weights="kaiming"))
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = _tokens(model, _pixels())
+    save_tower(model, tmp_path)
+
+    base = CLIPVisionModel.from_pretrained(tmp_path / "base")
+    fresh = _clip().state_dict()
+    assert base.state_dict().keys() == fresh.keys()
+    assert not torch.equal(
+        base.encoder.layers[0].mlp.fc1.weight, fresh["encoder.layers.0.mlp.fc1.weight"]
+    )
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(_tokens(again, _pixels()), expected["default"])
+    again.load_adapter(tmp_path / "other", "other")
+    again.set_adapter("other")
+    assert torch.equal(_tokens(again, _pixels()), expected["other"])
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "base")
+    with pytest.raises(ConfigError, match="Save the tower whole"):  # still, by the other way
+        model.save_pretrained(str(tmp_path / "alone"))
 
 
 def test_transformers_loads_the_adapter_by_itself(tmp_path: Path) -> None:
@@ -231,6 +332,46 @@ def test_checkpointing_the_tower_changes_no_gradient(config: dict[str, Any]) -> 
             torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("config", [OFFICIAL, REVISED], ids=["official", "revised"])
+def test_the_whole_tower_compiles_without_graph_breaks(config: dict[str, Any]) -> None:
+    model = get_peft_model(_clip(), MoleConfig(lora_dropout=0.0, **config))
+    _shake(model)
+    tower = model.get_base_model()
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+
+    def step(forward: Callable[..., Any]) -> list[torch.Tensor]:
+        loss = forward(_pixels()).last_hidden_state.square().mean()
+        loss = loss + balance_loss(routing(tower), "batch")
+        return [loss, *torch.autograd.grad(loss, trained)]
+
+    compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    for one, two in zip(step(compiled), step(tower), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    tower.eval()
+    with torch.no_grad():
+        found = compiled(_pixels()).last_hidden_state
+        torch.testing.assert_close(found, tower(_pixels()).last_hidden_state)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_tower_trains_under_bfloat16_autocast(is_checkpointed: bool) -> None:
+    model = get_peft_model(_clip(), MoleConfig(lora_dropout=0.0, **REVISED))
+    _shake(model)
+    if is_checkpointed:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = _tokens(model, _pixels().requires_grad_())
+        loss = tokens.float().square().mean() + balance_loss(routing(model), "batch")
+    loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+    assert all(record.probabilities_BNE.dtype == torch.float32 for record in routing(model))
+
+
 class _Step(nn.Module):
     """A training step whose forward returns the loss, as the trainer's model does."""
 
@@ -264,24 +405,37 @@ def _train(step: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in step.named_parameters() if p.requires_grad}
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, way: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    step = DistributedDataParallel(_student())
+    step: nn.Module = _student()
+    if way == "ddp":
+        step = DistributedDataParallel(step)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for block in step.tower.get_base_model().encoder.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(step, mesh=mesh)
+        first = next(p for n, p in step.named_parameters() if "mole_fc1" in n)
+        assert isinstance(first, DTensor)  # sharded indeed, not a quiet DDP
+        assert first.to_local().numel() < first.numel()
     weights = _train(step, _pixels(4)[2 * rank : 2 * rank + 2])
-    torch.save(weights, f"{folder}/{rank}.pt")
+    whole = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights.items()}
+    torch.save({n.removeprefix("module."): w for n, w in whole.items()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("way", ["ddp", "fully_shard"])
+def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path), way), nprocs=2)
+    before = {n: p.detach() for n, p in _student().named_parameters() if p.requires_grad}
     expected = _train(_student(), _pixels(4))
+    assert any((expected[name] - before[name]).abs().max() > 1e-3 for name in before)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
         for name, weight in expected.items():
-            torch.testing.assert_close(
-                found[f"module.{name}"], weight, atol=1e-6, rtol=1e-5, msg=name
-            )
+            torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-5, msg=name)

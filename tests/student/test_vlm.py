@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import scenes
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, StudentConfig
@@ -163,3 +175,55 @@ def test_a_tower_without_mean_and_std_says_which_keys_to_give(tmp_path):
     (tmp_path / "clip/preprocessor_config.json").write_text('{"do_resize": true}')
     with pytest.raises(ConfigError, match=r"give student\.image_mean and image_std"):
         build_vlm(config(vision_tower=str(tmp_path / "clip")))
+
+
+TOWERS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 32}, 0),
+    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}, 1),
+    "dinov2 with registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_without_cls_or_with_registers_hand_on_their_patches(pixels_BCHW, tmp_path, name):
+    model_class, config_class, keys, num_prefix = TOWERS[name]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower = model_class(config_class(image_size=48, patch_size=8, **sizes, **keys)).eval()
+    tower.save_pretrained(tmp_path)
+    mean = (0.5, 0.5, 0.5)
+    student = build_vlm(config(vision_tower=str(tmp_path), image_mean=mean, image_std=mean))
+    student.vlm.eval()
+    with torch.no_grad():
+        expected = tower(pixels_BCHW, output_hidden_states=True).hidden_states[-2][:, num_prefix:]
+        output, found_BND = image_features(student.vlm, pixels_BCHW)
+        projected = student.vlm.model.multi_modal_projector(expected)
+        image = student.tokenizer.convert_tokens_to_ids("<image>")
+        input_ids = torch.tensor([[1] + [image] * student.num_image_tokens + [7, 36]] * 2)
+        logits = student.vlm(input_ids=input_ids, mm_encoder_outputs={"image": output}).logits
+    assert found_BND.shape == (2, 36, 16)
+    torch.testing.assert_close(found_BND, expected)
+    torch.testing.assert_close(torch.stack(list(output.pooler_output)), projected)
+    assert logits.isfinite().all()
+    experts = [n for n, _ in student.vlm.named_parameters() if ".mole_router" in n]
+    assert len(experts) == 4  # weight and bias, in the two blocks before the layer that is read
+
+
+def test_a_tower_of_another_kind_is_refused(tmp_path):
+    ViTModel(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"vision_tower is a 'vit'; expected one of clip_vision"):
+        build_vlm(config(vision_tower=str(tmp_path)))

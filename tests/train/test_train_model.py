@@ -3,8 +3,6 @@
 Legend: I images, N tokens, D channels, M teacher tokens.
 """
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -163,7 +161,7 @@ def test_revised_experts_end_where_the_student_is_read(batch_of):
     assert layers == set(range(5))  # hidden state -2 of 6 blocks
     terms = model(**batch)
     terms["kd_sum"].backward()
-    assert all(math.isfinite(value) for value in (float(term.detach()) for term in terms.values()))
+    assert all(term.isfinite().all() for term in terms.values())
     for name, parameter in model.vlm.named_parameters():
         if ".mole_" in name and "lora_B" in name:
             assert parameter.grad.any(), f"{name} does not learn from the teachers"

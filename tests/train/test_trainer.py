@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from movekd.distill import choice_share
 from movekd.errors import TrainingError, WeightsError
+from movekd.student import routing
 from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
 
 
@@ -84,6 +86,25 @@ def test_a_bad_loss_names_samples_and_parts(make):
         TrainingError, match=r"the loss is nan at step 0, in the batch of two, text-0\. Parts: text"
     ):
         loss_of(trainer, [batch_of([10, 11])])
+
+
+def test_the_share_of_each_expert_of_each_layer_is_logged(make):
+    trainer, batch_of = make("pretrain")
+    batches = [batch_of([0, 1]), batch_of([2, 3, 4])]
+    loss_of(trainer, batches)
+    logs = {"loss": 0.0}
+    trainer.log(logs)
+    expected_LE = 0
+    for batch in batches:
+        trainer.model(**{k: v for k, v in batch.items() if k != "keys"})
+        expected_LE = expected_LE + choice_share(routing(trainer.model)) / 2
+    logged = {name: value for name, value in logs.items() if name.startswith("routing_share_")}
+    assert logged == {
+        f"routing_share_{layer}_{expert}": pytest.approx(expected_LE[layer, expert].item())
+        for layer in range(5)
+        for expert in range(3)
+    }
+    assert 0 <= logs["routing_entropy"] <= 1
 
 
 def test_a_checkpoint_holds_what_learns_and_is_checked_when_read(make, tmp_path):

@@ -14,13 +14,15 @@ gradient in every step (zeros where no token chose it), as distributed training 
 ``model.MoleModel`` puts these layers into a tower; the trainer reads ``routing(model)``.
 
 Dimensions: B batch, N tokens with [CLS], X all tokens of a batch, E experts, R rank, K = E R,
-J = K + E, I features in, O features out.
+J = K + E, D the tower's width, H the MLP's, I features in, O features out.
 
 Source: equations of MoVE-KD (arXiv 2501.01709); the parameters correspond to the released code's
 ``moe_down`` (here ``mole_fc1``), ``moe_up`` (``mole_fc2``) and ``router``. There an expert's
 ``lora_B.weight`` is (O, R); here it is stored transposed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +91,9 @@ class MoleLayer(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: The MLP itself, frozen by PEFT.
         routing: ``Routing`` of the last forward pass that trained, or None.
+        records_evaluation: Keep the routing of passes that do not train, too.
+        has_trained_base: The base was unfrozen in some training pass, so that the experts stand on
+            other weights than those they were put on.
 
     Raises:
         ConfigError: the module is no such MLP.
@@ -110,6 +115,8 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         self.mole_router = nn.ModuleDict()
         self.mole_config: dict[str, MoleConfig] = {}
         self.routing: Routing | None = None
+        self.records_evaluation = False
+        self.has_trained_base = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -141,27 +148,37 @@ class MoleLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output with the active adapter's experts, (..., N, D) -> (..., N, D)."""
+        base = self.base_layer
+        if self.training and torch.is_grad_enabled() and base.fc1.weight.requires_grad:
+            self.has_trained_base = True
         active = [name for name in self.active_adapters if name in self.mole_config]
         if self.disable_adapters or not active:
             self.routing = None
-            output: Tensor = self.base_layer(hidden_states)
+            output: Tensor = base(hidden_states)
             return output
-        name, base = active[0], self.base_layer
+        name = active[0]
         config, router = self.mole_config[name], self.mole_router[name]
         assert isinstance(router, nn.Linear)
 
-        base_fc1 = base.fc1(hidden_states)
-        inputs = hidden_states.to(base_fc1.dtype)
-        logits = F.linear(inputs, router.weight.to(inputs.dtype), router.bias.to(inputs.dtype))
-        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-        experts = torch.arange(config.num_experts, device=logits.device)
-        choice = (probabilities.argmax(dim=-1, keepdim=True) == experts).to(probabilities.dtype)
-        mask = (choice * probabilities if config.use_gate else choice).to(inputs.dtype)
-        self._record(probabilities, choice)
+        leading = hidden_states.shape[:-1]
+        tokens_XD = hidden_states.flatten(0, -2)
+        base_XH = base.fc1(tokens_XD)
+        inputs_XD = tokens_XD.to(base_XH.dtype)
+        dtype = inputs_XD.dtype
+        logits_XE = F.linear(inputs_XD, router.weight.to(dtype), router.bias.to(dtype))
+        probabilities_XE = logits_XE.softmax(dim=-1, dtype=torch.float32)
+        experts = torch.arange(config.num_experts, device=logits_XE.device)
+        is_chosen = probabilities_XE.argmax(dim=-1, keepdim=True) == experts
+        choice_XE = is_chosen.to(probabilities_XE.dtype)
+        mask_XE = (choice_XE * probabilities_XE if config.use_gate else choice_XE).to(dtype)
+        self._record(probabilities_XE.view(*leading, -1), choice_XE.view(*leading, -1))
 
-        hidden = self._experts(self.mole_fc1[name], inputs, base_fc1, mask, config)
-        hidden = getattr(base, self.activation_name)(hidden)
-        return self._experts(self.mole_fc2[name], hidden, base.fc2(hidden), mask, config)
+        lora_fc1, lora_fc2 = self.mole_fc1[name], self.mole_fc2[name]
+        hidden_XH = lora_fc1(self._dropout(inputs_XD, config), base_XH, mask_XE, config.scale)
+        hidden_XH = getattr(base, self.activation_name)(hidden_XH)
+        base_XD = base.fc2(hidden_XH)
+        output = lora_fc2(self._dropout(hidden_XH, config), base_XD, mask_XE, config.scale)
+        return output.view(hidden_states.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse.
@@ -179,17 +196,11 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         """
         raise merge_refusal()
 
-    def _experts(
-        self, lora: nn.Module, inputs: Tensor, base: Tensor, mask: Tensor, config: MoleConfig
-    ) -> Tensor:
-        """Add one linear layer's experts to its output, whatever the leading dimensions are."""
-        dropped = F.dropout(inputs, config.lora_dropout, training=self.training)
-        flat = [tensor.flatten(0, -2) for tensor in (dropped, base, mask)]
-        output: Tensor = lora(*flat, config.scale)
-        return output.view(base.shape)
+    def _dropout(self, inputs_XI: Tensor, config: MoleConfig) -> Tensor:
+        return F.dropout(inputs_XI, config.lora_dropout, training=self.training)
 
     def _record(self, probabilities: Tensor, choice: Tensor) -> None:
-        """Keep the routing of a pass that trains.
+        """Keep the routing of a pass that trains, or of any pass where that was asked for.
 
         A recomputation by gradient checkpointing is the same pass again, inside backward: its
         record would be used by nobody and would hold the recomputed activations until the next
@@ -197,8 +208,8 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
-        trains = self.training or torch.is_grad_enabled()
-        self.routing = Routing(probabilities, choice) if trains else None
+        is_kept = self.training or torch.is_grad_enabled() or self.records_evaluation
+        self.routing = Routing(probabilities, choice) if is_kept else None
 
     def __getstate__(self) -> dict[str, Any]:
         # copy.deepcopy refuses tensors that carry a gradient graph
@@ -220,7 +231,8 @@ def routing(model: nn.Module) -> list[Routing]:
         raise TrainingError(
             f"the model has {len(layers)} MoLE layers and no routing of a forward pass; expected "
             "a forward pass in training mode with a MoLE adapter active. Add the adapter, or run "
-            "the model before asking."
+            "the model before asking; a pass that does not train belongs into `with "
+            "recorded_routing(model):`."
         )
     return records
 
@@ -230,6 +242,32 @@ def clear_routing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MoleLayer):
             module.routing = None
+
+
+@contextmanager
+def recorded_routing(model: nn.Module) -> Iterator[None]:
+    """Keep the routing of every forward pass inside the block, also of those that do not train.
+
+    Evaluation keeps none otherwise, because nobody would free it. After
+
+        with recorded_routing(model), torch.no_grad():
+            model(pixel_values=pixels)
+            records = routing(model)
+
+    ``records[layer].choice_BNE`` says for each token which expert it chose, to be drawn as a map
+    over the image, and ``distill.routing_statistics(records)`` how busy each expert was.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoleLayer)]
+    before = [layer.records_evaluation for layer in layers]
+    for layer in layers:
+        layer.records_evaluation = True
+    try:
+        yield
+    finally:
+        for layer, was_on in zip(layers, before, strict=True):
+            layer.records_evaluation = was_on
+            if not was_on:
+                layer.routing = None
 
 
 def merge_refusal() -> ConfigError:
