@@ -179,11 +179,11 @@ def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
 
 def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
     """Return the config with base models that lie in the model's own folder found there."""
-    update = {
-        key: str(model_dir / value)
-        for key in ("vision_tower", "language_model")
-        if (value := getattr(config, key) or "").startswith("base/") and (model_dir / value).is_dir()
-    }
+    update = {}
+    for key in ("vision_tower", "language_model"):
+        value = getattr(config, key) or ""  # an encoder alone has no language model
+        if value.startswith("base/") and (model_dir / value).is_dir():
+            update[key] = str(model_dir / value)
     return config.model_copy(update=update)
 
 
