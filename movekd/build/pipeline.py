@@ -7,8 +7,10 @@ Comes in: what is missing of a teacher, and a stream of decoded images. ``build.
 turn it is.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,40 @@ from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
 from movekd.teachers import Teacher, TeacherOutput
+
+
+class SideStream:
+    """A GPU's second stream, on which features are encoded and copied back beside forward passes.
+
+    On one stream each copy would wait for whatever forward pass was queued meanwhile, and the next
+    one for it. Elsewhere than on a GPU it does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda: Any = torch.cuda
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+
+    def mark(self) -> "torch.cuda.Event | None":
+        """Return the point that the device's work has come to, as far as it is queued."""
+        if self._stream is None:
+            return None
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
+
+    @contextlib.contextmanager
+    def after(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
+        """Work on the stream, once the device has come to ``mark``.
+
+        What was made before may be dropped as soon as this ends: all of it is done then.
+        """
+        if self._stream is None or mark is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            yield
+            self._stream.synchronize()
 
 
 @dataclass(frozen=True)
@@ -59,6 +95,7 @@ class TeacherBuild:
         self.num_rows = sum(len(unit.places) for unit in self.units)
         self.seconds, self.num_done = 0.0, 0
         self._stats = store.stats.to(torch.device(options.device))
+        self._beside = SideStream(torch.device(options.device))
 
     def move_to(self, device: str) -> None:
         """Bring the teacher to a device, or away from one."""
@@ -78,17 +115,22 @@ class TeacherBuild:
                 if len(batch.unreadable) < len(batch.images):
                     pixels = batch.pixels(self._options.device, self._options.dtype)
                     output = self._teacher.forward(pixels)
-                behind.encoder.submit(self._encode, filling, output, batch)
+                behind.encoder.submit(self._encode, filling, output, batch, self._beside.mark())
                 self.num_done += len(batch.images)
                 progress(f"{self.spec.name}: build", self.num_done, self.num_rows)
             behind.encoder.submit(self._write, filling, behind.writer)
 
     def _encode(
-        self, filling: ShardInMemory, output: TeacherOutput | None, batch: PixelBatch
+        self,
+        filling: ShardInMemory,
+        output: TeacherOutput | None,
+        batch: PixelBatch,
+        mark: "torch.cuda.Event | None",
     ) -> None:
         if output is None:
             filling.skip(batch)
-        else:
+            return
+        with self._beside.after(mark):
             filling.add(on_grid(output, self.spec), batch, self._stats)
 
     def _write(self, filling: ShardInMemory, writer: Behind) -> None:

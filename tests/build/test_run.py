@@ -1,5 +1,6 @@
 """Legend: N tokens, D channels."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -19,7 +20,7 @@ from movekd.build import images
 from movekd.build.images import image_transform
 from movekd.build.lock import build_lock
 from movekd.build.options import BuildOptions
-from movekd.build.pipeline import TeacherBuild
+from movekd.build.pipeline import SideStream, TeacherBuild
 from movekd.build.recompute import recompute
 from movekd.build.run import build_cache
 from movekd.build.shard import ShardInMemory
@@ -587,3 +588,42 @@ def test_a_compiled_teacher_says_the_same_and_is_sealed_as_compiled(
     (out / layout.seal_name("clip", 0)).unlink()
     build(out, corpus_dir, tiny_specs)  # goes on as it was begun
     assert snapshot(out) == whole
+
+
+def test_features_are_encoded_on_a_stream_of_their_own_after_their_forward_pass(
+    tmp_path, corpus_dir, tiny_specs, monkeypatch, snapshot, cache_dir
+) -> None:
+    """The order of calls, on a stand-in: no GPU is needed for it, none has confirmed it."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device) -> None:
+            self.marks = 0
+
+        def record_event(self) -> int:
+            self.marks += 1
+            said.append(f"mark {self.marks}")
+            return self.marks
+
+        def wait_event(self, mark) -> None:
+            said.append(f"wait {mark}")
+
+        def synchronize(self) -> None:
+            said.append("done")
+
+    main = Stream(None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    original = SideStream.__init__
+    monkeypatch.setattr(
+        SideStream, "__init__", lambda self, device: original(self, torch.device("cuda"))
+    )
+    build(tmp_path / "cache", corpus_dir, tiny_specs[:1])
+    assert [word for word in said if word.startswith("mark")] == [f"mark {n}" for n in range(1, 6)]
+    behind = [word for word in said if not word.startswith("mark")]
+    assert behind == [word for n in range(1, 6) for word in (f"wait {n}", "done")]
+    assert all(said.index(f"mark {n}") < said.index(f"wait {n}") for n in range(1, 6))
+    whole = snapshot(cache_dir)
+    for name, content in snapshot(tmp_path / "cache").items():
+        assert whole[name] == content or not name.startswith("clip")
