@@ -247,6 +247,7 @@ _PREFIX_TOKENS = {
     "clip_vision_model": 1,
     "dinov2": 1,
     "dinov2_with_registers": 1,
+    "movekd_clip_vision": 1,  # an exported CLIP with experts
     "siglip_vision_model": 0,
 }
 """By model_type; registers come on top."""
