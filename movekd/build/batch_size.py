@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from movekd.build.images import PixelBatch, image_transform
-from movekd.build.options import BuildOptions
+from movekd.build.options import CPU_BATCH_SIZE, BuildOptions
 from movekd.build.shard import on_grid
 from movekd.cache import codec
 from movekd.cache.codec import ChannelStats
@@ -18,8 +18,6 @@ from movekd.cache.layout import teacher_layout
 from movekd.errors import CacheError
 from movekd.teachers import Teacher, TeacherOutput
 
-CPU_BATCH_SIZE = 8
-"""A larger one is no faster there."""
 MEMORY_SHARE = 0.9
 _HELD_OUTPUTS = 4
 """Of how many batches features are on the device at once: one that runs, two that wait to be

@@ -8,6 +8,9 @@ import torch
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many images are done, and how many there are."""
 
+CPU_BATCH_SIZE = 8
+"""A larger one is no faster there."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -29,5 +32,5 @@ class BuildOptions:
 
     @property
     def images_a_pass(self) -> int:
-        """The batch size where none is sealed: a few images, for a measurement."""
-        return self.batch_size or 8
+        """The batch size, or that of a CPU where the largest is yet to be found."""
+        return self.batch_size or CPU_BATCH_SIZE

@@ -3,8 +3,8 @@
     ImageStream (worker processes) -> teacher (device) -> grid, codec (device, a thread behind)
     -> one Zarr shard in memory -> write and seal (a thread behind that)
 
-Comes in: what is missing of a teacher, and a stream of decoded images. ``build.run`` decides whose
-turn it is.
+Comes in: what is missing of a teacher, and a stream of decoded images. ``build.turns`` decides
+whose turn it is.
 """
 
 import contextlib

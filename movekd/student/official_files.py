@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -126,7 +127,7 @@ def _adapters(model_dir: Path) -> dict[str, Tensor]:
         return {}
     try:
         tensors = load_file(path)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
     plain = {n: t for n, t in tensors.items() if n.split(".")[1] in ("channels", "tokens")}
     return official_adapters(plain)

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from movekd.build import batch_size
-from movekd.build.batch_size import CPU_BATCH_SIZE, largest_batch_size, settle
-from movekd.build.options import BuildOptions
+from movekd.build.batch_size import largest_batch_size, settle
+from movekd.build.options import CPU_BATCH_SIZE, BuildOptions
 from movekd.errors import CacheError
 from movekd.teachers import load_teacher
 
