@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import Colour, Geometry, ImageTransform, ImageViews, Square, decode_image
+from movekd.corpus.decode import decode_image
+from movekd.corpus.images import Colour, Geometry, ImageTransform, ImageViews, Square
 from movekd.corpus.index import Corpus
 from movekd.errors import CorpusError, UnreadableImageError
 

@@ -26,8 +26,8 @@ from movekd.corpus.conversations import (
     parse_conversation,
     parse_json,
 )
+from movekd.corpus.decode import FILE_EXTENSIONS, ImageInfo, probe_image
 from movekd.corpus.folder import STAGING_DIR, CorpusBuilder, building
-from movekd.corpus.images import FILE_EXTENSIONS, ImageInfo, probe_image
 from movekd.corpus.report import PackReport, ProblemKind
 from movekd.corpus.tars import ShardWriter, TarMember, read_members, split_member
 from movekd.errors import ConfigError, CorpusError, UnreadableImageError

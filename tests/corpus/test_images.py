@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
-from movekd.corpus.images import ImageTransform, apply_geometry, decode_image, probe_image
+from movekd.corpus.decode import decode_image, probe_image
+from movekd.corpus.images import ImageTransform, apply_geometry
 from movekd.errors import UnreadableImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

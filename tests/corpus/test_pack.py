@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from movekd.corpus.conversations import load_conversations
-from movekd.corpus.images import decode_image
+from movekd.corpus.decode import decode_image
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import index_webdataset, pack_folder, pack_llava
 from movekd.errors import ConfigError, CorpusError
