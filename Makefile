@@ -36,6 +36,9 @@ format: install
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+bench-train: install
+	$(BIN)/python benchmarks/cached_vs_live.py
+
 bench-%: install
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
 

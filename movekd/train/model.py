@@ -117,7 +117,7 @@ class DistillModel(nn.Module):
         if self.has_experts:
             terms |= self._balance()
         if self.distill is not None:
-            terms |= self._distil(student_IND, targets)
+            terms |= self.kd_terms(student_IND, targets)
         return terms
 
     def _blank(self, device: torch.device) -> tuple[Tensor, list[tuple[int, int]] | None]:
@@ -147,7 +147,7 @@ class DistillModel(nn.Module):
             "routing_share": statistics.share_LE,
         }
 
-    def _distil(
+    def kd_terms(
         self, student_IND: Tensor, targets: Mapping[str, TeacherTargets] | None
     ) -> dict[str, Tensor]:
         """Return the terms of the distillation; zero, but with a graph, without targets.

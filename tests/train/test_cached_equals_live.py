@@ -76,7 +76,7 @@ def kd_gradients(model, pixels_ICHW, targets):
     with torch.no_grad():
         _, student_IND = image_features(model.vlm, pixels_ICHW)
     student_IND = student_IND.clone().requires_grad_()
-    model._distil(student_IND, targets)["kd_sum"].backward()
+    model.kd_terms(student_IND, targets)["kd_sum"].backward()
     return student_IND.grad.flatten(1)
 
 
