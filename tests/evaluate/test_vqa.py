@@ -133,7 +133,7 @@ def test_files_of_another_split_are_sentences(tmp_path):
         score_vizwiz([Question(0, "?", "a.jpg")], ["x"], tmp_path / "test.json")
     data = [{"image_id": "0a", "question": "q", "answers": ["stop"] * 9}]
     (tmp_path / "t.json").write_text(json.dumps({"data": data}))
-    with pytest.raises(ConfigError, match="has 9 answers to question 'q' .* expected 10"):
+    with pytest.raises(ConfigError, match=r"has 9 answers to question 'q' .* expected 10"):
         score_textvqa([Question("0a", "q\nAnswer.")], ["x"], tmp_path / "t.json")
     with pytest.raises(ConfigError, match="holds a list; expected VQAv2's annotations"):
         score_vqav2([Question(5, "?")], ["x"], tmp_path / "test.json")
