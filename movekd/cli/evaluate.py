@@ -155,7 +155,7 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
         )
     typer.echo(f"{outcome.num_questions} answers in {outcome.answers}")
     if outcome.missing is not None:
-        typer.echo(f"not scored; for that it takes {outcome.missing}")
+        typer.echo(f"not scored; {outcome.missing}")
 
 
 def _cell(value: float | None) -> str:

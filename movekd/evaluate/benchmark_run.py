@@ -63,7 +63,7 @@ class Outcome:
         num_questions: questions of this run or part of it.
         num_asked: how many had no answer yet.
         report: the figures, or None without annotations or for a part.
-        missing: what is needed for figures, where there are none.
+        missing: what to do for figures, where there are none.
     """
 
     answers: Path
@@ -101,12 +101,14 @@ def run_benchmark(
         num_asked = _answer(todo, load, asked, answers, progress)
         texts = answers.texts(asked)
     if todo.part is not None:
-        missing = "all parts: run without --part when each is answered"
+        missing = "run without --part when every part is answered"
         return Outcome(path, len(asked), num_asked, None, missing)
     if todo.upload is not None and benchmark.upload is not None:
         benchmark.upload(todo.upload, asked, texts, todo.upload_split)
     if truth is None:
-        missing = f"--annotations: {benchmark.annotations}"
+        missing = f"give --annotations: {benchmark.annotations}"
+        if todo.benchmark == "mmbench":
+            missing = "the question file has no answers: --upload is for the server that has them"
         return Outcome(path, len(asked), num_asked, None, missing)
     return Outcome(path, len(asked), num_asked, benchmark.score(asked, texts, truth))
 

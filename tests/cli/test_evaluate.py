@@ -112,13 +112,16 @@ def test_a_split_without_answers_is_uploaded(model, files, tmp_path):
     printed = run(*words, "--upload", upload, "--upload-split", split)
     answers = model / "answers" / "llava_vqav2_mscoco_test-dev2015.jsonl"
     assert f"4 answers in {answers}" in printed
-    assert "not scored; for that it takes --annotations: v2_mscoco_val2014" in " ".join(
-        printed.split()
-    )
+    assert "not scored; give --annotations: v2_mscoco_val2014_annotations.json" in printed
     entries = json.loads(upload.read_text())
     assert [entry["question_id"] for entry in entries] == [0, 1, 2, 3, 9]
     assert entries[-1]["answer"] == ""
-    evaluate(model, "mmbench", files["mmbench"], "--upload", tmp_path / "up.xlsx")
+    rows = Path(files["mmbench"]["questions"]).read_text().splitlines()
+    test_split = tmp_path / "test.tsv"
+    test_split.write_text("".join(row.replace("\tA\tlogic", "\t\tlogic") + "\n" for row in rows))
+    words = ["--questions", test_split, "--upload", tmp_path / "up.xlsx", *SHORT]
+    printed = run("evaluate", model, "--benchmark", "mmbench", *words)
+    assert "not scored; the question file has no answers: --upload is for the server" in printed
     assert (tmp_path / "up.xlsx").read_bytes()[:2] == b"PK"
 
 
