@@ -1,0 +1,188 @@
+"""Tests of `movekd evaluate`: every benchmark by a real small model, interrupted and in parts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import llava_eval
+import pytest
+import scenes
+from small_run import write_run
+from typer.testing import CliRunner
+
+from movekd.cli.main import app
+from movekd.errors import ConfigError, CorpusError
+from movekd.evaluate.answers import Origin
+from movekd.evaluate.benchmarks import BENCHMARKS
+
+SHORT = ("--max-new-tokens", 4, "--device", "cpu")
+
+
+def run(*words):
+    """Run a command in this process; return what it printed."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def evaluate(model, name, options, *words):
+    """Run one benchmark with --json; return what it says."""
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    return json.loads(run("evaluate", model, "--benchmark", name, *given, *words, *SHORT, "--json"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "run"
+    scenes.write_corpus(folder, num_pretrain=1, num_finetune=1, num_val=1, num_test=3)
+    return write_run(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, crops):
+    return llava_eval.write_benchmarks(tmp_path_factory.mktemp("eval"), crops)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_answered_scored_and_not_asked_twice(
+    model, files, tmp_path, name, monkeypatch
+):
+    benchmark = BENCHMARKS[name]
+    path = tmp_path / "a.jsonl"
+    said = evaluate(model, name, files[name], "--answers", path, "--batch-size", 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    questions = benchmark.load(Path(files[name]["questions"]))
+    assert [line["question_id"] for line in lines] == [question.id for question in questions]
+    assert said["asked"] == said["questions"] == len(questions) == len(lines)
+    place = {"mme": "images", "mmbench": "questions"}.get(name, "annotations")
+    texts = [line["text"] for line in lines]
+    report = benchmark.score(questions, texts, Path(files[name][place]))
+    assert said["figure"] == {"name": report.figure, "value": pytest.approx(report.value)}
+    assert said["rows"] == report.rows
+    monkeypatch.setattr("movekd.student.files.load_student", None)  # calling it would fail
+    again = evaluate(model, name, files[name], "--answers", path)
+    assert again == said | {"asked": 0}
+
+
+def test_right_answers_score_full_marks_through_the_command(model, files, tmp_path):
+    options = files["pope"]
+    path = tmp_path / "a.jsonl"
+    origin = Origin.of(model, Path(options["questions"]), 4)
+    questions = BENCHMARKS["pope"].load(Path(options["questions"]))
+    lines = [origin.entry(q, "Yes" if "3" in q.prompt else "No, none.") for q in questions]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = evaluate(model, "pope", options, "--answers", path)
+    assert said["figure"] == {"name": "mean f1", "value": 100}
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    words = ["evaluate", model, "--benchmark", "pope", *given, "--answers", path, *SHORT]
+    table = run(*words)
+    assert "pope, mean f1 100.00" in table
+    assert "adversarial" in table
+    assert f"6 answers in {path}" in table
+
+
+def test_interrupted_or_in_parts_the_answers_are_those_of_one_run(model, files, tmp_path):
+    whole, torn, parts = (tmp_path / f"{name}.jsonl" for name in ("whole", "torn", "parts"))
+    said = evaluate(model, "vqav2", files["vqav2"], "--answers", whole)
+    torn.write_bytes(whole.read_bytes()[:-20])
+    texts = {json.loads(line)["text"] for line in whole.read_text().splitlines()}
+    assert len(texts) > 1, "equal answers would not show whose they are"
+    again = evaluate(model, "vqav2", files["vqav2"], "--answers", torn)
+    assert again["asked"] == 1
+    assert torn.read_bytes() == whole.read_bytes()
+    for number in (1, 2, 3):
+        part = evaluate(model, "vqav2", files["vqav2"], "--answers", parts, "--part", f"{number}/3")
+        assert part["figure"] is None
+        assert part["asked"] == (2 if number == 1 else 1)
+    assert not parts.exists()
+    together = evaluate(model, "vqav2", files["vqav2"], "--answers", parts)
+    assert together["asked"] == 0
+    assert together["rows"] == said["rows"]
+    assert sorted(parts.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+
+
+def test_a_split_without_answers_is_uploaded(model, files, tmp_path):
+    options = {key: value for key, value in files["vqav2"].items() if key != "annotations"}
+    split = Path(options["questions"]).with_name("llava_vqav2_mscoco_test2015.jsonl")
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    words = ["evaluate", model, "--benchmark", "vqav2", *given, *SHORT]
+    upload = tmp_path / "up.json"
+    printed = run(*words, "--upload", upload, "--upload-split", split)
+    answers = model / "answers" / "llava_vqav2_mscoco_test-dev2015.jsonl"
+    assert f"4 answers in {answers}" in printed
+    assert "not scored; give --annotations: v2_mscoco_val2014_annotations.json" in printed
+    entries = json.loads(upload.read_text())
+    assert [entry["question_id"] for entry in entries] == [0, 1, 2, 3, 9]
+    assert entries[-1]["answer"] == ""
+    rows = Path(files["mmbench"]["questions"]).read_text().splitlines()
+    test_split = tmp_path / "test.tsv"
+    test_split.write_text("".join(row.replace("\tA\tlogic", "\t\tlogic") + "\n" for row in rows))
+    words = ["--questions", test_split, "--upload", tmp_path / "up.xlsx", *SHORT]
+    printed = run("evaluate", model, "--benchmark", "mmbench", *words)
+    assert "not scored; the question file has no answers: --upload is for the server" in printed
+    assert (tmp_path / "up.xlsx").read_bytes()[:2] == b"PK"
+
+
+def test_exact_match_is_what_comes_without_a_benchmark(model):
+    words = ["--questions", model / "test.json", "--images", model / "images", "--device", "cpu"]
+    figures = json.loads(run("evaluate", model, *words, "--json", "--max-new-tokens", 4))
+    assert figures["all"]["total"] == 3
+    assert "exact match" in run("evaluate", model, *words, "--max-new-tokens", 4)
+
+
+def test_what_cannot_be_evaluated_is_a_sentence(model, files, tmp_path):
+    questions = files["pope"]["questions"]
+    with pytest.raises(ConfigError, match=r"'popee'; expected one of pope, .*Did you mean 'pope'"):
+        evaluate(model, "popee", {"questions": questions})
+    with pytest.raises(ConfigError, match="pope has no server to upload to; --upload is for gqa"):
+        evaluate(model, "pope", files["pope"], "--upload", tmp_path / "u.json")
+    with pytest.raises(ConfigError, match="--upload needs every answer and --part gives some"):
+        evaluate(model, "gqa", files["gqa"], "--upload", tmp_path / "u.json", "--part", "1/2")
+    with pytest.raises(ConfigError, match="--upload-split goes with --benchmark vqav2"):
+        evaluate(model, "gqa", files["gqa"], "--upload-split", tmp_path / "u.json")
+    with pytest.raises(ConfigError, match=r"none does not exist; expected the folder of coco_pope"):
+        evaluate(model, "pope", files["pope"] | {"annotations": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=r"question 0 has the image 'a\.jpg'; give the folder"):
+        evaluate(model, "pope", {"questions": questions}, "--answers", tmp_path / "a.jsonl")
+    wrong = {"questions": questions, "images": str(tmp_path)}
+    with pytest.raises(CorpusError, match=r"image 'a\.jpg' cannot be read"):
+        evaluate(model, "pope", wrong, "--answers", tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="--part goes with --benchmark, which is not given"):
+        run("evaluate", model, "--questions", questions, "--part", "1/2")
+    with pytest.raises(ConfigError, match="--images is missing"):
+        run("evaluate", model, "--questions", questions)
+
+
+def test_answers_of_another_model_are_refused(model, files, tmp_path):
+    path = tmp_path / "a.jsonl"
+    evaluate(model, "gqa", files["gqa"], "--answers", path)
+    line = json.loads(path.read_text().splitlines()[0])
+    line["metadata"]["model"] = "another"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match=r"fingerprint another\); this is 'run'"):
+        evaluate(model, "gqa", files["gqa"], "--answers", path)
+    with pytest.raises(ConfigError, match="answers another question file"):
+        evaluate(model, "pope", files["pope"], "--answers", _answered(model, files, tmp_path))
+
+
+def _answered(model, files, folder):
+    path = folder / "gqa.jsonl"
+    evaluate(model, "gqa", files["gqa"], "--answers", path)
+    return path
+
+
+def test_scoring_answers_that_are_there_loads_no_torch(model, files, tmp_path):
+    path = _answered(model, files, tmp_path)
+    code = (
+        "import sys; from movekd.cli.main import main; sys.argv = ['movekd', *sys.argv[1:]]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    words = ["evaluate", model, "--benchmark", "gqa", "--answers", path, *SHORT]
+    words += [word for key, value in files["gqa"].items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "gqa, accuracy" in done.stdout

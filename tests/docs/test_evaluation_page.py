@@ -1,0 +1,32 @@
+"""docs/evaluation.md names the benchmarks that there are, and which of them are uploaded."""
+
+import re
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from movekd.cli.main import app
+from movekd.evaluate.benchmarks import BENCHMARKS
+
+PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_that_of_the_benchmarks() -> None:
+    lines = [line for line in PAGE.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0]: row for row in cells if len(row) == 5 and row[0] in BENCHMARKS}
+    assert set(table) == set(BENCHMARKS)
+    for name, row in table.items():
+        assert bool(row[4]) is (BENCHMARKS[name].upload is not None)
+    ruled = [name for row in cells if len(row) == 3 for name in row[0].split(", ")]
+    assert set(BENCHMARKS) <= set(ruled)
+
+
+def test_the_options_that_it_names_exist() -> None:
+    shown = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGE.partition("## lmms-eval")[0]))
+    assert named == {
+        *("--questions", "--images", "--benchmark", "--annotations", "--upload", "--upload-split"),
+        *("--answers", "--part", "--max-new-tokens"),
+    }
+    assert all(option in shown for option in named)

@@ -1,0 +1,30 @@
+"""A finetuned run whose answers mean nothing but stay the same: the parts of digits, untrained."""
+
+import json
+from pathlib import Path
+
+import scenes
+import torch
+
+from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
+from movekd.student.files import PART_FILES, save_parts, save_tokenizer
+from movekd.student.vlm import build_vlm
+
+WEIGHTS = Path(scenes.__file__).parent / "weights"
+
+
+def write_run(folder: Path, prompt: PromptFormat = "chat_template") -> Path:
+    """Write ``folder/model`` as `movekd train` does; return ``folder``."""
+    config = StudentConfig(
+        vision_tower=str(WEIGHTS / "clip"),
+        language_model=str(WEIGHTS / "language_model"),
+        mole=MoleKeys(r=4, lora_alpha=1, use_gate=True, init_lora_weights="zero", last_block=False),
+        prompt=prompt,
+    )
+    torch.manual_seed(5)
+    student = build_vlm(config)
+    save_parts(folder / "model", student.vlm, list(PART_FILES))
+    save_tokenizer(folder / "model", student.tokenizer)
+    keys = {"student": config.model_dump(mode="json"), "data": {"geometry": "crop"}}
+    (folder / "model" / "config.yaml").write_text(json.dumps(keys))
+    return folder
