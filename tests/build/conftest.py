@@ -1,9 +1,10 @@
-"""A corpus with one image that can no longer be read."""
+"""What several tests of builds start from."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from builds import build
 
 from movekd.corpus.index import open_corpus
 
@@ -19,3 +20,10 @@ def damaged_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
         shard.seek(image["offset"])
         shard.write(bytes(image["size"]))
     return data, position
+
+
+@pytest.fixture
+def undisturbed(tmp_path, corpus_dir, tiny_specs, small_shards, snapshot):
+    """Every file of a build that nobody interrupted."""
+    build(tmp_path / "undisturbed", corpus_dir, tiny_specs)
+    return snapshot(tmp_path / "undisturbed")

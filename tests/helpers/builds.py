@@ -1,0 +1,14 @@
+"""A build in one call, as its tests run it."""
+
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
+from movekd.corpus.index import open_corpus
+
+OPTIONS = BuildOptions(batch_size=5, num_workers=0)
+
+
+def build(out, data, specs, *, geometry="crop", options=OPTIONS, **more):
+    """Build a cache and return the summaries of its teachers."""
+    return list(
+        build_cache(out, open_corpus(data), specs, geometry=geometry, options=options, **more)
+    )
