@@ -21,6 +21,7 @@ from movekd.cache.targets import TeacherTargets
 from movekd.corpus.anyres import num_views
 from movekd.distill import (
     balance_loss,
+    effective_rank,
     kd_loss,
     routing_statistics,
     teacher_weights,
@@ -67,6 +68,7 @@ class DistillModel(nn.Module):
         self.distill = distill
         self.side = student.grid
         self.balance = balance
+        self.measures_rank = False  # the trainer asks for it in steps that are logged
         self.has_experts = any(".mole_" in name for name, _ in self.vlm.named_parameters())
         self.adapters = nn.ModuleDict()
         if distill is not None:
@@ -87,7 +89,7 @@ class DistillModel(nn.Module):
         ``text_sum`` over answer tokens (with a language model), ``kd_sum`` and
         ``kd_<teacher>_sum`` over images with targets, ``balance``; besides ``num_images``, and
         statistics without gradient, of which ``routing_share`` has a value for each expert of each
-        layer.
+        layer, and ``token_rank`` is there when ``measures_rank`` is on.
         """
         clear_routing(self.vlm)
         has_images = pixel_values is not None
@@ -100,6 +102,8 @@ class DistillModel(nn.Module):
             "num_images": torch.tensor(float(len(student_IND) if has_images else 0)),
             "token_std": token_statistics(student_VND),
         }
+        if self.measures_rank:
+            terms["token_rank"] = effective_rank(student_VND)
         if self.has_language_model:
             assert input_ids is not None
             text = self.vlm(
