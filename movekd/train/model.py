@@ -172,11 +172,7 @@ class DistillModel(nn.Module):
         batch = {name: targets[name].to(student_IND.device) for name in distill.teachers}
         predictions, goals = [], []
         for name in distill.teachers:
-            goal_IMD = (
-                batch[name].standardised_BND
-                if distill.targets == "standardised"
-                else (batch[name].tokens_BND)
-            )
+            goal_IMD = _goal(batch[name], distill.targets)
             if distill.grid == "student":
                 goal_IMD = resize_tokens(goal_IMD, self.side)
             if distill.adapters == "student":
@@ -185,18 +181,20 @@ class DistillModel(nn.Module):
             else:  # the anchor has no adapter: it is compared as it is
                 predictions.append(student_IND)
                 goals.append(self.adapters[name](goal_IMD) if name in self.adapters else goal_IMD)
-        weights_IT, anchor = self._teacher_weights(goals, batch)
+        anchor = batch.get(distill.anchor)
         weights_IN = self._token_weights(anchor)
-        terms = kd_loss(
+        ones_IT = student_IND.new_ones(len(student_IND), len(goals))
+        losses_IT = kd_loss(  # before the teachers' weights, which may depend on them
             predictions,
             goals,
-            weights_IT,
+            ones_IT,
             weights_IN,
             combine="sum" if distill.token_weighting == "softmax" else "mean",
-        )
-        logged = {"kd_sum": terms.total_B.sum()}
+        ).per_teacher_BT
+        weights_IT = self._teacher_weights(goals, anchor, losses_IT)
+        logged = {"kd_sum": (weights_IT * losses_IT).sum()}
         for at, name in enumerate(distill.teachers):
-            logged[f"kd_{name}_sum"] = terms.per_teacher_BT[:, at].sum().detach()
+            logged[f"kd_{name}_sum"] = losses_IT[:, at].sum().detach()
             logged[f"teacher_weight_{name}"] = weights_IT[:, at].mean().detach()
         if weights_IN is not None:
             share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
@@ -204,19 +202,18 @@ class DistillModel(nn.Module):
         return logged
 
     def _teacher_weights(
-        self, goals: list[Tensor], batch: Mapping[str, TeacherTargets]
-    ) -> tuple[Tensor, TeacherTargets | None]:
+        self, goals: list[Tensor], anchor: TeacherTargets | None, losses_IT: Tensor
+    ) -> Tensor:
         distill = self.distill
         assert distill is not None
         assert distill.teacher_weighting is not None
-        anchor = batch.get(distill.anchor)
-        weights_IT = teacher_weights(
+        return teacher_weights(
             goals,
             distill.teacher_weighting,
             cls_BD=None if anchor is None else anchor.cls_BD,
             anchor=distill.teachers.index(distill.anchor) if anchor is not None else 0,
+            losses_BT=losses_IT,
         )
-        return weights_IT, anchor
 
     def _token_weights(self, anchor: TeacherTargets | None) -> Tensor | None:
         distill = self.distill
@@ -237,6 +234,13 @@ class DistillModel(nn.Module):
 
     def _adapters_on_teacher(self) -> list[nn.Module]:
         return [a for a in self.adapters.values() if isinstance(a, TeacherAdapter)]
+
+
+def _goal(targets: TeacherTargets, kind: str | None) -> Tensor:
+    """Return a teacher's tokens as `distill.targets` wants them, on the cache's grid."""
+    if kind == "standardised":
+        return targets.standardised_BND
+    return targets.scaled_BND if kind == "scaled" else targets.tokens_BND
 
 
 def count_answer_tokens(labels: Tensor) -> Tensor:
