@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests
 
-.PHONY: demo install test test-all check format docs clean
+.PHONY: demo install test test-all check format docs clean study study-full study-final
 
 demo: install
 	$(BIN)/movekd demo
@@ -41,6 +41,20 @@ bench-train: install
 
 bench-%: install
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
+
+# docs/study.md; interrupted, the same command goes on. One thread a process, two processes.
+STUDY := OMP_NUM_THREADS=1 PYTHONPATH=pipelines/digits $(BIN)/python -m study
+
+study: install
+	$(STUDY) run
+
+study-full: install
+	$(STUDY) run --everything
+
+# The one look at the test scenes, after `make study` (or: make study-final ARMS=--everything).
+study-final: install
+	$(STUDY) final $(ARMS)
+	$(STUDY) report --final
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -59,6 +59,19 @@ class TeacherTargets:
         return codec.decode_standardised(self.stored, self.stats)
 
     @property
+    def scaled_BND(self) -> Tensor:
+        """Tokens less their channel means, over one number a teacher, float32 (B, N, D).
+
+        The number is the root of the mean variance of the channels: teachers count alike, and
+        loud channels keep their share within one. The squared error then is that of PHI-S, whose
+        rotation leaves a sum of squares as it is.
+
+        Source: Ranzinger et al., PHI-S (arXiv 2410.01680), isotropic standardisation.
+        """
+        std_D = self.stats.to(self.stored["tokens"].device).std_D
+        return self.standardised_BND * (std_D / std_D.square().mean().sqrt())
+
+    @property
     def cls_BD(self) -> Tensor | None:
         """[CLS] embedding, float32 (B, D), or None where the teacher has none."""
         return self.stored["cls"].float() if "cls" in self.stored else None

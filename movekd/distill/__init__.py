@@ -11,7 +11,7 @@ from movekd.distill.balance import (
     choice_share,
     routing_statistics,
 )
-from movekd.distill.loss import KDTerms, kd_loss, token_statistics
+from movekd.distill.loss import KDTerms, effective_rank, kd_loss, token_statistics
 from movekd.distill.weights import teacher_weights, token_weights
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RoutingStatistics",
     "balance_loss",
     "choice_share",
+    "effective_rank",
     "kd_loss",
     "routing_statistics",
     "teacher_weights",

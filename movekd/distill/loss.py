@@ -1,4 +1,4 @@
-"""The distillation loss, and the number that shows whether it means anything.
+"""The distillation loss, and the numbers that show whether it means anything.
 
 Predicted and target tokens of every teacher come in, with the weights of ``weights``; one loss a
 sample goes out. The trainer adds up the samples of a whole optimizer step and divides by the
@@ -100,6 +100,29 @@ def token_statistics(student_BND: Tensor) -> Tensor:
     """
     tokens_XD = student_BND.detach().float().flatten(0, -2)
     return tokens_XD.std(dim=0, correction=0).mean()
+
+
+def effective_rank(tokens_BND: Tensor, max_tokens: int = 1024) -> Tensor:
+    """Return how many directions the tokens really use as a scalar, float32, without gradient.
+
+    exp(entropy of p), with p the singular values of the centred tokens over their sum: 1 where all
+    lie on one line, D where all directions are equally strong. Tokens that keep their standard
+    deviation and lose their rank have collapsed as well.
+
+    Args:
+        tokens_BND: any tokens, the last dimension their channels.
+        max_tokens: at most so many are looked at, evenly spaced; no rank above it is seen.
+
+    Source: Roy & Vetterli, The effective rank (EUSIPCO 2007).
+    """
+    tokens_XD = tokens_BND.detach().flatten(0, -2)
+    stride = -(-len(tokens_XD) // max_tokens)
+    sample_XD = tokens_XD[::stride].float()
+    values_R = torch.linalg.svdvals(sample_XD - sample_XD.mean(dim=0))
+    smallest = torch.finfo(values_R.dtype).tiny
+    share_R = values_R / values_R.sum().clamp_min(smallest)
+    rank: Tensor = torch.special.entr(share_R).sum().exp()
+    return rank
 
 
 def _check_shapes(

@@ -17,7 +17,7 @@ from torch import Tensor
 from movekd.errors import ConfigError, did_you_mean
 
 TokenWeighting = Literal["softmax", "blend", "none"]
-TeacherWeighting = Literal["anchor", "anchor_equal", "equal"]
+TeacherWeighting = Literal["anchor", "anchor_equal", "equal", "similarity", "balanced"]
 
 FLATTEN_ABOVE = 0.8
 """Official recipe: a mean similarity weight above this is flattened by a second softmax."""
@@ -66,6 +66,7 @@ def teacher_weights(
     cls_BD: Tensor | None = None,
     anchor: int = 0,
     anchor_share: float = 0.8,
+    losses_BT: Tensor | None = None,
     has_targets_B: Tensor | None = None,
 ) -> Tensor:
     """Return a float32 weight (B, T) for every teacher; the weights of a sample sum to 1.
@@ -76,30 +77,45 @@ def teacher_weights(
       maximum above 0.8, softmax is applied a second time to the whole batch, which flattens it.
     - ``anchor_equal``: the anchor gets ``anchor_share``, the others equal parts of the rest.
     - ``equal``: every teacher gets 1 / T.
+    - ``similarity``: a teacher that sees the image as the anchor does counts more:
+      k_t / sum_s k_s, a sample, with k_t the linear CKA between the teacher's tokens and the
+      anchor's (1 for the anchor itself). It compares which tokens are alike, so that widths may
+      differ, and needs no adapter: made for heads on the student's side. No gradient.
+    - ``balanced``: a teacher whose loss is small is not drowned by the others:
+      (1 / L_t) / sum_s (1 / L_s), with L_t the mean of ``losses_BT`` over the batch; without
+      gradient. That is the direction of the gradient of sum_t log L_t, i.e. uncertainty weighting
+      with every variance at its optimum.
 
     A lone anchor gets 1.
 
     Args:
-        tokens_BND: One tensor a teacher, in the order of the result: the adapted tokens. Only
-            ``anchor`` looks into them (the anchor's own are not used); the others need the batch
-            size and the device.
-        kind: One of the three.
+        tokens_BND: One tensor a teacher, in the order of the result: the adapted tokens
+            (``anchor``), the targets on one grid (``similarity``). The others need the batch size
+            and the device alone.
+        kind: One of the five.
         cls_BD: The anchor's [CLS] embedding; needed by ``anchor``.
         anchor: Position of the anchor.
         anchor_share: Weight of the anchor.
+        losses_BT: Each teacher's loss before its weight; needed by ``balanced``.
         has_targets_B: bool; samples without targets stay out of the mean over the batch, and
             what they hold is not looked at.
 
     Raises:
-        ConfigError: an unknown kind, or ``anchor`` without ``cls_BD``.
+        ConfigError: an unknown kind, ``anchor`` without ``cls_BD``, ``similarity`` with tokens on
+            several grids, or ``balanced`` without losses.
 
-    Source: MoVE-KD (arXiv 2501.01709) and its released code for ``anchor``.
+    Source: MoVE-KD (arXiv 2501.01709) and its released code for ``anchor``; Kornblith et al.
+    (arXiv 1905.00414) for CKA; Kendall et al. (arXiv 1705.07115) for uncertainty weighting.
     """
     _check_kind(kind, get_args(TeacherWeighting), "teacher weighting")
     num_teachers, device = len(tokens_BND), tokens_BND[0].device
     batch = tokens_BND[0].shape[0]
     if kind == "equal" or num_teachers == 1:
         return torch.full((batch, num_teachers), 1 / num_teachers, device=device)
+    if kind == "similarity":
+        return _alike(tokens_BND, anchor, has_targets_B)
+    if kind == "balanced":
+        return _balanced(losses_BT, has_targets_B)
     if kind == "anchor_equal":
         shares_BO = torch.full((batch, num_teachers - 1), 1 / (num_teachers - 1), device=device)
     else:
@@ -132,6 +148,45 @@ def _similarity_shares(
     shares_BO = (means_BOD * cls_B1D).sum(dim=-1).softmax(dim=1)
     mean_O = (shares_BO * held_B1).sum(dim=0) / held_B1.sum().clamp(min=1)
     return torch.where(mean_O.max() > FLATTEN_ABOVE, shares_BO.softmax(dim=1), shares_BO)
+
+
+def _alike(tokens_BND: Sequence[Tensor], anchor: int, has_targets_B: Tensor | None) -> Tensor:
+    """Return each teacher's linear CKA with the anchor, over their sum, (B, T)."""
+    sizes = [tokens.shape[1] for tokens in tokens_BND]
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"teacher weighting 'similarity' was asked for with tokens of {sizes} places; expected "
+            "as many of every teacher. Set distill.grid: student."
+        )
+    grams = []
+    for tokens in tokens_BND:
+        tokens = tokens.detach().float()
+        if has_targets_B is not None:
+            tokens = tokens.masked_fill(~has_targets_B[:, None, None], 0.0)
+        tokens = tokens - tokens.mean(dim=1, keepdim=True)
+        with torch.autocast(tokens.device.type, enabled=False):
+            gram_BX = (tokens @ tokens.mT).flatten(1)
+        grams.append(torch.nn.functional.normalize(gram_BX, dim=1))
+    alike_BT = torch.stack([(gram * grams[anchor]).sum(dim=1) for gram in grams], dim=1)
+    alike_BT = alike_BT.clamp_min(torch.finfo(alike_BT.dtype).eps)  # teachers without any contrast
+    return alike_BT / alike_BT.sum(dim=1, keepdim=True)
+
+
+def _balanced(losses_BT: Tensor | None, has_targets_B: Tensor | None) -> Tensor:
+    """Return the inverse of each teacher's mean loss, over their sum, (B, T)."""
+    if losses_BT is None:
+        raise ConfigError(
+            "teacher weighting 'balanced' was asked for without losses; expected losses_BT, "
+            "the per_teacher_BT of kd_loss."
+        )
+    losses_BT = losses_BT.detach().float()
+    held_B1 = torch.ones_like(losses_BT[:, :1], dtype=torch.bool)
+    if has_targets_B is not None:
+        held_B1 = has_targets_B[:, None]
+        losses_BT = losses_BT.masked_fill(~held_B1, 0.0)
+    mean_T = losses_BT.sum(dim=0) / held_B1.sum().clamp(min=1)
+    inverse_T = 1 / mean_T.clamp_min(torch.finfo(mean_T.dtype).eps)
+    return (inverse_T / inverse_T.sum()).expand_as(losses_BT)
 
 
 def _check_kind(kind: str, known: Sequence[str], what: str) -> None:

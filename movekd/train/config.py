@@ -86,10 +86,10 @@ class DistillConfig(FrozenModel):
         description="teacher: adapted teacher tokens against the student's (official). student: a "
         "head a teacher predicts its tokens (revised).",
     )
-    targets: Literal["raw", "standardised"] | None = Field(
+    targets: Literal["raw", "standardised", "scaled"] | None = Field(
         default=None,
-        description="raw features (official), or standardised by the cache's channel statistics "
-        "(revised).",
+        description="raw features (official), standardised by the cache's channel statistics "
+        "(revised), or scaled: less the channel means, over one number a teacher.",
     )
     grid: Literal["native", "student"] | None = Field(
         default=None,
@@ -103,7 +103,9 @@ class DistillConfig(FrozenModel):
         default=0.5, ge=0, le=1, description="Share of attention in `blend`."
     )
     teacher_weighting: TeacherWeighting | None = Field(
-        default=None, description="anchor (official), anchor_equal, or equal (revised)."
+        default=None,
+        description="anchor (official), anchor_equal, equal (revised), similarity to the anchor, "
+        "or balanced by the losses.",
     )
 
     views: Literal["base", "all"] = Field(
@@ -260,12 +262,17 @@ def _check(config: TrainConfig) -> None:
             "alone. Set architecture: llava_next, or views: base."
         )
     if distill.anchor not in distill.teachers and (
-        distill.token_weighting != "none" or distill.teacher_weighting != "equal"
+        distill.token_weighting != "none" or distill.teacher_weighting not in ("equal", "balanced")
     ):
         raise ConfigError(
             f"distill.anchor '{distill.anchor}' is not among distill.teachers "
             f"({', '.join(distill.teachers)}).{did_you_mean(distill.anchor, distill.teachers)} "
-            "Add it, or set token_weighting: none and teacher_weighting: equal."
+            "Add it, or set token_weighting: none and teacher_weighting: equal (or balanced)."
+        )
+    if distill.teacher_weighting == "similarity" and distill.grid == "native":
+        raise ConfigError(
+            "distill.teacher_weighting: similarity compares teachers token by token and needs "
+            "distill.grid: student."
         )
     if distill.adapters == "student" and distill.grid == "native":
         raise ConfigError(

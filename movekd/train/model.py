@@ -21,6 +21,7 @@ from movekd.cache.targets import TeacherTargets
 from movekd.corpus.anyres import num_views
 from movekd.distill import (
     balance_loss,
+    effective_rank,
     kd_loss,
     routing_statistics,
     teacher_weights,
@@ -67,6 +68,7 @@ class DistillModel(nn.Module):
         self.distill = distill
         self.side = student.grid
         self.balance = balance
+        self.measures_rank = False  # the trainer asks for it in steps that are logged
         self.has_experts = any(".mole_" in name for name, _ in self.vlm.named_parameters())
         self.adapters = nn.ModuleDict()
         if distill is not None:
@@ -87,7 +89,7 @@ class DistillModel(nn.Module):
         ``text_sum`` over answer tokens (with a language model), ``kd_sum`` and
         ``kd_<teacher>_sum`` over images with targets, ``balance``; besides ``num_images``, and
         statistics without gradient, of which ``routing_share`` has a value for each expert of each
-        layer.
+        layer, and ``token_rank`` is there when ``measures_rank`` is on.
         """
         clear_routing(self.vlm)
         has_images = pixel_values is not None
@@ -100,6 +102,8 @@ class DistillModel(nn.Module):
             "num_images": torch.tensor(float(len(student_IND) if has_images else 0)),
             "token_std": token_statistics(student_VND),
         }
+        if self.measures_rank:
+            terms["token_rank"] = effective_rank(student_VND)
         if self.has_language_model:
             assert input_ids is not None
             text = self.vlm(
@@ -168,11 +172,7 @@ class DistillModel(nn.Module):
         batch = {name: targets[name].to(student_IND.device) for name in distill.teachers}
         predictions, goals = [], []
         for name in distill.teachers:
-            goal_IMD = (
-                batch[name].standardised_BND
-                if distill.targets == "standardised"
-                else (batch[name].tokens_BND)
-            )
+            goal_IMD = _goal(batch[name], distill.targets)
             if distill.grid == "student":
                 goal_IMD = resize_tokens(goal_IMD, self.side)
             if distill.adapters == "student":
@@ -181,18 +181,20 @@ class DistillModel(nn.Module):
             else:  # the anchor has no adapter: it is compared as it is
                 predictions.append(student_IND)
                 goals.append(self.adapters[name](goal_IMD) if name in self.adapters else goal_IMD)
-        weights_IT, anchor = self._teacher_weights(goals, batch)
+        anchor = batch.get(distill.anchor)
         weights_IN = self._token_weights(anchor)
-        terms = kd_loss(
+        ones_IT = student_IND.new_ones(len(student_IND), len(goals))
+        losses_IT = kd_loss(  # before the teachers' weights, which may depend on them
             predictions,
             goals,
-            weights_IT,
+            ones_IT,
             weights_IN,
             combine="sum" if distill.token_weighting == "softmax" else "mean",
-        )
-        logged = {"kd_sum": terms.total_B.sum()}
+        ).per_teacher_BT
+        weights_IT = self._teacher_weights(goals, anchor, losses_IT)
+        logged = {"kd_sum": (weights_IT * losses_IT).sum()}
         for at, name in enumerate(distill.teachers):
-            logged[f"kd_{name}_sum"] = terms.per_teacher_BT[:, at].sum().detach()
+            logged[f"kd_{name}_sum"] = losses_IT[:, at].sum().detach()
             logged[f"teacher_weight_{name}"] = weights_IT[:, at].mean().detach()
         if weights_IN is not None:
             share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
@@ -200,19 +202,18 @@ class DistillModel(nn.Module):
         return logged
 
     def _teacher_weights(
-        self, goals: list[Tensor], batch: Mapping[str, TeacherTargets]
-    ) -> tuple[Tensor, TeacherTargets | None]:
+        self, goals: list[Tensor], anchor: TeacherTargets | None, losses_IT: Tensor
+    ) -> Tensor:
         distill = self.distill
         assert distill is not None
         assert distill.teacher_weighting is not None
-        anchor = batch.get(distill.anchor)
-        weights_IT = teacher_weights(
+        return teacher_weights(
             goals,
             distill.teacher_weighting,
             cls_BD=None if anchor is None else anchor.cls_BD,
             anchor=distill.teachers.index(distill.anchor) if anchor is not None else 0,
+            losses_BT=losses_IT,
         )
-        return weights_IT, anchor
 
     def _token_weights(self, anchor: TeacherTargets | None) -> Tensor | None:
         distill = self.distill
@@ -233,6 +234,13 @@ class DistillModel(nn.Module):
 
     def _adapters_on_teacher(self) -> list[nn.Module]:
         return [a for a in self.adapters.values() if isinstance(a, TeacherAdapter)]
+
+
+def _goal(targets: TeacherTargets, kind: str | None) -> Tensor:
+    """Return a teacher's tokens as `distill.targets` wants them, on the cache's grid."""
+    if kind == "standardised":
+        return targets.standardised_BND
+    return targets.scaled_BND if kind == "scaled" else targets.tokens_BND
 
 
 def count_answer_tokens(labels: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
         self.config = config
+        self._distill_model = model  # beneath whatever wraps it
         self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
         self._step_counts: Tensor | None = None
         self._logged: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -104,6 +105,8 @@ class DistillTrainer(Trainer):
         assert num_items_in_batch is not None
         keys = inputs.pop("keys")
         num_tokens, num_images, num_batches = num_items_in_batch.clamp(min=1)
+        is_logged = (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
+        self._distill_model.measures_rank = is_logged  # too dear for every step
         terms: dict[str, Tensor] = model(**inputs)
         world = self.args.world_size
         counts = {"text_sum": num_tokens, "balance": num_batches}  # the others count images
@@ -130,6 +133,9 @@ class DistillTrainer(Trainer):
                 logged[name] = term / num_batches * world
             elif name.startswith(_BY_IMAGE):
                 logged[name] = term * terms["num_images"].to(term.device)
+        if "token_rank" in terms:
+            held = (terms["num_images"] > 0).float().to(terms["token_rank"].device)
+            logged |= {"token_rank": terms["token_rank"] * held, "num_ranks": held}
         self._note(logged | {"num_images": terms["num_images"]})
         return (loss, terms) if return_outputs else loss
 
@@ -159,7 +165,10 @@ class DistillTrainer(Trainer):
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "mean")
             values = dict(zip(names, sums.tolist(), strict=True))
-            num_images = values.pop("num_images")
+            num_images, num_ranks = values.pop("num_images"), values.pop("num_ranks", 0.0)
+            if "token_rank" in values:
+                rank = values.pop("token_rank")
+                logs |= {"token_rank": rank / num_ranks} if num_ranks else {}
             for name, value in values.items():
                 if not name.startswith(_BY_IMAGE):
                     logs[name] = value / self._num_steps

@@ -30,7 +30,17 @@ import torch
 import torch.nn.functional as F
 from language import answer_accuracy, cell_masks, train_language_model
 from safetensors.torch import save_file
-from scenes import EMPTY, NUM_CLASSES, SIZE, Scenes, Split, compose, draw_digits, grid_labels
+from scenes import (
+    EMPTY,
+    NUM_CLASSES,
+    SIZE,
+    SPLIT_SEED,
+    Scenes,
+    Split,
+    compose,
+    draw_digits,
+    grid_labels,
+)
 from torch import Tensor, nn
 
 MEAN, STD = 0.26, 0.165  # of the scenes' pixels, all three channels alike
@@ -225,11 +235,13 @@ RECIPES = {
 }
 
 
-def draw_scenes(num_scenes: int, split: Split, seed: int) -> Scenes:
+def draw_scenes(num_scenes: int, split: Split, seed: int, split_seed: int = SPLIT_SEED) -> Scenes:
     """Return scenes of uniform digits in the handwriting of ``split``."""
     rng = np.random.default_rng([seed, 50])
     digits_BC = draw_digits(num_scenes, rng)
-    parts = [compose(digits_BC[i : i + 256], split, rng) for i in range(0, num_scenes, 256)]
+    parts = [
+        compose(digits_BC[i : i + 256], split, rng, split_seed) for i in range(0, num_scenes, 256)
+    ]
     joined = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Scenes)}
     return Scenes(**joined)
 
@@ -297,15 +309,23 @@ def train_language(val: Scenes, seed: int, steps: int) -> tuple[Any, Any, dict[s
     return model, tokenizer, accuracy
 
 
-def pretrain(out: Path, only: str | None = None, seed: int = 0, steps: int | None = None) -> None:
+def pretrain(
+    out: Path,
+    only: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    split_seed: int = SPLIT_SEED,
+) -> None:
     """Train all models, or one, and write their files and ``SHA256SUMS`` below ``out``.
 
     ``steps`` replaces each model's own number of steps; the demo and the weights never use it.
+    Teachers see the training handwriting of ``split_seed``, the language model that of the default.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    train, val = draw_scenes(NUM_TRAIN, "train", seed), draw_scenes(NUM_VAL, "val", seed)
+    train = draw_scenes(NUM_TRAIN, "train", seed, split_seed)
+    val = draw_scenes(NUM_VAL, "val", seed, split_seed)
     for name in [only] if only else MODELS:
         started = time.monotonic()
         if name == "language_model":

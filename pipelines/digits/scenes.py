@@ -15,6 +15,7 @@ S pixels of a cell's side, R a scan's side (8).
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Split = Literal["train", "val", "test"]
+Part = Literal["pretrain", "finetune", "val", "test"]
+Question = tuple[str, str, str]
+"""Type, question, answer."""
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
@@ -36,12 +40,18 @@ NUM_CLASSES = 11  # of a grid label: the ten digits, and 10 for none
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 QUESTION_TYPES = ("where", "exists", "sum", "largest")
 
-SPLIT_SEED = 0  # fixed: the shipped teachers were trained on this split's training scans
+SPLIT_SEED = 0  # the default: the shipped teachers were trained on this split's training scans
 SHARES: dict[Split, tuple[float, float]] = {
     "train": (0.0, 0.6),
     "val": (0.6, 0.75),
     "test": (0.75, 1.0),
 }  # of each digit's scans, from one shuffle
+PARTS: dict[Part, tuple[int, Split, int]] = {
+    "pretrain": (0, "train", 0),
+    "finetune": (1, "train", 4),
+    "val": (2, "val", 1),
+    "test": (3, "test", 1),
+}  # number of its random stream, whose handwriting, questions a scene
 MAX_STROKES = 5
 MIN_PATCH_INK = 0.12  # mean ink from which a patch counts as covered by its digit
 
@@ -77,14 +87,14 @@ def load_scans() -> tuple[Floats, Ints]:
 
 
 @cache
-def split_scans(split: Split) -> tuple[Ints, ...]:
+def split_scans(split: Split, split_seed: int = SPLIT_SEED) -> tuple[Ints, ...]:
     """Return, for each digit, the indices of the scans that ``split`` may use.
 
-    Stratified and independent of any seed a user gives: whatever corpus is drawn, its test scans
-    were never seen by the shipped teachers.
+    Stratified and independent of the corpus's own seed: whatever corpus is drawn, its test scans
+    were never seen by teachers of the same ``split_seed``; the shipped ones are of the default.
     """
     _, labels = load_scans()
-    rng = np.random.default_rng(SPLIT_SEED)
+    rng = np.random.default_rng(split_seed)
     first, last = SHARES[split]
     chosen = []
     for digit in range(10):
@@ -109,7 +119,9 @@ def draw_digits(num_scenes: int, rng: np.random.Generator, topic: str = "any") -
     return digits_BC
 
 
-def compose(digits_BC: Ints, split: Split, rng: np.random.Generator) -> Scenes:
+def compose(
+    digits_BC: Ints, split: Split, rng: np.random.Generator, split_seed: int = SPLIT_SEED
+) -> Scenes:
     """Return scenes that show ``digits_BC`` in the handwriting of ``split``.
 
     Every digit has its own scan, size, place inside its cell and contrast; every scene its own
@@ -117,7 +129,7 @@ def compose(digits_BC: Ints, split: Split, rng: np.random.Generator) -> Scenes:
     """
     num_scenes = len(digits_BC)
     scans, _ = load_scans()
-    pools = split_scans(split)
+    pools = split_scans(split, split_seed)
     counts = np.array([len(pool) for pool in pools])
     starts = np.concatenate([[0], counts.cumsum()[:-1]])
     picks_BC = starts[digits_BC] + (rng.random((num_scenes, 4)) * counts[digits_BC]).astype(int)
@@ -219,7 +231,7 @@ def ask(question_type: str, digits_C: Ints, rng: np.random.Generator) -> tuple[s
 
 def draw_questions(
     num_scenes: int, rng: np.random.Generator, turns: int
-) -> tuple[Ints, list[list[tuple[str, str, str]]]]:
+) -> tuple[Ints, list[list[Question]]]:
     """Return digits_BC, and for each scene ``turns`` questions as (type, question, answer).
 
     The first question's type goes round the four kinds; the digits of a scene that is asked for
@@ -250,6 +262,25 @@ def majority_accuracy(entries: list[dict[str, Any]]) -> float:
     return right / len(entries)
 
 
+def draw_part(
+    name: Part, num_scenes: int, seed: int, split_seed: int = SPLIT_SEED
+) -> Iterator[tuple[Scenes, list[list[Question]]]]:
+    """Yield a part of the corpus, up to 256 scenes at a time, with the questions of each scene.
+
+    The same arguments yield the same scenes: ground truth of a written corpus is drawn again
+    rather than stored.
+    """
+    number, split, turns = PARTS[name]
+    rng = np.random.default_rng([seed, number])
+    if turns:
+        digits_BC, questions = draw_questions(num_scenes, rng, turns)
+    else:
+        digits_BC, questions = draw_digits(num_scenes, rng), [[]] * num_scenes
+    for first in range(0, num_scenes, 256):  # bounds memory
+        rows = slice(first, first + 256)
+        yield compose(digits_BC[rows], split, rng, split_seed), questions[rows]
+
+
 def write_corpus(
     out: Path,
     num_pretrain: int = 4096,
@@ -257,11 +288,12 @@ def write_corpus(
     num_val: int = 512,
     num_test: int = 512,
     seed: int = 0,
+    split_seed: int = SPLIT_SEED,
 ) -> dict[str, float]:
     """Write the corpus below ``out`` and return its figures.
 
     The image paths in the JSON files are relative to ``out/images``. The same arguments write the
-    same bytes.
+    same bytes. A part of no scenes has no file.
 
     Returns:
         The number of scenes of each file, and ``majority_val`` and ``majority_test``, the
@@ -269,35 +301,34 @@ def write_corpus(
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
-    parts: list[tuple[str, Split, int, int]] = [
-        ("pretrain", "train", num_pretrain, 0),
-        ("finetune", "train", num_finetune, 4),
-        ("val", "val", num_val, 1),
-        ("test", "test", num_test, 1),
-    ]
-    for number, (name, split, num_scenes, turns) in enumerate(parts):
-        rng = np.random.default_rng([seed, number])
-        if turns:
-            digits_BC, questions = draw_questions(num_scenes, rng, turns)
-        else:
-            digits_BC, questions = draw_digits(num_scenes, rng), [[]] * num_scenes
-        entries = []
-        for first in range(0, num_scenes, 256):  # bounds memory
-            scenes = compose(digits_BC[first : first + 256], split, rng)
-            for i, image_HW in enumerate(scenes.images_BHW, start=first):
-                image = f"{name}_{i:05d}.png"
+    sizes: dict[Part, int] = {
+        "pretrain": num_pretrain,
+        "finetune": num_finetune,
+        "val": num_val,
+        "test": num_test,
+    }
+    for name, num_scenes in sizes.items():
+        if num_scenes == 0:
+            continue
+        is_single = PARTS[name][2] == 1
+        entries: list[dict[str, Any]] = []
+        for scenes, questions in draw_part(name, num_scenes, seed, split_seed):
+            for image_HW, digits_C, asked in zip(
+                scenes.images_BHW, scenes.digits_BC, questions, strict=True
+            ):
+                image = f"{name}_{len(entries):05d}.png"
                 picture = Image.fromarray(image_HW).convert("RGB")
                 picture.save(out / "images" / image, compress_level=1)
-                entries.append(_entry(image, digits_BC[i], questions[i], is_single=turns == 1))
+                entries.append(_entry(image, digits_C, asked, is_single=is_single))
         (out / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
         figures[name] = num_scenes
-        if turns == 1:
+        if is_single:
             figures[f"majority_{name}"] = majority_accuracy(entries)
     return figures
 
 
 def _entry(
-    image: str, digits_C: Ints, questions: list[tuple[str, str, str]], is_single: bool
+    image: str, digits_C: Ints, questions: list[Question], is_single: bool
 ) -> dict[str, Any]:
     """Return one LLaVA entry: a caption, or the turns of a conversation."""
     turns = [(q, a) for _, q, a in questions] or [("", caption(digits_C))]

@@ -77,6 +77,11 @@ def test_targets_decode_to_what_the_attributes_say(stores, arrays) -> None:
     np.testing.assert_array_equal(targets.standardised_BND.numpy(), standardised_BND)
     tokens_BND = group["channel_mean"][:] + group["channel_std"][:] * standardised_BND
     np.testing.assert_allclose(targets.tokens_BND.numpy(), tokens_BND, rtol=1e-6, atol=1e-6)
+    std_D = group["channel_std"][:]
+    scaled_BND = (targets.tokens_BND.numpy() - group["channel_mean"][:]) / np.sqrt(
+        np.mean(std_D**2)
+    )
+    np.testing.assert_allclose(targets.scaled_BND.numpy(), scaled_BND, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(targets.cls_BD.numpy(), rows["cls"])
     np.testing.assert_array_equal(targets.cls_attention_BHN.numpy(), rows["cls_attention"])
     assert torch.equal(targets.to("cpu").tokens_BND, targets.tokens_BND)

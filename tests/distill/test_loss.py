@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movekd.distill import kd_loss, token_statistics
+from movekd.distill import effective_rank, kd_loss, token_statistics
 from movekd.errors import ConfigError
 
 B, N, WIDTHS = 3, 4, (5, 2)
@@ -134,3 +134,37 @@ def test_token_statistics_shrink_with_the_tokens_and_ignore_where_they_are() -> 
     torch.testing.assert_close(token_statistics(0.1 * tokens + 5), 0.1 * spread)
     assert token_statistics(torch.ones(2, 5, 3)) == 0
     assert not spread.requires_grad
+
+
+def test_effective_rank_equals_the_equation_and_counts_equal_directions() -> None:
+    tokens = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    centred = tokens.detach().double().flatten(0, 1) - tokens.detach().double().flatten(0, 1).mean(
+        0
+    )
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    share = values / values.sum()
+    expected = sum(-p * p.log() for p in share).exp()
+    rank = effective_rank(tokens)
+    torch.testing.assert_close(rank, expected.float())
+    assert not rank.requires_grad
+    assert 7 < rank < 8  # noise uses all directions alike, almost
+    corners = torch.cat([torch.eye(4), -torch.eye(4)])[None]
+    torch.testing.assert_close(effective_rank(corners), torch.tensor(4.0))
+    torch.testing.assert_close(effective_rank(3 * corners + 5), torch.tensor(4.0))
+
+
+def test_effective_rank_falls_to_one_when_the_tokens_collapse_onto_a_line() -> None:
+    generator = torch.Generator().manual_seed(0)
+    line = torch.randn(2, 20, 1, generator=generator) * torch.randn(1, 1, 8, generator=generator)
+    torch.testing.assert_close(effective_rank(line), torch.tensor(1.0), rtol=0, atol=1e-3)
+    assert token_statistics(line) > 0.1  # the spread alone would not tell
+    assert effective_rank(torch.ones(2, 5, 3)) == 1  # no direction at all
+
+
+def test_effective_rank_looks_at_a_bounded_number_of_tokens_in_half_precision_too() -> None:
+    tokens = torch.randn(3, 1000, 8, generator=torch.Generator().manual_seed(0))
+    assert effective_rank(tokens, max_tokens=4) <= 3.01  # four centred tokens have rank three
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rank = effective_rank(tokens.bfloat16())
+    assert rank.dtype == torch.float32
+    torch.testing.assert_close(rank, effective_rank(tokens), rtol=1e-2, atol=0)

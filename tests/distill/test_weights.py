@@ -108,14 +108,18 @@ def test_a_one_sided_batch_is_flattened_and_an_even_one_is_not() -> None:
 @given(
     seed=seeds,
     teachers=st.integers(1, 5),
-    kind=st.sampled_from(["anchor", "anchor_equal", "equal"]),
+    kind=st.sampled_from(["anchor", "anchor_equal", "equal", "similarity", "balanced"]),
 )
 def test_teacher_weights_sum_to_one(seed: int, teachers: int, kind: str) -> None:
     tokens = [_tokens(seed + i, 2, 3, 4) for i in range(teachers)]
-    weights = teacher_weights(tokens, kind, cls_BD=_tokens(seed, 2, 4), anchor=teachers - 1)
+    losses = _tokens(seed, 2, teachers).abs()
+    cls = _tokens(seed, 2, 4)
+    weights = teacher_weights(tokens, kind, cls_BD=cls, anchor=teachers - 1, losses_BT=losses)
     assert weights.shape == (2, teachers)
+    assert weights.dtype == torch.float32
+    assert (weights >= 0).all()
     assert weights.sum(1).tolist() == pytest.approx([1, 1])
-    if kind != "equal":
+    if kind.startswith("anchor"):
         assert weights[:, -1].tolist() == pytest.approx([0.8 if teachers > 1 else 1.0] * 2)
 
 
@@ -124,6 +128,74 @@ def test_equal_shares_take_teachers_of_any_width() -> None:
     torch.testing.assert_close(teacher_weights(tokens, "equal"), torch.full((2, 4), 0.25))
     expected = torch.tensor([[0.8] + [0.2 / 3] * 3] * 2)
     torch.testing.assert_close(teacher_weights(tokens, "anchor_equal"), expected)
+
+
+def _cka_with_loops(x: torch.Tensor, y: torch.Tensor) -> float:
+    """||Xc' Yc||^2 / (||Xc' Xc|| ||Yc' Yc||) of two (N, D) sets of tokens."""
+    x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+
+    def inner(a: torch.Tensor, b: torch.Tensor) -> float:
+        products = [a[:, i] @ b[:, j] for i in range(a.shape[1]) for j in range(b.shape[1])]
+        return float(sum(p**2 for p in products))
+
+    return inner(x, y) / (inner(x, x) * inner(y, y)) ** 0.5
+
+
+@pytest.mark.parametrize("anchor", [0, 2])
+def test_similarity_equals_the_equations_written_with_loops(anchor: int) -> None:
+    tokens = [_tokens(i, 3, 6, width) + 5 * i for i, width in enumerate((4, 2, 7))]
+    weights = teacher_weights(tokens, "similarity", anchor=anchor)
+    for b in range(3):
+        alike = [_cka_with_loops(t[b], tokens[anchor][b]) for t in tokens]
+        assert alike[anchor] == pytest.approx(1)
+        assert weights[b].tolist() == pytest.approx([k / sum(alike) for k in alike], rel=1e-5)
+        assert weights[b].argmax() == anchor
+
+
+def test_similarity_does_not_see_where_tokens_lie_how_long_or_how_turned_they_are() -> None:
+    tokens = [_tokens(i, 2, 6, 4) for i in range(3)]
+    turn = torch.linalg.qr(_tokens(9, 4, 4)).Q
+    changed = [tokens[0], 7 * tokens[1] @ turn + 3, tokens[2]]
+    expected = teacher_weights(tokens, "similarity")
+    torch.testing.assert_close(teacher_weights(changed, "similarity"), expected)
+    twins = teacher_weights([tokens[0], 2 * tokens[0] @ turn], "similarity")
+    torch.testing.assert_close(twins, torch.full((2, 2), 0.5))
+
+
+def test_teachers_without_contrast_leave_finite_weights() -> None:
+    flat = teacher_weights([torch.ones(2, 5, 3), _tokens(0, 2, 5, 4)], "similarity", anchor=1)
+    torch.testing.assert_close(flat, torch.tensor([[0.0, 1.0]] * 2), rtol=0, atol=1e-6)
+    both = teacher_weights([torch.ones(2, 5, 3), torch.ones(2, 5, 4)], "similarity")
+    torch.testing.assert_close(both, torch.full((2, 2), 0.5))
+
+
+def test_balanced_equals_the_equation_and_its_gradient_is_that_of_the_logarithms() -> None:
+    losses = _tokens(0, 4, 3).abs().requires_grad_()
+    tokens = [torch.zeros(4, 2, 3)] * 3
+    weights = teacher_weights(tokens, "balanced", losses_BT=losses)
+    means = [float(sum(losses.detach()[b, t] for b in range(4)) / 4) for t in range(3)]
+    expected = [(1 / m) / sum(1 / n for n in means) for m in means]
+    for b in range(4):
+        assert weights[b].tolist() == pytest.approx(expected)
+    assert not weights.requires_grad
+    (found,) = torch.autograd.grad((weights * losses).sum(), losses)
+    (logarithms,) = torch.autograd.grad(losses.mean(0).log().sum(), losses)
+    torch.testing.assert_close(found / found.sum(), logarithms / logarithms.sum())
+    perfect = teacher_weights(tokens, "balanced", losses_BT=torch.zeros(4, 3))
+    torch.testing.assert_close(perfect, torch.full((4, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("kind", ["similarity", "balanced"])
+def test_samples_without_targets_stay_out_of_the_new_weights(kind: str) -> None:
+    tokens, losses = [_tokens(i, 3, 4, 5) for i in range(3)], _tokens(9, 3, 3).abs()
+    expected = teacher_weights([t[:2] for t in tokens], kind, losses_BT=losses[:2])
+    losses[2] = float("nan")
+    for at in range(3):
+        tokens[at][2] = float("nan")
+    has_targets = torch.tensor([True, True, False])
+    weights = teacher_weights(tokens, kind, losses_BT=losses, has_targets_B=has_targets)
+    torch.testing.assert_close(weights[:2], expected)
+    assert weights.isfinite().all()
 
 
 def test_gradient_reaches_the_adapted_tokens() -> None:
@@ -158,3 +230,7 @@ def test_unknown_kinds_are_named_with_the_nearest() -> None:
         teacher_weights([torch.zeros(1, 2, 3)], "anchr")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"without the anchor's \[CLS\].*cls: true"):
         teacher_weights([torch.zeros(1, 2, 3)] * 2, "anchor")
+    with pytest.raises(ConfigError, match=r"of \[2, 5\] places.*distill.grid: student"):
+        teacher_weights([torch.zeros(1, 2, 3), torch.zeros(1, 5, 3)], "similarity")
+    with pytest.raises(ConfigError, match=r"without losses; expected losses_BT"):
+        teacher_weights([torch.zeros(1, 2, 3)] * 2, "balanced")

@@ -89,6 +89,11 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
         ("distill.teachers=[clip, clip]", r"a teacher is named twice"),
         ("distill.anchor=clib", r"anchor 'clib' is not among .*Did you mean 'clip'"),
         ("distill.grid=native", r"adapters: student .*needs distill\.grid: student"),
+        (
+            "distill={teachers: [clip], adapters: teacher, grid: native, "
+            "teacher_weighting: similarity}",
+            r"similarity .*needs distill\.grid: student",
+        ),
         ("training.output_dir=x", r"training: 'output_dir' is set by the command line"),
         ("student.image_mean=[0, 0, 0]", r"image_mean and image_std go together"),
         ("no equals sign", r"--set 'no equals sign' is not of the form a\.b=c"),

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from movekd.cache import open_cache
 from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.distill import teacher_weights
 from movekd.errors import ConfigError
 from movekd.student import TeacherAdapter, routing
 from movekd.student.vlm import image_features
@@ -210,6 +211,37 @@ def test_targets_that_do_not_fit_are_refused(digits, overrides, message):
     student = digits.parts(digits.config("pretrain", "distill=null"))[1]
     with pytest.raises(ConfigError, match=message):
         check_targets(open_cache(digits.cache), config.distill, student)
+
+
+def test_balanced_teachers_are_weighed_by_their_losses(batch_of):
+    _, model, batch = batch_of(overrides=("distill.teacher_weighting=balanced",))
+    terms = model(**batch)
+    losses = torch.stack([terms["kd_clip_sum"], terms["kd_sam_sum"]]) / 4
+    weights = (1 / losses) / (1 / losses).sum()
+    torch.testing.assert_close(terms["kd_sum"].detach(), 4 * (weights * losses).sum())
+    torch.testing.assert_close(terms["teacher_weight_sam"], weights[1])
+
+
+def test_similar_teachers_weigh_more_and_each_by_its_sample(batch_of):
+    _, model, batch = batch_of(overrides=("distill.teacher_weighting=similarity",))
+    terms = model(**batch)
+    assert terms["teacher_weight_clip"] > 0.5 > terms["teacher_weight_sam"] > 0
+    targets = [resize_tokens(batch["targets"][t].standardised_BND, 6) for t in ("clip", "sam")]
+    expected = teacher_weights(targets, "similarity").mean(0)
+    torch.testing.assert_close(terms["teacher_weight_sam"], expected[1])
+
+
+def test_scaled_targets_are_the_caches(batch_of):
+    _, model, batch = batch_of(overrides=("distill.targets=scaled",))
+    with torch.no_grad():
+        for head in model.adapters.values():
+            head.output.weight.zero_()
+            head.output.bias.zero_()
+    found = model(**batch)["kd_sum"]
+    scaled = [resize_tokens(batch["targets"][t].scaled_BND, 6) for t in ("clip", "sam")]
+    weights_IN = model._token_weights(batch["targets"]["clip"])
+    expected = sum((weights_IN * z.square().mean(2)).mean(1).sum() / 2 for z in scaled)
+    torch.testing.assert_close(found, expected)
 
 
 def test_attention_is_brought_to_the_students_grid():

@@ -107,6 +107,32 @@ def test_the_share_of_each_expert_of_each_layer_is_logged(make):
     assert 0 <= logs["routing_entropy"] <= 1
 
 
+def test_the_rank_of_the_tokens_is_measured_in_logged_steps_alone(digits, tmp_path):
+    logged = digits.logged(digits.train(tmp_path / "each", "pretrain"))
+    assert all(1 <= entry["token_rank"] <= 96 for entry in logged)  # a step is an entry
+    other = digits.train(tmp_path / "third", "pretrain", "training.logging_steps=3")
+    expected = [entry["token_rank"] for entry in logged][2::3]
+    assert [entry["token_rank"] for entry in digits.logged(other)] == pytest.approx(expected)
+
+
+def test_a_batch_without_images_has_no_rank(make):
+    trainer, batch_of = make("finetune")
+    trainer.state.logging_steps = 1
+    loss_of(trainer, [batch_of([11])])
+    logs = {"loss": 0.0}
+    trainer.log(logs)
+    assert "token_rank" not in logs
+    loss_of(trainer, [batch_of([0, 1]), batch_of([11])])
+    trainer.log(logs)
+    assert logs["token_rank"] == pytest.approx(
+        trainer.model(**_fed(batch_of([0, 1])))["token_rank"]
+    )
+
+
+def _fed(batch):
+    return {key: value for key, value in batch.items() if key != "keys"}
+
+
 def test_a_checkpoint_holds_what_learns_and_is_checked_when_read(make, tmp_path):
     trainer, _ = make("pretrain")
     trainer._save(str(tmp_path))

@@ -1,0 +1,62 @@
+"""The study's command line: ``PYTHONPATH=pipelines/digits python -m study --help``."""
+
+import argparse
+from pathlib import Path
+
+from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="study", description="The study of docs/study.md.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "prepare": "make the worlds: teachers, scenes, caches",
+        "run": "make what is missing, then every run that has no row yet",
+        "final": "look at the test scenes, once",
+        "report": "tables and figures: of validation scenes, or with --final into docs/study.md",
+        "explore": "runs outside of the plan, on validation scenes",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--work", type=Path, default=Path("runs/study"))
+        command.add_argument("--results", type=Path, default=None, help="default: where committed")
+        command.add_argument("--jobs", type=int, default=2, help="processes at a time")
+        command.add_argument("--smoke", action="store_true", help="tiny sizes: for tests")
+        command.add_argument("--everything", action="store_true", help="the arms of study-full")
+        if name == "report":
+            command.add_argument("--final", action="store_true")
+        if name == "explore":
+            command.add_argument("name", help="of what is tried")
+            command.add_argument("--question", required=True, help="what it shall answer")
+            command.add_argument("--base", default="revised_mole", help="arm that is changed")
+            command.add_argument("--set", nargs="*", default=[], help="a.b=c, both stages")
+            command.add_argument("--stage1", nargs="*", default=[], help="a.b=c, stage 1 alone")
+            command.add_argument("--worlds", nargs="*", type=int, default=[0], choices=WORLDS)
+            command.add_argument("--seeds", nargs="*", type=int, default=[FIRST_EXPLORATORY_SEED])
+    arguments = parser.parse_args()
+
+    from study import explore, page, queue, results  # torch: not for --help
+
+    sizes = SMOKE if arguments.smoke else FULL_SIZE
+    where = arguments.results or (arguments.work / "results" if arguments.smoke else None)
+    place = queue.Place(arguments.work, where or results.RESULTS, sizes, arguments.jobs)
+    chosen = arms(arguments.everything)
+    if arguments.command == "prepare":
+        queue.prepare(place, chosen)
+    elif arguments.command == "run":
+        queue.run_all(place, chosen)
+        print(page.write_report(place, is_final=False))
+    elif arguments.command == "final":
+        queue.run_final(place, chosen)
+        print("python -m study report --final writes it into docs/study.md")
+    elif arguments.command == "report":
+        print(page.write_report(place, arguments.final))
+    else:
+        changes = (tuple(arguments.set), tuple(arguments.stage1))
+        tried = explore.Trial(arguments.name, arguments.question, arguments.base, *changes)
+        explore.run(place, tried, arguments.worlds, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""One run of the study: both stages through ``movekd.train``, then questions about new handwriting.
+
+Comes in: an arm, a world, a seed. Goes out: a row, the curves, and what the routers did; the
+trained student stays on disk for the final pass, which alone draws and reads test scenes.
+
+Legend: B images, N tokens with [CLS], L layers, E experts, C labels or places.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scenes
+import torch
+from torch import Tensor
+
+from movekd.config import read_yaml
+from movekd.corpus.conversations import load_conversations
+from movekd.evaluate.exact_match import exact_match, split_questions
+from movekd.evaluate.generate import generate_answers, read_from_folder
+from movekd.student import recorded_routing, routing
+from movekd.student.files import TrainedStudent, load_student
+from movekd.student.vlm import image_features, quiet_libraries
+from movekd.train.config import load_config
+from movekd.train.run import train
+from study.plan import Arm, RunId
+from study.worlds import YAMLS, World
+
+STAGES = ("pretrain", "finetune")
+CURVES = ("loss_text", "loss_kd", "token_std", "token_rank", "routing_max_share")
+PLACES = 36  # patches of a scene
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is given.
+
+    Attributes:
+        run: which one.
+        arm: how it trains.
+        world: on what.
+        epochs: factor on the epochs of both stages; not 1 where an arm matches another's time.
+    """
+
+    run: RunId
+    arm: Arm
+    world: World
+    epochs: float = 1.0
+
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        return self.world.work / "runs" / f"{self.run.arm}-{self.run.world}-{self.run.seed}"
+
+
+def settings(arm: Arm, world: World) -> str:
+    """Return a hash of everything that a row depends on but its seed and the library's code."""
+    digest = hashlib.sha256(repr((arm.cache, arm.keys, arm.pretrain)).encode())
+    digest.update(repr((arm.matches_time_of, world.sizes)).encode())
+    digest.update(world.fingerprint.encode())
+    for name in YAMLS:
+        digest.update(json.dumps(read_yaml(world.folder / name), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def execute(task: Task) -> tuple[Row, Row]:
+    """Train and evaluate; return the row and its curves."""
+    quiet_libraries()
+    shutil.rmtree(task.folder, ignore_errors=True)
+    logs: dict[str, list[dict[str, float]]] = {}
+    seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
+    for stage in STAGES:
+        with _timed(stage, seconds, cpu_seconds):
+            logs[stage] = train_stage(task, stage)
+    shutil.rmtree(task.folder / "pretrain")
+    with _timed("evaluate", seconds, cpu_seconds):
+        trained = load_student(task.folder / "finetune")
+        accuracy = answer(trained, task.world.source, "val")
+    row = {
+        "arm": task.run.arm,
+        "world": task.run.world,
+        "seed": task.run.seed,
+        "settings": settings(task.arm, task.world),
+        "epochs": task.epochs,
+        "val": accuracy,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "token_std": _ends(logs, "token_std"),
+        "token_rank": _ends(logs, "token_rank"),
+        "loss_kd": _ends(logs, "loss_kd"),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    name = {key: row[key] for key in ("arm", "world", "seed")}
+    curves = {**name, **{stage: _curves(logs[stage]) for stage in STAGES}}
+    if task.arm.has_experts:
+        row["routing"], counts = routing_by_content(trained, task.world)
+        if task.run.seed == 0:  # a figure needs one
+            curves["routing"] = counts
+    return row, curves
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float], cpu_seconds: dict[str, float]) -> Iterator[None]:
+    """Note what the body took on the clock, and of this process's one thread."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 2)
+    cpu_seconds[name] = round(time.process_time() - cpu_started, 2)
+
+
+def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
+    """Train one stage; return what it logged."""
+    arm, world = task.arm, task.world
+    epochs = task.epochs * (world.sizes.finetune_epochs if stage == "finetune" else 1.0)
+    overrides = [
+        f"data.shards={world.data}",
+        f"data.conversations=[{world.source / stage}.json]",
+        f"training.seed={task.run.seed}",
+        f"training.num_train_epochs={epochs}",
+        f"training.per_device_train_batch_size={world.sizes.batch_size}",
+        "training.report_to=none",
+        "training.use_cpu=true",
+        f"training.logging_steps={world.sizes.logging_steps}",
+        *arm.keys,
+    ]
+    if stage == "pretrain":
+        overrides += arm.pretrain
+    else:
+        overrides.append(f"init_from={task.folder / 'pretrain'}")
+    config = load_config(world.folder / f"{stage}.yaml", overrides)
+    cache = None if arm.cache is None else world.cache(arm.cache)
+    return train(config, task.folder / stage, cache).log
+
+
+def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[int]]:
+    """Answer the questions of ``folder/part.json``; return [right, asked] a question type."""
+    asked, right = split_questions(load_conversations(folder / f"{part}.json"))
+    given = generate_answers(
+        trained.student,
+        asked,
+        read_from_folder(folder / "images"),
+        prompt=trained.prompt,
+        geometry=trained.geometry,
+        batch_size=128,
+        max_new_tokens=4,
+    )
+    scores = exact_match(asked, right, list(given))
+    return {name: [score.correct, score.total] for name, score in scores.items()}
+
+
+def final(task: Task) -> Row:
+    """Answer the test questions with a finished run's student; return the row of the final file."""
+    quiet_libraries()
+    folder = task.world.folder / "test"
+    trained = load_student(task.folder / "finetune")
+    name = {"arm": task.run.arm, "world": task.run.world, "seed": task.run.seed}
+    return {
+        **name,
+        "settings": settings(task.arm, task.world),
+        "test": answer(trained, folder, "test"),
+    }
+
+
+@torch.no_grad()
+def routing_by_content(
+    trained: TrainedStudent, world: World
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return what the experts of a trained student are chosen by, over the validation scenes.
+
+    Returns:
+        The mutual information of expert and digit, and of expert and place, each in bits and as a
+        mean over layers; and the counts behind it, ``digit`` (L, E, 11; the last label is no
+        digit) and ``place`` (L, E, 36).
+    """
+    digit_LEC: Any = 0
+    place_LEC: Any = 0
+    transform = trained.student.image_transform(trained.geometry)
+    images, first = read_from_folder(world.source / "images"), 0
+    for batch, _ in scenes.draw_part("val", world.sizes.num_val, world.number, world.number):
+        names = [f"val_{first + i:05d}.png" for i in range(len(batch))]
+        first += len(batch)
+        pixels = np.concatenate([transform.see(images(n), "base").pixels_VCHW for n in names])
+        with recorded_routing(trained.student.vlm):
+            image_features(trained.student.vlm, torch.from_numpy(pixels), None)
+            records = routing(trained.student.vlm)
+        choice_LBNE = torch.stack([record.choice_BNE[:, 1:] for record in records])
+        label_BN = torch.from_numpy(scenes.grid_labels(batch)).flatten(1)
+        place_BN = torch.arange(PLACES).expand_as(label_BN)
+        digit_LEC = digit_LEC + _counts(choice_LBNE, label_BN, scenes.NUM_CLASSES)
+        place_LEC = place_LEC + _counts(choice_LBNE, place_BN, PLACES)
+    information = {
+        "digit_bits": round(mutual_information(digit_LEC).mean().item(), 4),
+        "place_bits": round(mutual_information(place_LEC).mean().item(), 4),
+    }
+    return information, {"digit": digit_LEC.int().tolist(), "place": place_LEC.int().tolist()}
+
+
+def _counts(choice_LBNE: Tensor, label_BN: Tensor, num_labels: int) -> Tensor:
+    one_hot_BNC = torch.nn.functional.one_hot(label_BN, num_labels).float()
+    return torch.einsum("lbne,bnc->lec", choice_LBNE.float(), one_hot_BNC)
+
+
+def mutual_information(counts_LEC: Tensor) -> Tensor:
+    """Return the mutual information of expert and label in bits, (L,), from counts (L, E, C)."""
+    joint_LEC = counts_LEC.double() / counts_LEC.double().sum((1, 2), keepdim=True)
+    apart_LEC = joint_LEC.sum(2, keepdim=True) * joint_LEC.sum(1, keepdim=True)
+    ratio_LEC = torch.where(joint_LEC > 0, joint_LEC / apart_LEC, 1.0)
+    return (joint_LEC * ratio_LEC.log2()).sum((1, 2))
+
+
+def _ends(logs: dict[str, list[dict[str, float]]], name: str) -> list[float] | None:
+    """Return the first and the last logged value over both stages, or None where there is none."""
+    values = [entry[name] for stage in STAGES for entry in logs[stage] if name in entry]
+    return [round(values[0], 5), round(values[-1], 5)] if values else None
+
+
+def _curves(log: list[dict[str, float]]) -> dict[str, list[float]]:
+    entries = [entry for entry in log if "loss" in entry]
+    curves = {"step": [entry["step"] for entry in entries]}
+    for name in CURVES:
+        if entries and name in entries[0]:
+            curves[name] = [float(f"{entry[name]:.5g}") for entry in entries]
+    return curves

@@ -1,0 +1,198 @@
+"""A world: a split of the handwriting, teachers trained on it, scenes, caches of features.
+
+    WORK/worldN/
+      weights/         world 0: those that ship; the others are trained here, by the same recipe
+      teachers/ *.yaml the pipeline's files, beside their weights
+      source/          pretrain.json, finetune.json, val.json, images/; no test scenes
+      data/            packed
+      caches/NAME/     pooled_int8, native_int8, pooled_float16, shuffled
+      test/            drawn by the final pass, never before
+
+Everything is made once and kept. The language model is the same in all worlds: it has seen no
+image, only which patches of a cell the training handwriting of world 0 covers.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pretrain
+import scenes
+from demo import HERE, TEACHERS
+
+from movekd.build.options import BuildOptions
+from movekd.build.run import build_cache
+from movekd.cache import open_cache
+from movekd.cache.layout import CACHE_JSON, INDEX, NAMES, skipped_name, skipped_seal_name
+from movekd.cache.spec import load_spec
+from movekd.cache.storage import open_storage
+from movekd.cache.writer import create_group, write_shard
+from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_llava
+from study.plan import CACHES, Sizes
+
+YAMLS = ("pretrain.yaml", "finetune.yaml")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a world lies. Its number seeds the split, the teachers and the scenes."""
+
+    number: int
+    work: Path
+    sizes: Sizes
+
+    @property
+    def folder(self) -> Path:
+        """Everything of this world."""
+        return self.work / f"world{self.number}"
+
+    @property
+    def source(self) -> Path:
+        """Scenes as LLaVA JSON and images."""
+        return self.folder / "source"
+
+    @property
+    def data(self) -> Path:
+        """Scenes as shards."""
+        return self.folder / "data"
+
+    def cache(self, name: str) -> Path:
+        """One of its caches."""
+        return self.folder / "caches" / name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights and the scenes, as a row holds it."""
+        digest = hashlib.sha256((self.folder / "weights/SHA256SUMS").read_bytes())
+        for path in sorted(self.source.rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def train_teacher(world: World, name: str) -> None:
+    """Train one teacher of a world, unless it is there; world 0 takes those that ship."""
+    weights = world.folder / "weights"
+    trained = weights / "training.json"
+    if trained.exists() and name in json.loads(trained.read_text(encoding="utf-8")):
+        return
+    seed = world.number
+    part = world.folder / "training" / name  # two of a world may train at once
+    pretrain.pretrain(part, name, seed, world.sizes.teacher_steps, split_seed=seed)
+
+
+def collect_weights(world: World) -> None:
+    """Bring the weights of a world together, with the pipeline's YAML files beside them."""
+    weights = world.folder / "weights"
+    world.folder.mkdir(parents=True, exist_ok=True)
+    if world.number == 0:
+        shutil.copytree(HERE / "weights", weights, dirs_exist_ok=True)
+    else:
+        shutil.copytree(
+            HERE / "weights/language_model", weights / "language_model", dirs_exist_ok=True
+        )
+        for part in sorted((world.folder / "training").glob("*")):
+            result = json.loads((part / "training.json").read_text(encoding="utf-8"))[part.name]
+            shutil.copytree(part / part.name, weights / part.name, dirs_exist_ok=True)
+            pretrain.record_training(weights, part.name, result)
+        shutil.rmtree(world.folder / "training", ignore_errors=True)
+    shutil.copytree(HERE / "teachers", world.folder / "teachers", dirs_exist_ok=True)
+    for name in YAMLS:
+        shutil.copy(HERE / name, world.folder / name)
+
+
+def write_scenes(world: World) -> None:
+    """Draw and pack the scenes to learn from, and draw those to choose by; no test scenes.
+
+    Raises:
+        SystemExit: the folder holds a world of other sizes.
+    """
+    sizes, stamp = world.sizes, world.folder / "scenes.json"
+    wanted = {"sizes": [sizes.num_pretrain, sizes.num_finetune, sizes.num_val]}
+    if stamp.exists():
+        if json.loads(stamp.read_text(encoding="utf-8")) != wanted:
+            raise SystemExit(
+                f"study: {world.folder} was made with other sizes; delete it, or give another "
+                "--work."
+            )
+        return
+    for folder in (world.source, world.data, world.folder / "caches"):
+        shutil.rmtree(folder, ignore_errors=True)
+    scenes.write_corpus(
+        world.source,
+        num_pretrain=sizes.num_pretrain,
+        num_finetune=sizes.num_finetune,
+        num_val=sizes.num_val,
+        num_test=0,
+        seed=world.number,
+        split_seed=world.number,
+    )
+    stages = [world.source / f"{stage}.json" for stage in ("pretrain", "finetune")]
+    pack_llava(stages, world.source / "images", world.data, num_workers=1)
+    stamp.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def write_test_scenes(world: World) -> Path:
+    """Draw the test scenes, unless they are there; return their folder. The final pass alone."""
+    folder = world.folder / "test"
+    if not (folder / "test.json").exists():
+        scenes.write_corpus(
+            folder, 0, 0, 0, world.sizes.num_test, seed=world.number, split_seed=world.number
+        )
+    return folder
+
+
+def build(world: World, name: str) -> None:
+    """Build one of a world's caches, or go on with it."""
+    if name == "shuffled":
+        build(world, "pooled_int8")
+        shuffle_cache(world.cache("pooled_int8"), world.cache(name), world.number)
+        return
+    paths = [world.folder / "teachers" / f"{teacher}.yaml" for teacher in TEACHERS]
+    specs = [load_spec(str(path)).with_changes(**CACHES[name]) for path in paths]
+    options = BuildOptions(batch_size=64, num_workers=0, device="cpu")
+    corpus = open_corpus(world.data)
+    for _ in build_cache(world.cache(name), corpus, specs, geometry="crop", options=options):
+        pass
+
+
+def shuffle_cache(source: Path, target: Path, seed: int) -> None:
+    """Write a cache in which every image has the features of another one, unless it is there.
+
+    One permutation for all teachers and all their arrays, a single cycle, so that no image keeps
+    its own. Statistics, sizes and shapes are those of ``source``.
+    """
+    done = target / "shuffled.json"
+    if done.exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in (CACHE_JSON, INDEX, NAMES):
+        shutil.copy(source / name, target / name)
+    cache, storage = open_cache(source), open_storage(target)
+    for teacher in cache.teachers:
+        store = cache[teacher]
+        order = np.random.default_rng([seed, 70]).permutation(store.num_rows)
+        other = np.empty_like(order)
+        other[order] = np.roll(order, 1)
+        create_group(storage, store.spec, store.calibration, store.stats, store.num_rows)
+        for shard, seal in store.seals.items():
+            stored = store.read(other[slice(*seal.rows)]).stored
+            write_shard(
+                storage,
+                store.spec,
+                store.calibration,
+                shard,
+                {array: values.numpy() for array, values in stored.items()},
+                keys_xxh3_128=seal.keys_xxh3_128,
+                skipped={},
+                error=seal.error,
+            )
+        for name in (skipped_name(teacher), skipped_seal_name(teacher)):  # none were
+            shutil.copy(source / name, target / name)
+    done.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")

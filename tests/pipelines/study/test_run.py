@@ -1,0 +1,142 @@
+"""A run of each arm at tiny sizes, and the queue: resumed, final once, exploration bounded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import study.plan
+import study.queue
+import torch
+from study import explore, page, results
+from study.plan import SMOKE, RunId, arms, find_arm
+from study.queue import Place, run_all, run_final, time_factor
+from study.run import CURVES, Task, execute, mutual_information
+from study.worlds import World, build, collect_weights, write_scenes
+
+
+def test_mutual_information_by_hand():
+    even = torch.ones(3, 4)
+    sure = torch.tensor([[6.0, 0, 0, 0], [0, 6, 0, 0], [0, 0, 3, 3]])  # 12, 12 and 3 + 3 of 18
+    found = mutual_information(torch.stack([even, sure]))
+    assert found[0] == pytest.approx(0, abs=1e-9)
+    assert found[1] == pytest.approx(torch.tensor(3.0).log2().item())
+
+
+def row_of(arm, seed, seconds):
+    timed = {"pretrain": seconds, "finetune": 2 * seconds}
+    return {"arm": arm, "world": 0, "seed": seed, "cpu_seconds": timed}
+
+
+def test_a_time_is_matched_by_the_median_ratio_of_pairs():
+    rows = [row_of("none_mole", seed, 10.0) for seed in range(3)]
+    rows += [row_of("revised_mole", seed, 10.0 * ratio) for seed, ratio in enumerate((1.2, 2, 1))]
+    rows.append(row_of("revised_mole", 7, 1000.0))  # without a pair
+    have = results.by_run(rows)
+    assert time_factor(have, "time_mole") == 1.2
+    assert time_factor(have, "float16") == 1
+    with pytest.raises(SystemExit, match=r"as long as 'revised_full', which has no row yet"):
+        time_factor(have, "time_full")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """World 0 at tiny sizes, with all its caches."""
+    made = World(0, tmp_path_factory.mktemp("study"), SMOKE)
+    collect_weights(made)
+    write_scenes(made)
+    for name in study.plan.CACHES:
+        build(made, name)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", arms(everything=True), ids=lambda arm: arm.name)
+def test_an_arm_runs(world, arm):
+    row, curves = execute(Task(RunId(0, 0, arm.name), arm, world))
+    assert row["val"]["all"][1] == SMOKE.num_val
+    assert sum(asked for _, asked in row["val"].values()) == 2 * SMOKE.num_val
+    assert (row["loss_kd"] is None) is (arm.cache is None)
+    assert row["token_std"][1] > 0
+    assert 1 <= row["token_rank"][1] <= 96
+    assert ("routing" in row) is arm.has_experts
+    if arm.has_experts:
+        patches = 36 * SMOKE.num_val
+        counted = torch.tensor(curves["routing"]["digit"]).sum((1, 2))
+        assert set(counted.tolist()) == {patches}
+        places = torch.tensor(curves["routing"]["place"]).sum(1)
+        assert set(places.flatten().tolist()) == {SMOKE.num_val}
+    steps = len(curves["finetune"]["step"])
+    assert steps == 2
+    assert all(len(curves["finetune"].get(name, [0] * steps)) == steps for name in CURVES)
+
+
+@pytest.mark.slow
+def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch):
+    for module in (study.plan, study.queue):
+        monkeypatch.setattr(module, "WORLDS", (0,))
+    chosen = (find_arm("none_mole"), find_arm("shuffled_mole"))
+    place = Place(tmp_path / "work", tmp_path / "results", SMOKE, jobs=1)
+
+    def runs_file() -> Path:
+        return place.results / "runs.jsonl"
+
+    with pytest.raises(SystemExit, match="8 runs have no row yet"):
+        run_final(place, chosen)
+    run_all(place, chosen)
+    rows = results.read(place.results, "runs")
+    assert len(rows) == len({results.run_id(row) for row in rows}) == 2 * 4
+    whole = runs_file().read_bytes()
+
+    # interrupted before the last row: it alone is made again, to the same figures
+    runs_file().write_bytes(whole[: whole.rfind(b"\n", 0, -1) + 10])
+    run_all(place, chosen)
+    again = results.read(place.results, "runs")
+    assert again[:-1] == rows[:-1]
+    for key in ("arm", "seed", "settings", "val", "token_std", "loss_kd", "routing"):
+        assert again[-1].get(key) == rows[-1].get(key)
+
+    # rows of another plan are refused
+    changed = json.dumps({**rows[0], "settings": "other"}).encode() + b"\n"
+    kept = runs_file().read_bytes()
+    runs_file().write_bytes(kept + changed)
+    with pytest.raises(SystemExit, match="made with other settings"):
+        run_all(place, chosen)
+    runs_file().write_bytes(kept)
+
+    preview = page.write_report(place, is_final=False)
+    assert "validation scenes" in preview.read_text()
+    assert {path.name for path in preview.parent.glob("*.png")} >= {"accuracy.png", "time.png"}
+    with pytest.raises(SystemExit, match="have not been looked at"):
+        page.write_report(place, is_final=True)
+
+    trial = explore.Trial("more", "rank", "none_mole", keys=("student.mole.r=4",))
+    with pytest.raises(SystemExit, match="exploratory seeds begin at 100"):
+        explore.run(place, trial, [0], [0])
+    with pytest.raises(SystemExit, match=r"0 runs were made .* 21 more are asked for"):
+        explore.run(place, trial, [0], range(100, 121))
+    explore.run(place, trial, [0], [100])
+    (tried,) = results.read(place.results, "exploratory")
+    assert tried["keys"] == ["distill=null", "student.mole.r=4"]
+
+    assert not list(place.work.rglob("test.json"))
+    run_final(place, chosen)
+    final = results.read(place.results, "final")
+    assert len(final) == 8
+    assert all(row["test"]["all"][1] == SMOKE.num_test for row in final)
+    written = (place.results / "final.jsonl").stat().st_mtime_ns
+    run_final(place, chosen)  # nothing is scored twice
+    assert (place.results / "final.jsonl").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match="nothing is chosen after that"):
+        explore.run(place, trial, [0], [101])
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "study.md").write_text(f"by hand\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    monkeypatch.setattr(page, "DOCS", docs)
+    text = page.write_report(place, is_final=True).read_text()
+    assert text.startswith("by hand\n")
+    assert text.endswith("after\n")
+    assert "test scenes" in text
+    assert "old" not in text
+    assert "(study/accuracy.png)" in text
+    assert page.write_report(place, is_final=True).read_text() == text
