@@ -113,11 +113,15 @@ def effective_rank(tokens_BND: Tensor, max_tokens: int = 1024) -> Tensor:
         tokens_BND: any tokens, the last dimension their channels.
         max_tokens: at most so many are looked at, evenly spaced; no rank above it is seen.
 
+    NaN where a token is not finite.
+
     Source: Roy & Vetterli, The effective rank (EUSIPCO 2007).
     """
     tokens_XD = tokens_BND.detach().flatten(0, -2)
     stride = -(-len(tokens_XD) // max_tokens)
     sample_XD = tokens_XD[::stride].float()
+    if not sample_XD.isfinite().all():  # the loss will say so; a decomposition would raise
+        return sample_XD.new_tensor(float("nan"))
     values_R = torch.linalg.svdvals(sample_XD - sample_XD.mean(dim=0))
     smallest = torch.finfo(values_R.dtype).tiny
     share_R = values_R / values_R.sum().clamp_min(smallest)

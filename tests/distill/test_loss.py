@@ -159,6 +159,7 @@ def test_effective_rank_falls_to_one_when_the_tokens_collapse_onto_a_line() -> N
     torch.testing.assert_close(effective_rank(line), torch.tensor(1.0), rtol=0, atol=1e-3)
     assert token_statistics(line) > 0.1  # the spread alone would not tell
     assert effective_rank(torch.ones(2, 5, 3)) == 1  # no direction at all
+    assert effective_rank(torch.full((2, 5, 3), float("inf"))).isnan()
 
 
 def test_effective_rank_looks_at_a_bounded_number_of_tokens_in_half_precision_too() -> None:

@@ -13,6 +13,7 @@ from study.plan import (
     PRIMARY,
     SECONDARY,
     SECONDARY_MORE,
+    SEEDS,
     STUDY,
     Arm,
     Contrast,
@@ -48,7 +49,9 @@ def write_report(place: Place, is_final: bool) -> Path:
     if not rows:
         raise SystemExit(f"study: {place.results}/runs.jsonl holds no row; run the study first.")
     folder = DOCS / "study" if is_final else place.work / "preview"
-    drawn = figures.draw_all(folder, rows, part, list(results.by_run(curves).values()))
+    shown = [row for row in rows if row["seed"] in SEEDS]  # as many runs of every arm
+    curves = [c for c in results.by_run(curves).values() if c["seed"] in SEEDS]
+    drawn = figures.draw_all(folder, shown, part, curves)
     text = results_part(rows, part, [path.name for path in drawn])
     if not is_final:
         page = folder / "preview.md"
@@ -67,13 +70,15 @@ def results_part(rows: Sequence[Row], part: str, drawn: Sequence[str]) -> str:
     values = accuracies(rows, part)
     scenes = "test" if part == "test" else "validation"
     lines = [f"Accuracy on {scenes} scenes, exact match; 95% intervals over runs.", ""]
-    lines += arm_table(rows, part)
+    lines += arm_table([row for row in rows if row["seed"] in SEEDS], part)
     lines += ["", "### Contrasts", ""]
     primary = compare(PRIMARY, values)
     if primary is not None:
-        lines += contrast_table([primary])
+        lines += ["Primary:", "", *contrast_table([primary])]
     found = [c for c in (compare(c, values) for c in (*SECONDARY, *SECONDARY_MORE)) if c]
-    lines += ["", "Secondary, corrected for their number (Holm):", "", *contrast_table(holm(found))]
+    if found:
+        lines += ["", "Secondary, corrected for their number (Holm):", ""]
+        lines += contrast_table(holm(found))
     others = [c for c in (compare(c, values) for c in parts_of_the_recipe(rows)) if c]
     if others:
         lines += ["", "The rest, without correction and without a claim:", ""]

@@ -112,7 +112,9 @@ def compare(contrast: Contrast, values: Mapping[RunId, float]) -> Comparison | N
 
 def _ratio(distance: float, error: float) -> float:
     """Return distance over standard error, also where all differences are equal."""
-    return float(distance / error) if error > 0 else float(np.sign(distance) * np.inf)
+    if error > 0:
+        return float(distance / error)
+    return float(np.sign(distance) * np.inf) if distance else 0.0
 
 
 def sign_flip_p(differences: Sequence[float], num_draws: int = 20_000) -> float:

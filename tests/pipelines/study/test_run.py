@@ -131,12 +131,14 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch):
 
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "study.md").write_text(f"by hand\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    (docs / "study.md").write_text(
+        f"by hand\n{page.BEGIN}\nof an earlier pass\n{page.END}\nafter\n"
+    )
     monkeypatch.setattr(page, "DOCS", docs)
     text = page.write_report(place, is_final=True).read_text()
     assert text.startswith("by hand\n")
     assert text.endswith("after\n")
     assert "test scenes" in text
-    assert "old" not in text
+    assert "earlier pass" not in text
     assert "(study/accuracy.png)" in text
     assert page.write_report(place, is_final=True).read_text() == text

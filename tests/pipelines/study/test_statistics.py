@@ -68,6 +68,12 @@ def test_equivalence_is_two_one_sided_tests():
     assert equal.holds
 
 
+def test_arms_that_do_not_differ_at_all_have_no_difference():
+    same = compare(Contrast("a", "b"), values_of(a=np.ones(12), b=np.ones(12)))
+    assert same is not None
+    assert (same.p, same.p_signs, same.holds) == (1.0, 1.0, False)
+
+
 def test_signs_by_hand():
     assert sign_flip_p([1, 2, 3]) == 2 / 8
     assert sign_flip_p([1, -1]) == 1.0
