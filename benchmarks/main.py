@@ -123,7 +123,7 @@ def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
         batch.pop("keys")
         terms = model(**batch)
         model.zero_grad()
-        (terms["text_sum"] / 100 + terms["kd_sum"] / 16 + terms["balance"]).backward()
+        (terms["text_sum"] / 100 + terms["kd_sum"] / 16 + terms["balance_sum"] / 16).backward()
 
     def cached() -> None:
         step(collator(fixed))

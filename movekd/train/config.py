@@ -236,6 +236,11 @@ def _check(config: TrainConfig) -> None:
         ConfigError: says which keys contradict each other.
     """
     distill, student = config.distill, config.student
+    if student.dtype == "float16":
+        raise ConfigError(
+            "student.dtype is float16, in which small gradients vanish; set float32 (with "
+            "training.bf16: true to compute in bfloat16), or bfloat16."
+        )
     if config.stage == "distill":
         _check_encoder_alone(config)
     elif student.language_model is None:

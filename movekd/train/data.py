@@ -23,10 +23,11 @@ from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, ConfigError
 from movekd.student.config import PromptFormat
-from movekd.student.prompts import IGNORED, tokenize
+from movekd.student.prompts import IGNORED, check_conversation, tokenize
 from movekd.student.vlm import Student
 from movekd.train.config import DataConfig
 from movekd.train.images import naming_image
+from movekd.train.sampler import EMPTY
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class ConversationDataset(Dataset[Sample]):
         target_views: which views of an image have targets.
 
     Raises:
-        ConfigError: there is no conversation.
+        ConfigError: there is no conversation, or one whose images do not fit its text or
+            ``max_length``; names it.
         UnknownKeyError: an image is in no shard, or not in the cache; names some.
         CacheError: the cache has skipped an image that is needed; names some.
     """
@@ -87,6 +89,7 @@ class ConversationDataset(Dataset[Sample]):
         widths, heights = (np.asarray(corpus.index[c])[self._images] for c in ("width", "height"))
         self._num_tokens = student.count_tokens(widths, heights)
         self._num_rows = num_views(widths, heights, target_views)
+        self._check_images()
         self._rows: NDArray[np.int64] | None = None  # of the base views; the tiles' follow them
         if cache is not None:
             self._rows = cache.rows(names) if names else np.empty(0, np.int64)
@@ -94,10 +97,24 @@ class ConversationDataset(Dataset[Sample]):
                 cache[teacher].require_images(cache.catalog)
             _refuse_skipped(cache, teachers, names, self._rows, self._num_rows)
 
+    def _check_images(self) -> None:
+        """Find now what would stop the run at some later step."""
+        for position, conversation in enumerate(self.conversations):
+            images = slice(self._starts[position], self._starts[position + 1])
+            num_tokens = int(self._num_tokens[images].sum())
+            if num_tokens >= self._max_length:
+                raise ConfigError(
+                    f"the images of conversation '{conversation.id}' are {num_tokens} tokens, and "
+                    f"data.model_max_length is {self._max_length}; raise it above that."
+                )
+            check_conversation(conversation, self._prompt)
+
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, position: int) -> Sample:
+        if position == EMPTY:
+            return Sample("(filled up)", [self._tokenizer.pad_token_id or 0], [IGNORED], [], [])
         conversation = self.conversations[position]
         images = slice(self._starts[position], self._starts[position + 1])
         num_tokens = self._num_tokens[images].tolist()

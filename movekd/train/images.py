@@ -20,6 +20,7 @@ from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, UnreadableImageError
+from movekd.train.sampler import EMPTY
 
 
 class View(NamedTuple):
@@ -76,6 +77,8 @@ class ViewDataset(Dataset[View]):
         return len(self._rows)
 
     def __getitem__(self, position: int) -> View:
+        if position == EMPTY:
+            return View("(filled up)", EMPTY, 0, 0)
         image = int(self._images[position])
         view, row = int(self._views[position]), int(self._rows[position])
         return View(self._keys[image].as_py(), image, view, row)
@@ -94,8 +97,11 @@ class ViewCollator:
         """Return the keyword arguments of ``DistillModel.forward``.
 
         Keys: keys (for error messages); pixel_values float32 (I, C, H, W); targets: teacher ->
-        TeacherTargets of I rows.
+        TeacherTargets of I rows. The last two are None where every sample is empty.
         """
+        samples = [sample for sample in samples if sample.image != EMPTY]
+        if not samples:
+            return {"keys": [], "pixel_values": None, "targets": None}
         rows = [sample.row for sample in samples]
         pixels = []
         for sample in samples:

@@ -71,6 +71,7 @@ class DistillModel(nn.Module):
         self.measures_rank = False  # the trainer asks for it in steps that are logged
         self.has_experts = any(".mole_" in name for name, _ in self.vlm.named_parameters())
         self.adapters = nn.ModuleDict()
+        self.loaded_parts: list[str] = []  # those that an earlier stage trained
         if distill is not None:
             self.adapters.update(_adapters(student, distill, shapes))
 
@@ -94,8 +95,7 @@ class DistillModel(nn.Module):
         clear_routing(self.vlm)
         has_images = pixel_values is not None
         if pixel_values is None:  # every process needs a gradient for every parameter, in each step
-            assert input_ids is not None
-            pixel_values, image_sizes = self._blank(input_ids.device)
+            pixel_values, image_sizes = self._blank(next(self.parameters()).device)
         output, student_VND = image_features(self.vlm, pixel_values.to(self.vlm.dtype), image_sizes)
         student_IND = student_VND if target_views is None else student_VND[target_views]
         terms = {
@@ -119,7 +119,7 @@ class DistillModel(nn.Module):
                 projected = torch.cat(list(output.pooler_output))
                 terms["text_sum"] = terms["text_sum"] + 0.0 * projected.sum()
         if self.has_experts:
-            terms |= self._balance()
+            terms |= self._balance(len(student_VND) if has_images else 0)
         if self.distill is not None:
             terms |= self.kd_terms(student_IND, targets)
         return terms
@@ -137,19 +137,24 @@ class DistillModel(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name before 5.23
 
-    def _balance(self) -> dict[str, Tensor]:
+    def _balance(self, num_views: int) -> dict[str, Tensor]:
+        """Return the routers' loss and statistics times the views seen; zeros for a blank image."""
         records = routing(self.vlm)
         statistics = routing_statistics(records)
         share_LE = statistics.share_LE
         if torch.distributed.is_initialized():  # F of `batch` is that of all processes
-            share_LE = share_LE / torch.distributed.get_world_size()
+            share_LE = share_LE * num_views
+            total = torch.full((), float(num_views), device=share_LE.device)
             torch.distributed.all_reduce(share_LE)
-        return {
-            "balance": balance_loss(records, self.balance, share_LE=share_LE),
+            torch.distributed.all_reduce(total)
+            share_LE = share_LE / total.clamp(min=1)
+        terms = {
+            "balance_sum": balance_loss(records, self.balance, share_LE=share_LE),
             "routing_entropy": statistics.entropy_L.mean(),
             "routing_max_share": statistics.share_LE.max(),
             "routing_share": statistics.share_LE,
         }
+        return {name: term * num_views for name, term in terms.items()}
 
     def kd_terms(
         self, student_IND: Tensor, targets: Mapping[str, TeacherTargets] | None
@@ -160,6 +165,7 @@ class DistillModel(nn.Module):
         """
         distill = self.distill
         assert distill is not None
+        student_IND = student_IND.float()  # heads and targets are, whatever the weights are in
         if targets is None:
             touched = [head(student_IND).sum() for head in self._heads_on_student()]
             touched += [p.sum() for a in self._adapters_on_teacher() for p in a.parameters()]

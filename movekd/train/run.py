@@ -1,74 +1,43 @@
 """One training run, from a resolved config to a model that `evaluate` and `ask` load.
 
-    OUTPUT/
-      config.yaml       the run, every default filled in
-      log.json          every logged step, when the run has ended
-      checkpoint-N/     Trainer's, for --resume
-      runs/             TensorBoard
-      model/            what this run ends with (see student.files)
-
-No teacher is loaded here, and no teacher code imported: targets come from the cache.
+Where it goes is said in ``output``. No teacher is loaded here, and no teacher code imported:
+targets come from the cache.
 """
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from movekd.cache.reader import FeatureCache, open_cache
-from movekd.config import read_yaml
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
-from movekd.errors import CacheError, ConfigError, WeightsError, did_you_mean
-from movekd.student.files import (
-    CONFIG_FILE,
-    PART_FILES,
-    load_adapters,
-    load_exact,
-    load_parts,
-    part_of,
-    part_parameters,
-    save_adapters,
-    save_parts,
-    save_tokenizer,
-)
+from movekd.errors import CacheError, ConfigError, MovekdError
+from movekd.student.files import CONFIG_FILE, part_of, save_adapters, save_parts, save_tokenizer
 from movekd.student.vlm import Student, build_encoder, build_vlm
+from movekd.train.arguments import training_arguments
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
+from movekd.train.earlier import load_earlier
 from movekd.train.images import ViewCollator, ViewDataset
 from movekd.train.model import DistillModel, check_targets
+from movekd.train.output import (
+    LOG_FILE,
+    begin_output,
+    check_inputs,
+    delete_run,
+    inputs_of,
+    prepare_output,
+)
 from movekd.train.sharding import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
-from movekd.train.trainer import CHECKPOINT_FILE, DistillTrainer
+from movekd.train.trainer import DistillTrainer
 
-LOG_FILE = "log.json"
 Progress = Callable[[str, int, int], None]
-
-_DEFAULTS: dict[str, Any] = {
-    "logging_steps": 10,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # below 1: a share of the steps
-    "num_train_epochs": 1,
-    "save_steps": 500,
-    "save_total_limit": 2,
-    "report_to": "tensorboard",
-    "dataloader_num_workers": 0,
-    "disable_tqdm": True,
-}
-"""What `training:` leaves out. As in LLaVA's scripts where those say something."""
-
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-"""Names until transformers 5.22 or so; where the new ones exist, the old ones warn."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +79,32 @@ def train(
         MovekdError: config, corpus and cache do not fit each other; says which key differs.
         TrainingError: the loss is no longer a number.
     """
-    checkpoint = _prepare_output(config, output_dir, resume=resume, overwrite=overwrite)
+    checkpoint = prepare_output(config, output_dir, resume=resume, overwrite=overwrite)
     corpus = open_corpus(config.data.shards)
     cache = _open_targets(config, cache_url, allow_random_teachers)
-    arguments = _training_arguments(config, output_dir)
+    arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
+    batch_size = arguments.train_batch_size * arguments.world_size
+    batch_size *= arguments.gradient_accumulation_steps
+    inputs = inputs_of(config, corpus, cache, batch_size)
+    if checkpoint is not None:
+        check_inputs(output_dir, inputs)
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
+    trainer = _trainer(config, model, dataset, collator, arguments)
+    require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
         if overwrite:  # not before all the rest was found to fit
-            shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
-    require_fsdp2(arguments, trainer.accelerator)
+            delete_run(output_dir)
+        begin_output(output_dir, config, inputs)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _errors_of_workers():
+        result = trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
     gather_parameters(model)
     if arguments.should_save:
         _save_model(config, output_dir / "model", model, student)
@@ -153,56 +129,44 @@ class _ShowProgress(TrainerCallback):
         self._progress(f"train {self._what}", state.global_step, state.max_steps)
 
 
-def _prepare_output(
-    config: TrainConfig, output_dir: Path, *, resume: bool, overwrite: bool
-) -> Path | None:
-    """Return the checkpoint to go on from, or None to begin; never loses a run unasked.
+def _trainer(
+    config: TrainConfig,
+    model: DistillModel,
+    dataset: ConversationDataset | ViewDataset,
+    collator: Collator | ViewCollator,
+    arguments: TrainingArguments,
+) -> DistillTrainer:
+    try:
+        return DistillTrainer(config, model, dataset, collator, args=arguments)
+    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is not installed
+        raise ConfigError(f"training: {error}") from None
+
+
+@contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Raise what a DataLoader's worker says about a sample without its traceback."""
+    try:
+        yield
+    except MovekdError as error:
+        *before, last = str(error).strip().splitlines()
+        if not any("DataLoader worker" in line for line in before):
+            raise
+        raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
+
+
+def _check_layer(config: TrainConfig, student: Student) -> None:
+    """Refuse a hidden state that the tower does not have.
 
     Raises:
-        ConfigError: there is a run here already, or another one than the config describes.
+        ConfigError: says how many there are.
     """
-    if not (output_dir / CONFIG_FILE).exists():
-        return None
-    if int(os.environ.get("RANK", "0")) > 0:  # the first process decides, and may delete
-        return last_checkpoint(output_dir) if resume else None
-    if overwrite:
-        return None
-    if not resume:
+    layer = config.student.vision_feature_layer
+    num_states = int(student.vlm.config.vision_config.num_hidden_layers) + 1
+    if -layer > num_states:
         raise ConfigError(
-            f"{output_dir} holds a run already; give --resume to go on with it, --overwrite to "
-            "delete it, or another --output."
+            f"student.vision_feature_layer is {layer}, but the vision tower has {num_states} "
+            f"hidden states; expected -{num_states} to -1."
         )
-    old = read_yaml(output_dir / CONFIG_FILE)
-    new = yaml.safe_load(config.to_yaml())
-    changed = sorted(_differences(old, new))
-    if changed:
-        raise ConfigError(
-            f"{output_dir} was begun with another config: {', '.join(changed)} differ. Give the "
-            f"old values (in {output_dir / CONFIG_FILE}), or another --output."
-        )
-    return last_checkpoint(output_dir)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # the state is written last
-        if number and (path / CHECKPOINT_FILE).exists():
-            found.append((int(number[1]), path))
-    return max(found)[1] if found else None
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Return the dotted keys in which two configs differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
-    return [] if old == new else [path.lstrip(".")]
 
 
 def _open_targets(
@@ -240,32 +204,6 @@ def _open_targets(
                 "nothing; build it from real ones, or give --allow-random-teachers for a test."
             )
     return cache
-
-
-def _training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
-    fields = TrainingArguments.__dataclass_fields__
-    keys = _DEFAULTS | config.training
-    for old, new in _RENAMED.items():
-        if old in keys and new in fields:
-            keys[new] = keys.pop(old)
-    has_accelerator = torch.accelerator.is_available()
-    unknown = [key for key in keys if key not in fields]
-    if unknown:
-        near = did_you_mean(unknown[0], fields)
-        raise ConfigError(
-            f"training.{unknown[0]} is no argument of transformers.TrainingArguments.{near}"
-        )
-    try:
-        return TrainingArguments(
-            output_dir=str(output_dir),
-            remove_unused_columns=False,
-            dataloader_pin_memory=keys.pop("dataloader_pin_memory", has_accelerator),
-            use_cpu=keys.pop("use_cpu", not has_accelerator),  # or torchrun runs P runs of one
-            logging_nan_inf_filter=False,  # compute_loss stops at such a loss and says where
-            **keys,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training: {error}") from None
 
 
 def build_data(
@@ -308,6 +246,7 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
     is_encoder_alone = config.stage == "distill"
     student = build_encoder(config.student) if is_encoder_alone else build_vlm(config.student)
+    _check_layer(config, student)
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
@@ -315,39 +254,18 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     balance = mole.balance if mole is not None and mole.balance is not None else "batch"
     model = DistillModel(student, config.distill, shapes, balance)
     if config.init_from is not None:
-        directory = config.init_from / "model"
-        if is_encoder_alone:
-            _load_encoder(directory, student)
-        else:
-            load_parts(directory, student.vlm)
-        load_adapters(directory, model.adapters)
+        model.loaded_parts = load_earlier(config, student, model.adapters)
     trained = config.trained or []
     for name, parameter in student.vlm.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
     return model, student
 
 
-def _load_encoder(directory: Path, student: Student) -> None:
-    """Load what an earlier stage learned in the tower; its other parts are not for an encoder."""
-    files = {part: directory / PART_FILES[part] for part in ENCODER_PARTS}
-    found = {part: path for part, path in files.items() if path.exists()}
-    if not found:
-        raise WeightsError(
-            f"{directory} holds neither {' nor '.join(path.name for path in files.values())}; "
-            "init_from of stage: distill expects a run that trained the encoder."
-        )
-    for part, path in found.items():
-        load_exact(path, dict(part_parameters(student.vlm, part)))
-
-
 def _save_model(
     config: TrainConfig, directory: Path, model: DistillModel, student: Student
 ) -> None:
     """Write every part that learned, in this stage or in one before it."""
-    parts: set[str] = set(config.trained or [])
-    if config.init_from is not None:
-        earlier = config.init_from / "model"
-        parts |= {part for part, file in PART_FILES.items() if (earlier / file).exists()}
+    parts = {*(config.trained or []), *model.loaded_parts}
     if config.stage == "distill":
         parts &= set(ENCODER_PARTS)
     save_parts(directory, student.vlm, sorted(parts))

@@ -10,13 +10,17 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+EMPTY = -1
+"""Position of a sample that holds nothing."""
 Order = npt.NDArray[np.int64]
 _MEGABATCHES = 50
 """Global batches that are sorted by length together; more sort better and shuffle less."""
 
 
 class GlobalOrderSampler(Sampler[int]):
-    """Every sample once an epoch, shuffled.
+    """Every sample once an epoch, shuffled, and ``EMPTY`` until all processes have full batches.
+
+    accelerate would fill up with samples that were seen already, and some would count twice.
 
     Args:
         num_samples: length of the data set.
@@ -24,6 +28,7 @@ class GlobalOrderSampler(Sampler[int]):
         global_batch_size: samples of one optimizer step over all processes.
         lengths: tokens of each sample, negative for text-only ones; None shuffles plainly,
             otherwise batches are of one modality and of like length.
+        multiple_of: samples of a micro-batch over all processes.
     """
 
     def __init__(
@@ -33,7 +38,9 @@ class GlobalOrderSampler(Sampler[int]):
         *,
         global_batch_size: int = 1,
         lengths: Sequence[int] | None = None,
+        multiple_of: int = 1,
     ) -> None:
+        self._num_missing = -num_samples % multiple_of
         self._num_samples, self._seed, self._epoch = num_samples, seed, 0
         self._global_batch_size = global_batch_size
         self._lengths = None if lengths is None else np.asarray(lengths, np.int64)
@@ -43,13 +50,15 @@ class GlobalOrderSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_samples
+        return self._num_samples + self._num_missing
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self._seed, self._epoch])
         if self._lengths is None:
-            return iter(random.permutation(self._num_samples).tolist())
-        return iter(modality_length_order(self._lengths, self._global_batch_size, random).tolist())
+            order = random.permutation(self._num_samples)
+        else:
+            order = modality_length_order(self._lengths, self._global_batch_size, random)
+        return iter(order.tolist() + [EMPTY] * self._num_missing)
 
 
 def modality_length_order(lengths: Order, batch_size: int, random: np.random.Generator) -> Order:

@@ -69,6 +69,7 @@ class DistillTrainer(Trainer):
             args.data_seed if args.data_seed is not None else args.seed,
             global_batch_size=batch,
             lengths=lengths,
+            multiple_of=args.train_batch_size * args.world_size,
         )
         return self._sampler
 
@@ -79,14 +80,16 @@ class DistillTrainer(Trainer):
         return super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Return (answer tokens, images with targets, micro-batches) of the whole step."""
+        """Return (answer tokens, images with targets, views seen) of the whole step."""
         self._num_steps += 1
         counts = torch.zeros(3, device=device)
         for batch in batch_samples:
             targets = batch["targets"]  # of as many rows for every teacher
             images = len(next(iter(targets.values()))) if targets else 0
             tokens = int(count_answer_tokens(batch["labels"])) if "labels" in batch else 0
-            counts += torch.tensor([tokens, images, 1], device=device)
+            pixels = batch["pixel_values"]
+            views = 0 if pixels is None else len(pixels)
+            counts += torch.tensor([tokens, images, views], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return counts
@@ -104,16 +107,16 @@ class DistillTrainer(Trainer):
         """
         assert num_items_in_batch is not None
         keys = inputs.pop("keys")
-        num_tokens, num_images, num_batches = num_items_in_batch.clamp(min=1)
+        num_tokens, num_images, num_views = num_items_in_batch.clamp(min=1)
         is_logged = (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
         self._distill_model.measures_rank = is_logged  # too dear for every step
         terms: dict[str, Tensor] = model(**inputs)
         world = self.args.world_size
-        counts = {"text_sum": num_tokens, "balance": num_batches}  # the others count images
+        counts = {"text_sum": num_tokens, "balance_sum": num_views}  # the others count images
         parts = {
             name.removesuffix("_sum"): term * world / counts.get(name, num_images)
             for name, term in terms.items()
-            if name.endswith("_sum") or name == "balance"
+            if name.endswith("_sum")
         }
         loss = sum(
             (weight * parts[name] for name, weight in self._weights().items() if name in parts),
@@ -130,7 +133,7 @@ class DistillTrainer(Trainer):
         logged = {f"loss_{name}": value for name, value in parts.items()}
         for name, term in terms.items():
             if name.startswith("routing_"):
-                logged[name] = term / num_batches * world
+                logged[name] = term / num_views * world
             elif name.startswith(_BY_IMAGE):
                 logged[name] = term * terms["num_images"].to(term.device)
         if "token_rank" in terms:

@@ -44,6 +44,19 @@ def test_two_ranks_equal_one(digits, tmp_path, stage):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_two_ranks_equal_one_where_samples_do_not_fill_the_last_batch(digits, tmp_path, stage):
+    """24 captions or 36 images in batches of 10: the second process sees 1 or none of the last."""
+    keys = ("training.num_train_epochs=1",)
+    single = digits.train(tmp_path / "one", stage, *keys, "training.per_device_train_batch_size=10")
+    config = digits.config(stage, *keys, "training.per_device_train_batch_size=5")
+    logged = train_in_two_processes(digits, config, tmp_path / "two")
+    assert len(logged) == len(digits.logged(single))
+    for one, two in zip(digits.logged(single), logged, strict=True):
+        for name in {"loss_text", "loss_kd", "loss_balance", "grad_norm"} & one.keys():
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
 @pytest.mark.parametrize("recipe", ["official", "revised"])
 def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tmp_path, recipe):
     """One process, two, or two micro-batches: the same gradients to 1e-5, recomputed in backward.

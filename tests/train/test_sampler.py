@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movekd.train.sampler import GlobalOrderSampler, modality_length_order
+from movekd.train.sampler import EMPTY, GlobalOrderSampler, modality_length_order
 
 lengths = st.lists(st.integers(-40, 40).filter(bool), max_size=80)
 
@@ -22,6 +22,16 @@ def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch(count, seed, epoch, g
 
     assert sorted(order()) == list(range(count))
     assert order() == order()
+
+
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_the_last_batch_of_all_processes_is_filled_up_with_nothing(count, multiple):
+    order = list(GlobalOrderSampler(count, 0, multiple_of=multiple))
+    assert len(order) == len(GlobalOrderSampler(count, 0, multiple_of=multiple))
+    assert len(order) % multiple == 0
+    assert order[:count] == list(GlobalOrderSampler(count, 0))
+    assert order[count:] == [EMPTY] * (len(order) - count)
+    assert len(order) - count < multiple
 
 
 def test_seed_and_epoch_both_matter():
