@@ -172,7 +172,7 @@ class Bench:
         student_BND = student_BND.float().clone().requires_grad_()
         loss = self.model.kd_terms(student_BND, targets)["kd_sum"]
         (gradient_BND,) = torch.autograd.grad(loss, student_BND)
-        return gradient_BND.flatten(1), loss.item()
+        return gradient_BND.flatten(1).double(), loss.item()
 
 
 def gradient_figures(bench: Bench, folder: Path) -> list[Figure]:
