@@ -33,6 +33,7 @@ from movekd.student.official import (
 )
 from movekd.student.prompts import IMAGE_TOKEN
 from movekd.student.tensor_files import read_json, write_bin, write_shards
+from movekd.student.vlm import loading
 
 MODEL_TYPE = "move_llava_llama"
 ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
@@ -155,7 +156,8 @@ def _write_small_files(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     # the base's own: ours has <image>, for which the released code would grow the vocabulary
-    base = AutoTokenizer.from_pretrained(config["_name_or_path"])
+    with loading(config["_name_or_path"], "the tokenizer of"):
+        base = AutoTokenizer.from_pretrained(config["_name_or_path"], trust_remote_code=False)
     base.save_pretrained(directory)
 
 

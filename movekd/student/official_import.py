@@ -212,7 +212,7 @@ def _tokenizer(source: str, language: Any) -> Any:
             "tokenizer.json."
         )
     with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
-        tokenizer = AutoTokenizer.from_pretrained(source, config=language)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=language, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets; give "

@@ -113,7 +113,7 @@ def clip_config(source: str) -> Any:
     if source == CLIP_L_336:
         return CLIPVisionConfig(**CLIP_L_336_KEYS)
     with loading(source, "the vision tower"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 

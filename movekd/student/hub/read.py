@@ -52,9 +52,9 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
         )
     with loading(str(directory), "the model in"):
         vlm = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype="auto", use_safetensors=True
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     vlm.eval().requires_grad_(False).to(torch.device(device))
     run = about.get("run") or {}
     mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
