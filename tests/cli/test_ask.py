@@ -106,6 +106,21 @@ def test_json_of_export_and_import(folder, tmp_path):
     assert (said["stage"], said["dtype"], said["adapters"]) == (2, "float32", [])
 
 
+def test_neither_command_deletes_what_it_reads(folder, snapshot):
+    before = snapshot(folder)
+    run_, official = folder / "v1", folder / "official"
+    for words in (
+        ["export", run_, "--format", "encoder", "--out", run_],
+        ["export", run_, "--format", "encoder", "--out", run_ / "encoder"],
+        ["export", run_ / "model", "--format", "encoder", "--out", run_],
+        ["import", official, "--out", official],
+        ["import", official, "--tokenizer", folder / "hf", "--out", folder / "hf"],
+    ):
+        with pytest.raises(ConfigError, match="which is read"):
+            run(*words, "--overwrite")
+    assert snapshot(folder) == before
+
+
 def test_a_refusal_is_one_sentence_and_exit_code_2(folder, tmp_path):
     words = ["-m", "movekd", "import", folder / "images", "--out", tmp_path / "x"]
     done = subprocess.run(

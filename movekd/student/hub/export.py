@@ -84,7 +84,6 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     config.save_pretrained(directory)
     student.vlm.generation_config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    write_about(trained, directory)
 
 
 def export_encoder(trained: TrainedStudent, directory: Path) -> None:
@@ -106,7 +105,6 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
     write_shards(directory, tower_parameters(trained.student.vlm))
     config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    write_about(trained, directory)
 
 
 def tower_parameters(vlm: Any) -> dict[str, Tensor]:

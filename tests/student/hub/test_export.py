@@ -17,7 +17,7 @@ from transformers import (
 
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.exports import export, new_directory
+from movekd.student.exports import export
 from movekd.student.files import TrainedStudent, load_student
 from movekd.student.hub.card import model_card, random_parts
 from movekd.student.hub.onnx import encoder_tokens
@@ -283,20 +283,6 @@ def test_weights_that_never_learned_are_marked(kit, official, tmp_path):
     again = model_card(load_student(tmp_path / "hf"), "hf", "x")
     assert again == card
     assert str(tmp_path) not in (tmp_path / "hf/movekd.json").read_text()
-
-
-def test_a_directory_that_holds_something_is_kept(official, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="exists already; give --overwrite"):
-        export(official, "encoder", out)
-    with pytest.raises(ConfigError), new_directory(out, overwrite=True):
-        export(official, "encoder", out)  # fails half way
-    assert (out / "mine").read_text() == "precious"
-    export(official, "encoder", out, overwrite=True)
-    assert not (out / "mine").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_geometry_without_a_processor_is_refused(official, tmp_path):
