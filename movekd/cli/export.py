@@ -49,7 +49,7 @@ def export(
     from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
-    trained = load_student(model)
+    trained = load_student(model, takes_encoder=True)
     said = write(trained, format, out, overwrite=overwrite, source=model)  # type: ignore[arg-type]
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     random = random_parts(trained.student.vlm)

@@ -41,6 +41,12 @@ def export(
             place for this student.
         WeightsError: the written encoder computes something else.
     """
+    if trained.student.tokenizer is None and kind not in ("encoder", "onnx"):
+        raise ConfigError(
+            f"{trained.directory} holds an encoder of stage: distill without a language model; "
+            f"--format {kind} writes both. Export it with --format encoder or onnx, or give it to "
+            "a stage: pretrain as init_from first."
+        )
     kept = [trained.directory, *(Path(base) for base in base_models(trained.run).values())]
     kept += [] if source is None else [source]
     with new_directory(out, overwrite=overwrite, kept=kept) as directory:

@@ -26,7 +26,7 @@ from movekd.config import read_yaml, validate
 from movekd.corpus.images import Geometry
 from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat, StudentConfig
-from movekd.student.vlm import Student, build_vlm
+from movekd.student.vlm import Student, build_encoder, build_vlm
 
 PART_FILES = {
     "mole": "mole_encoder.safetensors",
@@ -141,16 +141,20 @@ class TrainedStudent:
     run: dict[str, Any]
 
 
-def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
+def load_student(
+    directory: Path, device: str = "cpu", *, takes_encoder: bool = False
+) -> TrainedStudent:
     """Return the trained model of a run, frozen and in evaluation mode.
 
     Args:
         directory: a run's output, or its ``model`` folder; what `movekd import` wrote; or an
             export of format hf.
         device: where to.
+        takes_encoder: an encoder of stage distill will do, too; it has no tokenizer.
 
     Raises:
         WeightsError: there is no finished model there.
+        ConfigError: it is an encoder alone, and was to read text.
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
     if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
@@ -171,7 +175,8 @@ def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{source} lacks data.geometry or student.prompt; it was not written "
             "by movekd, or was edited since."
         )
-    student = build_vlm(_beside(config, model_dir))
+    build = build_encoder if takes_encoder and config.language_model is None else build_vlm
+    student = build(_beside(config, model_dir))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)

@@ -187,7 +187,7 @@ def write_about(trained: TrainedStudent, directory: Path) -> None:
     """Write how the student is asked and fed, which the formats themselves do not say."""
     about = {
         "format": 1,
-        "prompt": trained.prompt,
+        "prompt": None if trained.student.tokenizer is None else trained.prompt,
         "geometry": trained.geometry,
         "image_mean": list(trained.student.image_mean),
         "image_std": list(trained.student.image_std),

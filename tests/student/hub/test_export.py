@@ -128,6 +128,37 @@ def test_the_encoder_alone_is_an_auto_model(trained, tmp_path, pixels):
         load_student(tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the exporter's own packages
+@pytest.mark.parametrize("mole", ["REVISED", None])
+def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
+    run = kit.make_encoder_run(tmp_path / "run", mole and getattr(kit, mole))
+    trained = load_student(run, takes_encoder=True)
+    with torch.no_grad():
+        expected = image_features(trained.student.vlm, pixels)[1]
+    export(trained, "encoder", tmp_path / "out")
+    encoder = AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert list(processor.image_mean) == [0.5] * 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "A vision encoder: it" in card
+    assert "language model started from | none" in card
+    assert "Prompt" not in card
+    with torch.no_grad():
+        tokens_BND, _ = encoder_tokens(trained)(pixels)
+    torch.testing.assert_close(tokens_BND, expected, rtol=1e-5, atol=1e-5)
+    for kind in ("hf", "official"):
+        with pytest.raises(ConfigError, match=rf"--format {kind} writes both.*encoder or onnx"):
+            export(trained, kind, tmp_path / kind)
+        assert not (tmp_path / kind).exists()
+    with pytest.raises(ConfigError, match="stage: distill"):
+        load_student(run)
+    if mole:
+        assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "onnx")
+
+
 def python(program, folder, *arguments):
     """Run a program in a fresh interpreter without a network."""
     environment = os.environ | {
