@@ -28,9 +28,9 @@ _LOADING: dict[Format, str] = {
 
 ```python
 import movekd
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, MODEL_CLASS
 
-model = LlavaForConditionalGeneration.from_pretrained("DIR", dtype="auto")
+model = MODEL_CLASS.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
 ```
 
@@ -104,6 +104,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         _what(trained, kind),
         "## Loading\n\n"
         + _LOADING[kind]
+        .replace("MODEL_CLASS", type(student.vlm).__name__)
         .replace("DIR", name)
         .replace("LAYER", str(student.vlm.config.vision_feature_layer))
         .replace("SIZE", str(student.image_size)),
@@ -179,6 +180,7 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
             f"{len(layers)} blocks (scale {first['lora_alpha'] / first['r']:g}, {gate} the "
             "router's probability)"
         )
+    views = " a view (the whole image, and up to four tiles)" if student.has_tiles else ""
     encoder = "The vision encoder of a LLaVA" if student.tokenizer else "A vision encoder"
     what = {
         "hf": "A LLaVA whose vision tower",
@@ -190,7 +192,7 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
     return (
         f"{what} is a CLIP {experts}, distilled from several vision encoders (MoVE-KD, "
         f"arXiv 2501.01709) with movekd. Images: {student.image_size} x {student.image_size} "
-        f"pixels, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
+        f"pixels{views}, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
         f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. "
         f"{prompt}The experts cannot be merged into the MLPs, since every token "
         "chooses its own.\n"

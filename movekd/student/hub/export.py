@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
@@ -29,6 +31,7 @@ from movekd.student.files import TrainedStudent
 from movekd.student.hub import configuration_movekd, modeling_movekd
 from movekd.student.hub.card import made_of
 from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
+from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.official import mole_layers, plain_parameters
 from movekd.student.prompts import V1_SYSTEM
 from movekd.student.tensor_files import write_shards
@@ -54,7 +57,7 @@ V1_TEMPLATE = (
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
-    """Write what ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load.
+    """Write what ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor`` load.
 
     Raises:
         ConfigError: no processor of transformers makes images square as the training did.
@@ -63,17 +66,19 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
-    config.architectures = ["LlavaForConditionalGeneration"]
+    name = "LlavaNext" if student.has_tiles else "Llava"
+    config.architectures = [f"{name}ForConditionalGeneration"]
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
     if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
-            "AutoConfig": "configuration_movekd.MovekdLlavaConfig",
-            "AutoModelForImageTextToText": "modeling_movekd.MovekdLlavaForConditionalGeneration",
+            "AutoConfig": f"configuration_movekd.Movekd{name}Config",
+            "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
         }
         _copy_code(directory)
-    processor = LlavaProcessor(
-        image_processor=image_processor(trained),
+    processor_class = LlavaNextProcessor if student.has_tiles else LlavaProcessor
+    processor = processor_class(
+        image_processor=tile_processor(trained) if student.has_tiles else image_processor(trained),
         tokenizer=student.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
@@ -167,6 +172,28 @@ def image_processor(trained: TrainedStudent) -> Any:
     raise ConfigError(
         f"the student was trained with geometry '{trained.geometry}'; transformers has a processor "
         "for crop, pad and stretch. Train with one of these, or use the model directory itself."
+    )
+
+
+def tile_processor(trained: TrainedStudent) -> Any:
+    """Return transformers' processor that cuts an image into the views of LLaVA-NeXT.
+
+    Raises:
+        ConfigError: the whole image was not stretched, as that processor does.
+    """
+    if trained.geometry != "stretch":
+        raise ConfigError(
+            f"the student was trained with geometry '{trained.geometry}'; the processor of "
+            "LLaVA-NeXT stretches the whole image. Train with data.geometry: stretch, or use the "
+            "model directory itself."
+        )
+    size = trained.student.image_size
+    return LlavaNextImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=GRID_PINPOINTS,
+        image_mean=list(trained.student.image_mean),
+        image_std=list(trained.student.image_std),
     )
 
 
