@@ -33,13 +33,13 @@ from movekd.student.hub.card import made_of
 from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.official import mole_layers, plain_parameters
-from movekd.student.prompts import V1_SYSTEM
+from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.tensor_files import write_shards
 
 ABOUT_FILE = "movekd.json"
 TOWER = "model.vision_tower."
 
-V1_TEMPLATE = (
+_V1_TEMPLATE = (
     "{{ " + json.dumps(V1_SYSTEM + " ") + " }}"
     "{% for message in messages %}"
     "{% set text = namespace(value='') %}"
@@ -49,11 +49,12 @@ V1_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' + text.value + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + text.value + '</s>' }}{% endif %}"
+    "{% else %}{{ 'ASSISTANT: ' + text.value + END }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn."""
+"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn. END is what
+ends an answer."""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
@@ -199,7 +200,7 @@ def tile_processor(trained: TrainedStudent) -> Any:
 
 def _chat_template(trained: TrainedStudent) -> str | None:
     if trained.prompt == "v1":
-        return V1_TEMPLATE
+        return _V1_TEMPLATE.replace("END", json.dumps(turn_end(trained.student.tokenizer)))
     template: str | None = trained.student.tokenizer.chat_template
     return template if trained.prompt == "chat_template" else None
 

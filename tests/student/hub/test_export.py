@@ -1,8 +1,10 @@
 """Tests of movekd.student.hub: exports as a stranger loads them, with movekd and without."""
 
+import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,8 +91,12 @@ def test_the_processor_makes_the_pixels_of_the_training(official, tmp_path, geom
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-def test_the_chat_template_writes_what_the_training_read(official, tmp_path):
-    trained = TrainedStudent(official.student, "v1", "crop", official.directory, official.run)
+@pytest.mark.parametrize("end", ["</s>", 'the"end'])
+def test_the_chat_template_writes_what_the_training_read(official, tmp_path, end):
+    tokenizer = copy.deepcopy(official.student.tokenizer)
+    tokenizer.add_special_tokens({"eos_token": end})
+    student = replace(official.student, tokenizer=tokenizer)
+    trained = TrainedStudent(student, "v1", "crop", official.directory, official.run)
     export(trained, "hf", tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     turns = (("human", "<image>\nWhat is it?"), ("gpt", "A bus."), ("human", "And that?"))
@@ -107,6 +113,7 @@ def test_the_chat_template_writes_what_the_training_read(official, tmp_path):
     )
     conversation = Conversation("c", ("image",), turns)
     expected = tokenize_question(conversation, trained.student.tokenizer, "v1", 1)
+    assert f"A bus.{end}USER:" in text
     assert trained.student.tokenizer(text)["input_ids"] == expected
     from PIL import Image
 
