@@ -12,7 +12,7 @@ from pathlib import Path
 from movekd.config import read_yaml
 from movekd.errors import ConfigError, MovekdError
 from movekd.student.files import CONFIG_FILE, TrainedStudent
-from movekd.student.hub.card import Format, base_models, model_card
+from movekd.student.hub.card import Format, model_card
 from movekd.student.hub.export import ABOUT_FILE, export_encoder, export_hf, write_about
 from movekd.student.hub.onnx import export_onnx
 from movekd.student.official_files import write_official
@@ -47,7 +47,9 @@ def export(
             f"--format {kind} writes both. Export it with --format encoder or onnx, or give it to "
             "a stage: pretrain as init_from first."
         )
-    kept = [trained.directory, *(Path(base) for base in base_models(trained.run).values())]
+    bases = trained.run.get("student") or {}
+    named = (bases.get(key) for key in ("vision_tower", "language_model"))
+    kept = [trained.directory, *(Path(base) for base in named if base)]
     kept += [] if source is None else [source]
     with new_directory(out, overwrite=overwrite, kept=kept) as directory:
         said = ""

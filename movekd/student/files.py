@@ -36,6 +36,9 @@ PART_FILES = {
 }
 ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
+IMPORTED_KEY = "movekd_imported"
+"""Key in the config.json of a base model that `movekd import` wrote: what it was imported from. Its
+weights are those of a finetune, so that experts trained on it mean nothing without it."""
 
 
 def part_of(name: str) -> str:
@@ -179,7 +182,18 @@ def load_student(
     student = build(_beside(config, model_dir))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
+    if (mark := imported_from(student.vlm)) is not None:
+        content.setdefault("imported", mark)  # a run that went on from an imported model
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)
+
+
+def imported_from(vlm: Any) -> dict[str, Any] | None:
+    """Return what the base models were imported from, None where they were not."""
+    for key in ("text_config", "vision_config"):
+        mark = getattr(getattr(vlm.config, key, None), IMPORTED_KEY, None)
+        if isinstance(mark, dict):
+            return mark
+    return None
 
 
 def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:

@@ -149,6 +149,11 @@ def made_of(run: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"student": bases, "distill": {"teachers": teachers} if teachers else None}
 
 
+def public_name(base: str) -> str:
+    """Return a base model's hub id, or the name of its folder: no path of this machine."""
+    return base if _is_hub_id(base) else Path(base).name
+
+
 def _is_untouched(tower: nn.Module) -> bool:
     weights = [p for n, p in tower.named_parameters() if "norm" in n and n.endswith("weight")]
     return bool(weights) and all(bool((weight == 1).all()) for weight in weights)
