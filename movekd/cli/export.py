@@ -23,7 +23,9 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option(help="A new directory.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier export or import in --out.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Write a trained student in a format that others use, with a model card.
@@ -47,8 +49,8 @@ def export(
     from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
-    trained = load_student(model)
-    said = write(trained, format, out, overwrite=overwrite)  # type: ignore[arg-type]
+    trained = load_student(model, takes_encoder=True)
+    said = write(trained, format, out, overwrite=overwrite, source=model)  # type: ignore[arg-type]
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     random = random_parts(trained.student.vlm)
     if json:
@@ -80,7 +82,9 @@ def import_(
         str | None,
         typer.Option(help="Hub id or directory of a fast tokenizer, where SOURCE has none."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier export or import in --out.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Turn files of the released code into a model that `ask`, `evaluate` and `export` take.
@@ -99,7 +103,9 @@ def import_(
     from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
-    with new_directory(out, overwrite=overwrite) as directory:
+    named = (vision_tower, language_model, tokenizer)
+    kept = [source, *(Path(value) for value in named if value is not None)]
+    with new_directory(out, overwrite=overwrite, kept=kept) as directory:
         found = import_official(
             source,
             directory,

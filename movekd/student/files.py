@@ -26,7 +26,7 @@ from movekd.config import read_yaml, validate
 from movekd.corpus.images import Geometry
 from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat, StudentConfig
-from movekd.student.vlm import Student, build_vlm
+from movekd.student.vlm import Student, build_encoder, build_vlm
 
 PART_FILES = {
     "mole": "mole_encoder.safetensors",
@@ -36,6 +36,9 @@ PART_FILES = {
 }
 ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
+IMPORTED_KEY = "movekd_imported"
+"""Key in the config.json of a base model that `movekd import` wrote: what it was imported from. Its
+weights are those of a finetune, so that experts trained on it mean nothing without it."""
 
 
 def part_of(name: str) -> str:
@@ -141,16 +144,20 @@ class TrainedStudent:
     run: dict[str, Any]
 
 
-def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
+def load_student(
+    directory: Path, device: str = "cpu", *, takes_encoder: bool = False
+) -> TrainedStudent:
     """Return the trained model of a run, frozen and in evaluation mode.
 
     Args:
         directory: a run's output, or its ``model`` folder; what `movekd import` wrote; or an
             export of format hf.
         device: where to.
+        takes_encoder: an encoder of stage distill will do, too; it has no tokenizer.
 
     Raises:
         WeightsError: there is no finished model there.
+        ConfigError: it is an encoder alone, and was to read text.
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
     if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
@@ -171,10 +178,22 @@ def load_student(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{source} lacks data.geometry or student.prompt; it was not written "
             "by movekd, or was edited since."
         )
-    student = build_vlm(_beside(config, model_dir))
+    build = build_encoder if takes_encoder and config.language_model is None else build_vlm
+    student = build(_beside(config, model_dir))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
+    if (mark := imported_from(student.vlm)) is not None:
+        content.setdefault("imported", mark)  # a run that went on from an imported model
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)
+
+
+def imported_from(vlm: Any) -> dict[str, Any] | None:
+    """Return what the base models were imported from, None where they were not."""
+    for key in ("text_config", "vision_config"):
+        mark = getattr(getattr(vlm.config, key, None), IMPORTED_KEY, None)
+        if isinstance(mark, dict):
+            return mark
+    return None
 
 
 def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:

@@ -23,7 +23,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
+from movekd.student.files import (
+    ADAPTERS_FILE,
+    CONFIG_FILE,
+    PART_FILES,
+    TrainedStudent,
+    imported_from,
+)
+from movekd.student.hub.card import base_models, public_name
 from movekd.student.official import (
     PROJECTOR,
     mole_layers,
@@ -33,6 +40,7 @@ from movekd.student.official import (
 )
 from movekd.student.prompts import IMAGE_TOKEN
 from movekd.student.tensor_files import read_json, write_bin, write_shards
+from movekd.student.vlm import loading
 
 MODEL_TYPE = "move_llava_llama"
 ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
@@ -47,6 +55,10 @@ EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
 
 ORIGINALS = "official"
 """Folder of an imported model: the released directory's small files, as they were."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
+)
 DTYPES_FILE = "dtypes.json"
 BUFFERS_FILE = "buffers.safetensors"
 ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
@@ -92,7 +104,7 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][: config["vocab_size"]]
     state = _as_released(state | adapters, originals)
-    if has_base_weights(trained.directory):
+    if has_base_weights(trained):
         write_shards(directory, state)
     else:
         write_stage_1(directory, state)
@@ -100,12 +112,13 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def has_base_weights(model_dir: Path) -> bool:
-    """Return whether a model directory holds base weights of its own, so that experts alone are
-    not the whole of what was learned.
+def has_base_weights(trained: TrainedStudent) -> bool:
+    """Return whether a student has base weights of its own, so that experts alone are not the
+    whole of what was learned: it trained them, or went on from an imported checkpoint.
     """
     files = (PART_FILES["vision_tower"], PART_FILES["language_model"], "base")
-    return any((model_dir / name).exists() for name in files)
+    is_there = any((trained.directory / name).exists() for name in files)
+    return is_there or imported_from(trained.student.vlm) is not None
 
 
 def write_stage_1(directory: Path, state: Mapping[str, Tensor]) -> None:
@@ -155,7 +168,15 @@ def _write_small_files(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     # the base's own: ours has <image>, for which the released code would grow the vocabulary
-    base = AutoTokenizer.from_pretrained(config["_name_or_path"])
+    source = str(trained.run["student"]["language_model"])
+    imported = Path(source).parent.parent / ORIGINALS  # of model/base/language_model
+    if imported.is_dir():
+        for name in TOKENIZER_FILES:
+            if (imported / name).exists():
+                shutil.copyfile(imported / name, directory / name)
+        return
+    with loading(source, "the tokenizer of"):
+        base = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     base.save_pretrained(directory)
 
 
@@ -182,7 +203,7 @@ def _config(trained: TrainedStudent) -> dict[str, Any]:
     config = {key: getattr(text, key, None) for key in TEXT_KEYS}
     num_rows = vlm.get_input_embeddings().num_embeddings
     image_id = student.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    bases = run.get("student", {})
+    bases = base_models(run)
     return config | {
         # <image> was put behind the vocabulary; the released code has no such token
         "vocab_size": image_id if image_id == num_rows - 1 else num_rows,
@@ -192,8 +213,8 @@ def _config(trained: TrainedStudent) -> dict[str, Any]:
         "model_type": MODEL_TYPE,
         "torch_dtype": str(vlm.dtype).removeprefix("torch."),
         "use_cache": True,
-        "_name_or_path": str(bases.get("language_model", "")),
-        "mm_vision_tower": str(bases.get("vision_tower", "")),
+        "_name_or_path": public_name(bases.get("language_model", "")),
+        "mm_vision_tower": public_name(bases.get("vision_tower", "")),
         "mm_vision_select_layer": vlm.config.vision_feature_layer,
         "mm_vision_select_feature": "patch",
         "mm_projector_type": PROJECTOR_TYPE,

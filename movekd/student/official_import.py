@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import StudentConfig
-from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, part_of
+from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, IMPORTED_KEY, PART_FILES, part_of
 from movekd.student.official import (
     ADAPTERS,
     adapters_from_official,
@@ -43,6 +43,7 @@ from movekd.student.official_files import (
     DTYPES_FILE,
     ORIGINALS,
     STAGE_1_FILES,
+    TOKENIZER_FILES,
 )
 from movekd.student.official_layout import (
     CLIP_L_336,
@@ -71,9 +72,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 SMALL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "preprocessor_config.json"),
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *TOKENIZER_FILES,
 )
 
 
@@ -139,6 +139,8 @@ def _import_checkpoint(
     tokenizer = _tokenizer(tokenizer_source or str(source), language)
 
     base = model_dir / "base"
+    for config in (vision_config, language):
+        setattr(config, IMPORTED_KEY, _source(source, keys))
     _write_tower(base / "vision_tower", vision_config, tower_source, parameters, tensors)
     _write_language_model(base / "language_model", language, tokenizer, parameters, tensors)
     for part in ("mole", "projector"):
@@ -212,7 +214,7 @@ def _tokenizer(source: str, language: Any) -> Any:
             "tokenizer.json."
         )
     with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
-        tokenizer = AutoTokenizer.from_pretrained(source, config=language)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=language, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets; give "
@@ -366,15 +368,19 @@ def _write_config(
         # CLIP, the anchor, has no adapter
         "distill": {"teachers": ["clip", *teachers]} if teachers else None,
         "data": {"geometry": geometry},
-        "imported": {
-            "from": source.resolve().name,
-            "vision_tower": keys.get("mm_vision_tower"),
-            "language_model": keys.get("_name_or_path"),
-        },
+        "imported": _source(source, keys),
     }
     model_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run, sort_keys=False)
     (model_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _source(source: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "from": source.resolve().name,
+        "vision_tower": keys.get("mm_vision_tower"),
+        "language_model": keys.get("_name_or_path"),
+    }
 
 
 def _teachers(adapters: list[str]) -> tuple[str, ...]:

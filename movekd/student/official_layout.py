@@ -112,8 +112,13 @@ def clip_config(source: str) -> Any:
     """
     if source == CLIP_L_336:
         return CLIPVisionConfig(**CLIP_L_336_KEYS)
+    if "/" not in source and not Path(source).is_dir():
+        raise WeightsError(
+            f"config.json names the vision tower '{source}', a folder of the machine that wrote "
+            "it; give the hub id or directory of the CLIP with --vision-tower."
+        )
     with loading(source, "the vision tower"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 

@@ -110,7 +110,7 @@ def tokenize_question(
     if prompt == "plain":
         rendered = _Text(IMAGE_TOKEN * len(conversation.images), [], False)
     elif prompt == "v1":
-        rendered = _render_v1(conversation)
+        rendered = _render_v1(conversation, tokenizer)
         rendered = _Text(rendered.text + "ASSISTANT:", [], False)
     else:
         text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
@@ -191,7 +191,7 @@ def _render(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) ->
     if prompt == "plain":
         return _render_plain(conversation)
     if prompt == "v1":
-        return _render_v1(conversation)
+        return _render_v1(conversation, tokenizer)
     return _render_template(conversation, tokenizer)
 
 
@@ -207,20 +207,34 @@ def _render_plain(conversation: Conversation) -> _Text:
     return _Text(text, [(len(images), len(text))], False)
 
 
-def _render_v1(conversation: Conversation) -> _Text:
+def turn_end(tokenizer: Any) -> str:
+    """Return what ends an answer of Vicuna's chat: ``</s>``, or whatever stops the generation.
+
+    Raises:
+        ConfigError: the tokenizer has no token for it.
+    """
+    if not tokenizer.eos_token:
+        raise ConfigError(
+            "student.prompt is v1, but the tokenizer has no eos_token for the end of an answer; "
+            "name one in its tokenizer_config.json, or use prompt: chat_template."
+        )
+    return str(tokenizer.eos_token)
+
+
+def _render_v1(conversation: Conversation, tokenizer: Any) -> _Text:
     """Vicuna's chat.
 
     Source: haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1; llava/train/train.py,
     preprocess_multimodal (the image goes to the front of its turn) and preprocess_v1.
     """
-    text, answers = V1_SYSTEM + " ", []
+    text, answers, end = V1_SYSTEM + " ", [], turn_end(tokenizer)
     for role, turn in conversation.turns:
         if role == "human":
             text += f"USER: {_image_first(turn)} "
             continue
         text += "ASSISTANT: "
         start = len(text)
-        text += f"{turn}</s>"
+        text += f"{turn}{end}"
         answers.append((start, len(text)))
     return _Text(text, answers, False)
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +30,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    dynamic_module_utils,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
@@ -46,6 +49,10 @@ from movekd.student.llava_next import (
 )
 from movekd.student.mole import MoleConfig
 from movekd.student.prompts import IMAGE_TOKEN
+
+SAFELY: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
+"""How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, of which tensors
+are taken and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,10 @@ def build_vlm(config: StudentConfig) -> Student:
     tower = _load_tower(config)
     num_prefix = num_prefix_tokens(tower.config)
     with loading(config.language_model, "student.language_model"):
-        language_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+        language_model = AutoModelForCausalLM.from_pretrained(
+            config.language_model, dtype=dtype, **SAFELY
+        )
+        tokenizer = AutoTokenizer.from_pretrained(config.language_model, trust_remote_code=False)
     _add_image_token(tokenizer, language_model)
     keys = {
         "vision_config": tower.config,
@@ -298,10 +307,10 @@ def _frame(model: Any, config: Any) -> Any:
 def _load_tower(config: StudentConfig) -> Any:
     """Return the vision tower of any checkpoint that has one, without experts."""
     with loading(config.vision_tower, "student.vision_tower"):
-        tower_config = AutoConfig.from_pretrained(config.vision_tower)
+        tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
         tower_config = getattr(tower_config, "vision_config", tower_config)
         return AutoModel.from_pretrained(
-            config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype)
+            config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype), **SAFELY
         )
 
 
@@ -359,13 +368,27 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def loading(source: str, key: str) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one sentence."""
+    """Turn the many ways in which loading fails into one sentence, and let nobody be asked.
+
+    transformers asks on standard input whether to run the code of a directory, also for a part in
+    the middle of a config.json, which no argument reaches; there `ask --chat` reads questions.
+    """
+    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        if "trust_remote_code" in str(error):
+            raise WeightsError(
+                f"{key} '{source}' brings Python code of its own (auto_map), which movekd never "
+                "runs; expected a model and a tokenizer of kinds that transformers knows. Take "
+                "the auto_map out of its JSON files if a stock class fits, or save it as one."
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{key} '{source}' cannot be loaded: {reason[:300]} Expected a hub id or a directory "
             "with config.json and safetensors; without a network, download it elsewhere and give "
             "the directory."
         ) from None
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience

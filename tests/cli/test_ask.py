@@ -57,7 +57,8 @@ def folder(tmp_path_factory):
     run("export", folder / "chat_template", "--format", "hf", "--out", folder / "hf")
     run("export", folder / "v1", "--format", "hf", "--out", folder / "hf_v1")
     run("export", folder / "v1", "--format", "official", "--out", folder / "official")
-    run("import", folder / "official", "--out", folder / "imported")
+    tower = ("--vision-tower", WEIGHTS / "clip")
+    run("import", folder / "official", *tower, "--out", folder / "imported")
     return folder
 
 
@@ -102,8 +103,24 @@ def test_json_of_export_and_import(folder, tmp_path):
     said = json.loads(run(*words))
     assert {"config.json", "model.safetensors", "README.md"} <= set(said["files"])
     assert said["random"] == []
-    said = json.loads(run("import", tmp_path / "o", "--out", tmp_path / "i", "--json"))
+    tower = ("--vision-tower", WEIGHTS / "clip")
+    said = json.loads(run("import", tmp_path / "o", *tower, "--out", tmp_path / "i", "--json"))
     assert (said["stage"], said["dtype"], said["adapters"]) == (2, "float32", [])
+
+
+def test_neither_command_deletes_what_it_reads(folder, snapshot):
+    before = snapshot(folder)
+    run_, official = folder / "v1", folder / "official"
+    for words in (
+        ["export", run_, "--format", "encoder", "--out", run_],
+        ["export", run_, "--format", "encoder", "--out", run_ / "encoder"],
+        ["export", run_ / "model", "--format", "encoder", "--out", run_],
+        ["import", official, "--out", official],
+        ["import", official, "--tokenizer", folder / "hf", "--out", folder / "hf"],
+    ):
+        with pytest.raises(ConfigError, match="which is read"):
+            run(*words, "--overwrite")
+    assert snapshot(folder) == before
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2(folder, tmp_path):

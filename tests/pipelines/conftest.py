@@ -97,6 +97,8 @@ def run(
             words += ["--num-workers", "0", "--device", "cpu"]
         elif words[0] == "evaluate":
             words += ["--device", "cpu", "--max-new-tokens", "3"]
+        elif words[0] == "import":  # where the release names a hub id
+            words += ["--vision-tower", str(models / "student")]
         result = CliRunner().invoke(app, words)
         if result.exception is not None:
             raise result.exception

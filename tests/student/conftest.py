@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.files import TrainedStudent, save_parts, save_tokenizer
 from movekd.student.official import plain_parameters
-from movekd.student.vlm import build_vlm, quiet_libraries
+from movekd.student.vlm import build_encoder, build_vlm, quiet_libraries
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -168,6 +168,30 @@ def make_run(folder: Path, mole: MoleKeys | None, stage="finetune", **keys) -> T
     return TrainedStudent(student, config.prompt, "crop", folder / "model", run)
 
 
+def make_encoder_run(folder: Path, mole: MoleKeys | None, tower: Path = WEIGHTS / "clip") -> Path:
+    """Write a run of stage distill, an encoder that learned something; return ``folder``."""
+    mean = (0.5, 0.5, 0.5)
+    config = StudentConfig(
+        vision_tower=str(tower), mole=mole, prompt="plain", image_mean=mean, image_std=mean
+    )
+    torch.manual_seed(3)
+    student = build_encoder(config)
+    with torch.no_grad():
+        for parameter in student.vlm.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    parts = ["vision_tower"] if mole is None else ["mole", "vision_tower"]
+    save_parts(folder / "model", student.vlm, parts)
+    run = {
+        "recipe": "revised",
+        "stage": "distill",
+        "student": config.model_dump(mode="json"),
+        "distill": {"teachers": ["clip", "eva02"]},
+        "data": {"geometry": "crop"},
+    }
+    (folder / "model/config.yaml").write_text(json.dumps(run))
+    return folder
+
+
 def assert_same_weights(left, right) -> None:
     """Check that two models hold the same tensors, whatever their modules are called."""
     left, right = plain_parameters(left), plain_parameters(right)
@@ -189,5 +213,6 @@ def kit():
         released_state=released_state,
         write_released=write_released,
         make_run=make_run,
+        make_encoder_run=make_encoder_run,
         assert_same_weights=assert_same_weights,
     )

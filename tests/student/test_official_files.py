@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,7 @@ from movekd.errors import ConfigError, WeightsError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.adapters import StudentHead, TeacherAdapter
 from movekd.student.exports import export
-from movekd.student.files import ADAPTERS_FILE, load_student, save_adapters
+from movekd.student.files import ADAPTERS_FILE, load_student, save_adapters, save_parts
 from movekd.student.official import official_state_dict
 from movekd.student.official_files import STAGE_1_FILES, write_official
 from movekd.student.official_import import import_official
@@ -198,7 +199,8 @@ def test_a_run_of_stage_1_gives_three_files_and_takes_them(kit, tmp_path):
     with pytest.raises(ConfigError, match="--language-model"):
         import_official(tmp_path / "out", tmp_path / "in")
     language_model = str(kit.WEIGHTS / "language_model")
-    found = import_official(tmp_path / "out", tmp_path / "in", language_model=language_model)
+    bases = {"vision_tower": str(kit.WEIGHTS / "clip"), "language_model": language_model}
+    found = import_official(tmp_path / "out", tmp_path / "in", **bases)
     assert (found.stage, found.adapters) == ("1", ("eva02",))
     again = load_student(tmp_path / "in")
     assert again.prompt == "plain"
@@ -208,8 +210,7 @@ def test_a_run_of_stage_1_gives_three_files_and_takes_them(kit, tmp_path):
     import_official(
         tmp_path / "out",
         tmp_path / "bare",
-        vision_tower=str(kit.WEIGHTS / "clip"),
-        language_model=language_model,
+        **bases,
     )
     kit.assert_same_weights(load_student(tmp_path / "bare").student.vlm, trained.student.vlm)
 
@@ -220,7 +221,9 @@ def test_a_finetuned_run_is_written_whole_and_taken(kit, tmp_path):
     assert "model.safetensors" in names
     assert not [name for name in names if name.endswith(".bin")]
     same(open_checkpoint(tmp_path / "out"), official_state_dict(trained.student.vlm))
-    import_official(tmp_path / "out", tmp_path / "in")
+    with pytest.raises(WeightsError, match=r"names the vision tower 'clip'.*with --vision-tower"):
+        import_official(tmp_path / "out", tmp_path / "in")
+    import_official(tmp_path / "out", tmp_path / "in", vision_tower=str(kit.WEIGHTS / "clip"))
     kit.assert_same_weights(load_student(tmp_path / "in").student.vlm, trained.student.vlm)
     keys = json.loads((tmp_path / "out/config.json").read_text())
     assert keys["moe"] == {
@@ -230,11 +233,49 @@ def test_a_finetuned_run_is_written_whole_and_taken(kit, tmp_path):
         "moe_encoder_lora_alpha": 1,
         "moe_encoder_num_experts": 3,
     }
+    assert (keys["mm_vision_tower"], keys["_name_or_path"]) == ("clip", "language_model")
+    for path in (tmp_path / "out").iterdir():
+        assert path.suffix == ".safetensors" or str(kit.WEIGHTS) not in path.read_text(), path
     assert (keys["model_type"], keys["vocab_size"], keys["rope_theta"]) == (
         "move_llava_llama",
         66,
         10000.0,
     )
+
+
+def test_experts_that_went_on_from_an_import_are_written_with_their_base(kit, source, tmp_path):
+    keys = kit.released_keys(tmp_path / "tower") | {"_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    (source / "config.json").write_text(json.dumps(keys))
+    save_file(kit.released_state(dtype=torch.float32), source / "model.safetensors")
+    import_official(source, tmp_path / "in")
+    imported = load_student(tmp_path / "in")
+    run = yaml.safe_load((tmp_path / "in/model/config.yaml").read_text())
+    base = tmp_path / "in/model/base"
+    del run["imported"]  # as `train` writes one
+    run["student"] |= {name: str(base / name) for name in ("vision_tower", "language_model")}
+    with torch.no_grad():
+        for name, parameter in imported.student.vlm.named_parameters():
+            if ".mole_" in name:
+                parameter.add_(1)
+    save_parts(tmp_path / "run/model", imported.student.vlm, ["mole", "projector"])
+    (tmp_path / "run/model/config.yaml").write_text(json.dumps(run))
+    names = write_official(load_student(tmp_path / "run"), tmp_path / "out")
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.endswith(".bin")]
+    expected = official_state_dict(imported.student.vlm)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected[name] = expected[name][:66]
+    same(open_checkpoint(tmp_path / "out"), expected)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["_name_or_path"] == "lmsys/vicuna-7b-v1.5"  # as the checkpoint said
+    assert written["mm_vision_tower"] == "tower"
+    tokenizer = json.loads((tmp_path / "out/tokenizer.json").read_text())
+    assert tokenizer == json.loads((source / "tokenizer.json").read_text())
+    export(load_student(tmp_path / "run"), "hf", tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "imported from | released" in card
+    assert "language model started from | lmsys/vicuna-7b-v1.5" in card
+    assert str(tmp_path) not in card + (tmp_path / "hf/movekd.json").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -70,6 +70,19 @@ TWO_TURNS = Conversation(
 CAPTION = Conversation("caption", ("a.png",), (("human", "<image>"), ("gpt", "a 7 at the top.")))
 
 
+def other_end(byte_level):
+    """Return the tokenizer with ends of turns as in ChatML, which knows no ``</s>``."""
+    vocabulary = {"<|im_end|>" if w == "</s>" else w: n for w, n in byte_level.get_vocab().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        additional_special_tokens=[IMAGE_TOKEN],
+    )
+
+
 def split(tokenizer, tokenized):
     """Return the tokens in words, and those that have a label."""
     ids, labels = tokenized.input_ids, tokenized.labels
@@ -98,6 +111,24 @@ def test_v1_takes_the_loss_on_answers_and_their_ends(digits):
         *["ASSISTANT:", "7", ",", "3", "</s>"],
     ]
     assert answer == ["yes", "</s>", "7", ",", "3", "</s>"]
+
+
+def test_v1_ends_answers_with_the_token_that_ends_the_generation(byte_level):
+    tokenizer = other_end(byte_level)
+    tokenized = tokenize(TWO_TURNS, tokenizer, "v1", 1)
+    assert tokenizer.decode(tokenized.input_ids) == (
+        f"{V1_SYSTEM} USER: <image>\nIs there a 3? ASSISTANT: yes<|im_end|>"
+        "USER: What is the sum? ASSISTANT: 7 , 3<|im_end|>"
+    )
+    labelled = [label for label in tokenized.labels if label != IGNORED]
+    assert tokenizer.decode(labelled) == "yes<|im_end|>7 , 3<|im_end|>"
+    assert labelled.count(tokenizer.eos_token_id) == 2
+    question = Conversation("q", ("a.png",), TWO_TURNS.turns[:3])
+    ids = tokenize_question(question, tokenizer, "v1", 1)
+    assert tokenizer.decode(ids).endswith("yes<|im_end|>USER: What is the sum? ASSISTANT:")
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=r"no eos_token for the end of an answer; name one"):
+        tokenize(TWO_TURNS, tokenizer, "v1", 1)
 
 
 def test_v1_to_the_byte(byte_level):

@@ -1,11 +1,13 @@
 """Tests of movekd.student.vlm: the student at step 0, and where its experts are."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import scenes
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -227,3 +229,78 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"vision_tower is a 'vit'; expected one of clip_vision"):
         build_vlm(config(vision_tower=str(tmp_path)))
+
+
+CODE = """
+open({mark!r}, "w").close()
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+class Config(CLIPVisionConfig):
+    model_type = "theirs"
+class Model(CLIPVisionModel):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder, original, **changes):
+    """Copy a directory, add code that leaves a mark, and change JSON files; return the copy."""
+    shutil.copytree(original, folder)
+    (folder / "theirs.py").write_text(CODE.format(mark=str(folder / "was_run")))
+    for file, keys in changes.items():
+        path = folder / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return folder
+
+
+OF_MODEL = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
+OF_TOKENIZER = {"AutoTokenizer": [None, "theirs.Tokenizer"]}
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("vision_tower", {"config": {"model_type": "theirs", "auto_map": OF_MODEL}}),
+        ("language_model", {"config": {"model_type": "theirs", "auto_map": OF_MODEL}}),
+        (
+            "language_model",
+            {"tokenizer_config": {"tokenizer_class": "Theirs", "auto_map": OF_TOKENIZER}},
+        ),
+    ],
+)
+def test_code_of_a_directory_is_never_run_nor_asked_about(tmp_path, monkeypatch, part, changes):
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("standard input was read"))
+    name = {"vision_tower": "clip"}.get(part, part)
+    folder = with_code(tmp_path / "theirs", WEIGHTS / name, **changes)
+    with pytest.raises(WeightsError, match=rf"student\.{part} '.*theirs'"):
+        build_vlm(config(**{part: str(folder)}))
+    assert not (folder / "was_run").exists()
+
+
+def test_code_is_refused_by_name_and_a_stock_class_goes_before_it(tmp_path):
+    keys = {"model_type": "theirs", "auto_map": OF_MODEL}
+    folder = with_code(tmp_path / "theirs", WEIGHTS / "clip", config=keys)
+    with pytest.raises(WeightsError, match=r"brings Python code of its own \(auto_map\), which"):
+        build_encoder(config(vision_tower=str(folder)))
+    stock = with_code(tmp_path / "stock", WEIGHTS / "clip", config={"auto_map": OF_MODEL})
+    tower = build_encoder(config(None, vision_tower=str(stock))).vision_tower
+    assert type(tower) is CLIPVisionModel
+    assert not (stock / "was_run").exists()
+
+
+def test_a_bin_file_is_tensors_or_a_refusal(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_run"), "w"))
+
+    folder = shutil.copytree(WEIGHTS / "clip", tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    tower = build_encoder(config(None, vision_tower=str(folder))).vision_tower
+    expected = build_encoder(config(None)).vision_tower.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in tower.state_dict().items())
+    torch.save(state | {"x": Program()}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"vision_tower .* cannot be loaded: Weights only load"):
+        build_encoder(config(vision_tower=str(folder)))
+    assert not (tmp_path / "was_run").exists()

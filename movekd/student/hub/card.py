@@ -28,9 +28,9 @@ _LOADING: dict[Format, str] = {
 
 ```python
 import movekd
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, MODEL_CLASS
 
-model = LlavaForConditionalGeneration.from_pretrained("DIR", dtype="auto")
+model = MODEL_CLASS.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
 ```
 
@@ -104,6 +104,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         _what(trained, kind),
         "## Loading\n\n"
         + _LOADING[kind]
+        .replace("MODEL_CLASS", type(student.vlm).__name__)
         .replace("DIR", name)
         .replace("LAYER", str(student.vlm.config.vision_feature_layer))
         .replace("SIZE", str(student.image_size)),
@@ -121,9 +122,9 @@ def random_parts(vlm: Any) -> list[str]:
     """
     towers = {
         "vision tower": vlm.model.vision_tower,
-        "language model": vlm.model.language_model,
+        "language model": getattr(vlm.model, "language_model", None),  # none of an encoder alone
     }
-    return [name for name, tower in towers.items() if _is_untouched(tower)]
+    return [n for n, tower in towers.items() if tower is not None and _is_untouched(tower)]
 
 
 def base_models(run: Mapping[str, Any]) -> dict[str, str]:
@@ -146,6 +147,11 @@ def made_of(run: Mapping[str, Any]) -> dict[str, Any]:
     if "imported" in kept:
         kept["imported"] = {"from": kept["imported"].get("from")} | bases
     return kept | {"student": bases, "distill": {"teachers": teachers} if teachers else None}
+
+
+def public_name(base: str) -> str:
+    """Return a base model's hub id, or the name of its folder: no path of this machine."""
+    return base if _is_hub_id(base) else Path(base).name
 
 
 def _is_untouched(tower: nn.Module) -> bool:
@@ -179,18 +185,21 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
             f"{len(layers)} blocks (scale {first['lora_alpha'] / first['r']:g}, {gate} the "
             "router's probability)"
         )
+    views = " a view (the whole image, and up to four tiles)" if student.has_tiles else ""
+    encoder = "The vision encoder of a LLaVA" if student.tokenizer else "A vision encoder"
     what = {
         "hf": "A LLaVA whose vision tower",
-        "encoder": "The vision encoder of a LLaVA: it",
-        "onnx": "The vision encoder of a LLaVA as ONNX: it",
+        "encoder": f"{encoder}: it",
+        "onnx": f"{encoder} as ONNX: it",
         "official": "A LLaVA whose vision tower",
     }[kind]
+    prompt = f"Prompt format: `{trained.prompt}`. " if student.tokenizer else ""
     return (
         f"{what} is a CLIP {experts}, distilled from several vision encoders (MoVE-KD, "
         f"arXiv 2501.01709) with movekd. Images: {student.image_size} x {student.image_size} "
-        f"pixels, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
-        f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. Prompt format: "
-        f"`{trained.prompt}`. The experts cannot be merged into the MLPs, since every token "
+        f"pixels{views}, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
+        f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. "
+        f"{prompt}The experts cannot be merged into the MLPs, since every token "
         "chooses its own.\n"
     )
 
@@ -200,9 +209,12 @@ def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
     teachers = ", ".join(distill.get("teachers") or []) or "not recorded"
     if run and "imported" not in run and not distill:
         teachers = "none: trained without distillation"
+    language_model = _shown(bases.get("language_model"))
+    if run.get("stage") == "distill":
+        language_model = "none: the encoder learned from its teachers alone"
     lines = [
         f"| vision tower started from | {_shown(bases.get('vision_tower'))} |",
-        f"| language model started from | {_shown(bases.get('language_model'))} |",
+        f"| language model started from | {language_model} |",
         f"| recipe | {run.get('recipe', 'not recorded')} |",
         f"| last stage | {run.get('stage', 'not recorded')} |",
         f"| teachers | {teachers} |",

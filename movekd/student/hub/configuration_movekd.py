@@ -5,7 +5,7 @@ Part of movekd (Apache-2.0). Needs transformers alone.
 
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaNextConfig
 
 
 class MovekdClipVisionConfig(CLIPVisionConfig):
@@ -38,6 +38,12 @@ class MovekdLlavaConfig(LlavaConfig):
     """LLaVA's own config, under a name that remote code can have."""
 
     model_type = "llava"
+
+
+class MovekdLlavaNextConfig(LlavaNextConfig):
+    """LLaVA-NeXT's own config, under a name that remote code can have."""
+
+    model_type = "llava_next"
 
 
 AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)

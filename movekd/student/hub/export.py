@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
@@ -29,14 +31,15 @@ from movekd.student.files import TrainedStudent
 from movekd.student.hub import configuration_movekd, modeling_movekd
 from movekd.student.hub.card import made_of
 from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
+from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.official import mole_layers, plain_parameters
-from movekd.student.prompts import V1_SYSTEM
+from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.tensor_files import write_shards
 
 ABOUT_FILE = "movekd.json"
 TOWER = "model.vision_tower."
 
-V1_TEMPLATE = (
+_V1_TEMPLATE = (
     "{{ " + json.dumps(V1_SYSTEM + " ") + " }}"
     "{% for message in messages %}"
     "{% set text = namespace(value='') %}"
@@ -46,15 +49,16 @@ V1_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' + text.value + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + text.value + '</s>' }}{% endif %}"
+    "{% else %}{{ 'ASSISTANT: ' + text.value + END }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn."""
+"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn. END is what
+ends an answer."""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
-    """Write what ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load.
+    """Write what ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor`` load.
 
     Raises:
         ConfigError: no processor of transformers makes images square as the training did.
@@ -63,17 +67,19 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
-    config.architectures = ["LlavaForConditionalGeneration"]
+    name = "LlavaNext" if student.has_tiles else "Llava"
+    config.architectures = [f"{name}ForConditionalGeneration"]
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
     if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
-            "AutoConfig": "configuration_movekd.MovekdLlavaConfig",
-            "AutoModelForImageTextToText": "modeling_movekd.MovekdLlavaForConditionalGeneration",
+            "AutoConfig": f"configuration_movekd.Movekd{name}Config",
+            "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
         }
         _copy_code(directory)
-    processor = LlavaProcessor(
-        image_processor=image_processor(trained),
+    processor_class = LlavaNextProcessor if student.has_tiles else LlavaProcessor
+    processor = processor_class(
+        image_processor=tile_processor(trained) if student.has_tiles else image_processor(trained),
         tokenizer=student.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
@@ -84,7 +90,6 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     config.save_pretrained(directory)
     student.vlm.generation_config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    write_about(trained, directory)
 
 
 def export_encoder(trained: TrainedStudent, directory: Path) -> None:
@@ -106,7 +111,6 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
     write_shards(directory, tower_parameters(trained.student.vlm))
     config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    write_about(trained, directory)
 
 
 def tower_parameters(vlm: Any) -> dict[str, Tensor]:
@@ -172,9 +176,31 @@ def image_processor(trained: TrainedStudent) -> Any:
     )
 
 
+def tile_processor(trained: TrainedStudent) -> Any:
+    """Return transformers' processor that cuts an image into the views of LLaVA-NeXT.
+
+    Raises:
+        ConfigError: the whole image was not stretched, as that processor does.
+    """
+    if trained.geometry != "stretch":
+        raise ConfigError(
+            f"the student was trained with geometry '{trained.geometry}'; the processor of "
+            "LLaVA-NeXT stretches the whole image. Train with data.geometry: stretch, or use the "
+            "model directory itself."
+        )
+    size = trained.student.image_size
+    return LlavaNextImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=GRID_PINPOINTS,
+        image_mean=list(trained.student.image_mean),
+        image_std=list(trained.student.image_std),
+    )
+
+
 def _chat_template(trained: TrainedStudent) -> str | None:
     if trained.prompt == "v1":
-        return V1_TEMPLATE
+        return _V1_TEMPLATE.replace("END", json.dumps(turn_end(trained.student.tokenizer)))
     template: str | None = trained.student.tokenizer.chat_template
     return template if trained.prompt == "chat_template" else None
 
@@ -189,7 +215,7 @@ def write_about(trained: TrainedStudent, directory: Path) -> None:
     """Write how the student is asked and fed, which the formats themselves do not say."""
     about = {
         "format": 1,
-        "prompt": trained.prompt,
+        "prompt": None if trained.student.tokenizer is None else trained.prompt,
         "geometry": trained.geometry,
         "image_mean": list(trained.student.image_mean),
         "image_std": list(trained.student.image_std),

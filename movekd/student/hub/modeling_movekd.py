@@ -17,10 +17,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import (
+    AutoModel,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.activations import ACT2FN
 
-from .configuration_movekd import MovekdClipVisionConfig, MovekdLlavaConfig
+from .configuration_movekd import (
+    MovekdClipVisionConfig,
+    MovekdLlavaConfig,
+    MovekdLlavaNextConfig,
+)
 
 
 class MovekdExperts(nn.Module):
@@ -102,6 +111,13 @@ class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = MovekdLlavaConfig
     config: MovekdLlavaConfig
+
+
+class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT itself, under a name that remote code can have."""
+
+    config_class = MovekdLlavaNextConfig
+    config: MovekdLlavaNextConfig
 
 
 AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)

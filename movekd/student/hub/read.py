@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 from movekd.corpus.images import Geometry
 from movekd.errors import WeightsError
@@ -14,6 +18,8 @@ from movekd.student.hub import modeling_movekd  # noqa: F401  # registers the to
 from movekd.student.hub.export import ABOUT_FILE
 from movekd.student.tensor_files import read_json
 from movekd.student.vlm import Student, loading
+
+MODELS = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
 
 def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
@@ -35,7 +41,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{directory} holds a vision encoder alone, which answers no questions; expected a "
             "run, an imported model or an export of format hf."
         )
-    if model_type != "llava" or not (directory / ABOUT_FILE).exists():
+    if model_type not in MODELS or not (directory / ABOUT_FILE).exists():
         raise WeightsError(
             f"{directory} holds a model of type '{model_type}'"
             f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
@@ -51,10 +57,10 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             "Export the model again."
         )
     with loading(str(directory), "the model in"):
-        vlm = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype="auto", use_safetensors=True
+        vlm = MODELS[model_type].from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     vlm.eval().requires_grad_(False).to(torch.device(device))
     run = about.get("run") or {}
     mean, std = tuple(about["image_mean"]), tuple(about["image_std"])

@@ -1,8 +1,10 @@
 """Tests of movekd.student.hub: exports as a stranger loads them, with movekd and without."""
 
+import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers import (
 
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.exports import export, new_directory
+from movekd.student.exports import export
 from movekd.student.files import TrainedStudent, load_student
 from movekd.student.hub.card import model_card, random_parts
 from movekd.student.hub.onnx import encoder_tokens
@@ -89,8 +91,12 @@ def test_the_processor_makes_the_pixels_of_the_training(official, tmp_path, geom
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-def test_the_chat_template_writes_what_the_training_read(official, tmp_path):
-    trained = TrainedStudent(official.student, "v1", "crop", official.directory, official.run)
+@pytest.mark.parametrize("end", ["</s>", 'the"end'])
+def test_the_chat_template_writes_what_the_training_read(official, tmp_path, end):
+    tokenizer = copy.deepcopy(official.student.tokenizer)
+    tokenizer.add_special_tokens({"eos_token": end})
+    student = replace(official.student, tokenizer=tokenizer)
+    trained = TrainedStudent(student, "v1", "crop", official.directory, official.run)
     export(trained, "hf", tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     turns = (("human", "<image>\nWhat is it?"), ("gpt", "A bus."), ("human", "And that?"))
@@ -107,6 +113,7 @@ def test_the_chat_template_writes_what_the_training_read(official, tmp_path):
     )
     conversation = Conversation("c", ("image",), turns)
     expected = tokenize_question(conversation, trained.student.tokenizer, "v1", 1)
+    assert f"A bus.{end}USER:" in text
     assert trained.student.tokenizer(text)["input_ids"] == expected
     from PIL import Image
 
@@ -126,6 +133,37 @@ def test_the_encoder_alone_is_an_auto_model(trained, tmp_path, pixels):
     assert processor.crop_size["height"] == 48
     with pytest.raises(WeightsError, match=r"encoder alone|of type 'clip_vision_model'"):
         load_student(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the exporter's own packages
+@pytest.mark.parametrize("mole", ["REVISED", None])
+def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
+    run = kit.make_encoder_run(tmp_path / "run", mole and getattr(kit, mole))
+    trained = load_student(run, takes_encoder=True)
+    with torch.no_grad():
+        expected = image_features(trained.student.vlm, pixels)[1]
+    export(trained, "encoder", tmp_path / "out")
+    encoder = AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert list(processor.image_mean) == [0.5] * 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "A vision encoder: it" in card
+    assert "language model started from | none" in card
+    assert "Prompt" not in card
+    with torch.no_grad():
+        tokens_BND, _ = encoder_tokens(trained)(pixels)
+    torch.testing.assert_close(tokens_BND, expected, rtol=1e-5, atol=1e-5)
+    for kind in ("hf", "official"):
+        with pytest.raises(ConfigError, match=rf"--format {kind} writes both.*encoder or onnx"):
+            export(trained, kind, tmp_path / kind)
+        assert not (tmp_path / kind).exists()
+    with pytest.raises(ConfigError, match="stage: distill"):
+        load_student(run)
+    if mole:
+        assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "onnx")
 
 
 def python(program, folder, *arguments):
@@ -283,20 +321,6 @@ def test_weights_that_never_learned_are_marked(kit, official, tmp_path):
     again = model_card(load_student(tmp_path / "hf"), "hf", "x")
     assert again == card
     assert str(tmp_path) not in (tmp_path / "hf/movekd.json").read_text()
-
-
-def test_a_directory_that_holds_something_is_kept(official, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="exists already; give --overwrite"):
-        export(official, "encoder", out)
-    with pytest.raises(ConfigError), new_directory(out, overwrite=True):
-        export(official, "encoder", out)  # fails half way
-    assert (out / "mine").read_text() == "precious"
-    export(official, "encoder", out, overwrite=True)
-    assert not (out / "mine").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_geometry_without_a_processor_is_refused(official, tmp_path):
