@@ -89,14 +89,15 @@ def _answer(
 ) -> str:
     """Return the answer to the last of the turns, all of which the model sees, the image too."""
     from movekd.corpus.conversations import Conversation
+    from movekd.corpus.decode import decode_image
     from movekd.errors import ConfigError
     from movekd.evaluate.generate import generate_answers
     from movekd.student.prompts import tokenize_question
 
     student, conversation = trained.student, Conversation("ask", ("image",), tuple(turns))
-    tokens = tokenize_question(
-        conversation, student.tokenizer, trained.prompt, student.num_image_tokens
-    )
+    decoded = decode_image(image)  # a LLaVA-NeXT has tokens by the image's size
+    num_tokens = student.count_tokens([decoded.width], [decoded.height]).tolist()
+    tokens = tokenize_question(conversation, student.tokenizer, trained.prompt, num_tokens)
     most = getattr(student.vlm.config.text_config, "max_position_embeddings", None)
     if most is not None and len(tokens) >= most:
         raise ConfigError(

@@ -12,6 +12,7 @@ from movekd.distill.balance import (
     routing_statistics,
 )
 from movekd.distill.loss import KDTerms, effective_rank, kd_loss, token_statistics
+from movekd.distill.sam_layout import released_sam_tokens
 from movekd.distill.weights import teacher_weights, token_weights
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "choice_share",
     "effective_rank",
     "kd_loss",
+    "released_sam_tokens",
     "routing_statistics",
     "teacher_weights",
     "token_statistics",

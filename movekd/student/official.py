@@ -38,9 +38,13 @@ def official_state_dict(vlm: nn.Module) -> dict[str, Tensor]:
     says ``require_official``.
 
     Args:
-        vlm: a LLaVA with the student as its tower, from ``build_vlm`` or ``from_pretrained``.
+        vlm: a LLaVA with the student as its tower, from ``build_vlm`` or ``from_pretrained``; or
+            that tower alone, as ``get_peft_model`` returns it.
+
+    Raises:
+        ConfigError: another kind of model, or one with several adapters.
     """
-    views = official_views(plain_parameters(vlm))
+    views = official_views(_parameters_of_student(vlm))
     return {
         name: view.detach().clone(memory_format=torch.contiguous_format)
         for name, view in views.items()
@@ -48,12 +52,13 @@ def official_state_dict(vlm: nn.Module) -> dict[str, Tensor]:
 
 
 def load_official_state_dict(vlm: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy weights under their official names into a student.
+    """Copy weights under their official names into a student, or into its tower alone.
 
     Raises:
+        ConfigError: as ``official_state_dict``.
         WeightsError: a name is missing, unknown or of another shape; nothing is copied.
     """
-    views = official_views(plain_parameters(vlm))
+    views = official_views(_parameters_of_student(vlm))
     require_exact(
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         {name: tuple(view.shape) for name, view in views.items()},
@@ -83,6 +88,24 @@ def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
             )
         plain[short] = parameter.data
     return plain
+
+
+def _parameters_of_student(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``plain_parameters`` under the names of a LLaVA, also of a bare tower."""
+    plain = {n.removeprefix("base_model.model."): t for n, t in plain_parameters(model).items()}
+    if any(".modules_to_save." in name for name in plain):
+        raise ConfigError(
+            "the adapter has modules_to_save, copies of base weights that the official format has "
+            "no name for; train the base's own weights instead (requires_grad_)."
+        )
+    if any(name.startswith("model.vision_tower.") for name in plain):
+        return plain
+    if "embeddings.class_embedding" in plain:
+        return {f"model.vision_tower.{name}": tensor for name, tensor in plain.items()}
+    raise ConfigError(
+        f"{type(model).__name__} is neither a LLaVA nor a CLIP vision tower; expected one of them, "
+        "whose parts have official names."
+    )
 
 
 def plain_name(name: str) -> str:

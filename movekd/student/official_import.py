@@ -361,12 +361,13 @@ def _write_config(
 ) -> None:
     aspect = keys.get("image_aspect_ratio") or "square"
     geometry = {there: here for here, there in ASPECT_RATIOS.items()}[aspect]
+    layout = {"sam_layout": "released"} if "sam" in teachers else {}
     run = {
         "recipe": "official",
         "stage": stage,
         "student": student.model_dump(mode="json"),
         # CLIP, the anchor, has no adapter
-        "distill": {"teachers": ["clip", *teachers]} if teachers else None,
+        "distill": {"teachers": ["clip", *teachers]} | layout if teachers else None,
         "data": {"geometry": geometry},
         "imported": _source(source, keys),
     }

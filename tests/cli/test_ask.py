@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import scenes
 import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
 from movekd.cli.main import app
@@ -96,6 +98,40 @@ def test_what_cannot_be_asked_is_a_sentence(folder):
         run("ask", folder / "hf", image, "Is there a 3? " * 200)
     with pytest.raises(ConfigError, match=r"'hff' is unknown.*Did you mean 'hf'"):
         run("export", folder / "hf", "--format", "hff", "--out", folder / "x")
+
+
+def test_tiles_of_a_llava_next_are_counted(tmp_path):
+    torch.manual_seed(0)
+    tower = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=56,
+    )
+    CLIPVisionModel(tower).save_pretrained(tmp_path / "tower")
+    config = StudentConfig(
+        architecture="llava_next",
+        vision_tower=str(tmp_path / "tower"),
+        language_model=str(WEIGHTS / "language_model"),
+        mole=None,
+        prompt="v1",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    )
+    student = build_vlm(config)
+    save_parts(tmp_path / "model", student.vlm, list(PART_FILES))
+    keys = {"student": config.model_dump(mode="json"), "data": {"geometry": "stretch"}}
+    (tmp_path / "model/config.yaml").write_text(json.dumps(keys))
+    Image.new("RGB", (640, 640)).save(tmp_path / "a.png")
+    num_tokens = 36 + 12 * 12 + 12  # a view, four tiles, a line end behind each row
+    assert student.count_tokens([640], [640]).tolist() == [num_tokens]
+    words = ["ask", tmp_path, tmp_path / "a.png"]
+    assert run(*words, "Is there a 3?", "--max-new-tokens", 2).strip()
+    asked = "Is there a 3? " * 12  # with one view's 36 tokens it would fit
+    with pytest.raises(ConfigError, match=r"conversation are 2(6|7|8)\d tokens; .* holds 256"):
+        run(*words, asked)
 
 
 def test_json_of_export_and_import(folder, tmp_path):

@@ -30,6 +30,7 @@ def test_a_saved_config_comes_back_equal_through_peft(tmp_path: Path) -> None:
         ({"lora_alpha": 0.0}, r"lora_alpha=0.0; expected a number above 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0; expected a probability below 1"),
         ({"init_lora_weights": "zeros"}, r"'zeros'; expected one of kaiming, zero.*'zero'\?"),
+        ({"layers_to_transform": []}, r"=\[\]; expected the index of at least one block"),
         (
             {"target_modules": ".*mlp", "layers_to_transform": [0]},
             r"PEFT would ignore the former.*as a list",

@@ -1,3 +1,4 @@
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,9 +199,59 @@ def test_an_adapter_whose_base_learned_is_not_saved_alone(
     model = _finetuned(has_frozen_since)
     with pytest.raises(ConfigError, match=r"weights of its base.*do not hold them.*save_tower"):
         model.save_pretrained(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"trained as well \(base_model"):
+    with pytest.raises(ConfigError, match=r"trained as well \((base_model.model.)?embeddings"):
         get_peft_model_state_dict(model)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def _attention(model: nn.Module) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if "self_attn" in n]
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled", "transformers", "copied"])
+def test_any_base_weight_that_learned_and_was_frozen_again_is_noticed(
+    way: str, tmp_path: Path
+) -> None:
+    get_peft_model(_clip(), MoleConfig(**REVISED)).save_pretrained(str(tmp_path / "adapter"))
+    if way == "transformers":
+        model: Any = _clip()
+        model.load_adapter(str(tmp_path / "adapter"))
+    else:
+        model = PeftModel.from_pretrained(_clip(), tmp_path / "adapter", is_trainable=True)
+    if way == "copied":
+        model = copy.deepcopy(model)
+    tower: Any = model if way == "transformers" else model.get_base_model()
+    if way == "checkpointed":
+        tower.gradient_checkpointing_enable({"use_reentrant": False})
+    forward = tower
+    if way == "compiled":
+        forward = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    model.train()
+    with torch.no_grad():
+        tower(_pixels())
+    forward(_pixels())
+    model.save_pretrained(str(tmp_path / "frozen"))  # the base did not learn so far
+    for parameter in _attention(tower):
+        parameter.requires_grad_(True)
+    model.eval()
+    tower(_pixels())
+    model.train()
+    with torch.no_grad():
+        tower(_pixels())
+    for parameter in _attention(tower):
+        parameter.requires_grad_(False)
+    model.save_pretrained(str(tmp_path / "not trained"))
+    for parameter in _attention(tower):
+        parameter.requires_grad_(True)
+    forward(_pixels()).last_hidden_state.square().mean().backward()
+    with torch.no_grad():
+        for parameter in _attention(tower):
+            if parameter.grad is not None:
+                parameter.sub_(0.1 * parameter.grad)
+    for parameter in _attention(tower):
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"24 weights .* \(encoder.layers.0.self_attn.k_proj"):
+        model.save_pretrained(str(tmp_path / "alone"))
 
 
 def test_a_tower_that_transformers_gave_an_adapter_is_watched_as_well(tmp_path: Path) -> None:
@@ -292,6 +343,16 @@ def test_merging_is_refused_with_the_reason(verb: str) -> None:
     model = get_peft_model(_clip(), MoleConfig(**REVISED))
     with pytest.raises(ConfigError, match="every token chooses its own expert"):
         getattr(model, verb)()
+
+
+def test_adapters_by_sample_are_refused() -> None:
+    model = get_peft_model(_clip(), MoleConfig(**REVISED)).eval()
+    model.add_adapter("other", MoleConfig(num_experts=2, r=2))
+    expected = _tokens(model, _pixels())
+    for names in (["other", "other"], ["default", "other"]):
+        with pytest.raises(ConfigError, match=r"adapter_names=.*'default' for every sample"):
+            model(pixel_values=_pixels(), adapter_names=names)
+    assert torch.equal(_tokens(model, _pixels()), expected)
 
 
 def test_a_module_that_is_no_such_mlp_is_refused() -> None:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from peft import get_peft_model
+from transformers import CLIPVisionModel, LlamaConfig
 
 from movekd.errors import ConfigError, WeightsError
-from movekd.student import load_official_state_dict, official_state_dict
+from movekd.student import MoleConfig, load_official_state_dict, official_state_dict
 from movekd.student.config import StudentConfig
 from movekd.student.official import (
     adapters_from_official,
@@ -17,6 +18,9 @@ from movekd.student.official import (
 )
 from movekd.student.official_layout import CLIP_L_336, clip_config, skeleton
 from movekd.student.vlm import build_vlm, image_features
+
+# PEFT 0.21 asks transformers 5.23 for a property by its old name; nothing here can change that.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
@@ -46,6 +50,37 @@ def test_loading_is_the_exact_inverse(kit, mole):
     again = official_state_dict(other)
     assert list(again) == list(state)
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_a_bare_tower_of_peft_has_the_same_names(kit, student):
+    vlm = student.vlm
+    blocks = vlm.config.vision_config.num_hidden_layers
+    experts = MoleConfig(r=4, lora_alpha=1.0, use_gate=False, layers_to_transform=[*range(blocks)])
+    state = {n: t for n, t in official_state_dict(vlm).items() if n.startswith(TOWER)}
+    clip = CLIPVisionModel.from_pretrained(kit.WEIGHTS / "clip", dtype=torch.float32)
+    tower = get_peft_model(clip, experts)
+    assert official_state_dict(tower).keys() == state.keys()
+    load_official_state_dict(tower, state)
+    again = official_state_dict(tower)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert official_state_dict(tower.get_base_model()).keys() == state.keys()
+    pixels = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        found = tower.eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        expected = image_features(vlm, pixels)[1]
+    torch.testing.assert_close(found[:, 1:], expected, rtol=1e-5, atol=1e-5)
+    tower.add_adapter("other", experts)
+    with pytest.raises(ConfigError, match="several MoLE adapters"):
+        official_state_dict(tower)
+
+
+def test_what_has_no_official_names_is_refused(kit):
+    clip = CLIPVisionModel.from_pretrained(kit.WEIGHTS / "clip", dtype=torch.float32)
+    saved = get_peft_model(clip, MoleConfig(r=4, modules_to_save=["post_layernorm"]))
+    with pytest.raises(ConfigError, match=r"has modules_to_save, copies of base weights"):
+        official_state_dict(saved)
+    with pytest.raises(ConfigError, match=r"Linear is neither a LLaVA nor a CLIP vision tower"):
+        official_state_dict(torch.nn.Linear(2, 2))
 
 
 def test_the_state_is_a_copy(student):

@@ -53,6 +53,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(kit, source, tmp_path, dtype, teach
             assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path
 
 
+def test_an_import_names_the_layout_that_its_sam_adapter_knows(kit, source, tmp_path):
+    for teachers, expected in ((("eva", "sam"), "released"), (("eva",), None)):
+        save_file(kit.released_state(teachers), source / "model.safetensors")
+        out = tmp_path / teachers[-1]
+        import_official(source, out)
+        run = yaml.safe_load((out / "model/config.yaml").read_text())
+        assert run["distill"].get("sam_layout") == expected
+        load_student(out)
+
+
 def test_mixed_dtypes_and_old_buffers_come_back_too(kit, source, tmp_path):
     state = kit.released_state()
     dtypes = [torch.float32, torch.float16, torch.bfloat16]

@@ -9,6 +9,7 @@ from torch import nn
 
 from movekd.student.files import TrainedStudent
 from movekd.student.official import mole_layers
+from movekd.student.vlm import num_prefix_tokens
 
 Format = Literal["hf", "encoder", "onnx", "official"]
 
@@ -20,6 +21,13 @@ LICENCES = {
 }
 """Base models whose licence is known here; others say it on their own cards."""
 
+_KINDS = {
+    "clip_vision_model": "CLIP",
+    "movekd_clip_vision": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+}
 _LIBRARY = {"hf": "transformers", "encoder": "transformers", "onnx": "onnx", "official": "pytorch"}
 _TASK = {"hf": "image-text-to-text", "official": "image-text-to-text"}
 
@@ -57,7 +65,7 @@ from transformers import AutoImageProcessor, AutoModel
 encoder = AutoModel.from_pretrained("DIR")
 processor = AutoImageProcessor.from_pretrained("DIR")
 output = encoder(**processor(image, return_tensors="pt"), output_hidden_states=True)
-tokens = output.hidden_states[LAYER][:, 1:]  # what LLaVA reads; [:, :1] is [CLS]
+tokens = output.hidden_states[LAYER][:, PREFIX:]  # of the patches: what LLaVA reads
 ```
 
 Without movekd, `AutoModel.from_pretrained("DIR", trust_remote_code=True)` runs the two
@@ -67,7 +75,7 @@ Without movekd, `AutoModel.from_pretrained("DIR", trust_remote_code=True)` runs 
 import onnxruntime
 
 session = onnxruntime.InferenceSession("DIR/encoder.onnx")
-tokens, cls = session.run(None, {"pixel_values": pixels})  # float32 (batch, 3, SIZE, SIZE)
+tokens, *cls = session.run(None, {"pixel_values": pixels})  # float32 (batch, 3, SIZE, SIZE)
 ```
 
 Pixels are normalised as `movekd.json` says (`image_mean`, `image_std`, `geometry`).
@@ -106,6 +114,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         + _LOADING[kind]
         .replace("MODEL_CLASS", type(student.vlm).__name__)
         .replace("DIR", name)
+        .replace("PREFIX", str(num_prefix_tokens(student.vlm.config.vision_config)))
         .replace("LAYER", str(student.vlm.config.vision_feature_layer))
         .replace("SIZE", str(student.image_size)),
         _made_of(run, bases),
@@ -193,9 +202,10 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
         "onnx": f"{encoder} as ONNX: it",
         "official": "A LLaVA whose vision tower",
     }[kind]
+    tower = _KINDS[vlm.config.vision_config.model_type]
     prompt = f"Prompt format: `{trained.prompt}`. " if student.tokenizer else ""
     return (
-        f"{what} is a CLIP {experts}, distilled from several vision encoders (MoVE-KD, "
+        f"{what} is a {tower} {experts}, distilled from several vision encoders (MoVE-KD, "
         f"arXiv 2501.01709) with movekd. Images: {student.image_size} x {student.image_size} "
         f"pixels{views}, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
         f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. "

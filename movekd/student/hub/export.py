@@ -35,6 +35,7 @@ from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.official import mole_layers, plain_parameters
 from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.tensor_files import write_shards
+from movekd.student.vlm import num_prefix_tokens
 
 ABOUT_FILE = "movekd.json"
 TOWER = "model.vision_tower."
@@ -61,9 +62,17 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     """Write what ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor`` load.
 
     Raises:
-        ConfigError: no processor of transformers makes images square as the training did.
+        ConfigError: no processor of transformers makes images square as the training did, or its
+            LLaVA would take registers for patches.
     """
     student = trained.student
+    vision_config = student.vlm.config.vision_config
+    if num_prefix_tokens(vision_config) > 1:
+        raise ConfigError(
+            f"the vision tower is a '{vision_config.model_type}' with registers, which "
+            "transformers' LLaVA takes for patches of the image; --format hf takes towers "
+            "without. Use --format encoder or onnx, or ask the model directory itself."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)

@@ -16,6 +16,7 @@ from movekd.errors import ConfigError, WeightsError
 from movekd.student.files import TrainedStudent
 from movekd.student.hub.export import tower_config, tower_parameters
 from movekd.student.hub.modeling_movekd import MovekdClipVisionModel
+from movekd.student.vlm import num_prefix_tokens
 
 ONNX_FILE = "encoder.onnx"
 TOLERANCE = 1e-4
@@ -27,22 +28,28 @@ class EncoderTokens(nn.Module):
     """The tower up to the hidden state that is read.
 
     Args:
-        tower: a CLIP vision model, with experts or without.
+        tower: a CLIP with experts or without, a SigLIP or a DINOv2.
         layer: index of the hidden state, as in ``vision_feature_layer``.
     """
 
     def __init__(self, tower: Any, layer: int) -> None:
         super().__init__()
         num_blocks = tower.config.num_hidden_layers
-        self.embeddings, self.pre_layrnorm = tower.embeddings, tower.pre_layrnorm
-        self.blocks = nn.ModuleList(tower.encoder.layers[: num_blocks + 1 + layer])
+        is_dinov2 = tower.config.model_type.startswith("dinov2")
+        layers = tower.encoder.layer if is_dinov2 else tower.encoder.layers
+        self.mask: dict[str, None] = {} if is_dinov2 else {"attention_mask": None}
+        self.embeddings = tower.embeddings
+        self.first_norm = getattr(tower, "pre_layrnorm", None) or nn.Identity()  # CLIP's
+        self.blocks = nn.ModuleList(layers[: num_blocks + 1 + layer])
+        self.num_prefix = num_prefix_tokens(tower.config)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return patch tokens (B, N, D) and the [CLS] embedding (B, D)."""
-        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return patch tokens (B, N, D) and, where there is one, the [CLS] embedding (B, D)."""
+        hidden_states = self.first_norm(self.embeddings(pixel_values))
         for block in self.blocks:
-            hidden_states = block(hidden_states, attention_mask=None)
-        return hidden_states[:, 1:], hidden_states[:, 0]
+            hidden_states = block(hidden_states, **self.mask)
+        tokens = hidden_states[:, self.num_prefix :]
+        return (tokens, hidden_states[:, 0]) if self.num_prefix else (tokens,)
 
 
 def encoder_tokens(trained: TrainedStudent) -> EncoderTokens:
@@ -82,7 +89,7 @@ def export_onnx(trained: TrainedStudent, directory: Path) -> float:
         str(path),
         dynamo=True,
         input_names=["pixel_values"],
-        output_names=["tokens", "cls"],
+        output_names=["tokens", "cls"][: 2 if encoder.num_prefix else 1],
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         external_data=True,
         verbose=False,

@@ -42,8 +42,8 @@ class MoleConfig(PeftConfig):
         init_lora_weights: ``"kaiming"`` or ``"zero"``, see ``LoraInit``.
         target_modules: Names of the MLP modules, or one regular expression.
         exclude_modules: Names (or one regular expression) of modules to leave alone.
-        layers_to_transform: Indices of the blocks that get experts; None means all. A student that
-            is read at hidden state -2 leaves the last block out.
+        layers_to_transform: Indices of the blocks that get experts, at least one; None means all. A
+            student that is read at hidden state -2 leaves the last block out.
         layers_pattern: Name of the list of blocks, where PEFT cannot tell.
         modules_to_save: Other modules to train and save whole with the adapter.
 
@@ -88,6 +88,12 @@ class MoleConfig(PeftConfig):
                 f"MoleConfig has init_lora_weights={self.init_lora_weights!r}; expected one of "
                 f"{', '.join(get_args(LoraInit))}."
                 f"{did_you_mean(str(self.init_lora_weights), get_args(LoraInit))}"
+            )
+        if self.layers_to_transform == []:
+            raise ConfigError(
+                "MoleConfig has layers_to_transform=[]; expected the index of at least one block, "
+                "since PEFT takes an empty list for all of them. Name the blocks, leave it out "
+                "for all, or put no MoLE into the tower."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ConfigError(

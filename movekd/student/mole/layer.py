@@ -92,8 +92,6 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         base_layer: The MLP itself, frozen by PEFT.
         routing: ``Routing`` of the last forward pass that trained, or None.
         records_evaluation: Keep the routing of passes that do not train, too.
-        has_trained_base: The base was unfrozen in some training pass, so that the experts stand on
-            other weights than those they were put on.
 
     Raises:
         ConfigError: the module is no such MLP.
@@ -116,7 +114,6 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         self.mole_config: dict[str, MoleConfig] = {}
         self.routing: Routing | None = None
         self.records_evaluation = False
-        self.has_trained_base = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -149,8 +146,6 @@ class MoleLayer(nn.Module, BaseTunerLayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output with the active adapter's experts, (..., N, D) -> (..., N, D)."""
         base = self.base_layer
-        if self.training and torch.is_grad_enabled() and base.fc1.weight.requires_grad:
-            self.has_trained_base = True
         active = [name for name in self.active_adapters if name in self.mole_config]
         if self.disable_adapters or not active:
             self.routing = None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
@@ -66,6 +67,27 @@ class MoleModel(BaseTuner):
         """
         setattr(parent, child_name, new_module)
 
+    def _post_injection_hook(self, model: nn.Module, config: MoleConfig, adapter_name: str) -> None:
+        if _WATCH not in model.__dict__:
+            setattr(model, _WATCH, _BaseWatch(model))
+            model.register_forward_pre_hook(_notice_training)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse an adapter for each sample, which PEFT asks for here and nowhere else.
+
+        Raises:
+            ConfigError: ``adapter_names`` was given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                f"adapter_names={list(kwargs['adapter_names'])} was given to a forward pass; a "
+                "MoLE routes a whole batch by one adapter and would have used "
+                f"'{', '.join(self.active_adapters)}' for every sample. Call set_adapter, and run "
+                "the samples of each adapter as a batch of their own."
+            )
+        yield
+
     def _check_merge_allowed(self) -> None:
         raise merge_refusal()
 
@@ -107,10 +129,41 @@ def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_WATCH = "_mole_base_watch"
+
+
+class _BaseWatch:
+    """Where a tower's base has its parameters, and which were seen to learn.
+
+    Places and not the parameters themselves: FSDP puts others there.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.learned: list[str] = []
+        self.places: list[tuple[nn.Module, str, str]] = []
+        for name, parameter in tower.named_parameters():
+            module, _, key = name.rpartition(".")
+            for plain in base_tensors({name: parameter}):  # none of an adapter's own
+                self.places.append((tower.get_submodule(module), key, plain))
+
+
+def _notice_training(tower: nn.Module, args: Any) -> None:
+    """Remember which base weights a training pass could have changed; a hook on the tower.
+
+    Plain loops over lists, so that torch.compile can look through it.
+    """
+    watch = getattr(tower, _WATCH)
+    if watch.learned or not tower.training or not torch.is_grad_enabled():
+        return
+    for module, key, name in watch.places:
+        parameter = module._parameters[key]
+        if parameter is not None and parameter.requires_grad:
+            watch.learned.append(name)
+
+
 def _learned_base_weights(model: nn.Module) -> list[str]:
-    """Return the names of base weights that learn, or did: an MLP's, where it was frozen since."""
-    parameters = dict(model.named_parameters())
-    learning = {name: p for name, p in parameters.items() if p.requires_grad}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, MoleLayer)}
-    frozen_since = [f"{name}.fc1.weight" for name, m in layers.items() if m.has_trained_base]
+    """Return the names of base weights that learn, or did in a training pass before."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    watches = [module.__dict__.get(_WATCH) for module in model.modules()]
+    frozen_since = [name for watch in watches if watch is not None for name in watch.learned]
     return list(base_tensors(learning)) or frozen_since

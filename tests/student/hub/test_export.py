@@ -14,17 +14,24 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
+from movekd.student.config import StudentConfig
 from movekd.student.exports import export
 from movekd.student.files import TrainedStudent, load_student
 from movekd.student.hub.card import model_card, random_parts
 from movekd.student.hub.onnx import encoder_tokens
 from movekd.student.prompts import tokenize_question
-from movekd.student.vlm import image_features
+from movekd.student.vlm import build_vlm, image_features
 
 STUDENTS = {"official": "OFFICIAL", "revised": "REVISED", "plain": None}
 
@@ -164,6 +171,63 @@ def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
         load_student(run)
     if mole:
         assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "onnx")
+
+
+TOWERS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 48}, 0),
+    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}, 1),
+    "dinov2 with registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the exporter's own packages
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_towers_are_onnx_too(kit, tmp_path, pixels, name):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model_class, config_class, keys, num_prefix = TOWERS[name]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tower = model_class(config_class(image_size=48, patch_size=8, **sizes, **keys))
+    tower.save_pretrained(tmp_path / "tower")
+    run = kit.make_encoder_run(tmp_path / "run", None, tmp_path / "tower")
+    trained = load_student(run, takes_encoder=True)
+    assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "out")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out/encoder.onnx"))
+    tokens, *cls = session.run(None, {"pixel_values": pixels.numpy()})
+    assert len(cls) == min(num_prefix, 1)
+    with torch.no_grad():
+        expected = image_features(trained.student.vlm, pixels)[1]
+    torch.testing.assert_close(torch.from_numpy(tokens), expected, rtol=1e-4, atol=1e-4)
+    export(trained, "encoder", tmp_path / "encoder")
+    card = (tmp_path / "encoder/README.md").read_text()
+    assert f"hidden_states[-2][:, {num_prefix}:]" in card
+    kind = {"siglip": "SigLIP", "dinov2": "DINOv2"}.get(name, "DINOv2 with registers")
+    assert f"it is a {kind} without experts" in card
+
+
+def test_registers_do_not_go_into_a_llava_of_transformers(kit, tmp_path):
+    config = Dinov2WithRegistersConfig(
+        hidden_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=48, patch_size=8
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "tower")
+    mean = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+    student = build_vlm(
+        StudentConfig(
+            vision_tower=str(tmp_path / "tower"),
+            language_model=str(kit.WEIGHTS / "language_model"),
+            mole=None,
+            **mean,
+        )
+    )
+    trained = TrainedStudent(student, "v1", "crop", tmp_path / "run", {})
+    with pytest.raises(ConfigError, match=r"with registers.*Use --format encoder or onnx"):
+        export(trained, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def python(program, folder, *arguments):
