@@ -11,9 +11,9 @@ from pathlib import Path
 
 from movekd.config import read_yaml
 from movekd.errors import ConfigError, MovekdError
-from movekd.student.files import CONFIG_FILE, TrainedStudent
+from movekd.student.files import ABOUT_FILE, CONFIG_FILE, TrainedStudent
 from movekd.student.hub.card import Format, model_card
-from movekd.student.hub.export import ABOUT_FILE, export_encoder, export_hf, write_about
+from movekd.student.hub.export import export_encoder, export_hf, write_about
 from movekd.student.hub.onnx import export_onnx
 from movekd.student.official_files import write_official
 from movekd.student.tensor_files import read_json

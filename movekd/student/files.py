@@ -36,6 +36,8 @@ PART_FILES = {
 }
 ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
+ABOUT_FILE = "movekd.json"
+"""How a student was fed, beside its weights in every export."""
 IMPORTED_KEY = "movekd_imported"
 """Key in the config.json of a base model that `movekd import` wrote: what it was imported from. Its
 weights are those of a finetune, so that experts trained on it mean nothing without it."""

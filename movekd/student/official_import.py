@@ -27,9 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
+from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import StudentConfig
-from movekd.student.files import ADAPTERS_FILE, CONFIG_FILE, IMPORTED_KEY, PART_FILES, part_of
+from movekd.student.files import (
+    ABOUT_FILE,
+    ADAPTERS_FILE,
+    CONFIG_FILE,
+    IMPORTED_KEY,
+    PART_FILES,
+    part_of,
+)
 from movekd.student.official import (
     ADAPTERS,
     adapters_from_official,
@@ -132,7 +140,7 @@ def _import_checkpoint(
     tower_source = vision_tower or str(keys.get("mm_vision_tower"))
     vision_config = clip_config(tower_source)
     language = text_config(keys)
-    student = student_config(keys, common_dtype(tensors), "v1")
+    student = _as_it_was_fed(source, student_config(keys, common_dtype(tensors), "v1"))
     parameters = dict(skeleton(vision_config, language, student).named_parameters())
     buffers = [name for name in tensors if name.endswith(OLD_BUFFERS)]
     adapters = check_weights(tensors, parameters, buffers, vision_config, source)
@@ -178,6 +186,7 @@ def _import_stage_1(
     student = student_config(keys, common_dtype(tensors), "plain").model_copy(
         update={"vision_tower": tower_source, "language_model": language_model}
     )
+    student = _as_it_was_fed(source, student)
     learned = {
         name: parameter
         for name, parameter in skeleton(vision_config, language, student).named_parameters()
@@ -189,6 +198,23 @@ def _import_stage_1(
     _write_adapters(model_dir, {name: tensors[name] for name in adapters})
     _write_config(model_dir, source, student, "pretrain", keys, _teachers(adapters))
     return Imported(model_dir.parent, "1", len(tensors), _teachers(adapters), student.dtype)
+
+
+def _as_it_was_fed(source: Path, student: StudentConfig) -> StudentConfig:
+    """Return the config with prompt and pixel statistics of an export of ours, which says them.
+
+    A released checkpoint does not, and is LLaVA's: Vicuna's prompt, the tower's statistics.
+
+    Raises:
+        ConfigError: the file says what cannot be.
+    """
+    if not (source / ABOUT_FILE).is_file():
+        return student
+    about = read_json(source / ABOUT_FILE)
+    named = {key: about[key] for key in ("prompt", "image_mean", "image_std") if key in about}
+    return validate(
+        StudentConfig, student.model_dump(mode="json") | named, str(source / ABOUT_FILE)
+    )
 
 
 def _tokenizer(source: str, language: Any) -> Any:

@@ -108,6 +108,12 @@ class DistillConfig(FrozenModel):
         "or balanced by the losses.",
     )
 
+    sam_layout: Literal["plain", "released"] = Field(
+        default="plain",
+        description="Order of the tokens of teacher 'sam' on the way to its adapter. released: as "
+        "the released code scrambles them, which the adapters of its checkpoints expect; with "
+        "adapters: teacher on the native grid alone.",
+    )
     views: Literal["base", "all"] = Field(
         default="base",
         description="base: only the whole image is distilled. all: its tiles as well (llava_next, "
@@ -278,6 +284,13 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "distill.teacher_weighting: similarity compares teachers token by token and needs "
             "distill.grid: student."
+        )
+    if distill.sam_layout == "released" and (
+        distill.adapters != "teacher" or distill.grid != "native" or "sam" not in distill.teachers
+    ):
+        raise ConfigError(
+            "distill.sam_layout: released is for adapters: teacher, grid: native and a teacher "
+            "'sam', as in recipe official with sam; set it to plain, or set those."
         )
     if distill.adapters == "student" and distill.grid == "native":
         raise ConfigError(

@@ -23,6 +23,7 @@ from movekd.distill import (
     balance_loss,
     effective_rank,
     kd_loss,
+    released_sam_tokens,
     routing_statistics,
     teacher_weights,
     token_statistics,
@@ -179,6 +180,8 @@ class DistillModel(nn.Module):
         predictions, goals = [], []
         for name in distill.teachers:
             goal_IMD = _goal(batch[name], distill.targets)
+            if distill.sam_layout == "released" and name == "sam":
+                goal_IMD = released_sam_tokens(goal_IMD)
             if distill.grid == "student":
                 goal_IMD = resize_tokens(goal_IMD, self.side)
             if distill.adapters == "student":
@@ -284,6 +287,8 @@ def check_targets(
         if distill.grid == "student" and teacher.grid != student.grid:
             num_tokens = student.num_image_tokens
         shapes[name] = TargetShape(num_tokens, teacher.width)
+        if distill.sam_layout == "released" and name == "sam":
+            released_sam_tokens(torch.empty(1, num_tokens, teacher.width, device="meta"))
     if distill.anchor in shapes:
         _check_anchor(cache, distill, student, shapes[distill.anchor])
     for name in distill.teachers:

@@ -13,6 +13,7 @@ from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.adapters import StudentHead, TeacherAdapter
+from movekd.student.config import MoleKeys
 from movekd.student.exports import export
 from movekd.student.files import ADAPTERS_FILE, load_student, save_adapters, save_parts
 from movekd.student.official import official_state_dict
@@ -61,6 +62,19 @@ def test_an_import_names_the_layout_that_its_sam_adapter_knows(kit, source, tmp_
         run = yaml.safe_load((out / "model/config.yaml").read_text())
         assert run["distill"].get("sam_layout") == expected
         load_student(out)
+
+
+def test_a_run_that_was_fed_otherwise_than_llava_is_imported_so(kit, tmp_path):
+    mole = MoleKeys(r=4, lora_alpha=1, use_gate=False, init_lora_weights="kaiming", last_block=True)
+    trained = kit.make_run(tmp_path / "run", mole)
+    assert trained.prompt == "chat_template"
+    export(trained, "official", tmp_path / "out")
+    tower = trained.run["student"]["vision_tower"]
+    import_official(tmp_path / "out", tmp_path / "back", vision_tower=tower)
+    back = load_student(tmp_path / "back")
+    assert (back.prompt, back.geometry) == (trained.prompt, trained.geometry)
+    assert back.student.image_mean == trained.student.image_mean
+    assert back.student.image_std == trained.student.image_std
 
 
 def test_mixed_dtypes_and_old_buffers_come_back_too(kit, source, tmp_path):

@@ -8,12 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from movekd.cache import open_cache
+from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import resize_attention, resize_tokens
-from movekd.distill import teacher_weights
+from movekd.cache.targets import TeacherTargets
+from movekd.distill import released_sam_tokens, teacher_weights
 from movekd.errors import ConfigError
 from movekd.student import TeacherAdapter, routing
 from movekd.student.vlm import image_features
-from movekd.train.model import check_targets, count_answer_tokens
+from movekd.train.model import DistillModel, TargetShape, check_targets, count_answer_tokens
 
 REVISED = ()
 OFFICIAL = ("recipe=official",)
@@ -102,6 +104,30 @@ def test_official_kd_is_the_equation(batch_of):
     terms = model(**batch)
     torch.testing.assert_close(terms["kd_sum"], total, rtol=1e-4, atol=1e-4)
     assert config.distill.kd_weight == 0.5
+
+
+def test_the_released_layout_of_sam_is_what_its_adapter_is_given(digits, batch_of):
+    """Of a map of 4 x 4 with 16 channels."""
+    config, _, batch = batch_of(overrides=OFFICIAL)
+    distill = config.distill.model_copy(update={"sam_layout": "released"})
+    _, student, _, _ = digits.parts(config)
+    shapes = {"clip": TargetShape(36, 96), "sam": TargetShape(16, 16)}
+    model = DistillModel(student, distill, shapes, "sample").eval()
+    stats = ChannelStats(torch.zeros(16), torch.ones(16))
+    plain_IMD = torch.randn(4, 16, 16)
+    plain = batch["targets"] | {"sam": TeacherTargets({"tokens": plain_IMD}, stats)}
+    ordered_IMD = released_sam_tokens(plain_IMD)
+    ordered = batch["targets"] | {"sam": TeacherTargets({"tokens": ordered_IMD}, stats)}
+    student_IND = torch.randn(4, 36, 96)
+    found = model.kd_terms(student_IND, plain)["kd_sam_sum"]
+    model.distill = config.distill
+    torch.testing.assert_close(found, model.kd_terms(student_IND, ordered)["kd_sam_sum"])
+    assert found != model.kd_terms(student_IND, plain)["kd_sam_sum"]
+
+
+def test_the_released_layout_is_for_the_official_adapters(digits):
+    with pytest.raises(ConfigError, match=r"sam_layout: released is for adapters: teacher"):
+        digits.config("pretrain", "distill.sam_layout=released")
 
 
 def test_balance_of_both_recipes_is_the_equation(batch_of):

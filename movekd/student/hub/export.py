@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from movekd.errors import ConfigError
-from movekd.student.files import TrainedStudent
+from movekd.student.files import ABOUT_FILE, TrainedStudent
 from movekd.student.hub import configuration_movekd, modeling_movekd
 from movekd.student.hub.card import made_of
 from movekd.student.hub.configuration_movekd import MovekdClipVisionConfig
@@ -37,7 +37,6 @@ from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.tensor_files import write_shards
 from movekd.student.vlm import num_prefix_tokens
 
-ABOUT_FILE = "movekd.json"
 TOWER = "model.vision_tower."
 
 _V1_TEMPLATE = (

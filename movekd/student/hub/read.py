@@ -13,9 +13,8 @@ from transformers import (
 from movekd.corpus.images import Geometry
 from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat
-from movekd.student.files import TrainedStudent
+from movekd.student.files import ABOUT_FILE, TrainedStudent
 from movekd.student.hub import modeling_movekd  # noqa: F401  # registers the tower
-from movekd.student.hub.export import ABOUT_FILE
 from movekd.student.tensor_files import read_json
 from movekd.student.vlm import Student, loading
 
