@@ -309,9 +309,17 @@ def _load_tower(config: StudentConfig) -> Any:
     with loading(config.vision_tower, "student.vision_tower"):
         tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
         tower_config = getattr(tower_config, "vision_config", tower_config)
-        return AutoModel.from_pretrained(
+        tower = AutoModel.from_pretrained(
             config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype), **SAFELY
         )
+    num_prefix_tokens(tower.config)  # refuses kinds that are not known
+    layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
+    if -layer >= num_states:  # the first is what goes into the first block: nothing learns there
+        raise ConfigError(
+            f"student.vision_feature_layer is {layer}, but {config.vision_tower} has {num_states} "
+            f"hidden states; expected -1 to -{num_states - 1}."
+        )
+    return tower
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

@@ -154,21 +154,6 @@ def _errors_of_workers() -> Iterator[None]:
         raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
 
 
-def _check_layer(config: TrainConfig, student: Student) -> None:
-    """Refuse a hidden state that the tower does not have.
-
-    Raises:
-        ConfigError: says how many there are.
-    """
-    layer = config.student.vision_feature_layer
-    num_states = int(student.vlm.config.vision_config.num_hidden_layers) + 1
-    if -layer > num_states:
-        raise ConfigError(
-            f"student.vision_feature_layer is {layer}, but the vision tower has {num_states} "
-            f"hidden states; expected -{num_states} to -1."
-        )
-
-
 def _open_targets(
     config: TrainConfig, cache_url: str | Path | None, allow_random_teachers: bool
 ) -> FeatureCache | None:
@@ -246,7 +231,6 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
     is_encoder_alone = config.stage == "distill"
     student = build_encoder(config.student) if is_encoder_alone else build_vlm(config.student)
-    _check_layer(config, student)
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)

@@ -18,7 +18,7 @@ def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
         ("training.eval_strategy=steps", r"eval_strategy asks for evaluation.*movekd evaluate"),
         ("training.report_to=wandb", r"training: .*[Ww]and[Bb]"),
         ("training.lr_scheduler_type=sideways", r"training: .*sideways"),
-        ("student.vision_feature_layer=-9", r"has 7 hidden states; expected -7 to -1"),
+        ("student.vision_feature_layer=-9", r"has 7 hidden states; expected -1 to -6"),
     ],
 )
 def test_a_value_that_cannot_be_is_a_sentence(digits, tmp_path, key, said):
