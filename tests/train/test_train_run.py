@@ -328,3 +328,17 @@ def test_a_corpus_that_the_cache_does_not_cover_is_refused(digits, tmp_path):
     with pytest.raises(UnknownKeyError, match=r"new\.png"):
         train(config, tmp_path / "run", digits.cache)
     assert "clip" in open_cache(digits.cache).teachers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_became_unreadable_is_a_sentence(digits, tmp_path, workers):
+    data = tmp_path / "data"
+    shutil.copytree(digits.data, data)
+    for image in open_corpus(data).index.to_pylist():
+        with (data / image["shard"]).open("r+b") as shard:
+            shard.seek(image["offset"])
+            shard.write(bytes(image["size"]))
+    keys = [f"data.shards={data}", f"training.dataloader_num_workers={workers}"]
+    with pytest.raises(MovekdError, match=r"^image [0-9a-f]+ of .*") as caught:
+        digits.train(tmp_path / "run", "pretrain", *keys)
+    assert "\n" not in str(caught.value)
