@@ -62,8 +62,9 @@ def _accuracy(rows: Sequence[Row], part: str, shown: Sequence[str]) -> Any:
         axes.errorbar(places, means, np.where(np.isfinite(errors), errors, 0), fmt="o", **style)
     axes.set_xticks(range(len(KINDS)), KINDS)
     axes.set_ylabel(f"accuracy on {'test' if part == 'test' else 'validation'} scenes")
+    axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=len(shown), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
@@ -92,8 +93,10 @@ def _collapse(curves: Sequence[Row], shown: Sequence[str]) -> Any:
         panel.set_title(label, fontsize=10)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    if panels[1].lines:
-        panels[1].legend(fontsize=8)
+    lines, arms = panels[1].get_legend_handles_labels()
+    if lines:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+        figure.legend(lines, arms, fontsize=8, ncols=len(lines), **below)
     return figure
 
 
@@ -130,6 +133,7 @@ def _time(rows: Sequence[Row], part: str) -> Any:
             fontsize=8,
             color=colour,
         )
+    axes.margins(x=0.2)  # for the names
     axes.set_xlabel("seconds of training on one thread")
     axes.set_ylabel(f"accuracy on {'test' if part == 'test' else 'validation'} scenes")
     axes.grid(alpha=0.3)
