@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from mole import VIT_L
 from photographs import write_jpegs
 from transformers import (
     AutoTokenizer,
-    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -71,15 +71,7 @@ def prepare(folder: Path, size: Size) -> None:
         list(build_cache(folder / codec, corpus, specs, geometry="crop", options=options))
         print(f"cache in {codec}: {time.perf_counter() - started:.0f} s", flush=True)
     torch.manual_seed(0)
-    clip = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    CLIPVisionModel(clip).save_pretrained(folder / "tower")
+    CLIPVisionModel(VIT_L).save_pretrained(folder / "tower")
     language = LlamaConfig(
         vocab_size=32000,
         hidden_size=size.language_width,

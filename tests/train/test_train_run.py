@@ -342,3 +342,19 @@ def test_an_image_that_became_unreadable_is_a_sentence(digits, tmp_path, workers
     with pytest.raises(MovekdError, match=r"^image [0-9a-f]+ of .*") as caught:
         digits.train(tmp_path / "run", "pretrain", *keys)
     assert "\n" not in str(caught.value)
+
+
+def test_images_that_no_sample_has_room_for_are_found_before_the_first_step(digits):
+    with pytest.raises(
+        ConfigError, match=r"are 36 tokens, and data\.model_max_length is 20; raise"
+    ):
+        digits.parts(digits.config("pretrain", "data.model_max_length=20"))
+
+
+def test_a_text_without_its_image_is_found_before_the_first_step(digits, tmp_path):
+    entries = json.loads((digits.source / "finetune.json").read_text())
+    entries[0]["conversations"][0]["value"] = "Is there a 3?"
+    (tmp_path / "odd.json").write_text(json.dumps(entries))
+    config = digits.config("finetune", f"data.conversations=[{tmp_path / 'odd.json'}]")
+    with pytest.raises(ConfigError, match=r"has 0 <image> in its text and 1 images"):
+        digits.parts(config)
