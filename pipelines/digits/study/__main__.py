@@ -1,6 +1,7 @@
 """The study's command line: ``PYTHONPATH=pipelines/digits python -m study --help``."""
 
 import argparse
+import os
 from pathlib import Path
 
 from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms
@@ -59,4 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstudy: interrupted; the same command goes on with the next run.", flush=True)
+        os._exit(130)  # its processes end with it

@@ -111,6 +111,18 @@ MORE = (
     Arm("minus_zero_init", "Kaiming init", keys=("student.mole.init_lora_weights=kaiming",)),
     Arm("minus_balance", "official balance loss", keys=("student.mole.balance=sample",)),
     Arm("minus_scale", "LoRA scale 1/16", keys=("student.mole.lora_alpha=1",)),
+    Arm("scale_4", "LoRA scale 4", keys=("student.mole.lora_alpha=64",)),
+    Arm(
+        "base_in_stage1",
+        "the tower's own weights learn in stage 1, too",
+        pretrain=("trained=[vision_tower, mole, projector]",),
+    ),
+    Arm(
+        "base_in_stage1_scale_4",
+        "LoRA scale 4 and the tower's own weights in stage 1",
+        keys=("student.mole.lora_alpha=64",),
+        pretrain=("trained=[vision_tower, mole, projector]",),
+    ),
     Arm("similarity", "teachers by similarity", keys=("distill.teacher_weighting=similarity",)),
     Arm("balanced", "teachers by their losses", keys=("distill.teacher_weighting=balanced",)),
     Arm("scaled_targets", "targets of one scale a teacher", keys=("distill.targets=scaled",)),

@@ -5,14 +5,16 @@ Every process computes with one thread, as the rows say nothing of how many ther
 
 import fcntl
 import os
+import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -234,17 +236,29 @@ def _all(pool: ProcessPoolExecutor, work: Callable[..., None], arguments: Sequen
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; what waits is dropped when this one is interrupted."""
+    """Processes of one thread each; when this one is interrupted, they are not waited for."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process)
     try:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
-def _one_thread() -> None:
+def _begin_process() -> None:
+    """One thread, and no life after the process that asked: its successor makes the same runs."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all processes; one answers
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager

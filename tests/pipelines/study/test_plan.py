@@ -42,7 +42,7 @@ def test_arms_differ_from_what_they_are_compared_with():
     for arm in arms(everything=True):
         if arm.matches_time_of is None:
             config = load_config(demo.HERE / "finetune.yaml", list(arm.keys))
-            key = (config.to_yaml(), arm.cache)
+            key = (config.to_yaml(), arm.pretrain, arm.cache)
             assert key not in seen, (arm.name, seen.get(key))
             seen[key] = arm.name
     assert load_config(demo.HERE / "finetune.yaml", list(find_arm("revised_mole").keys)) == shipped

@@ -1,0 +1,38 @@
+"""What is running ends with the study: its successor would make the same runs beside it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+import pytest
+
+WAITING = """
+import os, signal, sys
+from study.queue import _pool
+
+if __name__ == "__main__":
+    with _pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(signal.pause).result()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_its_processes_end_with_it(tmp_path, how):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    paths = [str(demo.HERE), str(Path(__file__).parents[3])]
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PYTHONPATH": ":".join(paths), "PATH": ""},
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()  # its process works
+        process.send_signal(how)
+        left, _ = process.communicate(timeout=60)  # ends when nobody holds it any longer
+    assert left == b""
