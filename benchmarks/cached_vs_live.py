@@ -15,7 +15,7 @@ Student: CLIP-L/336 at full size with experts, and a Llama of two layers.
     python benchmarks/cached_vs_live.py             two teachers of 336 pixels, width 1024;
                                                     a quarter of an hour on two cores
     python benchmarks/cached_vs_live.py --real      EVA-02-L, SAM-L and ConvNeXt-XXL at 1024 pixels,
-                                                    Vicuna's width; half an hour
+                                                    Vicuna's width; 45 minutes
 """
 
 import argparse
