@@ -53,6 +53,14 @@ class Storage(Protocol):
         """Write several files, each whole or not at all; faster than one after the other."""
         ...
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist yet; return whether it has this content now.
+
+        Where the place can, of several callers one alone writes. In a folder the caller holds the
+        lock that keeps others away.
+        """
+        ...
+
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
         ...
@@ -181,6 +189,12 @@ class LocalStorage:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist yet; return whether it has this content now."""
+        if not self.exists(name):
+            self.write(name, [content])
+        return self.read(name) == content
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""

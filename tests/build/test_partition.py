@@ -20,6 +20,7 @@ from movekd.cache.check import verify
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, ConfigError
+from movekd.teachers import load_teacher
 
 
 @pytest.mark.parametrize("text", ["3", "a/b", "1/0", "-1/4", "1/4/2", ""])
@@ -74,6 +75,11 @@ def test_parts_at_the_same_time_calibrate_once_and_equal_a_whole_build(
         written.append((spec.name, shard))
         write(storage, spec, sealed, shard, *arguments, **more)
 
+    def load(*arguments, drawing=threading.Lock()):
+        with drawing:  # parts are processes; threads would share the generator of random weights
+            return load_teacher(*arguments)
+
+    monkeypatch.setattr(engines, "load_teacher", load)
     monkeypatch.setattr(engines, "calibrate", counted)
     monkeypatch.setattr(shards, "write_shard", counted_write)
     monkeypatch.setattr("movekd.build.lock.RENEW_S", 0.05)
@@ -253,3 +259,21 @@ def test_a_zarr_shard_that_another_writes_is_waited_for_and_left_alone(
     build(out, corpus_dir, tiny_specs, engine=Slow(), options=OPTIONS)
     assert written == []
     assert snapshot(out) == undisturbed
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_a_seal_that_appeared_meanwhile_is_not_written_over(
+    tmp_path, corpus_dir, tiny_specs, small_shards, monkeypatch, place
+) -> None:
+    """As when the holder of a lock was paused for so long that it counted as dead."""
+    out = tmp_path / "cache" if place == "folder" else f"memory://{tmp_path.name}/cache"
+    storage, write = open_storage(out), shards.write_shard
+
+    def overtaken(*given, **more):
+        storage.write("clip.seals/00000.json", [b"other"])
+        write(*given, **more)
+
+    monkeypatch.setattr(shards, "write_shard", overtaken)
+    with pytest.raises(CacheError, match=r"00000\.json was made by another build .*cache verify"):
+        build(out, corpus_dir, tiny_specs[:1])
+    assert storage.read("clip.seals/00000.json") == b"other"
