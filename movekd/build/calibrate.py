@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from movekd.build.batch_size import largest_batch_size
+from movekd.build.exclusion import wait_for_writers
 from movekd.build.live import LiveFeatures, live_features
 from movekd.build.options import BuildOptions, Progress
 from movekd.cache import layout
@@ -29,7 +30,13 @@ from movekd.teachers import Teacher
 
 
 def delete_teacher(storage: Storage, teacher: str) -> None:
-    """Delete a teacher's features and seals, the seals first: nothing half-valid remains."""
+    """Delete a teacher's features and seals, the seals first: nothing half-valid remains.
+
+    The calibration goes before all others. Whoever outlives its build and still writes a Zarr
+    shard then seals no other one; that one is waited for.
+    """
+    storage.delete(layout.calibration_name(teacher))
+    wait_for_writers(storage, teacher)
     for name in storage.sizes(layout.seals_name(teacher)):
         if not PurePosixPath(name).name.startswith("."):  # the lock that the caller holds
             storage.delete(name)

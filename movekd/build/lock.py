@@ -1,8 +1,8 @@
-"""One build a teacher and cache at a time: two writers in a Zarr shard lose data.
+"""A lock in a cache that goes away with whoever holds it.
 
 On a file system the kernel keeps the lock and drops it with the process. An object store knows no
 such thing: there the lock is an object that is made only if it does not exist yet, and renewed by
-its holder as long as it lives.
+its holder as long as it lives. ``build.exclusion`` says who holds which.
 """
 
 import contextlib
@@ -28,28 +28,29 @@ STALE_S = 60.0
 
 
 @contextmanager
-def build_lock(storage: Storage, name: str, *, wait: bool = False) -> Iterator[None]:
+def build_lock(storage: Storage, name: str, *, wait: bool = False, who: str = "") -> Iterator[None]:
     """Hold a lock file of a cache; it goes away at the end. A dead build's is taken over.
 
     Args:
         storage: the cache.
         name: the file.
         wait: wait for another holder instead of refusing.
+        who: what those who are refused read before the process.
 
     Raises:
         CacheError: another build holds it; says which process on which host.
     """
     if storage.local_dir is not None:
-        with _file_lock(storage.local_dir / name, wait):
+        with _file_lock(storage.local_dir / name, wait, who):
             yield
     else:
         assert isinstance(storage, ObjectStorage)
-        with _object_lock(storage, name, wait):
+        with _object_lock(storage, name, wait, who):
             yield
 
 
 @contextmanager
-def _file_lock(path: Path, wait: bool) -> Iterator[None]:
+def _file_lock(path: Path, wait: bool, who: str) -> Iterator[None]:
     """Hold ``path`` through the kernel, which drops the lock of a process that dies."""
     while True:
         try:
@@ -79,7 +80,7 @@ def _file_lock(path: Path, wait: bool) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a note for people; a full disk is told by the build
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, _holder().encode())
+            os.write(descriptor, f"{who}{_holder()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -100,13 +101,13 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def _object_lock(storage: ObjectStorage, name: str, wait: bool) -> Iterator[None]:
+def _object_lock(storage: ObjectStorage, name: str, wait: bool, who: str) -> Iterator[None]:
     """Hold ``name.N`` in an object store, N above that of every dead holder.
 
     Nobody deletes another's object to take the lock: who finds a dead holder makes the next
     number, and of several only one can.
     """
-    content = {"holder": _holder(), "token": uuid.uuid4().hex, "renewed": 0}
+    content = {"holder": f"{who}{_holder()}", "token": uuid.uuid4().hex, "renewed": 0}
     mark, dead = json.dumps(content).encode(), set[bytes]()
     while True:
         found = _marks(storage, name)

@@ -25,6 +25,9 @@ class BuildOptions:
     batch_size: int | None = 32
     """None: the largest that fits, see ``batch_size``."""
     num_workers: int = 1
+    """Processes that decode images."""
+    num_threads: int | None = None
+    """CPU threads of a forward pass, which decide the last bits as well; None leaves torch's."""
     compile: bool = False
     """Whether ``torch.compile`` fuses the teachers; it takes minutes at the start."""
     concurrent: bool = False

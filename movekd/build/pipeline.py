@@ -74,7 +74,7 @@ class TeacherBuild:
 
     Attributes:
         spec: what is built.
-        units: the Zarr shards that are missing.
+        units: the Zarr shards that are to be built.
         transform: what makes its input.
         seconds: how long it had its turn.
         num_done: rows, which are views of images, that have passed.
@@ -83,15 +83,16 @@ class TeacherBuild:
     def __init__(
         self,
         store: TeacherCache,
+        shards: Sequence[int],
         catalog: Catalog,
         teacher: Teacher | None,
         spec: CacheSpec,
         options: BuildOptions,
     ) -> None:
-        """Take stock; ``teacher`` may be None where nothing is missing."""
+        """Take stock of some Zarr shards; ``teacher`` may be None where there are none."""
         self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
         self.transform = image_transform(spec, catalog.geometry)
-        self.units = _units(catalog, store.layout, store.missing_shards)
+        self.units = _units(catalog, store.layout, shards)
         self.num_rows = sum(len(unit.places) for unit in self.units)
         self.seconds, self.num_done = 0.0, 0
         self._stats = store.stats.to(torch.device(options.device))

@@ -1,12 +1,11 @@
-"""Pipeline 1, from shards to a sealed cache: the local engine.
+"""Pipeline 1, from shards to a sealed cache: what is settled, who builds, what came of it.
 
 Comes in: a corpus and the specs of some teachers. Goes out: one Zarr group a teacher. The unit of
 work is one Zarr shard (one row range); a unit without a seal does not exist, so a rerun does what
-is missing and nothing else. An image is decoded once for all teachers, which take turns on the
-device; ``build.pipeline`` is what happens in a turn.
+is missing and nothing else. Here is what holds for all units; ``build.engine`` builds them on this
+machine, ``build.ray_engine`` on many.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,16 @@ import pyarrow as pa
 
 from movekd.build.calibrate import (
     begin_with,
-    calibrate,
     calibration_of,
     delete_teacher,
     sealed_calibration,
     settled,
 )
+from movekd.build.engine import Done, Engine, Job, LocalEngine, Site
+from movekd.build.exclusion import BuildLocks
 from movekd.build.lock import build_lock
 from movekd.build.options import BuildOptions, Progress
-from movekd.build.pipeline import TeacherBuild
-from movekd.build.turns import take_turns
+from movekd.build.partition import Partition
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.check import TeacherStatus, teacher_status
@@ -35,15 +34,13 @@ from movekd.cache.reader import TeacherCache
 from movekd.cache.records import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import (
-    resize_group,
-    write_skipped,
-)
+from movekd.cache.writer import resize_group, write_skipped
 from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
-from movekd.errors import CacheError
-from movekd.teachers import Teacher, load_teacher
+from movekd.errors import CacheError, ConfigError
+
+Imported = tuple[Calibration, ChannelStats]
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ def build_cache(
     geometry: Geometry,
     views: Views = "base",
     options: BuildOptions,
+    engine: Engine | None = None,
+    partition: Partition | None = None,
     replace: bool = False,
     channel_stats: str | Path | Storage | None = None,
     deletes: Callable[[str, Mapping[str, int]], None] = lambda folder, sizes: None,
@@ -74,7 +73,8 @@ def build_cache(
     """Build what is missing of some teachers over the same decoded images; yield a summary each.
 
     Interrupted at any instant and run again, it ends byte-identical to an undisturbed build
-    (for equal device, dtype, thread count and library versions).
+    (for equal device, dtype, thread count and library versions), whichever engine ran it and in
+    however many parts.
 
     Args:
         url: the cache: a folder, or ``s3://bucket/prefix``.
@@ -83,6 +83,9 @@ def build_cache(
         geometry: how every image becomes a square; one a cache.
         views: whether to build the tiles of every image as well; one answer a cache.
         options: where and how to run.
+        engine: who runs the teachers; this process unless given.
+        partition: which part of the Zarr shards to build; all unless given. The first part to come
+            calibrates, the others wait for it.
         replace: delete what the cache holds of these teachers first.
         channel_stats: another cache whose sealed calibration a new teacher takes over, so that
             parts built on several machines are encoded alike; None calibrates on the corpus.
@@ -93,130 +96,102 @@ def build_cache(
     Raises:
         CacheError: the cache is of other views, another geometry, corpus, spec or weights (names
             which); or another build of the teacher is running.
+        ConfigError: a part is to replace what all of them build.
     """
+    if partition is not None and replace:
+        raise ConfigError(
+            f"--partition {partition} builds one of {partition.count} parts and --replace deletes "
+            "them all. Run a whole build with --replace, stop it when it has calibrated, and start "
+            "the parts without --replace; or build into another --cache."
+        )
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
-    storage = open_storage(url)
+    storage, engine = open_storage(url), engine or LocalEngine()
     with build_lock(storage, ".lock", wait=True):  # builds of other teachers do the same
         for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
             storage.delete_leftovers(name)
         catalog = update_catalog(storage, corpus, geometry, views)
-    with contextlib.ExitStack() as locks:
-        for spec in specs:
-            locks.enter_context(build_lock(storage, f"{layout.seals_name(spec.name)}/.lock"))
-        imported: dict[str, tuple[Calibration, ChannelStats]] = {}
-        if channel_stats is not None:  # read before anything is deleted
-            source = open_storage(channel_stats)
-            imported = {spec.name: calibration_of(source, spec, geometry) for spec in specs}
-        loaded: dict[str, Teacher] = {}
-        if replace:
+    site = Site(storage, corpus, catalog, options, progress)
+    with BuildLocks(storage, [spec.name for spec in specs], partition) as locks:
+        with locks.settling():
+            engine.begin(site, specs)
+            imported: dict[str, Imported] = {}
+            if channel_stats is not None:  # read before anything is deleted
+                source = open_storage(channel_stats)
+                imported = {spec.name: calibration_of(source, spec, geometry) for spec in specs}
+            if replace:
+                _replace(site, engine, specs, imported, deletes)
+            jobs, calibration_seconds = [], []
             for spec in specs:
-                given = imported.get(spec.name)
-                dtype = options.dtype if given is None else settled(options, given[0]).dtype
-                loaded[spec.name] = load_teacher(spec, "cpu", dtype)
-            for spec in specs:  # all of them can be built anew
-                _delete(storage, spec, deletes)
-        builds: list[TeacherBuild] = []
-        calibration_seconds = []
-        for spec in specs:
-            started = time.perf_counter()
-            teacher, run = _begin(
-                storage,
-                corpus,
-                catalog,
-                spec,
-                options,
-                loaded.get(spec.name),
-                imported.get(spec.name),
-                progress,
-            )
-            calibration_seconds.append(time.perf_counter() - started)
-            store = TeacherCache(storage, spec.name, catalog.num_rows)
-            store.require_images(catalog)
-            if store.missing_shards:
-                teacher = _same_teacher(spec, teacher, store, run)
-                builds.append(TeacherBuild(store, catalog, teacher, spec, run))
-                if len(specs) > 1 and not options.concurrent:
-                    builds[-1].move_to("cpu")
-            else:
-                builds.append(TeacherBuild(store, catalog, None, spec, run))
-        take_turns(builds, corpus, catalog, options, progress)
-        for build, seconds in zip(builds, calibration_seconds, strict=True):
-            yield _summary(build, catalog, seconds)
+                _delete_leftovers(storage, locks, spec)
+                started = time.perf_counter()
+                _begin(site, engine, spec, imported.get(spec.name))
+                calibration_seconds.append(time.perf_counter() - started)
+                jobs.append(_job(site, spec, partition))
+        done = engine.build(site, jobs)
+        with locks.settling():
+            for spec in specs:  # those of workers that were killed meanwhile
+                _delete_leftovers(storage, locks, spec)
+            summaries = [
+                _summary(site, *each) for each in zip(specs, done, calibration_seconds, strict=True)
+            ]
+    yield from summaries
 
 
-def _delete(
-    storage: Storage, spec: CacheSpec, deletes: Callable[[str, Mapping[str, int]], None]
+def _replace(
+    site: Site,
+    engine: Engine,
+    specs: Sequence[CacheSpec],
+    imported: Mapping[str, Imported],
+    deletes: Callable[[str, Mapping[str, int]], None],
 ) -> None:
-    """Delete what the cache holds of a teacher, after saying so."""
-    for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
-        deletes(f"{storage.url}/{name}", storage.sizes(name))
-    delete_teacher(storage, spec.name)
+    """Delete what the cache holds of some teachers, after saying so; all can be built anew."""
+    for spec in specs:
+        given = imported.get(spec.name)
+        run = site.options if given is None else settled(site.options, given[0])
+        engine.require_loadable(spec, run)
+    for spec in specs:
+        for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
+            deletes(f"{site.storage.url}/{name}", site.storage.sizes(name))
+        delete_teacher(site.storage, spec.name)
 
 
-def _begin(
-    storage: Storage,
-    corpus: Corpus,
-    catalog: Catalog,
-    spec: CacheSpec,
-    options: BuildOptions,
-    teacher: Teacher | None,
-    imported: tuple[Calibration, ChannelStats] | None,
-    progress: Progress,
-) -> tuple[Teacher | None, BuildOptions]:
-    """Make sure that a teacher has a sealed calibration and arrays of the right length.
-
-    Returns:
-        The teacher where it had to be loaded, and the options that its calibration settles.
-    """
+def _delete_leftovers(storage: Storage, locks: BuildLocks, spec: CacheSpec) -> None:
+    """Delete what killed builds left, unless it can be what other parts are writing."""
+    if storage.local_dir is None or not locks.is_alone(spec.name):
+        return  # the last part does it; in an object store there is nothing of the kind
     for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
         storage.delete_leftovers(folder)
+
+
+def _begin(site: Site, engine: Engine, spec: CacheSpec, imported: Imported | None) -> None:
+    """Make sure that a teacher has a sealed calibration and arrays of the right length."""
     if imported is not None:
-        begin_with(storage, catalog, spec, *imported)
-        options = settled(options, imported[0])
-    calibration = sealed_calibration(storage, spec)
+        begin_with(site.storage, site.catalog, spec, *imported)
+    calibration = sealed_calibration(site.storage, spec)
     if calibration is None:
-        if teacher is None:
-            teacher = load_teacher(spec, options.device, options.dtype)
-        teacher = teacher.to(options.device)
-        calibration = calibrate(storage, corpus, catalog, spec, teacher, options, progress)
-    resize_group(storage, spec, calibration, catalog.num_rows)
-    return teacher, settled(options, calibration)
+        calibration = engine.calibrate(site, spec)
+    resize_group(site.storage, spec, calibration, site.catalog.num_rows)
 
 
-def _same_teacher(
-    spec: CacheSpec, teacher: Teacher | None, store: TeacherCache, options: BuildOptions
-) -> Teacher:
-    """Return the teacher, loaded unless it is, if it is the one that the cache was begun with.
-
-    Raises:
-        CacheError: its weights are others.
-    """
-    if teacher is None:
-        teacher = load_teacher(spec, options.device, options.dtype)
-    teacher = teacher.to(device=options.device)
-    begun = store.calibration.weights_sha256
-    if teacher.weights_sha256 != begun:
-        raise CacheError(
-            f"the weights of '{spec.name}' have SHA-256 {teacher.weights_sha256[:16]}..., the "
-            f"cache was begun with {begun[:16]}...; bring those weights back, or build anew with "
-            "--replace."
-        )
-    if options.compile:
-        teacher.compile_forward()
-    return teacher
+def _job(site: Site, spec: CacheSpec, partition: Partition | None) -> Job:
+    """Return what is missing of a teacher, as far as it is of this part of the build."""
+    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
+    store.require_images(site.catalog)
+    rows = store.layout.rows_per_shard
+    shards = [s for s in store.missing_shards if partition is None or partition.owns(s, rows)]
+    return Job(spec, store, shards)
 
 
-def _summary(build: TeacherBuild, catalog: Catalog, calibration_seconds: float) -> BuildSummary:
-    storage, name = build.store.storage, build.spec.name
-    store = TeacherCache(storage, name, catalog.num_rows)
-    skipped = _skipped_table(catalog, store.skipped)
-    write_skipped(storage, name, skipped)
+def _summary(site: Site, spec: CacheSpec, done: Done, calibration_seconds: float) -> BuildSummary:
+    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
+    skipped = _skipped_table(site.catalog, store.skipped)
+    write_skipped(site.storage, spec.name, skipped)
     return BuildSummary(
-        status=teacher_status(store, catalog),
-        images_built=build.num_done,
+        status=teacher_status(store, site.catalog),
+        images_built=done.num_rows,
         skipped=dict(zip(*(skipped[name].to_pylist() for name in ("key", "reason")), strict=True)),
-        seconds=build.seconds,
+        seconds=done.seconds,
         calibration_seconds=calibration_seconds,
     )
 

@@ -1,7 +1,7 @@
 """One Zarr shard while the teacher fills it: encoded rows, what was skipped, the codec's error.
 
 Teacher output and codec statistics come in, batch by batch; a sealed Zarr shard goes out.
-``build.run`` makes one for each unit of work.
+``build.pipeline`` makes one for each unit of work.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from movekd.build.exclusion import writing
 from movekd.build.images import PixelBatch
-from movekd.cache import codec, grid
+from movekd.cache import codec, grid, layout
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import TeacherCache
 from movekd.cache.records import EncodingError
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
-from movekd.cache.writer import write_shard
+from movekd.cache.writer import read_calibration, write_shard
 from movekd.errors import CacheError
 from movekd.teachers import TeacherOutput
 
@@ -88,21 +89,34 @@ class ShardInMemory:
         self._next_rows(batch)
 
     def write(self, storage: Storage) -> None:
-        """Write and seal the Zarr shard."""
-        write_shard(
-            storage,
-            self._store.spec,
-            self._store.calibration,
-            self._unit.shard,
-            self._arrays,
-            keys_xxh3_128=self._unit.keys_xxh3_128,
-            skipped=self._skipped,
-            error=EncodingError(
-                mean=self._error_sum / max(self._num_tokens, 1),
-                max=self._error_max,
-                num_tokens=self._num_tokens,
-            ),
-        )
+        """Write and seal the Zarr shard, unless another process has done so meanwhile.
+
+        Raises:
+            CacheError: the teacher was begun anew since, with another calibration.
+        """
+        store, shard = self._store, self._unit.shard
+        with writing(storage, store.teacher, shard):
+            if storage.exists(layout.seal_name(store.teacher, shard)):
+                return  # the same bytes; sealed files are never written again
+            if read_calibration(storage, store.teacher) != store.calibration:
+                raise CacheError(
+                    f"teacher '{store.teacher}' in {storage.url} was replaced by another build "
+                    "while this one ran; run the same command again to go on with that one."
+                )
+            write_shard(
+                storage,
+                store.spec,
+                store.calibration,
+                shard,
+                self._arrays,
+                keys_xxh3_128=self._unit.keys_xxh3_128,
+                skipped=self._skipped,
+                error=EncodingError(
+                    mean=self._error_sum / max(self._num_tokens, 1),
+                    max=self._error_max,
+                    num_tokens=self._num_tokens,
+                ),
+            )
 
     def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
         """Return the batch's rows, counted from the shard's first, and note the unreadable."""

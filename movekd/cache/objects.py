@@ -86,7 +86,7 @@ class ObjectStorage:
             self.write(name, buffers)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write an object that must not exist yet; return whether this call made it.
+        """Write an object that must not exist yet; return whether it has this content now.
 
         A PUT that was applied and then answered with an error is repeated by the client and
         finds itself: the content tells.

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,8 @@ from movekd.errors import CacheError, ConfigError
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
 _ABSENT = (FileNotFoundError, NotADirectoryError)
+_THIS_PROCESS = uuid.uuid4().hex[:8]
+"""Machines that share a file system have processes of the same number."""
 
 
 class Storage(Protocol):
@@ -48,6 +51,14 @@ class Storage(Protocol):
 
     def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
         """Write several files, each whole or not at all; faster than one after the other."""
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist yet; return whether it has this content now.
+
+        Where the place can, of several callers one alone writes. In a folder the caller holds the
+        lock that keeps others away.
+        """
         ...
 
     def delete(self, name: str) -> None:
@@ -148,7 +159,8 @@ class LocalStorage:
         serves them all. Temporary names lie at the top of the cache: a Zarr group must not see
         foreign files.
         """
-        temporary = {n: self._folder / f".{n.replace('/', '.')}.{os.getpid()}.tmp" for n in files}
+        own = f"{os.getpid()}-{_THIS_PROCESS}"
+        temporary = {n: self._folder / f".{n.replace('/', '.')}.{own}.tmp" for n in files}
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         opened: list[int] = []
         changed: dict[Path, None] = {}
@@ -177,6 +189,12 @@ class LocalStorage:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist yet; return whether it has this content now."""
+        if not self.exists(name):
+            self.write(name, [content])
+        return self.read(name) == content
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""

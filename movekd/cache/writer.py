@@ -37,6 +37,7 @@ from movekd.cache.records import (
 from movekd.cache.seal import checksum, entry, read_record, sealed_bytes, write_sealed
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Buffer, Storage
+from movekd.errors import CacheError
 
 _ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that is not there."""
@@ -171,6 +172,9 @@ def write_shard(
         keys_xxh3_128: of the images' keys, see ``Catalog.keys_checksum``.
         skipped: rows without features, and why; their values must be NaN in ``arrays``.
         error: statistics of what was written against what the teacher produced.
+
+    Raises:
+        CacheError: somebody else has sealed it since, with other content.
     """
     teacher = calibration.layout(spec)
     files = {
@@ -183,19 +187,20 @@ def write_shard(
         entries = beside.submit(lambda: {file: entry(content) for file, content in files.items()})
         group = layout.group_name(spec.name)
         storage.write_many({f"{group}/{file}": content for file, content in files.items()})
-    first = shard * teacher.rows_per_shard
-    write_sealed(
-        storage,
-        layout.seal_name(spec.name, shard),
-        ShardSeal(
-            rows=[first, first + len(arrays["tokens"])],
-            keys_xxh3_128=keys_xxh3_128,
-            files=entries.result(),
-            skipped={str(row): reason for row, reason in sorted(skipped.items())},
-            error=error,
-            calibration=calibration.hash,
-        ),
+    first, seal = shard * teacher.rows_per_shard, layout.seal_name(spec.name, shard)
+    record = ShardSeal(
+        rows=[first, first + len(arrays["tokens"])],
+        keys_xxh3_128=keys_xxh3_128,
+        files=entries.result(),
+        skipped={str(row): reason for row, reason in sorted(skipped.items())},
+        error=error,
+        calibration=calibration.hash,
     )
+    if not storage.create(seal, sealed_bytes(record)):
+        raise CacheError(
+            f"{storage.url}/{seal} was made by another build in the meantime, with other content; "
+            "`movekd cache verify` says what of it is whole."
+        )
 
 
 def write_skipped(storage: Storage, teacher: str, skipped: pa.Table) -> None:

@@ -99,10 +99,12 @@ def build_options(
     batch_size: int | str,
     num_workers: int | None,
     *,
+    num_threads: int | None = None,
     compile: bool = False,
     concurrent: bool = False,
+    is_here: bool = True,
 ) -> "BuildOptions":
-    """Return where and how a build runs, `auto` resolved."""
+    """Return where and how a build runs, `auto` resolved; with the device tried if it is here."""
     import os
 
     import torch
@@ -112,13 +114,8 @@ def build_options(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device} was asked for, but torch sees no GPU; use cpu.")
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"--device {device} cannot be used: {reason}") from None
+    if is_here:
+        _try_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -136,14 +133,30 @@ def build_options(
             "number, or leave --concurrent out."
         )
     kind = getattr(torch, dtype)
-    return BuildOptions(device, kind, images, num_workers, compile=compile, concurrent=concurrent)
+    return BuildOptions(
+        device, kind, images, num_workers, num_threads, compile=compile, concurrent=concurrent
+    )
+
+
+def _try_device(device: str) -> None:
+    import torch
+
+    from movekd.errors import ConfigError
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device} was asked for, but torch sees no GPU; use cpu.")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"--device {device} cannot be used: {reason}") from None
 
 
 def check_views(views: str) -> "Views":
     """Return which views there are to be, or say what could be asked for."""
     from movekd.corpus.anyres import Views
 
-    _check_one_of("--views", views, get_args(Views))
+    check_one_of("--views", views, get_args(Views))
     return cast("Views", views)
 
 
@@ -153,11 +166,12 @@ def check_geometry(geometry: str | None, views: str = "base") -> "KnownGeometry"
 
     if geometry is None:
         geometry = "crop" if views == "base" else "stretch"  # LLaVA-1.5's and LLaVA-NeXT's
-    _check_one_of("--geometry", geometry, get_args(Known))
+    check_one_of("--geometry", geometry, get_args(Known))
     return cast("KnownGeometry", geometry)
 
 
-def _check_one_of(option: str, given: str, known: Sequence[str]) -> None:
+def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not among those known; names the nearest."""
     from movekd.errors import ConfigError, did_you_mean
 
     if given not in known:

@@ -44,6 +44,11 @@ def size(num_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def percent(share: float | None) -> str:
+    """Return a share as people read it, a dash for none."""
+    return "-" if share is None else f"{share:.3%}"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Yield a function (what, done, total) that shows progress on standard error."""

@@ -65,8 +65,9 @@ def test_a_folder_and_memory_agree(tmp_path_factory, files) -> None:
     assert local.read_many(list(kept)) == memory.read_many(list(kept)) == kept
 
 
-def test_an_object_is_created_once() -> None:
-    storage = open_storage(f"memory://{uuid.uuid4().hex}")
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_a_file_is_created_once(tmp_path: Path, place: str) -> None:
+    storage = open_storage(tmp_path if place == "folder" else f"memory://{uuid.uuid4().hex}")
     assert storage.create("lock", b"mine")
     assert storage.create("lock", b"mine")  # a repeated PUT finds itself
     assert not storage.create("lock", b"theirs")
