@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import zarr
 from torch import Tensor
@@ -67,11 +66,11 @@ class FeatureCache:
         """Where the cache lies: a path, or ``s3://bucket/prefix``."""
         return self.storage.url
 
-    @property
+    @cached_property
     def keys(self) -> pa.ChunkedArray:
-        """Key of each image, in row order (Arrow strings)."""
-        index = self.catalog.index
-        return index["key"] if self.views == "base" else index["key"].filter(_is_view(index, 0))
+        """Key of each image, in row order (Arrow strings); read, and kept, when first asked for."""
+        keys = self.catalog.index["key"]
+        return keys if self.views == "base" else keys.filter(pa.array(self.catalog.views == 0))
 
     def rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
         """Return the row of a view of each name or key; view 0 is the whole image.
@@ -93,12 +92,15 @@ class FeatureCache:
 
     def find_rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
         """Return the row of a view of each name or key, -1 where the cache does not hold it."""
-        index = self.catalog.index.select(["row", "key", "view"])
-        if view != 0 or self.views != "base":
-            index = index.filter(_is_view(index, view))
-        found = find_rows(names, index["key"], self.catalog.names)
-        rows = np.asarray(index["row"])
-        return np.where(found >= 0, rows[found], -1) if len(rows) else found
+        places = find_rows(names, self.catalog.index, self.catalog.names)
+        if view != 0:  # an image's views follow its base view
+            views = self.catalog.views
+            there = places + view
+            is_there = (places >= 0) & (there >= 0) & (there < len(views))
+            is_there[is_there] = views[there[is_there]] == view
+            places = np.where(is_there, there, -1)
+        rows = self.catalog.rows
+        return np.where(places >= 0, rows[places], -1) if len(rows) else places
 
     def __getitem__(self, teacher: str) -> "TeacherCache":
         if teacher not in self._opened:
@@ -119,6 +121,9 @@ class FeatureCache:
     def __iter__(self) -> Iterator[str]:
         return iter(self.teachers)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureCache, (self.storage,)  # the other process opens it anew
+
 
 def open_cache(url: str | Path | Storage) -> FeatureCache:
     """Open a cache for reading.
@@ -131,10 +136,6 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
         CorruptCacheError: its index is damaged.
     """
     return FeatureCache(open_storage(url))
-
-
-def _is_view(index: pa.Table, view: int) -> pa.ChunkedArray:
-    return pc.equal(index["view"], pa.scalar(view, pa.int64()))
 
 
 class TeacherCache:
@@ -227,10 +228,13 @@ class TeacherCache:
         Raises:
             CacheError: names the Zarr shards.
         """
+        spans = [(seal.rows[0], seal.rows[1]) for seal in self.seals.values()]
         others = [
             shard
-            for shard, seal in self.seals.items()
-            if seal.keys_xxh3_128 != catalog.keys_checksum(*seal.rows)
+            for (shard, seal), keys in zip(
+                self.seals.items(), catalog.keys_checksums(spans), strict=True
+            )
+            if seal.keys_xxh3_128 != keys
         ]
         if others:
             raise CacheError(
