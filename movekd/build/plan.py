@@ -19,8 +19,7 @@ from movekd.build.disk import DiskRates, measure_disk
 from movekd.build.images import image_transform, pixel_batches
 from movekd.build.options import BuildOptions, Progress
 from movekd.build.payback import Runs, run_costs
-from movekd.cache.grid import grid_side
-from movekd.cache.layout import teacher_layout
+from movekd.cache.layout import grid_side, teacher_layout
 from movekd.cache.spec import CacheSpec, Codec
 from movekd.cache.storage import Storage, open_storage
 from movekd.corpus.anyres import Views, num_views

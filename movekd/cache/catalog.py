@@ -50,10 +50,11 @@ class Catalog:
     index: StoredTable
     names: StoredTable
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Length of every teacher's arrays: the last row plus one, gaps included."""
-        return int(self.rows[-1]) + 1 if len(self.rows) else 0
+        last = self.index.slice(max(len(self.index) - 1, 0), 1, ["row"])["row"]
+        return int(last[0].as_py()) + 1 if len(last) else 0
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
