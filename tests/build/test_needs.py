@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from movekd.build.disk import DiskRates
-from movekd.build.needs import PART_BYTES, Asked, all_needs, put_requests, teacher_needs
+from movekd.build.needs import HELD_BYTES, PART_BYTES, Asked, all_needs, put_requests, teacher_needs
 from movekd.build.options import BuildOptions
 from movekd.build.payback import Runs
 from movekd.build.plan import plan_cache
@@ -106,3 +107,9 @@ def test_assumed_rates_of_a_disk_leave_it_alone(
     )
     assert plan.disk == disk
     assert (plan.needs.readers is None) == (disk.read_bytes_per_s is None)
+
+
+def test_what_a_process_holds_is_what_is_said(corpus_dir, cache_dir) -> None:
+    corpus, catalog = open_corpus(corpus_dir), open_sealed_cache(cache_dir).catalog
+    held = [value for value in vars(corpus).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in [*held, catalog.rows]) == HELD_BYTES * len(corpus)
