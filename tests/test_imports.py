@@ -55,7 +55,8 @@ def test_importing_movekd_loads_nothing_heavy():
 def test_looking_at_a_cache_loads_no_torch(cache_dir, command):
     script = (
         "import sys\nfrom movekd.cli.main import app\n"
-        "try:\n    app(['cache', *sys.argv[1:]])\nexcept SystemExit as done:\n    assert not done.code"
+        "try:\n    app(['cache', *sys.argv[1:]])\n"
+        "except SystemExit as done:\n    assert not done.code"
     )
     assert heavy(loaded_after(script, command, cache_dir), ("torch", "transformers")) == []
 
