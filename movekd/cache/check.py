@@ -140,9 +140,14 @@ def _verify_teacher(
             f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
             "again."
         )
-    for shard in range(teacher.layout.num_shards(teacher.num_rows)):
-        if shard in missing:
-            continue
+    sealed_shards = [
+        s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing
+    ]
+    size = teacher.layout.rows_per_shard
+    keys = cache.catalog.keys_checksums(
+        (shard * size, (shard + 1) * size) for shard in sealed_shards
+    )
+    for shard, expected_keys in zip(sealed_shards, keys, strict=True):
         seal_name = layout.seal_name(name, shard)
         try:
             seal = read_record(storage, seal_name, ShardSeal)
@@ -161,7 +166,7 @@ def _verify_teacher(
                 f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
                 "again."
             )
-        if seal.keys_xxh3_128 != cache.catalog.keys_checksum(*seal.rows):
+        if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
             yield (
                 f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
                 "one of the two comes from another cache. Restore it, or --replace the teacher."

@@ -170,9 +170,9 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
         "! where the disk is slower.\n"
         f"pays after: runs of {runs.epochs:g} epoch{plural} until building the cache costs no more "
         "than teachers in the loop.\n"
-        f"writers: processes with a device each that build it in {planned.asked_hours:g} hours, "
-        "--build-hours; readers: that read what a training needs.\n"
-        "PUT, GET: requests to an object store, of the build and of one training."
+        f"writers: processes, a device each, that build it in {planned.asked_hours:g} hours, "
+        "--build-hours;\nreaders: processes that read what a training needs. "
+        "PUT, GET: requests to an object store, of\nthe build and of one training."
     )
     assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
     if assumed:
