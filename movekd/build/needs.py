@@ -12,10 +12,11 @@ from typing import Any
 from movekd.build.payback import Runs
 from movekd.cache.layout import TeacherLayout
 
-TABLE_BYTES = 160
+TABLE_BYTES = 165
 """Of index.parquet and names.parquet together, a row of one view of one name."""
 HELD_BYTES = 28
-"""A row, of what a process keeps of a corpus and a cache: where images lie, and row numbers."""
+"""A row, of what a process keeps of a corpus and a cache: where images lie; and row numbers, which
+a build holds, and a training if images were appended."""
 PART_BYTES = 50 * 2**20
 """Objects of twice that are uploaded in such parts: s3fs' rule."""
 INDEX_POOL_BYTES = 32 * 2**20

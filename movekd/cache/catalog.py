@@ -59,7 +59,15 @@ class Catalog:
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """The rows that stand for a view of an image, ascending."""
-        return np.asarray(self.index["row"])
+        rows, start = np.empty(len(self.index), np.int64), 0
+        for part in self.index.parts(["row"]):
+            rows[start : (start := start + len(part))] = part["row"]
+        return rows
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some row stands for no image; else ``rows`` counts from 0."""
+        return len(self.index) < self.num_rows
 
     @cached_property
     def views(self) -> npt.NDArray[np.int16]:

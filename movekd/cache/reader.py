@@ -76,17 +76,16 @@ class FeatureCache(SealedCache):
             is_there = (places >= 0) & (there >= 0) & (there < len(views))
             is_there[is_there] = views[there[is_there]] == view
             places = np.where(is_there, there, -1)
-        rows = self.catalog.rows
-        return np.where(places >= 0, rows[places], -1) if len(rows) else places
+        if not self.catalog.has_gaps:
+            return places
+        return np.where(places >= 0, self.catalog.rows[places], -1)
 
     def __getitem__(self, teacher: str) -> "TeacherCache":
         if teacher not in self._opened:
             self.require(teacher)
             catalog = self.catalog
-            has_gaps = len(catalog.index) < catalog.num_rows
-            self._opened[teacher] = TeacherCache(
-                self.storage, teacher, catalog.num_rows, catalog.rows if has_gaps else None
-            )
+            images = catalog.rows if catalog.has_gaps else None
+            self._opened[teacher] = TeacherCache(self.storage, teacher, catalog.num_rows, images)
         return self._opened[teacher]
 
     def __iter__(self) -> Iterator[str]:

@@ -19,6 +19,7 @@ from movekd.errors import CacheError, ConfigError, CorruptCacheError
 RecordT = TypeVar("RecordT", bound=Record)
 
 _SELF = "xxh3_128"
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def checksum(buffers: Iterable[Buffer]) -> str:
@@ -124,4 +125,4 @@ def sealed_bytes(content: Record | Mapping[str, Any], own: Any = None) -> bytes:
 
 
 def _self_checksum(content: Mapping[str, Any]) -> str:
-    return checksum([json.dumps(content, sort_keys=True).encode()])
+    return xxhash.xxh3_128_hexdigest(_ENCODER.encode(content).encode())

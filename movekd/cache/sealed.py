@@ -120,7 +120,7 @@ class SealedTeacher:
         self.calibration: Calibration = calibration
         self.layout: TeacherLayout = calibration.layout(self.spec)
         self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
-        names = storage.sizes(layout.seals_name(teacher))
+        names = set(storage.files(layout.seals_name(teacher)))
         for shard in range(len(self._sealed)):
             self._sealed[shard] = layout.seal_name(teacher, shard) in names
 

@@ -70,6 +70,10 @@ class Storage(Protocol):
         """Return every file below a folder, name -> bytes, sorted by name."""
         ...
 
+    def files(self, folder: str) -> list[str]:
+        """Return the files right in a folder, none below it, sorted; cheaper than ``sizes``."""
+        ...
+
     def folders(self) -> list[str]:
         """Return the names of the folders at the top, sorted."""
         ...
@@ -221,6 +225,17 @@ class LocalStorage:
                         with contextlib.suppress(FileNotFoundError):  # a build beside us renames
                             found[name] = entry.stat().st_size
         return dict(sorted(found.items()))
+
+    def files(self, folder: str) -> list[str]:
+        """Return the files right in a folder, none below it, sorted."""
+        prefix = f"{folder}/" if folder else ""
+        with (
+            self._errors(folder, "listed"),
+            contextlib.suppress(*_ABSENT),
+            os.scandir(self._folder / folder) as entries,
+        ):
+            return sorted(prefix + entry.name for entry in entries if entry.is_file())
+        return []
 
     def folders(self) -> list[str]:
         """Return the names of the folders at the top."""
