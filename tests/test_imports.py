@@ -51,6 +51,16 @@ def test_importing_movekd_loads_nothing_heavy():
     assert heavy(loaded_after("import movekd")) == []
 
 
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_looking_at_a_cache_loads_no_torch(cache_dir, command):
+    script = (
+        "import sys\nfrom movekd.cli.main import app\n"
+        "try:\n    app(['cache', *sys.argv[1:]])\n"
+        "except SystemExit as done:\n    assert not done.code"
+    )
+    assert heavy(loaded_after(script, command, cache_dir), ("torch", "transformers")) == []
+
+
 def test_training_loads_no_teacher_code(tmp_path):
     scenes.write_corpus(tmp_path, num_pretrain=4, num_finetune=1, num_val=1, num_test=1)
     pack_llava([tmp_path / "pretrain.json"], tmp_path / "images", tmp_path / "data", num_workers=1)

@@ -13,8 +13,7 @@ from movekd.build.options import CPU_BATCH_SIZE, BuildOptions
 from movekd.build.shard import on_grid
 from movekd.cache import codec
 from movekd.cache.codec import ChannelStats
-from movekd.cache.grid import grid_side
-from movekd.cache.layout import teacher_layout
+from movekd.cache.layout import grid_side, teacher_layout
 from movekd.errors import CacheError
 from movekd.teachers import Teacher, TeacherOutput
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 
 from movekd.build.batch_size import largest_batch_size
@@ -169,5 +170,4 @@ def calibrate(
 
 def by_key(corpus: Corpus) -> npt.NDArray[np.int64]:
     """Return the positions of the images in the order of their keys: a fixed uniform draw."""
-    keys = np.asarray(corpus.index["key"].to_numpy(zero_copy_only=False), dtype="S")
-    return np.argsort(keys, kind="stable")
+    return np.asarray(pc.sort_indices(corpus.index["key"]), np.int64)

@@ -88,8 +88,9 @@ def measure_fidelity(
     unreadable: dict[int, str] = {}
 
     def live(chosen: npt.NDArray[np.int64], what: str) -> Iterator[LiveFeatures]:
-        what, sizes = f"{spec.name}: {what}", corpus.index.take(chosen)
-        places, of_each = list_views(sizes["width"], sizes["height"], views)
+        what = f"{spec.name}: {what}"
+        widths, heights = (corpus.index.take(side, chosen) for side in ("width", "height"))
+        places, of_each = list_views(widths, heights, views)
         return live_features(
             teacher, corpus, geometry, chosen[places], of_each, options, unreadable, progress, what
         )
@@ -109,11 +110,10 @@ def measure_fidelity(
         for grid, codec in itertools.product(stats, get_args(Codec))
     }
     for features in live(images, "measure"):
+        of_images = corpus.index.take("key", np.asarray(features.images)).to_pylist()
         keys = [
             f"{key} {view}" if view else key  # a student of its own for every view
-            for key, view in zip(
-                corpus.index["key"].take(features.images).to_pylist(), features.views, strict=True
-            )
+            for key, view in zip(of_images, features.views, strict=True)
         ]
         _measure(features, keys, stats, gradient, ways)
     if all(image in unreadable for image in images.tolist()):
@@ -128,7 +128,7 @@ def measure_fidelity(
         views=views,
         calibration_images=len(calibration),
         shared_images=len(np.intersect1d(calibration, images)),
-        skipped={corpus.index["key"][at].as_py(): why for at, why in sorted(unreadable.items())},
+        skipped={corpus.key(at): why for at, why in sorted(unreadable.items())},
         random_weights=spec.weights == "random",
         ways=tuple(
             way.result((grid, codec) == (asked, spec.codec))

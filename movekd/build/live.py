@@ -15,7 +15,8 @@ from torch import Tensor
 
 from movekd.build.images import image_transform, pixel_batches
 from movekd.build.options import BuildOptions, Progress
-from movekd.cache.grid import grid_side, resize_attention, resize_tokens
+from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.cache.layout import grid_side
 from movekd.corpus.images import Geometry
 from movekd.corpus.index import Corpus
 from movekd.teachers import Teacher

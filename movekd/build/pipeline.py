@@ -140,12 +140,12 @@ class TeacherBuild:
 
 def _units(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> list[Unit]:
     """Return the units of the given Zarr shards; a shard wholly in a gap has no rows."""
-    rows = catalog.rows
+    rows, size = catalog.rows, teacher.rows_per_shard
+    spans = [(shard * size, (shard + 1) * size) for shard in shards]
+    checksums = catalog.keys_checksums(spans)
     units = []
-    for shard in shards:
-        first = shard * teacher.rows_per_shard
-        low, high = np.searchsorted(rows, [first, first + teacher.rows_per_shard])
-        keys = catalog.keys_checksum(first, first + teacher.rows_per_shard)
+    for shard, span, keys in zip(shards, spans, checksums, strict=True):
+        low, high = np.searchsorted(rows, span)
         units.append(Unit(shard, rows[low:high], np.arange(low, high), keys))
     return units
 

@@ -17,10 +17,10 @@ import torch
 
 from movekd.build.disk import DiskRates, measure_disk
 from movekd.build.images import image_transform, pixel_batches
+from movekd.build.needs import HELD_BYTES, TABLE_BYTES, Asked, Needs, all_needs, teacher_needs
 from movekd.build.options import BuildOptions, Progress
 from movekd.build.payback import Runs, run_costs
-from movekd.cache.grid import grid_side
-from movekd.cache.layout import teacher_layout
+from movekd.cache.layout import TeacherLayout, grid_side, teacher_layout
 from movekd.cache.spec import CacheSpec, Codec
 from movekd.cache.storage import Storage, open_storage
 from movekd.corpus.anyres import Views, num_views
@@ -58,6 +58,7 @@ class TeacherPlan:
     """Whether the measured read rate is enough for that; None when it was not measured."""
     break_even_runs: int | None
     """Runs after which building has paid, see ``payback``; None is never."""
+    needs: Needs
     is_spec: bool
     """Whether this is what the spec asks for."""
 
@@ -78,6 +79,13 @@ class CachePlan:
     read_bytes_per_s: float
     is_read_covered: bool | None
     break_even_runs: int | None
+    asked_hours: float
+    """How long the build may take; says how many writers."""
+    needs: Needs
+    table_bytes: int
+    """Of index.parquet and names.parquet, if every image has one name."""
+    held_bytes: int
+    """Of those, what a process that trains or builds keeps in memory."""
     random_weights: str
     """Teachers that were measured with random weights."""
     teachers: tuple[TeacherPlan, ...]
@@ -94,7 +102,9 @@ def plan_cache(
     student_grid: int = 24,
     runs: Runs | None = None,
     assumed_rates: Mapping[str, float] | None = None,
+    assumed_disk: DiskRates | None = None,
     is_disk_measured: bool = True,
+    asked_hours: float = 24.0,
     progress: Progress = lambda what, done, total: None,
 ) -> CachePlan:
     """Return bytes, hours, read rates and break-even of every codec and grid of some teachers.
@@ -110,7 +120,9 @@ def plan_cache(
         student_grid: side of the student's grid.
         runs: the training runs to come.
         assumed_rates: teacher -> images/s, instead of measuring it on this device.
+        assumed_disk: rates of one process at the cache's place, instead of measuring them.
         is_disk_measured: whether to write to ``cache`` (deleted again) for its rates.
+        asked_hours: how long the build may take; says how many writers.
         progress: told which measurement is next.
 
     Raises:
@@ -127,13 +139,14 @@ def plan_cache(
     rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, progress)
     offers = [offer for spec in specs for offer in _offers(spec, shapes[spec.name], student_grid)]
     storage = open_storage(cache)
-    disk = DiskRates(None, None, "not asked for")
-    if is_disk_measured:
-        rows = [offer.row_bytes for offer in offers if offer.is_spec]
+    disk = assumed_disk or DiskRates(None, None, "not asked for")
+    if is_disk_measured and assumed_disk is None:
+        rows = [offer.arrays.row_bytes for offer in offers if offer.is_spec]
         disk = measure_disk(storage, sum(rows) // len(rows))
+    asked = Asked(asked_hours, runs, disk.read_bytes_per_s)
     plans = [
         _price(
-            offer, rates[offer.teacher], offer.teacher in assumed, num_images, num_rows, runs, disk
+            offer, rates[offer.teacher], offer.teacher in assumed, num_images, num_rows, asked, disk
         )
         for offer in offers
     ]
@@ -141,6 +154,7 @@ def plan_cache(
     hours = sum(plan.hours for plan in chosen)
     forward_hours = sum(num_images / plan.images_per_s / 3600 for plan in chosen)
     row_bytes = sum(plan.row_bytes for plan in chosen)
+    costs = run_costs(row_bytes, num_images, runs, disk, hours, forward_hours)
     return CachePlan(
         num_images=num_images,
         num_rows=num_rows,
@@ -149,9 +163,13 @@ def plan_cache(
         disk=disk,
         total_bytes=row_bytes * num_rows,
         hours=hours,
+        asked_hours=asked_hours,
+        needs=all_needs(asked, [plan.needs for plan in chosen], hours, costs["read_bytes_per_s"]),
+        table_bytes=TABLE_BYTES * num_rows,
+        held_bytes=HELD_BYTES * num_rows,
         random_weights=", ".join(random),
         teachers=tuple(plans),
-        **run_costs(row_bytes, num_images, runs, disk, hours, forward_hours),
+        **costs,
     )
 
 
@@ -213,8 +231,7 @@ class _Offer(NamedTuple):
     teacher: str
     codec: Codec
     grid: int
-    width: int
-    row_bytes: int
+    arrays: TeacherLayout
     is_spec: bool
 
 
@@ -254,9 +271,9 @@ def _offers(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[_Off
     for grid, codec in itertools.product(
         dict.fromkeys((native, student_grid, asked)), get_args(Codec)
     ):
-        layout = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
+        arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
         is_spec = (grid, codec) == (asked, spec.codec)
-        offers.append(_Offer(spec.name, codec, grid, width, layout.row_bytes, is_spec))
+        offers.append(_Offer(spec.name, codec, grid, arrays, is_spec))
     return offers
 
 
@@ -266,23 +283,31 @@ def _price(
     is_assumed: bool,
     num_images: int,
     num_rows: int,
-    runs: Runs,
+    asked: Asked,
     disk: DiskRates,
 ) -> TeacherPlan:
-    total_bytes = offer.row_bytes * num_rows
+    row_bytes = offer.arrays.row_bytes
+    total_bytes = row_bytes * num_rows
     forward_hours = num_rows / rate / 3600
     write_hours = 0.0
     if disk.write_bytes_per_s is not None:
         write_hours = total_bytes / disk.write_bytes_per_s / 3600
     hours = max(forward_hours, write_hours)  # a thread writes beside the teacher
+    live_hours = num_images / rate / 3600
     return TeacherPlan(
-        **offer._asdict(),
+        teacher=offer.teacher,
+        codec=offer.codec,
+        grid=offer.grid,
+        width=offer.arrays.width,
+        row_bytes=row_bytes,
         total_bytes=total_bytes,
         images_per_s=rate,
         is_assumed=is_assumed,
         hours=hours,
         bound_by="disk" if write_hours > forward_hours else "forward",
-        **run_costs(offer.row_bytes, num_images, runs, disk, hours, num_images / rate / 3600),
+        needs=teacher_needs(asked, offer.arrays, num_images, num_rows, forward_hours, hours),
+        is_spec=offer.is_spec,
+        **run_costs(row_bytes, num_images, asked.runs, disk, hours, live_hours),
     )
 
 

@@ -113,8 +113,8 @@ def _recompute_teacher(
     name, store = spec.name, cache[spec.name]
     rows = _draw(cache, store, num_rows, seed)
     places = np.searchsorted(cache.catalog.rows, rows)
-    keys, views = cache.catalog.index["key"].take(places), cache.catalog.views[places].tolist()
-    images = find_rows(keys.to_pylist(), corpus.index["key"], corpus.names)
+    keys, views = cache.catalog.index.take("key", places), cache.catalog.views[places].tolist()
+    images = find_rows(keys.to_pylist(), corpus.index, corpus.names)
     row_of: dict[tuple[int, int], int] = {}  # image and view -> row
     key_of = dict(zip(rows.tolist(), keys.to_pylist(), strict=True))
     for row, image, view in zip(rows.tolist(), images.tolist(), views, strict=True):

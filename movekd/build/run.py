@@ -199,6 +199,6 @@ def _summary(site: Site, spec: CacheSpec, done: Done, calibration_seconds: float
 def _skipped_table(catalog: Catalog, skipped: Mapping[int, str]) -> pa.Table:
     """Return row, key and reason of the images without features, in row order."""
     rows = np.array(sorted(skipped), np.int64)
-    keys = catalog.index["key"].take(pa.array(np.searchsorted(catalog.rows, rows)))
+    keys = catalog.index.take("key", np.searchsorted(catalog.rows, rows))
     reasons = pa.array([skipped[row] for row in rows.tolist()], pa.string())
     return pa.table({"row": pa.array(rows), "key": keys, "reason": reasons})

@@ -6,13 +6,15 @@ Appended images start at a multiple of 1,024 rows, so that no teacher's sealed Z
 written again.
 """
 
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from movekd.cache.layout import (
     CACHE_JSON,
@@ -27,10 +29,13 @@ from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_by
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.images import Geometry
-from movekd.corpus.index import Corpus
+from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
+from movekd.corpus.stored_table import PART_ROWS, StoredTable, lines, write_stored
 from movekd.errors import CacheError, CorruptCacheError
 
-_TAKEN_AT_ONCE = 2**20
+_BLOCK_BYTES = 2**20
+_KEY, *_PLACE = INDEX_SCHEMA
+_SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,27 @@ class Catalog:
     """Which views of every image there are."""
     corpus_fingerprint: str
     num_images: int
-    index: pa.Table
-    names: pa.Table
+    index: StoredTable
+    names: StoredTable
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Length of every teacher's arrays: the last row plus one, gaps included."""
-        return int(self.index["row"][-1].as_py()) + 1 if len(self.index) else 0
+        last = self.index.slice(max(len(self.index) - 1, 0), 1, ["row"])["row"]
+        return int(last[0].as_py()) + 1 if len(last) else 0
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """The rows that stand for a view of an image, ascending."""
-        return np.asarray(self.index["row"])
+        rows, start = np.empty(len(self.index), np.int64), 0
+        for part in self.index.parts(["row"]):
+            rows[start : (start := start + len(part))] = part["row"]
+        return rows
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some row stands for no image; else ``rows`` counts from 0."""
+        return len(self.index) < self.num_rows
 
     @cached_property
     def views(self) -> npt.NDArray[np.int16]:
@@ -72,12 +86,21 @@ class Catalog:
 
         A shard's seal holds it, so that its features are never taken for other images'.
         """
-        low, high = np.searchsorted(self.rows, [first, end]).tolist()
-        keys = self.index["key"].slice(low, high - low).to_pylist()
-        if self.view_set == "base":
-            return checksum(f"{key}\n".encode() for key in keys)
-        views = self.views[low:high].tolist()
-        return checksum(f"{key} {view}\n".encode() for key, view in zip(keys, views, strict=True))
+        (found,) = self.keys_checksums([(first, end)])
+        return found
+
+    def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
+        """Yield ``keys_checksum`` of many spans of rows; ascending ones cost one pass together."""
+        columns = ["key"] if self.view_set == "base" else ["key", "view"]
+        text, starts, held, until = memoryview(b""), np.zeros(1, np.int32), 0, 0
+        for first, end in spans:
+            low, high = np.searchsorted(self.rows, [first, end]).tolist()
+            if not held <= low <= high <= until:
+                held = low - low % PART_ROWS if high <= low - low % PART_ROWS + PART_ROWS else low
+                until = min(max(held + PART_ROWS, high), len(self.rows))
+                part = self.index.slice(held, until - held, columns)
+                text, starts = lines(*part.columns)
+            yield checksum([text[starts[low - held] : starts[high - held]]])
 
 
 def open_catalog(storage: Storage) -> Catalog:
@@ -88,7 +111,8 @@ def open_catalog(storage: Storage) -> Catalog:
         CorruptCacheError: a file is damaged.
     """
     record = read_cache_json(storage)
-    index, names = (_read_table(storage, record, name) for name in (INDEX, NAMES))
+    with ThreadPoolExecutor(2) as both:
+        index, names = both.map(lambda name: _open_table(storage, record, name), (INDEX, NAMES))
     return Catalog(
         record.geometry, record.views, record.corpus_fingerprint, record.num_images, index, names
     )
@@ -104,8 +128,7 @@ def update_catalog(
     """
     if not storage.exists(CACHE_JSON):
         _refuse_orphans(storage)
-        blocks = [[0, len(corpus)]]
-        return _write(storage, corpus, geometry, views, blocks, _index(corpus, views, blocks))
+        return _write(storage, corpus, geometry, views, [[0, len(corpus)]])
     old = read_cache_json(storage)
     if old.views != views:
         raise CacheError(
@@ -127,27 +150,39 @@ def update_catalog(
     blocks = old.blocks
     if num_new:
         first, count = blocks[-1]
-        last = corpus.index.slice(num_old - count, count)
+        last = corpus.index.slice(num_old - count, count, ["width", "height"])
         end = first + int(num_views(last["width"], last["height"], views).sum())
         blocks = [*blocks, [-(-end // MAX_SHARD_ROWS) * MAX_SHARD_ROWS, num_new]]
-    index = _index(corpus, views, blocks)
     try:
         catalog = open_catalog(storage)
     except CorruptCacheError:
         pass  # an append was interrupted; cache.json and the corpus say what the tables hold
     else:
-        if catalog.index.equals(index) and catalog.names.equals(corpus.names):
+        is_same, is_moved = _compare(catalog.index, _index(corpus, views, blocks))
+        if is_same and catalog.names.equals(corpus.names):
             return catalog
         # else there are more images, or the same ones were packed into other tars, or renamed
-        what_rows_are = ["row", "key", "view"]
-        held = catalog.index.select(what_rows_are)
-        if not index.select(what_rows_are).slice(0, len(held)).equals(held):
+        if is_moved:
             raise CacheError(
                 f"{storage.url} holds other views than the sizes in {corpus.data_dir}/{INDEX} give "
                 "its images; they changed after it was built. Restore that file, or build into "
                 "another --cache."
             )
-    return _write(storage, corpus, geometry, views, blocks, index)
+    return _write(storage, corpus, geometry, views, blocks)
+
+
+def _compare(held: StoredTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]:
+    """Return whether a table holds just these parts, and whether its rows became other views."""
+    what_rows_are = ["row", "key", "view"]
+    is_same, is_moved, start = True, False, 0
+    for part in parts:
+        found = held.slice(start, len(part))
+        start += len(part)
+        is_same = is_same and found.equals(part)
+        if not is_same:
+            expected = part.select(what_rows_are).slice(0, len(found))
+            is_moved = is_moved or not found.select(what_rows_are).equals(expected)
+    return is_same and start == len(held), is_moved or start < len(held)
 
 
 def _refuse_orphans(storage: Storage) -> None:
@@ -187,61 +222,88 @@ def read_cache_json(storage: Storage) -> CacheRecord:
     return as_record(content, f"{storage.url}/{CACHE_JSON}", CacheRecord)
 
 
-def _read_table(storage: Storage, record: CacheRecord, name: str) -> pa.Table:
-    """Return one of the two tables, if it is what cache.json lists."""
+def _open_table(storage: Storage, record: CacheRecord, name: str) -> StoredTable:
+    """Return one of the two tables, if it is what cache.json lists.
+
+    It is the open file that is checked and read from then on, whatever takes its place. That of
+    an object store is copied to a temporary file without a name.
+    """
     expected = record.files.get(name)
+    where = f"{storage.url}/{name}"
+
+    def damaged(reason: str) -> CorruptCacheError:
+        return CorruptCacheError(f"{where} cannot be read ({reason}). Run `movekd cache verify`.")
+
+    file: pa.NativeFile | None = None
     try:
-        raw = storage.read(name)
+        if storage.local_dir is not None:
+            file = pa.OSFile(str(storage.local_dir / name))
+        else:
+            with tempfile.NamedTemporaryFile(prefix="movekd-") as copy:
+                for block in storage.blocks(name):
+                    copy.write(block)
+                copy.flush()
+                file = pa.OSFile(copy.name)
     except FileNotFoundError:
-        raw = b""
-    if entry([raw]) != expected:
+        pass
+    except OSError as error:
+        raise CacheError(f"{where} cannot be read: {error.strerror or error}.") from None
+    found = entry(_blocks(file) if file is not None else [])
+    if file is None or found != expected:
         raise CorruptCacheError(
-            f"{storage.url}/{name} has {len(raw) or 'no'} bytes; {CACHE_JSON} lists "
+            f"{where} has {found.size_bytes or 'no'} bytes; {CACHE_JSON} lists "
             f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
             "build was interrupted, run it again."
         )
-    return pq.read_table(pa.BufferReader(raw))
+    return StoredTable(file, damaged)
 
 
-def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> pa.Table:
-    """Return index.parquet of a corpus; a block is a first row and how many images follow it."""
-    images, view = list_views(corpus.index["width"], corpus.index["height"], views)
+def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:
+    """Yield a file in parts that lie in one place: fresh memory costs more than reading it."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    while length := file.readinto(block):
+        yield block[:length]
+
+
+def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa.Table]:
+    """Yield index.parquet of a corpus; a block is a first row and how many images follow it."""
+    sizes = corpus.index.read(["width", "height"])
+    images, view = list_views(sizes["width"], sizes["height"], views)
     ends = np.cumsum([count for _, count in blocks])
-    sizes = np.diff(np.searchsorted(images, ends), prepend=0).tolist()  # rows of each block
-    rows = [first + np.arange(size) for (first, _), size in zip(blocks, sizes, strict=True)]
-    index = corpus.index
-    if views != "base":  # in parts: Arrow counts the bytes of an array's strings in 32 bits
-        parts = range(0, max(len(images), 1), _TAKEN_AT_ONCE)
-        index = pa.concat_tables(
-            index.take(pa.array(images[start : start + _TAKEN_AT_ONCE])) for start in parts
-        )
-    index = index.add_column(0, "row", pa.array(np.concatenate(rows), pa.int64()))
-    return index.add_column(index.schema.get_field_index("key") + 1, "view", pa.array(view))
+    counts = np.diff(np.searchsorted(images, ends), prepend=0).tolist()  # rows of each block
+    numbers = [first + np.arange(count) for (first, _), count in zip(blocks, counts, strict=True)]
+    rows = np.concatenate(numbers)
+    for start in range(0, len(rows), PART_ROWS):
+        some = slice(start, start + PART_ROWS)
+        first, last = images[some][[0, -1]].tolist()
+        part = corpus.index.slice(first, last - first + 1)
+        if views != "base":
+            part = part.take(pa.array(images[some] - first))
+        columns = {name: part[name] for name in part.schema.names}
+        columns |= {"row": pa.array(rows[some]), "view": pa.array(view[some], pa.int16())}
+        yield pa.table([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
 
 
 def _write(
-    storage: Storage,
-    corpus: Corpus,
-    geometry: Geometry,
-    views: Views,
-    blocks: list[list[int]],
-    index: pa.Table,
+    storage: Storage, corpus: Corpus, geometry: Geometry, views: Views, blocks: list[list[int]]
 ) -> Catalog:
     """Write the three files, cache.json last."""
     files: dict[str, list[Buffer]] = {}
-    for name, table in ((INDEX, index), (NAMES, corpus.names)):
+    for name, parts, schema in (
+        (INDEX, _index(corpus, views, blocks), _SCHEMA),
+        (NAMES, corpus.names.parts(), NAMES_SCHEMA),
+    ):
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        write_stored(sink, parts, schema)
         files[name] = [memoryview(sink.getvalue())]
-    fingerprint = corpus.fingerprint()
     record = CacheRecord(
         format_version=FORMAT_VERSION,
         geometry=geometry,
         views=views,
-        corpus_fingerprint=fingerprint,
+        corpus_fingerprint=corpus.fingerprint(),
         num_images=len(corpus),
         blocks=blocks,
         files={name: entry(buffers) for name, buffers in files.items()},
     )
     storage.write_many(files | {CACHE_JSON: [sealed_bytes(record)]})  # a full disk changes none
-    return Catalog(geometry, views, fingerprint, len(corpus), index, corpus.names)
+    return open_catalog(storage)

@@ -13,11 +13,10 @@ import numpy as np
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog
 from movekd.cache.layout import CHANNEL_ARRAYS
-from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.records import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
-from movekd.cache.seal import file_entry, read_record
+from movekd.cache.seal import checksum, file_entry, read_record
+from movekd.cache.sealed import SealedCache, SealedTeacher, open_sealed_cache
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import stats_checksum
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
 
 
@@ -43,31 +42,30 @@ class TeacherStatus:
     random_weights: bool
 
 
-def status(cache: FeatureCache) -> list[TeacherStatus]:
+def status(cache: SealedCache) -> list[TeacherStatus]:
     """Return the state of each teacher of a cache."""
-    return [teacher_status(cache[name], cache.catalog) for name in cache.teachers]
+    return [teacher_status(cache.sealed(name), cache.catalog) for name in cache.teachers]
 
 
-def teacher_status(teacher: TeacherCache, catalog: Catalog) -> TeacherStatus:
+def teacher_status(teacher: SealedTeacher, catalog: Catalog) -> TeacherStatus:
     """Return the state of one teacher of a cache."""
-    seals = list(teacher.seals.values())
-    tokens = [seal.error.num_tokens for seal in seals]
-    errors = [seal.error.mean * seal.error.num_tokens for seal in seals]
-    sizes = [entry.size_bytes for seal in seals for entry in seal.files.values()]
+    sums = teacher.sums
+    num_sealed, num_tokens = len(sums.shards_S), int(sums.num_tokens_S.sum())
+    errors = float((sums.error_mean_S * sums.num_tokens_S).sum())
     return TeacherStatus(
         teacher=teacher.teacher,
         images=catalog.num_images,
-        rows=len(catalog.rows),
-        sealed_shards=len(seals),
-        total_shards=len(seals) + len(teacher.missing_shards),
-        skipped=len(teacher.skipped),
+        rows=len(catalog.index),
+        sealed_shards=num_sealed,
+        total_shards=num_sealed + len(teacher.missing_shards),
+        skipped=len(sums.skipped),
         grid=teacher.grid,
         width=teacher.width,
         codec=teacher.spec.codec,
         compressor=teacher.spec.compressor,
-        size_bytes=sum(sizes),
-        error_mean=sum(errors) / sum(tokens) if sum(tokens) else None,
-        error_max=max(seal.error.max for seal in seals) if seals else None,
+        size_bytes=int(sums.size_bytes_S.sum()),
+        error_mean=errors / num_tokens if num_tokens else None,
+        error_max=float(sums.error_max_S.max()) if num_sealed else None,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
     )
@@ -87,7 +85,7 @@ def verify(
     """
     storage = open_storage(url)
     try:
-        cache = open_cache(storage)
+        cache = open_sealed_cache(storage)
         catalog_files = read_record(storage, layout.CACHE_JSON, CacheRecord).files
     except CorruptCacheError as error:
         yield str(error)
@@ -109,7 +107,7 @@ def verify(
 
 
 def _verify_teacher(
-    cache: FeatureCache, name: str, progress: Callable[[int], None]
+    cache: SealedCache, name: str, progress: Callable[[int], None]
 ) -> Iterator[str]:
     storage, group = cache.storage, layout.group_name(name)
     sealed = read_record(storage, layout.metadata_name(name), GroupRecord)
@@ -121,8 +119,9 @@ def _verify_teacher(
         progress,
         "Run its `movekd cache build` again, which mends an array's metadata; else --replace it.",
     )
-    teacher = cache[name]  # after its metadata's checksums: damaged ones may not open
-    if stats_checksum(teacher.stats) != teacher.calibration.channel_stats_xxh3_128:
+    teacher = cache.sealed(name)  # after its metadata's checksums: damaged ones may not open
+    statistics = [part.tobytes() for part in (teacher.channel_mean, teacher.channel_std)]
+    if checksum(statistics) != teacher.calibration.channel_stats_xxh3_128:
         yield (
             f"{storage.url}/{group}: channel_mean or channel_std differ from the sealed "
             "calibration."
@@ -141,9 +140,14 @@ def _verify_teacher(
             f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
             "again."
         )
-    for shard in range(teacher.layout.num_shards(teacher.num_rows)):
-        if shard in missing:
-            continue
+    sealed_shards = [
+        s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing
+    ]
+    size = teacher.layout.rows_per_shard
+    keys = cache.catalog.keys_checksums(
+        (shard * size, (shard + 1) * size) for shard in sealed_shards
+    )
+    for shard, expected_keys in zip(sealed_shards, keys, strict=True):
         seal_name = layout.seal_name(name, shard)
         try:
             seal = read_record(storage, seal_name, ShardSeal)
@@ -162,7 +166,7 @@ def _verify_teacher(
                 f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
                 "again."
             )
-        if seal.keys_xxh3_128 != cache.catalog.keys_checksum(*seal.rows):
+        if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
             yield (
                 f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
                 "one of the two comes from another cache. Restore it, or --replace the teacher."
@@ -182,7 +186,7 @@ def _verify_teacher(
 
 
 def _shard_extent(
-    cache: FeatureCache, teacher: TeacherCache, shard: int
+    cache: SealedCache, teacher: SealedTeacher, shard: int
 ) -> tuple[list[int], set[str]]:
     """Return the rows [first, end) and the files that the seal of a Zarr shard must cover."""
     size, rows = teacher.layout.rows_per_shard, cache.catalog.rows

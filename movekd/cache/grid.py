@@ -7,25 +7,12 @@ the build before encoding, and by the training for caches that were kept on the 
 Legend: B batch, N tokens (row-major over the square), D channels, H heads, S side of the grid.
 """
 
-import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from movekd.errors import CacheError
-
-
-def grid_side(num_tokens: int) -> int:
-    """Return the side of a square grid of ``num_tokens``.
-
-    Raises:
-        CacheError: the tokens form no square.
-    """
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise CacheError(f"{num_tokens} tokens form no square grid; movekd expects side x side.")
-    return side
+from movekd.cache.layout import grid_side
 
 
 @lru_cache(maxsize=32)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from movekd.errors import CacheError
+
 FORMAT_VERSION = 1
 GROUP_CHANNELS = 128
 """Channels that share one int8 scale."""
@@ -100,6 +102,18 @@ def teacher_layout(
             )
         )
     return TeacherLayout({a.name: a for a in arrays}, rows_per_shard(arrays[0].row_bytes))
+
+
+def grid_side(num_tokens: int) -> int:
+    """Return the side of a square grid of ``num_tokens``.
+
+    Raises:
+        CacheError: the tokens form no square.
+    """
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise CacheError(f"{num_tokens} tokens form no square grid; movekd expects side x side.")
+    return side
 
 
 def rows_per_shard(token_row_bytes: int) -> int:

@@ -20,58 +20,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-import zarr
 from torch import Tensor
-from zarr.buffer import cpu
 
 from movekd.cache import layout
-from movekd.cache.catalog import Catalog, open_catalog
 from movekd.cache.codec import ChannelStats
-from movekd.cache.grid import grid_side
 from movekd.cache.in_flight import RowsInFlight
-from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout
 from movekd.cache.mapped import MappedRows
-from movekd.cache.records import Calibration, GroupRecord, ShardSeal
-from movekd.cache.seal import entry, open_record, read_record
-from movekd.cache.spec import CacheSpec
+from movekd.cache.sealed import SealedCache, SealedTeacher
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
-from movekd.cache.writer import read_calibration
-from movekd.config import validate
 from movekd.corpus.index import find_rows, require_known
-from movekd.errors import CacheError, CorruptCacheError, UnknownKeyError, did_you_mean
+from movekd.errors import CacheError, UnknownKeyError
 
 Rows = npt.NDArray[np.int64] | Sequence[int]
 
 
-class FeatureCache:
+class FeatureCache(SealedCache):
     """A cache opened for reading. Made by ``open_cache``."""
 
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.catalog = open_catalog(storage)
-        self.geometry = self.catalog.geometry
-        self.views = self.catalog.view_set
-        self.teachers: tuple[str, ...] = tuple(
-            folder.removesuffix(".seals")
-            for folder in storage.folders()
-            if folder.endswith(".seals")
-            and storage.exists(layout.calibration_name(folder.removesuffix(".seals")))
-        )
+        super().__init__(storage)
         self._opened: dict[str, TeacherCache] = {}
 
-    @property
-    def url(self) -> str:
-        """Where the cache lies: a path, or ``s3://bucket/prefix``."""
-        return self.storage.url
-
-    @property
+    @cached_property
     def keys(self) -> pa.ChunkedArray:
-        """Key of each image, in row order (Arrow strings)."""
-        index = self.catalog.index
-        return index["key"] if self.views == "base" else index["key"].filter(_is_view(index, 0))
+        """Key of each image, in row order (Arrow strings); read, and kept, when first asked for."""
+        keys = self.catalog.index["key"]
+        return keys if self.views == "base" else keys.filter(pa.array(self.catalog.views == 0))
 
     def rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
         """Return the row of a view of each name or key; view 0 is the whole image.
@@ -93,31 +69,30 @@ class FeatureCache:
 
     def find_rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
         """Return the row of a view of each name or key, -1 where the cache does not hold it."""
-        index = self.catalog.index.select(["row", "key", "view"])
-        if view != 0 or self.views != "base":
-            index = index.filter(_is_view(index, view))
-        found = find_rows(names, index["key"], self.catalog.names)
-        rows = np.asarray(index["row"])
-        return np.where(found >= 0, rows[found], -1) if len(rows) else found
+        places = find_rows(names, self.catalog.index, self.catalog.names)
+        if view != 0:  # an image's views follow its base view
+            views = self.catalog.views
+            there = places + view
+            is_there = (places >= 0) & (there >= 0) & (there < len(views))
+            is_there[is_there] = views[there[is_there]] == view
+            places = np.where(is_there, there, -1)
+        if not self.catalog.has_gaps:
+            return places
+        return np.where(places >= 0, self.catalog.rows[places], -1)
 
     def __getitem__(self, teacher: str) -> "TeacherCache":
         if teacher not in self._opened:
-            if teacher not in self.teachers:
-                raise CacheError(
-                    f"{self.url} holds no teacher '{teacher}'."
-                    f"{did_you_mean(teacher, self.teachers)} It holds: "
-                    f"{', '.join(self.teachers) or 'none'}. Add it with "
-                    f"`movekd cache build --teacher {teacher}`."
-                )
+            self.require(teacher)
             catalog = self.catalog
-            has_gaps = len(catalog.rows) < catalog.num_rows
-            self._opened[teacher] = TeacherCache(
-                self.storage, teacher, catalog.num_rows, catalog.rows if has_gaps else None
-            )
+            images = catalog.rows if catalog.has_gaps else None
+            self._opened[teacher] = TeacherCache(self.storage, teacher, catalog.num_rows, images)
         return self._opened[teacher]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.teachers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureCache, (self.storage,)  # the other process opens it anew
 
 
 def open_cache(url: str | Path | Storage) -> FeatureCache:
@@ -133,11 +108,7 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
     return FeatureCache(open_storage(url))
 
 
-def _is_view(index: pa.Table, view: int) -> pa.ChunkedArray:
-    return pc.equal(index["view"], pa.scalar(view, pa.int64()))
-
-
-class TeacherCache:
+class TeacherCache(SealedTeacher):
     """One teacher's features. Thread-safe; usable after fork and after pickling (spawn)."""
 
     def __init__(
@@ -148,24 +119,11 @@ class TeacherCache:
         images: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Open one teacher; ``images`` are the rows that stand for one, where not all do."""
+        super().__init__(storage, teacher, num_rows)
         self._images = images
-        self.storage, self.teacher, self.num_rows = storage, teacher, num_rows
-        attributes, self.stats = _open_group(storage, teacher)
-        self.spec: CacheSpec = validate(
-            CacheSpec, attributes["spec"], f"attributes of {teacher}.zarr"
+        self.stats = ChannelStats(
+            torch.from_numpy(self.channel_mean), torch.from_numpy(self.channel_std)
         )
-        calibration = read_calibration(storage, teacher)
-        if calibration is None or calibration.spec_fingerprint != self.spec.fingerprint:
-            raise CacheError(
-                f"the calibration of '{teacher}' in {storage.url} was sealed for another spec than "
-                "the group's attributes hold; rebuild this teacher."
-            )
-        self.calibration: Calibration = calibration
-        self.layout: TeacherLayout = calibration.layout(self.spec)
-        self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
-        names = storage.sizes(layout.seals_name(teacher))
-        for shard in range(len(self._sealed)):
-            self._sealed[shard] = layout.seal_name(teacher, shard) in names
         self._rows = self._open_rows()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,64 +139,6 @@ class TeacherCache:
             group = self.storage.local_dir / layout.group_name(self.teacher)
             return MappedRows(group, self.layout)
         return RowsInFlight(self.storage, self.teacher, self.layout)
-
-    @property
-    def grid(self) -> int:
-        """Side of the stored grid."""
-        return grid_side(self.layout.num_tokens)
-
-    @property
-    def width(self) -> int:
-        """Channels a token."""
-        return self.layout.width
-
-    @property
-    def missing_shards(self) -> list[int]:
-        """Zarr shards without a seal: to be built."""
-        return np.flatnonzero(~self._sealed).tolist()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every Zarr shard is sealed."""
-        return bool(self._sealed.all())
-
-    @cached_property
-    def seals(self) -> dict[int, ShardSeal]:
-        """The content of every seal, Zarr shard -> seal, checked against its own checksum."""
-        shards = np.flatnonzero(self._sealed).tolist()
-        names = {shard: layout.seal_name(self.teacher, shard) for shard in shards}
-        content = self.storage.read_many(list(names.values()))
-        return {
-            shard: open_record(content.get(name, b""), f"{self.storage.url}/{name}", ShardSeal)
-            for shard, name in names.items()
-        }
-
-    @property
-    def skipped(self) -> dict[int, str]:
-        """Rows whose image could not be read, and why; their features are NaN."""
-        skips = (seal.skipped.items() for seal in self.seals.values())
-        return {int(row): reason for items in skips for row, reason in items}
-
-    def require_images(self, catalog: Catalog) -> None:
-        """Refuse features that were sealed for other images than the catalog's rows are.
-
-        Only a catalog or seals from elsewhere can be so: nothing in the features would tell.
-
-        Raises:
-            CacheError: names the Zarr shards.
-        """
-        others = [
-            shard
-            for shard, seal in self.seals.items()
-            if seal.keys_xxh3_128 != catalog.keys_checksum(*seal.rows)
-        ]
-        if others:
-            raise CacheError(
-                f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
-                f"{', '.join(map(str, others[:5]))}{'...' if len(others) > 5 else ''} were sealed "
-                f"for other images than {layout.INDEX} lists; one of the two comes from another "
-                "cache. Restore it, or --replace the teacher."
-            )
 
     def read(self, rows: Rows, out: Mapping[str, Tensor] | None = None) -> TeacherTargets:
         """Return the features of ``rows`` in the order asked, as stored; repeats are fine.
@@ -309,32 +209,3 @@ class TeacherCache:
                 f"yet ({len(self.missing_shards)} of {len(self._sealed)} Zarr shards are missing); "
                 "run the same `movekd cache build` again to finish it."
             )
-
-
-def _open_group(storage: Storage, teacher: str) -> tuple[dict[str, Any], ChannelStats]:
-    """Return movekd's attributes of a teacher's group and its channel statistics.
-
-    The small files that hold them are read together, and held against their seal.
-    """
-    where = f"{storage.url}/{layout.group_name(teacher)}"
-    sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
-    wanted = ["zarr.json"]  # these and no others, whatever names the seal holds
-    wanted += [f"{array}/{file}" for array in CHANNEL_ARRAYS for file in ("zarr.json", "c/0")]
-    raw = storage.read_many([f"{layout.group_name(teacher)}/{name}" for name in wanted])
-    files = {name.partition("/")[2]: content for name, content in raw.items()}
-    for name in wanted:
-        if name not in files or entry([files[name]]) != sealed.get(name):
-            raise CorruptCacheError(
-                f"{where}/{name} is not what its seal says; run `movekd cache verify`, and rebuild "
-                "this teacher."
-            )
-    buffers = {name: cpu.Buffer.from_bytes(content) for name, content in files.items()}
-    group = zarr.open_group(zarr.storage.MemoryStore(buffers), mode="r")
-    attributes: dict[str, Any] = dict(group.attrs["movekd"])
-    if attributes.get("format_version") != layout.FORMAT_VERSION:
-        raise CacheError(
-            f"{where} is of format {attributes.get('format_version')}; this movekd reads format "
-            f"{layout.FORMAT_VERSION}."
-        )
-    mean, std = (torch.from_numpy(np.array(group[name][:], np.float32)) for name in CHANNEL_ARRAYS)
-    return attributes, ChannelStats(mean, std)

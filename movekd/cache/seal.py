@@ -19,6 +19,7 @@ from movekd.errors import CacheError, ConfigError, CorruptCacheError
 RecordT = TypeVar("RecordT", bound=Record)
 
 _SELF = "xxh3_128"
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def checksum(buffers: Iterable[Buffer]) -> str:
@@ -56,8 +57,12 @@ def read_record(storage: Storage, name: str, kind: type[RecordT]) -> RecordT:
 
 
 def open_record(raw: bytes, source: str, kind: type[RecordT]) -> RecordT:
-    """Return what the bytes of a sealed file hold; raises as ``read_record``."""
-    return as_record(open_sealed(raw, source, kind.remedy), source, kind)
+    """Return what the bytes of a sealed file hold; raises as ``read_record``.
+
+    What they say is checked, not how: of a hundred thousand seals, the comparison with the bytes
+    that were written is half of the time. ``read_record`` makes it.
+    """
+    return as_record(open_sealed(raw, source, kind.remedy, is_exact=False), source, kind)
 
 
 def read_sealed(storage: Storage, name: str, remedy: str = "") -> dict[str, Any]:
@@ -74,8 +79,16 @@ def read_sealed(storage: Storage, name: str, remedy: str = "") -> dict[str, Any]
     return open_sealed(raw, f"{storage.url}/{name}", remedy)
 
 
-def open_sealed(raw: bytes, source: str, remedy: str = "") -> dict[str, Any]:
+def open_sealed(
+    raw: bytes, source: str, remedy: str = "", *, is_exact: bool = True
+) -> dict[str, Any]:
     """Return the content of the bytes of a sealed file, its checksum taken off.
+
+    Args:
+        raw: the bytes.
+        source: what they are of.
+        remedy: what to do if they are damaged.
+        is_exact: whether every byte must be what was written; else the content.
 
     Raises:
         CorruptCacheError: they are not what was written; ends with the ``remedy``.
@@ -83,7 +96,7 @@ def open_sealed(raw: bytes, source: str, remedy: str = "") -> dict[str, Any]:
     try:
         content = json.loads(raw)
         found = content.pop(_SELF)
-        written = sealed_bytes(content, found)
+        written = sealed_bytes(content, found) if is_exact else raw
     except (ValueError, KeyError, AttributeError, TypeError):
         reason = "it is not a sealed JSON file."
     else:
@@ -112,4 +125,4 @@ def sealed_bytes(content: Record | Mapping[str, Any], own: Any = None) -> bytes:
 
 
 def _self_checksum(content: Mapping[str, Any]) -> str:
-    return checksum([json.dumps(content, sort_keys=True).encode()])
+    return xxhash.xxh3_128_hexdigest(_ENCODER.encode(content).encode())

@@ -81,6 +81,10 @@ class Storage(Protocol):
         """Return every file below a folder, name -> bytes, sorted by name."""
         ...
 
+    def files(self, folder: str) -> list[str]:
+        """Return the files right in a folder, none below it, sorted; cheaper than ``sizes``."""
+        ...
+
     def folders(self) -> list[str]:
         """Return the names of the folders at the top, sorted."""
         ...
@@ -128,7 +132,13 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """Return a file's content."""
-        return b"".join(self.blocks(name))
+        try:
+            with open(f"{self._folder}/{name}", "rb", buffering=0) as file:
+                return file.read()  # a Path costs as much again as opening and reading a seal
+        except _ABSENT:
+            raise FileNotFoundError(name) from None
+        except OSError as error:
+            raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the content of several small files, those that are missing left out."""
@@ -220,13 +230,30 @@ class LocalStorage:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every file below a folder, name -> bytes."""
-        found = {}
+        found, left = {}, [folder]
         with self._errors(folder, "listed"), contextlib.suppress(*_ABSENT):
-            for where, _, names in os.walk(self._folder / folder, onerror=_raise):
-                for path in (Path(where, name) for name in names):
-                    with contextlib.suppress(FileNotFoundError):  # a build beside us renames
-                        found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
+            while left:
+                below = left.pop()
+                with os.scandir(self._folder / below) as entries:
+                    for entry in entries:
+                        name = f"{below}/{entry.name}" if below else entry.name
+                        if entry.is_dir():
+                            left += [] if entry.is_symlink() else [name]
+                            continue
+                        with contextlib.suppress(FileNotFoundError):  # a build beside us renames
+                            found[name] = entry.stat().st_size
         return dict(sorted(found.items()))
+
+    def files(self, folder: str) -> list[str]:
+        """Return the files right in a folder, none below it, sorted."""
+        prefix = f"{folder}/" if folder else ""
+        with (
+            self._errors(folder, "listed"),
+            contextlib.suppress(*_ABSENT),
+            os.scandir(self._folder / folder) as entries,
+        ):
+            return sorted(prefix + entry.name for entry in entries if entry.is_file())
+        return []
 
     def folders(self) -> list[str]:
         """Return the names of the folders at the top."""
@@ -250,10 +277,6 @@ class LocalStorage:
         except OSError as error:
             where = error.filename or self._folder / name
             raise CacheError(f"{where} cannot be {done}: {error.strerror}.") from None
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _write_all(descriptor: int, buffer: Buffer) -> None:

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -24,7 +24,6 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
-from movekd.cache.codec import ChannelStats
 from movekd.cache.layout import ArrayLayout, TeacherLayout
 from movekd.cache.records import (
     Calibration,
@@ -39,12 +38,15 @@ from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Buffer, Storage
 from movekd.errors import CacheError
 
+if TYPE_CHECKING:
+    from movekd.cache.codec import ChannelStats
+
 _ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that is not there."""
 _VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
 
 
-def stats_checksum(stats: ChannelStats) -> str:
+def stats_checksum(stats: "ChannelStats") -> str:
     """Return the checksum that ``Calibration.channel_stats_xxh3_128`` holds."""
     return checksum(
         np.ascontiguousarray(part.cpu().numpy(), "<f4").tobytes()
@@ -53,7 +55,11 @@ def stats_checksum(stats: ChannelStats) -> str:
 
 
 def create_group(
-    storage: Storage, spec: CacheSpec, calibration: Calibration, stats: ChannelStats, num_rows: int
+    storage: Storage,
+    spec: CacheSpec,
+    calibration: Calibration,
+    stats: "ChannelStats",
+    num_rows: int,
 ) -> None:
     """Create ``<teacher>.zarr`` with all its arrays, then seal the calibration.
 
@@ -117,7 +123,7 @@ def _group_files(
     compressor: str,
     num_rows: int,
     attributes: Mapping[str, Any],
-    stats: ChannelStats | None,
+    stats: "ChannelStats | None",
 ) -> dict[str, bytes]:
     """Return what zarr writes for an empty group, file name -> content; statistics if given."""
     files: dict[str, Any] = {}

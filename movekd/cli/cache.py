@@ -28,9 +28,9 @@ def list_teachers(cache: CacheArgument = "cache", json: Json = False) -> None:
     Example: movekd cache ls cache/
     """
     from movekd.cache.check import status
-    from movekd.cache.reader import open_cache
+    from movekd.cache.sealed import open_sealed_cache
 
-    opened = open_cache(cache)
+    opened = open_sealed_cache(cache)
     teachers = status(opened)
     if json:
         print_json(
@@ -38,14 +38,14 @@ def list_teachers(cache: CacheArgument = "cache", json: Json = False) -> None:
                 "geometry": opened.geometry,
                 "views": opened.views,
                 "images": opened.catalog.num_images,
-                "rows": len(opened.catalog.rows),
+                "rows": len(opened.catalog.index),
                 "teachers": [asdict(t) for t in teachers],
             }
         )
         return
     print_table(
         f"{cache}: {opened.catalog.num_images:,} images, geometry {opened.geometry}, views "
-        f"{opened.views}: {len(opened.catalog.rows):,} rows",
+        f"{opened.views}: {len(opened.catalog.index):,} rows",
         [
             "teacher",
             "state",

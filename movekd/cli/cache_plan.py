@@ -50,6 +50,17 @@ def plan(
             help="Images/s of the teachers instead of measuring; NAME=RATE, repeated, for one."
         ),
     ] = None,
+    assume_write: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="MB/s that one process writes to --cache; not measured then."),
+    ] = None,
+    assume_read: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="MB/s that one process reads from it; not measured then."),
+    ] = None,
+    build_hours: Annotated[
+        float, typer.Option(min=1e-9, help="How long the build may take: how many writers?")
+    ] = 24.0,
     train_rate: Annotated[
         float, typer.Option(min=1e-9, help="Images/s that a training run takes.")
     ] = 100.0,
@@ -68,11 +79,16 @@ def plan(
 
     Example: movekd cache plan --teacher clip --teacher sam --shards data/ --num-images 558000
     """
+    from movekd.build.disk import DiskRates
     from movekd.build.payback import Runs
     from movekd.build.plan import plan_cache
     from movekd.corpus.index import open_corpus
 
     specs = read_specs(teacher, recipe=recipe, weights=weights)
+    assumed_disk = None
+    if assume_write is not None or assume_read is not None:
+        write, read = (None if rate is None else rate * 1e6 for rate in (assume_write, assume_read))
+        assumed_disk = DiskRates(write, read, "assumed")
     with progress_bar() as progress:
         planned = plan_cache(
             specs,
@@ -84,7 +100,9 @@ def plan(
             student_grid=student_grid,
             runs=Runs(train_rate, epochs),
             assumed_rates=_rates(assume_rate or [], [spec.name for spec in specs]),
+            assumed_disk=assumed_disk,
             is_disk_measured=measure_disk,
+            asked_hours=build_hours,
             progress=progress,
         )
     if json:
@@ -114,9 +132,11 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     free = "-" if planned.free_bytes is None else size(planned.free_bytes)
     disk = planned.disk
     rates = f"disk not measured ({disk.reason})"
-    if disk.write_bytes_per_s is not None:
-        read = "-" if disk.read_bytes_per_s is None else f"{size(disk.read_bytes_per_s)}/s"
-        rates = f"writes {size(disk.write_bytes_per_s)}/s, reads {read} at random"
+    known = [disk.write_bytes_per_s, disk.read_bytes_per_s]
+    if known != [None, None]:
+        write, read = ("-" if rate is None else f"{size(rate)}/s" for rate in known)
+        rates = f"writes {write}, reads {read} at random"
+        rates += f" ({disk.reason})" if disk.reason else ""
     rows = [
         [
             p.teacher + (" *" if p.is_spec else ""),
@@ -141,6 +161,7 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
         [*columns, "read MB/s", "pays after"],
         rows,
     )
+    _print_needs(planned)
     runs = planned.runs
     plural = "" if runs.epochs == 1 else "s"
     typer.echo(
@@ -148,13 +169,39 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
         f"read: what a training of (assumed) {runs.images_per_s:g} images/s needs, --train-rate; "
         "! where the disk is slower.\n"
         f"pays after: runs of {runs.epochs:g} epoch{plural} until building the cache costs no more "
-        "than teachers in the loop."
+        "than teachers in the loop.\n"
+        f"writers: processes, a device each, that build it in {planned.asked_hours:g} hours, "
+        "--build-hours;\nreaders: processes that read what a training needs. "
+        "PUT, GET: requests to an object store, of\nthe build and of one training."
     )
     assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
     if assumed:
         typer.echo(f"images/s assumed, not measured: {', '.join(assumed)}")
     if planned.random_weights:
         typer.echo(f"weights not found, so measured with random ones: {planned.random_weights}")
+
+
+def _print_needs(planned: "CachePlan") -> None:
+    parts = [(f"{p.teacher} *", p.needs) for p in planned.teachers if p.is_spec]
+    rows = [
+        [
+            name,
+            f"{needs.forward_hours:,.2f}",
+            f"{needs.writers:,}",
+            "-" if needs.readers is None else f"{needs.readers:,}",
+            f"{needs.zarr_shards:,}",
+            f"{needs.files:,}",
+            f"{needs.put_requests:,}",
+            f"{needs.get_requests:,}",
+        ]
+        for name, needs in [*parts, ("all *", planned.needs)]
+    ]
+    print_table(
+        f"{size(planned.table_bytes)} of index and names, of which a process holds "
+        f"{size(planned.held_bytes)}",
+        ["teacher", "device hours", "writers", "readers", "Zarr shards", "files", "PUT", "GET"],
+        rows,
+    )
 
 
 def _run_cells(planned: Any) -> list[str]:

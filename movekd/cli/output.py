@@ -37,8 +37,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def size(num_bytes: float) -> str:
     """Return bytes as people read them, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(num_bytes) < 1000 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if abs(num_bytes) < 1000 or unit == "PB":
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.2f} {unit}"
         num_bytes /= 1000
     raise AssertionError("unreachable")

@@ -7,7 +7,7 @@
     names.parquet   name, key                                  every path that means an image
 
 A key is the SHA-256 of the image's bytes in hex. Ten million rows are a normal size: both tables
-stay Arrow arrays, and look-ups are vectorised.
+stay on the disk, and look-ups are passes over a column (``stored_table``).
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from movekd.corpus.stored_table import PART_ROWS, StoredTable, lines, open_stored, write_stored
 from movekd.errors import CorpusError, UnknownKeyError
 
 INDEX_FILE = "index.parquet"
@@ -52,19 +52,15 @@ class Corpus:
 
     Attributes:
         data_dir: folder of the index.
-        index: Arrow table of ``INDEX_SCHEMA``, one row a distinct image.
-        names: Arrow table of ``NAMES_SCHEMA``.
+        index: table of ``INDEX_SCHEMA``, one row a distinct image.
+        names: table of ``NAMES_SCHEMA``.
     """
 
-    def __init__(self, data_dir: Path, index: pa.Table, names: pa.Table):
+    def __init__(self, data_dir: Path, index: StoredTable, names: StoredTable):
         self.data_dir = data_dir
         self.index = index
         self.names = names
-        self._offset = _numpy(index["offset"])
-        self._size = _numpy(index["size"])
-        shard = index["shard"].dictionary_encode().combine_chunks()
-        self._shards: list[str] = shard.dictionary.to_pylist()
-        self._shard = _numpy(shard.indices)
+        self._shards, self._shard, self._offset, self._size = _places(index)
         self._files: dict[str, int] = {}  # shard -> file descriptor
         weakref.finalize(self, _close_all, self._files)
 
@@ -84,6 +80,10 @@ class Corpus:
         """The conversations packed with the images, or None for a corpus of images alone."""
         path = self.data_dir / CONVERSATIONS_FILE
         return path if path.is_file() else None
+
+    def key(self, row: int) -> str:
+        """Return the key of the image in one row."""
+        return str(self.index.slice(row, 1, ["key"])["key"][0].as_py())
 
     def read_image(self, row: int) -> bytes:
         """Return the bytes of the image file in one row.
@@ -112,7 +112,7 @@ class Corpus:
         Raises:
             UnknownKeyError: says how many are unknown, and the first three.
         """
-        rows = find_rows(names_or_keys, self.index["key"], self.names)
+        rows = find_rows(names_or_keys, self.index, self.names)
         require_known(names_or_keys, rows, str(self.data_dir))
         return rows
 
@@ -122,12 +122,23 @@ class Corpus:
         A hash chain over blocks of 1,024 rows. A corpus that was appended to has, over the old
         number of rows, the old fingerprint.
         """
-        keys = self.index["key"].slice(0, num_rows)
+        num_rows = len(self) if num_rows is None else min(num_rows, len(self))
         link = hashlib.sha256(b"movekd corpus").digest()
-        for start in range(0, len(keys), _FINGERPRINT_BLOCK):
-            block = keys.slice(start, _FINGERPRINT_BLOCK).to_pylist()
-            link = hashlib.sha256(link + "\n".join(block).encode()).digest()
+        for first in range(0, num_rows, PART_ROWS):
+            part = self.index.slice(first, min(PART_ROWS, num_rows - first), ["key"])
+            text, starts = lines(part["key"])
+            for start in range(0, len(part), _FINGERPRINT_BLOCK):
+                end = min(start + _FINGERPRINT_BLOCK, len(part))
+                block = hashlib.sha256(link)
+                block.update(text[starts[start] : starts[end] - 1])  # no newline after the last
+                link = block.digest()
         return link.hex()
+
+    def shard_ends(self) -> NDArray[np.int64]:
+        """Return how long each of ``shards`` must be at least, in bytes."""
+        ends = np.zeros(len(self._shards), np.int64)
+        np.maximum.at(ends, self._shard, self._offset + self._size)
+        return ends
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
         """Return up to ``size`` bytes of a shard, keeping it open if few others are."""
@@ -157,10 +168,12 @@ def open_corpus(data_dir: Path | str) -> Corpus:
             f"{data_dir} holds no {INDEX_FILE}; expected a corpus. "
             "Make one with `movekd shards pack`."
         )
-    index, names = read_tables(data_dir)
-    ends = pa.table({"shard": index["shard"], "end": pc.add(index["offset"], index["size"])})
-    last = ends.group_by("shard", use_threads=False).aggregate([("end", "max")])
-    for shard, end in zip(last["shard"].to_pylist(), last["end_max"].to_pylist(), strict=True):
+    index, names = (
+        _open_table(data_dir / name, schema)
+        for name, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
+    )
+    corpus = Corpus(data_dir, index, names)
+    for shard, end in zip(corpus.shards, corpus.shard_ends().tolist(), strict=True):
         path = data_dir / shard
         if not path.is_file():
             raise CorpusError(
@@ -169,23 +182,22 @@ def open_corpus(data_dir: Path | str) -> Corpus:
             )
         if path.stat().st_size < end:
             raise _short_shard(path, path.stat().st_size, end)
-    return Corpus(data_dir, index, names)
+    return corpus
 
 
 def find_rows(
-    names_or_keys: Sequence[str] | pa.Array, keys: pa.ChunkedArray, names: pa.Table
+    names_or_keys: Sequence[str] | pa.Array, index: StoredTable, names: StoredTable
 ) -> NDArray[np.int64]:
-    """Return the position in ``keys`` of each name or key, int64; -1 where there is none.
+    """Return the position in ``index`` of each name or key, int64; -1 where there is none.
 
     Args:
         names_or_keys: what is asked for.
-        keys: the key of each row.
-        names: Arrow table of ``NAMES_SCHEMA``.
+        index: has a column ``key``.
+        names: table of ``NAMES_SCHEMA``.
     """
     asked = pa.array(names_or_keys, pa.string())
-    places = _find(names["name"], asked)
-    key = pc.take(names["key"], pa.array(places, mask=places < 0))
-    return _find(keys, pc.coalesce(key, asked))
+    key = names.take("key", names.find("name", asked))
+    return index.find("key", pc.coalesce(key, asked))
 
 
 def require_known(
@@ -210,31 +222,31 @@ def require_known(
 
 
 def read_tables(data_dir: Path) -> tuple[pa.Table, pa.Table]:
-    """Return index and names of a corpus, without a look at its shards.
+    """Return index and names of a corpus in memory, without a look at its shards.
 
     Raises:
         CorpusError: a file is missing, damaged, or has other columns.
     """
-    index = _read_table(data_dir / INDEX_FILE, INDEX_SCHEMA)
-    return index, _read_table(data_dir / NAMES_FILE, NAMES_SCHEMA)
+    index = _open_table(data_dir / INDEX_FILE, INDEX_SCHEMA).read()
+    return index, _open_table(data_dir / NAMES_FILE, NAMES_SCHEMA).read()
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet: the same table gives the same bytes."""
-    pq.write_table(table, path, compression="zstd", row_group_size=1 << 17)
+    write_stored(path, [table], table.schema)
 
 
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+def _open_table(path: Path, schema: pa.Schema) -> StoredTable:
     """Return a Parquet file whose columns are those of ``schema``."""
-    try:
-        table = pq.read_table(path, columns=schema.names, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise CorpusError(
+
+    def damaged(reason: str) -> CorpusError:
+        return CorpusError(
             f"{path} cannot be read ({reason}); expected a Parquet table with the columns "
             f"{', '.join(schema.names)}. Pack the corpus again with --overwrite."
-        ) from None
-    if not table.schema.equals(schema) or any(column.null_count for column in table.columns):
+        )
+
+    table = open_stored(path, damaged, schema.names)
+    if not table.schema.equals(schema) or table.has_nulls():
         found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         expected = ", ".join(f"{field.name} {field.type}" for field in schema)
         raise CorpusError(
@@ -242,6 +254,26 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
             "Pack the corpus again with --overwrite."
         )
     return table
+
+
+def _places(
+    index: StoredTable,
+) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the shards in order of first use; and of each row number of its shard, offset, size.
+
+    Twenty bytes a row, all that reading an image needs.
+    """
+    numbers: dict[str, int] = {}
+    shard = np.empty(len(index), np.int32)
+    offset, size = np.empty((2, len(index)), np.int64)
+    start = 0
+    for part in index.parts(["shard", "offset", "size"], encoded=["shard"]):
+        rows = slice(start, start := start + len(part))
+        encoded = part["shard"].unify_dictionaries().combine_chunks()
+        known = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
+        shard[rows] = np.array(known, np.int32)[np.asarray(encoded.indices)]
+        offset[rows], size[rows] = part["offset"], part["size"]
+    return list(numbers), shard, offset, size
 
 
 def _short_shard(path: Path, found: int, expected: int) -> CorpusError:
@@ -260,24 +292,6 @@ def _pread(file: int, offset: int, size: int) -> bytes:
             break
         data += more
     return data
-
-
-def _find(column: Any, asked: Any) -> NDArray[np.int64]:
-    """Return where each asked string first stands in an Arrow column, -1 for nowhere.
-
-    Arrow hashes the asked strings, not the column: three to ten times faster on millions of rows.
-    """
-    distinct = asked.unique()
-    matches = pc.index_in(column, value_set=distinct)
-    places = np.flatnonzero(_numpy(pc.is_valid(matches)))
-    first = np.full(len(distinct), -1, np.int64)
-    first[_numpy(pc.drop_null(matches))[::-1]] = places[::-1]  # the first of equal ones wins
-    return np.asarray(first[_numpy(pc.index_in(asked, value_set=distinct))], np.int64)
-
-
-def _numpy(column: Any) -> NDArray[Any]:
-    """Return an Arrow column without nulls as a numpy array."""
-    return np.asarray(column)
 
 
 def _close_all(files: dict[str, int]) -> None:

@@ -120,5 +120,5 @@ def naming_image(corpus: Corpus, image: int) -> Iterator[None]:
     try:
         yield
     except UnreadableImageError as error:
-        key = corpus.index["key"][image].as_py()
+        key = corpus.key(image)
         raise UnreadableImageError(f"image {key} of {corpus.data_dir}: {error}") from None

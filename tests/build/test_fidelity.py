@@ -239,7 +239,7 @@ def test_nothing_to_measure_with_is_said(tmp_path, crops, tiny_specs) -> None:
     crops[0].save(tmp_path / "images" / "one.png")
     pack_folder(tmp_path / "images", tmp_path / "data", num_workers=1)
     shard = next((tmp_path / "data").rglob("*.tar"))
-    image = open_corpus(tmp_path / "data").index.to_pylist()[0]
+    image = open_corpus(tmp_path / "data").index.read().to_pylist()[0]
     with shard.open("r+b") as file:
         file.seek(image["offset"])
         file.write(bytes(image["size"]))

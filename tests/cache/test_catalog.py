@@ -194,7 +194,7 @@ def test_sizes_that_changed_cannot_move_rows(tmp_path, view_corpora, snapshot, n
     update_catalog(storage, open_corpus(view_corpora[0]), "crop", "anyres")
     before = snapshot(tmp_path / "c")
     shutil.copytree(view_corpora[number], tmp_path / "data")
-    index = open_corpus(view_corpora[number]).index
+    index = open_corpus(view_corpora[number]).index.read()
     widths = pa.array([40, *[340] * (len(index) - 1)], pa.int32())
     column = index.schema.get_field_index("width")
     pq.write_table(index.set_column(column, "width", widths), tmp_path / "data" / "index.parquet")

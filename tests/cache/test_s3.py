@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from s3 import running_server
 from torch.utils.data import DataLoader, Dataset
 
+from movekd.build.disk import DiskRates
 from movekd.build.lock import build_lock
 from movekd.build.options import BuildOptions
+from movekd.build.plan import plan_cache
 from movekd.build.run import build_cache
 from movekd.cache import in_flight, objects
 from movekd.cache.check import status, verify
@@ -360,3 +363,32 @@ def test_of_many_who_want_the_lock_one_holds_it(prefix, monkeypatch, dead) -> No
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+
+
+def test_a_plan_counts_the_requests_of_a_build_and_of_a_training(
+    server, prefix, corpus_dir, tiny_specs, small_shards
+) -> None:
+    planned = plan_cache(
+        tiny_specs,
+        open_corpus(corpus_dir),
+        prefix,
+        options=OPTIONS,
+        assumed_rates=dict.fromkeys(("clip", "conv"), 1.0),
+        assumed_disk=DiskRates(None, 1e12, "assumed"),
+    )
+
+    def features(method: str) -> int:
+        """Requests for Zarr shards and seals, in the log."""
+        asked = [line for line in server.log() if line.startswith(method)]
+        names = r"(/c/\d+(/0)+|\.seals/\d{5}\.json)( |$)"
+        return sum(bool(re.search(names, line)) and "/channel_" not in line for line in asked)
+
+    build(prefix, corpus_dir, tiny_specs)
+    assert features("PUT ") == planned.needs.put_requests
+    cache = open_cache(prefix)
+    server.fail()
+    for teacher in cache:
+        cache[teacher].require_images(cache.catalog)
+        for row in range(24):
+            cache[teacher].read([row])
+    assert features("GET ") == planned.needs.get_requests

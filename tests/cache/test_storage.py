@@ -62,6 +62,9 @@ def test_a_folder_and_memory_agree(tmp_path_factory, files) -> None:
         memory.write(name, [content])
     assert local.sizes() == memory.sizes() == {n: len(kept[n]) for n in sorted(kept)}
     assert local.folders() == memory.folders()
+    for folder in ["", *local.folders(), "nowhere"]:
+        right_there = [n for n in kept if n.rpartition("/")[0] == folder]
+        assert local.files(folder) == memory.files(folder) == sorted(right_there)
     assert local.read_many(list(kept)) == memory.read_many(list(kept)) == kept
 
 

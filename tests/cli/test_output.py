@@ -22,7 +22,8 @@ def test_plain_progress_says_nothing_of_what_is_quick(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (10e12, "10.00 TB")]
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (10e12, "10.00 TB"), (2e18, "2000.00 PB")],
 )
 def test_sizes_are_powers_of_ten(num_bytes: float, text: str) -> None:
     assert output.size(num_bytes) == text

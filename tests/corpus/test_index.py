@@ -20,6 +20,7 @@ from movekd.corpus.index import (
     open_corpus,
     write_table,
 )
+from movekd.corpus.stored_table import StoredTable
 from movekd.errors import CorpusError, UnknownKeyError
 
 CONTENTS = [bytes([n]) * (10 + n) for n in range(20)]
@@ -39,6 +40,16 @@ def tables(num_rows=20):
     index = pa.table([pa.array(c, f.type) for f, c in columns], schema=INDEX_SCHEMA)
     columns = zip(NAMES_SCHEMA, zip(*names, strict=True), strict=True)
     return index, pa.table([pa.array(c, f.type) for f, c in columns], schema=NAMES_SCHEMA)
+
+
+def corpus_of(data_dir, index, names, **how):
+    """A corpus whose tables lie in memory."""
+    stored = []
+    for table in (index, names):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, **how)
+        stored.append(StoredTable(pa.BufferReader(sink.getvalue()), CorpusError))
+    return Corpus(data_dir, *stored)
 
 
 @pytest.fixture
@@ -69,11 +80,9 @@ def test_names_and_keys_give_rows_in_the_order_asked(data_dir):
     assert corpus.rows([]).tolist() == []
 
 
-def test_tables_of_many_chunks_are_searched_whole(data_dir):
+def test_tables_of_many_row_groups_are_searched_whole(data_dir):
     index, names = tables()
-    pieces = [index.slice(start, 3) for start in range(0, 20, 3)]
-    halves = [names.slice(0, 7), names.slice(7)]
-    corpus = Corpus(data_dir, pa.concat_tables(pieces), pa.concat_tables(halves))
+    corpus = corpus_of(data_dir, index, names, row_group_size=3)
     assert corpus.rows([f"copy/{n}.jpg" for n in range(20)]).tolist() == list(range(20))
     assert [corpus.read_image(row) for row in range(20)] == CONTENTS
     assert corpus.fingerprint() == open_corpus(data_dir).fingerprint()
@@ -82,7 +91,8 @@ def test_tables_of_many_chunks_are_searched_whole(data_dir):
 def test_of_equal_names_the_first_counts(data_dir):
     index, names = tables()
     again = pa.table({"name": ["3.jpg"], "key": [KEYS[9]]})
-    assert Corpus(data_dir, index, pa.concat_tables([names, again])).rows(["3.jpg"]) == [3]
+    corpus = corpus_of(data_dir, index, pa.concat_tables([names, again]))
+    assert corpus.rows(["3.jpg"]) == [3]
 
 
 def test_unknown_names_are_counted_and_the_first_three_named(data_dir):
@@ -128,18 +138,18 @@ def test_open_files_are_bounded_and_closed(data_dir, monkeypatch):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 2999))
 def test_the_fingerprint_of_a_prefix_survives_an_append(data_dir_big, num_old, num_new, changed):
-    whole = data_dir_big
+    whole, none = data_dir_big, NAMES_SCHEMA.empty_table()
     num_old, num_new = sorted((num_old, num_new))
-    old = Corpus(whole.data_dir, whole.index.slice(0, num_old), whole.names)
-    new = Corpus(whole.data_dir, whole.index.slice(0, num_new), whole.names)
+    old = corpus_of(whole.data_dir, whole.index.slice(0, num_old), none, row_group_size=700)
+    new = corpus_of(whole.data_dir, whole.index.slice(0, num_new), none)
     assert new.fingerprint(num_old) == old.fingerprint()
     if num_old != num_new:
         assert new.fingerprint() != old.fingerprint()
     if changed < num_old:
         keys = whole.index["key"].to_pylist()
         keys[changed] = "0" * 64
-        other = whole.index.set_column(0, "key", pa.array(keys))
-        other = Corpus(whole.data_dir, other, whole.names)
+        other = whole.index.read().set_column(0, "key", pa.array(keys))
+        other = corpus_of(whole.data_dir, other, none)
         assert other.fingerprint(num_old) != old.fingerprint()
 
 
@@ -149,7 +159,7 @@ def data_dir_big(tmp_path_factory):
     columns = [keys, ["a.tar"] * 3000, *([range(3000)] * 4)]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
     index = pa.table(arrays, schema=INDEX_SCHEMA)
-    return Corpus(tmp_path_factory.mktemp("big"), index, NAMES_SCHEMA.empty_table())
+    return corpus_of(tmp_path_factory.mktemp("big"), index, NAMES_SCHEMA.empty_table())
 
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
@@ -180,7 +190,7 @@ def test_damaged_corpora_are_refused(data_dir, tmp_path_factory):
     with pytest.raises(CorpusError, match=r"a\.tar is missing.*Restore"):
         open_corpus(data_dir)
     with pytest.raises(CorpusError, match=r"a\.tar cannot be read .*Restore"):
-        Corpus(data_dir, *tables()).read_image(0)
+        corpus_of(data_dir, *tables()).read_image(0)
     tar.write_bytes(data)
     (data_dir / "names.parquet").unlink()
     with pytest.raises(CorpusError, match=r"names\.parquet cannot be read"):

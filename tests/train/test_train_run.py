@@ -334,7 +334,7 @@ def test_a_corpus_that_the_cache_does_not_cover_is_refused(digits, tmp_path):
 def test_an_image_that_became_unreadable_is_a_sentence(digits, tmp_path, workers):
     data = tmp_path / "data"
     shutil.copytree(digits.data, data)
-    for image in open_corpus(data).index.to_pylist():
+    for image in open_corpus(data).index.read().to_pylist():
         with (data / image["shard"]).open("r+b") as shard:
             shard.seek(image["offset"])
             shard.write(bytes(image["size"]))
