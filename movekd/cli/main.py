@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from movekd import __version__
+from movekd import __version__, processes
 from movekd.cli import ask, cache, demo, evaluate, export, shards, train
 from movekd.errors import MovekdError
 
@@ -78,7 +78,8 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"movekd: {sentence}", err=True)
+    if processes.is_news(sentence):  # of several processes, one speaks
+        typer.echo(f"movekd: {sentence}", err=True)
     sys.exit(code)
 
 

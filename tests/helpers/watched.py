@@ -1,0 +1,66 @@
+"""`python -m watched ...` is movekd that notes what this process reads, and dies where it is told to.
+
+WATCH_NOTES  folder of notes: one file of JSON lines a process
+WATCH_DIE    "1:4" kills process 1 in step 4, as the kernel does, before the step has changed
+             anything, unless torchrun has started it again; "1:4:node" kills its torchrun, too
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from movekd.cache.reader import TeacherCache
+from movekd.cli.main import main
+from movekd.corpus.index import Corpus
+
+RANK, ATTEMPT = (int(os.environ.get(n, "0")) for n in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def note(**values: Any) -> None:
+    """Append a line to the notes of this process."""
+    path = Path(os.environ["WATCH_NOTES"]) / f"{ATTEMPT}-{RANK}-{os.getpid()}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"attempt": ATTEMPT, "rank": RANK} | values) + "\n")
+
+
+def watch(owner: type, method: str, noted: Callable[..., dict[str, Any]]) -> None:
+    """Note something of each call of a method before it."""
+    original = getattr(owner, method)
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note(**noted(self, *args, **kwargs))
+        return original(self, *args, **kwargs)
+
+    setattr(owner, method, watched)
+
+
+def begin_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return what a batch is noted as; or die."""
+    step = self.state.global_step + 1
+    rank, at, *whole = (os.environ.get("WATCH_DIE") or "-1:0").split(":")
+    if (int(rank), int(at), ATTEMPT) == (RANK, step, 0):
+        if whole:
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"step": step, "world": self.args.world_size, "keys": list(inputs["keys"])}
+
+
+def read_notes(folder: Path) -> list[dict[str, Any]]:
+    """Return every line that any process has noted, each process's in order."""
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+if __name__ == "__main__":
+    from movekd.train.trainer import DistillTrainer
+
+    watch(Corpus, "read_image", lambda self, row: {"image": int(row)})
+    watch(TeacherCache, "read", lambda self, rows, out=None: {"rows": [int(r) for r in rows]})
+    watch(DistillTrainer, "compute_loss", begin_batch)
+    main()
