@@ -6,13 +6,11 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 import uuid
-from pathlib import Path
 
-import boto3
 import pytest
 import torch
+from s3 import everything, s3_server, upload
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.build.lock import build_lock
@@ -25,45 +23,13 @@ from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, CorruptCacheError
 
-SERVER = Path(__file__).parents[1] / "s3_server.py"
 OPTIONS = BuildOptions(batch_size=5, num_workers=0)
-
-
-class Server:
-    """The running server: where it is, and what it shall do wrong."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-
-    def fail(self, *faults: tuple[str, str, str, int]) -> None:
-        """Set the faults (method, part of the path, kind, times); forget the log."""
-        keys = ("method", "match", "kind", "times")
-        content = json.dumps([dict(zip(keys, fault, strict=True)) for fault in faults]).encode()
-        request = urllib.request.Request(f"{self.endpoint}/__faults__", content, method="POST")
-        urllib.request.urlopen(request).close()
-
-    def log(self) -> list[str]:
-        """Return the requests since ``fail``."""
-        with urllib.request.urlopen(f"{self.endpoint}/__log__") as answer:
-            return json.load(answer)
 
 
 @pytest.fixture(scope="module")
 def server():
-    command = [sys.executable, str(SERVER)]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield Server(endpoint)
-        process.kill()
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -85,17 +51,6 @@ def build(url, corpus_dir, specs, **more):
     return list(
         build_cache(url, open_corpus(corpus_dir), specs, geometry="crop", options=OPTIONS, **more)
     )
-
-
-def upload(cache_dir: Path, url: str) -> None:
-    """Copy a cache to S3, file by file."""
-    storage = open_storage(url)
-    for name, content in everything(open_storage(cache_dir)).items():
-        storage.write(name, [content])
-
-
-def everything(storage) -> dict[str, bytes]:
-    return {name: storage.read(name) for name in storage.sizes()}
 
 
 def test_a_build_in_s3_is_the_local_one(

@@ -1,4 +1,4 @@
-"""`python -m watched ...` is movekd that notes what this process reads, and dies where it is told to.
+"""`python -m watched ...` is movekd that notes what it reads, and dies where it is told to.
 
 WATCH_NOTES  folder of notes: one file of JSON lines a process
 WATCH_DIE    "1:4" kills process 1 in step 4, as the kernel does, before the step has changed
@@ -26,15 +26,14 @@ def note(**values: Any) -> None:
         file.write(json.dumps({"attempt": ATTEMPT, "rank": RANK} | values) + "\n")
 
 
-def watch(owner: type, method: str, noted: Callable[..., dict[str, Any]]) -> None:
-    """Note something of each call of a method before it."""
-    original = getattr(owner, method)
+def noting(method: Callable[..., Any], noted: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """Return a method that notes something of each call before it."""
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         note(**noted(self, *args, **kwargs))
-        return original(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
-    setattr(owner, method, watched)
+    return watched
 
 
 def begin_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -60,7 +59,8 @@ def read_notes(folder: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     from movekd.train.trainer import DistillTrainer
 
-    watch(Corpus, "read_image", lambda self, row: {"image": int(row)})
-    watch(TeacherCache, "read", lambda self, rows, out=None: {"rows": [int(r) for r in rows]})
-    watch(DistillTrainer, "compute_loss", begin_batch)
+    owners: list[Any] = [Corpus, TeacherCache, DistillTrainer]
+    owners[0].read_image = noting(Corpus.read_image, lambda _, row: {"image": int(row)})
+    owners[1].read = noting(TeacherCache.read, lambda _, rows: {"rows": [int(r) for r in rows]})
+    owners[2].compute_loss = noting(DistillTrainer.compute_loss, begin_batch)
     main()
