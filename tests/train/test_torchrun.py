@@ -130,6 +130,7 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(digits, tmp_path
     keys = (
         f"data.shards={tmp_path / 'data'}",
         "student.mole.balance_weight=0",  # the balance loss is taken a micro-batch
+        "training.data_seed=1",  # an image of step 4 that comes once
         "training.optim=sgd",
         "training.learning_rate=0.1",
         "training.save_strategy=steps",
@@ -137,7 +138,7 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(digits, tmp_path
     )
     config = digits.config("finetune", *keys, *IN_TWO)
     _, _, dataset, _ = digits.parts(config)
-    sampler = GlobalOrderSampler(16, 0, global_batch_size=4, lengths=dataset.modality_lengths())
+    sampler = GlobalOrderSampler(16, 1, global_batch_size=4, lengths=dataset.modality_lengths())
     samples = [dataset.conversations[position] for position in sampler]
     (name,) = samples[14].images  # process 1 reads it with step 3 under way
     assert name not in [image for sample in samples[:14] for image in sample.images]
