@@ -2,7 +2,9 @@
 
 WATCH_NOTES  folder of notes: one file of JSON lines a process
 WATCH_DIE    "1:4" kills process 1 in step 4, as the kernel does, before the step has changed
-             anything, unless torchrun has started it again; "1:4:node" kills its torchrun, too
+             anything, unless torchrun has started it again; "*:4:node" kills any in step 4, and its
+             torchrun, too
+WATCH_HOLD   step in which a process alone waits to be stopped
 """
 
 import json
@@ -40,10 +42,13 @@ def begin_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -
     """Return what a batch is noted as; or die."""
     step = self.state.global_step + 1
     rank, at, *whole = (os.environ.get("WATCH_DIE") or "-1:0").split(":")
-    if (int(rank), int(at), ATTEMPT) == (RANK, step, 0):
+    if rank in ("*", str(RANK)) and (int(at), ATTEMPT) == (step, 0):
         if whole:
             os.kill(os.getppid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
+    if (os.environ.get("WATCH_HOLD"), self.args.world_size, ATTEMPT) == (str(step), 1, 0):
+        note(held=step)
+        signal.pause()
     return {"step": step, "world": self.args.world_size, "keys": list(inputs["keys"])}
 
 

@@ -23,10 +23,11 @@ def start_node(store, words, notes, log, **env):
     options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{store.port}"]
     settings = "is_host=0,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
     command = [*TORCHRUN, *options, "--rdzv-conf", settings, "-m", "watched", *map(str, words)]
+    env |= {"WATCH_NOTES": str(notes)}
+    # torch 2.15 does not tell a node that joins where the others meet, unless so
+    env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with log.open("w") as file:
-        return subprocess.Popen(
-            command, stderr=file, stdout=file, env=environment(WATCH_NOTES=str(notes), **env)
-        )
+        return subprocess.Popen(command, stderr=file, stdout=file, env=environment(**env))
 
 
 @pytest.mark.slow
