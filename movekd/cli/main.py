@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -93,7 +93,7 @@ def _run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     if processes.is_news(sentence):  # of several processes, one speaks
         typer.echo(f"movekd: {sentence}", err=True)
     sys.exit(code)

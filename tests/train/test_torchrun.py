@@ -195,11 +195,18 @@ def test_a_cache_in_s3_gives_two_processes_the_same(digits, undisturbed, tmp_pat
     assert read_notes(tmp_path / "notes") == notes
 
 
-def test_bad_input_is_one_sentence_of_all_processes(digits, tmp_path):
-    """Also where torchrun tries again; the last words are its own."""
-    words = training(digits.config("pretrain"), tmp_path / "run", digits.cache)
-    done = torchrun(*words, "--set", "distill.kd_weigth=1", options=("--max-restarts", "1"))
+def test_what_all_processes_must_refuse_is_one_sentence(digits, undisturbed):
+    """The first process looks into the folder, the others hear of it; a new start is no restart."""
+    whole, _ = undisturbed
+    before = digits.weights(whole)
+    config = digits.config("pretrain", *IN_TWO, *DROPOUT)
+    done = torchrun(*training(config, whole, digits.cache))
     assert done.returncode == 1
-    (sentence,) = sentences(done)
-    assert "Did you mean 'kd_weight'?" in sentence
+    assert sentences(done) == [
+        f"movekd: {whole} holds a run already; give --resume to go on with it, --overwrite to "
+        "delete it, or another --output."
+    ]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert done.stdout == ""
+    after = digits.weights(whole)
+    assert all(torch.equal(before[name], after[name]) for name in before)
