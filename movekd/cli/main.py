@@ -4,11 +4,12 @@ Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted
 """
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, NoReturn
 
 import typer
 
-from movekd import __version__
+from movekd import __version__, processes
 from movekd.cli import ask, cache, demo, evaluate, export, shards, train
 from movekd.errors import MovekdError
 
@@ -48,7 +49,7 @@ def options(
 def main() -> None:
     """Run the command line; a MovekdError is a sentence, not a traceback."""
     try:
-        app()
+        code = _run()
     except MovekdError as error:
         if "--debug" in sys.argv:
             raise
@@ -67,18 +68,34 @@ def main() -> None:
             "--replace it to change that.",
             2,
         )
-    except SystemExit as end:  # what typer makes of Ctrl-C
-        if end.code != 130:
-            raise
+    if code == 130:  # what typer makes of Ctrl-C
         _fail(
             "interrupted. What is sealed or saved stays; run the same command again to go on "
             "(`train` with --resume, `cache build` without --replace).",
             130,
         )
+    sys.exit(code)
 
 
-def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"movekd: {sentence}", err=True)
+def _run() -> int:
+    """Run the command; return its exit code. Words that it does not take are shown here."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        return 1
+    except Exception as error:
+        show: Callable[[], None] | None = getattr(error, "show", None)  # typer's own have it
+        if show is None:
+            raise
+        if processes.is_news(str(error)):
+            show()
+        return int(getattr(error, "exit_code", 2))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    if processes.is_news(sentence):  # of several processes, one speaks
+        typer.echo(f"movekd: {sentence}", err=True)
     sys.exit(code)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from movekd import processes
+
 Progress = Callable[[str, int, int], None]
 _PLAIN_EVERY_S = 10.0
 
@@ -51,7 +53,13 @@ def percent(share: float | None) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Yield a function (what, done, total) that shows progress on standard error."""
+    """Yield a function (what, done, total) that shows progress on standard error.
+
+    Of several processes, the first shows it.
+    """
+    if not processes.is_first():
+        yield lambda what, done, total: None
+        return
     if not sys.stderr.isatty():
         yield _plain_progress()
         return

@@ -1,11 +1,11 @@
 """`movekd train`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from movekd import processes
 from movekd.cli.output import progress_bar
 
 
@@ -28,7 +28,7 @@ def train(
 ) -> None:
     """Train the student and the projector while streaming cached targets.
 
-    Several processes: torchrun --nproc-per-node 8 -m movekd train ...
+    Several processes: torchrun --nproc-per-node 8 -m movekd train ...; one of them tells.
 
     Example: movekd train --cache cache/ --config student.yaml --output runs/pretrain
     """
@@ -36,7 +36,8 @@ def train(
 
     resolved = load_config(config, override)
     if dry_run:
-        typer.echo(resolved.to_yaml())
+        if processes.is_first():
+            typer.echo(resolved.to_yaml())
         return
     from movekd.student.vlm import quiet_libraries
     from movekd.train.run import train as run
@@ -52,7 +53,7 @@ def train(
             allow_random_teachers=allow_random_teachers,
             progress=progress,
         )
-    if int(os.environ.get("RANK", "0")) > 0:
-        return  # one of several processes tells
+    if not processes.is_first():
+        return
     typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     typer.echo(f"curves: tensorboard --logdir {output}")

@@ -82,6 +82,38 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         raise ConfigError(f"training: {_first_line(error)}") from None
 
 
+def samples_a_step(arguments: TrainingArguments) -> int:
+    """Return the samples of one optimizer step, over all processes."""
+    at_once: int = arguments.train_batch_size * arguments.world_size
+    return at_once * int(arguments.gradient_accumulation_steps)
+
+
+def divide_step(config: TrainConfig, arguments: TrainingArguments, samples: int) -> TrainConfig:
+    """Return the config with ``samples`` a step, divided over the processes that there are now.
+
+    No process sees more at once than the config says; what is over becomes accumulation steps.
+
+    Args:
+        config: the resolved run.
+        arguments: what it is in this number of processes.
+        samples: of one optimizer step, over all processes.
+
+    Raises:
+        ConfigError: the processes cannot share them evenly.
+    """
+    most = int(arguments.per_device_train_batch_size)
+    num_shares = arguments.world_size * int(arguments.train_batch_size) // most
+    share, rest = divmod(samples, num_shares)
+    if rest:
+        raise ConfigError(
+            f"the run was begun with {samples} samples a step, which {num_shares} processes cannot "
+            f"share evenly. Go on with a number of processes that divides {samples}."
+        )
+    size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
+    return config.model_copy(update={"training": config.training | keys})
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

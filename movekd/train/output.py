@@ -3,33 +3,42 @@
 OUTPUT/
   config.yaml       the run, every default filled in
   inputs.json       what it reads: checksums of corpus, conversations and each teacher's features
+  launches.json     the starts of torchrun that have worked on it, if any
   log.json          every logged step, when the run has ended
   checkpoint-N/     Trainer's, for --resume
   runs/             TensorBoard
   model/            what this run ends with (see student.files)
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from movekd.cache.reader import FeatureCache
+from movekd import processes
 from movekd.config import read_yaml
-from movekd.corpus.index import Corpus
 from movekd.errors import ConfigError
 from movekd.student.files import CONFIG_FILE
 from movekd.train.config import TrainConfig
+from movekd.train.inputs import INPUTS_FILE
 from movekd.train.trainer import CHECKPOINT_FILE
 
-INPUTS_FILE = "inputs.json"
+LAUNCHES_FILE = "launches.json"
 LOG_FILE = "log.json"
-_OF_A_RUN = (CONFIG_FILE, INPUTS_FILE, LOG_FILE, "runs", "model", "checkpoint-*")
+_OF_A_RUN = (
+    CONFIG_FILE,
+    INPUTS_FILE,
+    LAUNCHES_FILE,
+    LOG_FILE,
+    "runs",
+    "model",
+    "checkpoint-*",
+)
 
 _FREE_TO_CHANGE = (
     "training.dataloader_num_workers",
@@ -44,25 +53,48 @@ _FREE_TO_CHANGE = (
     "training.per_device_train_batch_size",
 )
 """Keys, or how they begin, that do not change what a run ends with."""
+_OF_A_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+class Start(NamedTuple):
+    """How a run begins."""
+
+    checkpoint: Path | None
+    """What to go on from; None begins anew."""
+    samples: int | None
+    """Samples a step that the run was begun with, where only the processes may differ since."""
+    is_overwriting: bool
+    """Whether files of an earlier run are to be deleted first."""
 
 
 def prepare_output(
-    config: TrainConfig, output_dir: Path, *, resume: bool, overwrite: bool
-) -> Path | None:
-    """Return the checkpoint to go on from, or None to begin; deletes nothing yet.
+    config: TrainConfig,
+    output_dir: Path,
+    launches: Sequence[str | None] = (),
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Start:
+    """Return how the run in a folder begins or goes on; deletes nothing yet.
+
+    Args:
+        config: the resolved run.
+        output_dir: its folder.
+        launches: the start of torchrun that each process is of. One that the run was begun under
+            goes on with it, whatever the next two say.
+        resume: go on with the run that is there.
+        overwrite: replace it.
 
     Raises:
         ConfigError: there is a run here already, or another one than the config describes, or
             something that is no run and would be overwritten.
     """
-    has_run = (output_dir / CONFIG_FILE).exists()
-    if int(os.environ.get("RANK", "0")) > 0:  # the first process decides, and may delete
-        return last_checkpoint(output_dir) if resume and has_run else None
+    if is_restart(output_dir, launches):
+        resume, overwrite = True, False
     if overwrite:
         _refuse_to_delete(config, output_dir)
-        return None
-    if not has_run:
-        return None
+    if overwrite or not (output_dir / CONFIG_FILE).exists():
+        return Start(None, None, overwrite)
     if not resume:
         raise ConfigError(
             f"{output_dir} holds a run already; give --resume to go on with it, --overwrite to "
@@ -76,7 +108,18 @@ def prepare_output(
             f"{output_dir} was begun with another config: {', '.join(changed)} differ. Give the "
             f"old values (in {output_dir / CONFIG_FILE}), or another --output."
         )
-    return last_checkpoint(output_dir)
+    return Start(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
+
+
+def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
+    """Return whether torchrun has begun the run in a folder and now starts its processes again.
+
+    Nodes may come and go, but one start of torchrun that has worked on the run is still among
+    ``launches``, those of all processes. Where torchrun keeps no folder, its count says.
+    """
+    if not any(launches):
+        return processes.num_restarts() > 0
+    return not _launches(output_dir).isdisjoint(launches)
 
 
 def delete_run(output_dir: Path) -> None:
@@ -89,57 +132,19 @@ def delete_run(output_dir: Path) -> None:
                 path.unlink()
 
 
-def begin_output(output_dir: Path, config: TrainConfig, inputs: dict[str, Any]) -> None:
-    """Note what this run is."""
+def begin_output(
+    output_dir: Path,
+    config: TrainConfig,
+    inputs: dict[str, Any],
+    launches: Sequence[str | None] = (),
+) -> None:
+    """Note what this run is, and which starts of torchrun have worked on it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
-    (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-
-
-def inputs_of(
-    config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, global_batch_size: int
-) -> dict[str, Any]:
-    """Return what tells this run's input from any other, wherever it lies."""
-    paths = list(config.data.conversations)
-    if not paths and corpus.conversations_path is not None and config.stage != "distill":
-        paths = [corpus.conversations_path]
-    inputs: dict[str, Any] = {
-        "corpus": corpus.fingerprint(),
-        "conversations": [_sha256(path) for path in paths if path.exists()],
-        "global_batch_size": global_batch_size,
-    }
-    if cache is not None and config.distill is not None:
-        inputs["geometry"] = cache.geometry
-        for name in config.distill.teachers:
-            inputs[f"features of {name}"] = cache[name].calibration.hash
-    return inputs
-
-
-def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
-    """Refuse to go on with other data than a run was begun with.
-
-    Raises:
-        ConfigError: says what differs.
-    """
-    path = output_dir / INPUTS_FILE
-    if not path.exists():  # begun before there was such a file
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; begin anew in another --output.") from None
-    if "global_batch_size" in changed:
-        raise ConfigError(
-            f"{output_dir} was begun with {old.get('global_batch_size')} samples a step, and this "
-            f"is {inputs['global_batch_size']} (processes x per_device_train_batch_size x "
-            "gradient_accumulation_steps). Choose the last two so that the product is the old one."
-        )
-    if changed:
-        raise ConfigError(
-            f"{output_dir} was begun with other data: {', '.join(changed)} differ. Give the "
-            "corpus and the cache that it was begun with, or another --output."
-        )
+    known = sorted({name for name in launches if name} | _launches(output_dir))
+    if known:  # first, so that a restart finds it with whatever else is there
+        _write(output_dir / LAUNCHES_FILE, json.dumps(known) + "\n")
+    _write(output_dir / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
+    _write(output_dir / CONFIG_FILE, config.to_yaml())
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -154,6 +159,33 @@ def last_checkpoint(output_dir: Path) -> Path | None:
         if number and (path / CHECKPOINT_FILE).exists():
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
+
+
+def _samples_to_keep(old: dict[str, Any], config: TrainConfig, output_dir: Path) -> int | None:
+    """Return the samples a step that a run was begun with, unless the config divides it anew."""
+    before = old.get("training") or {}
+    if any(before.get(key) != config.training.get(key) for key in _OF_A_BATCH):
+        return None
+    try:
+        inputs = json.loads((output_dir / INPUTS_FILE).read_text(encoding="utf-8"))
+        return int(inputs["global_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an older run, or cut off at its start
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all: a process may be killed meanwhile."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _launches(output_dir: Path) -> set[str]:
+    """Return the starts of torchrun that have worked on the run in a folder."""
+    try:
+        return set(json.loads((output_dir / LAUNCHES_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
@@ -184,8 +216,3 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
     return [] if old == new else [path.lstrip(".")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,26 +14,22 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from movekd import processes
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
-from movekd.errors import CacheError, ConfigError, MovekdError
+from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.files import CONFIG_FILE, part_of, save_adapters, save_parts, save_tokenizer
 from movekd.student.vlm import Student, build_encoder, build_vlm
-from movekd.train.arguments import training_arguments
+from movekd.train.arguments import divide_step, samples_a_step, training_arguments
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.earlier import load_earlier
+from movekd.train.group import decide, gather, is_of_a_lost_process
 from movekd.train.images import ViewCollator, ViewDataset
+from movekd.train.inputs import check_inputs, inputs_of, require_same_inputs
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.output import (
-    LOG_FILE,
-    begin_output,
-    check_inputs,
-    delete_run,
-    inputs_of,
-    prepare_output,
-)
+from movekd.train.output import LOG_FILE, begin_output, delete_run, prepare_output
 from movekd.train.sharding import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
 from movekd.train.trainer import DistillTrainer
 
@@ -51,6 +47,28 @@ class TrainSummary:
     """Every logged step, in order."""
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Raise what a DataLoader's worker or another process has met without its traceback."""
+    try:
+        yield
+    except MovekdError as error:
+        *before, last = str(error).strip().splitlines()
+        if not any("DataLoader worker" in line for line in before):
+            raise
+        raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
+    except RuntimeError as error:
+        if not is_of_a_lost_process(error):
+            raise
+        raise TrainingError(
+            f"another process of this run has ended ({str(error).splitlines()[0]}); expected all "
+            "to stay until the end. If it said nothing, it was killed, for want of memory perhaps. "
+            "Give --resume to go on from the last checkpoint; torchrun --max-restarts does so by "
+            "itself."
+        ) from None
+
+
+@_in_words()
 def train(
     config: TrainConfig,
     output_dir: Path,
@@ -64,7 +82,8 @@ def train(
     """Train to the end, and save the model.
 
     Interrupted and resumed, a run ends with the weights of an uninterrupted one, bit for bit on
-    CPU.
+    CPU. What torchrun starts again goes on with the run as if ``resume`` were given, and with the
+    samples of each step, in as many processes as there are then.
 
     Args:
         config: the resolved run.
@@ -77,34 +96,35 @@ def train(
 
     Raises:
         MovekdError: config, corpus and cache do not fit each other; says which key differs.
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss is no longer a number, or another process has ended.
     """
-    checkpoint = prepare_output(config, output_dir, resume=resume, overwrite=overwrite)
+    arguments = training_arguments(config, output_dir)  # from here on the processes are connected
+    refuse_fsdp_on_cpu(arguments)
+    launches = gather(processes.launch())
+    start = decide(
+        lambda: prepare_output(config, output_dir, launches, resume=resume, overwrite=overwrite)
+    )
+    if start.samples not in (None, samples_a_step(arguments)):
+        arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
     corpus = open_corpus(config.data.shards)
     cache = _open_targets(config, cache_url, allow_random_teachers)
-    arguments = training_arguments(config, output_dir)
-    refuse_fsdp_on_cpu(arguments)
-    batch_size = arguments.train_batch_size * arguments.world_size
-    batch_size *= arguments.gradient_accumulation_steps
-    inputs = inputs_of(config, corpus, cache, batch_size)
-    if checkpoint is not None:
-        check_inputs(output_dir, inputs)
+    inputs = inputs_of(config, corpus, cache, samples_a_step(arguments))
+    require_same_inputs(gather(inputs))
+    if start.checkpoint is not None:
+        decide(lambda: check_inputs(output_dir, inputs))
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
     trainer = _trainer(config, model, dataset, collator, arguments)
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
-        if overwrite:  # not before all the rest was found to fit
+        if start.is_overwriting:  # not before all the rest was found to fit
             delete_run(output_dir)
-        begin_output(output_dir, config, inputs)
+        begin_output(output_dir, config, inputs, launches)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
-    with _errors_of_workers():
-        result = trainer.train(
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-        )
+    result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
     gather_parameters(model)
     if arguments.should_save:
         _save_model(config, output_dir / "model", model, student)
@@ -140,18 +160,6 @@ def _trainer(
         return DistillTrainer(config, model, dataset, collator, args=arguments)
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is not installed
         raise ConfigError(f"training: {error}") from None
-
-
-@contextmanager
-def _errors_of_workers() -> Iterator[None]:
-    """Raise what a DataLoader's worker says about a sample without its traceback."""
-    try:
-        yield
-    except MovekdError as error:
-        *before, last = str(error).strip().splitlines()
-        if not any("DataLoader worker" in line for line in before):
-            raise
-        raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
 
 
 def _open_targets(

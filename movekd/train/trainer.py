@@ -195,6 +195,11 @@ class DistillTrainer(Trainer):
         }
         save_file(tensors, directory / CHECKPOINT_FILE, metadata={"format": "pt"})
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state is written next, and says that the checkpoint is whole: no process may lag.
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:  # from the files that accelerate wrote beside ours
             super()._load_from_checkpoint(resume_from_checkpoint, model)

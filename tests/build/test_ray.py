@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from builds import build
-from s3 import running_server
+from s3 import s3_server
 
 from movekd.build.ray_cluster import RayCluster
 from movekd.build.ray_engine import RayEngine
@@ -57,7 +57,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server() as running:
+    with s3_server() as running:
         yield running
 
 

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import threading
 import uuid
-from pathlib import Path
 
 import pytest
 import torch
-from s3 import running_server
+from s3 import everything, s3_server, upload
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.build.disk import DiskRates
@@ -32,8 +31,8 @@ OPTIONS = BuildOptions(batch_size=5, num_workers=0)
 
 @pytest.fixture(scope="module")
 def server():
-    with running_server() as running:
-        yield running
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -55,17 +54,6 @@ def build(url, corpus_dir, specs, **more):
     return list(
         build_cache(url, open_corpus(corpus_dir), specs, geometry="crop", options=OPTIONS, **more)
     )
-
-
-def upload(cache_dir: Path, url: str) -> None:
-    """Copy a cache to S3, file by file."""
-    storage = open_storage(url)
-    for name, content in everything(open_storage(cache_dir)).items():
-        storage.write(name, [content])
-
-
-def everything(storage) -> dict[str, bytes]:
-    return {name: storage.read(name) for name in storage.sizes()}
 
 
 def test_a_build_in_s3_is_the_local_one(

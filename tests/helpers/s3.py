@@ -1,16 +1,20 @@
-"""The S3 server of tests/s3_server.py, running, with this process' environment pointing to it."""
+"""The loopback S3 server as tests use it: started, told what to do wrong, filled with a cache."""
 
 import json
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
-SERVER = Path(__file__).parents[1] / "s3_server.py"
+from movekd.cache.storage import open_storage
+
+SERVER = Path(__file__).parent / "s3_server.py"
 
 
 class Server:
@@ -29,17 +33,19 @@ class Server:
     def log(self) -> list[str]:
         """Return the requests since ``fail``."""
         with urllib.request.urlopen(f"{self.endpoint}/__log__") as answer:
-            return json.load(answer)
+            requests: list[str] = json.load(answer)
+            return requests
 
 
 @contextmanager
-def running_server():
-    """Yield a server with an empty bucket named ``bucket``."""
+def s3_server() -> Iterator[Server]:
+    """Yield a server with an empty bucket named `bucket`, which the environment points to."""
     command = [sys.executable, str(SERVER)]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
         pytest.MonkeyPatch.context() as patch,
     ):
+        assert process.stdout is not None
         endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -49,3 +55,19 @@ def running_server():
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield Server(endpoint)
         process.kill()
+
+
+def everything(storage: Any) -> dict[str, bytes]:
+    """Return every file of a storage, name -> bytes."""
+    return {name: storage.read(name) for name in storage.sizes()}
+
+
+def upload(cache_dir: Path, url: str) -> None:
+    """Copy a cache to S3, file by file, with a client of its own.
+
+    fsspec's clients stay for good, and would look for the server of one module in the next.
+    """
+    client = boto3.client("s3")
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    for name, content in everything(open_storage(cache_dir)).items():
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)

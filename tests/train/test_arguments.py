@@ -1,9 +1,15 @@
 """Tests of movekd.train.arguments: what `training:` may say, and from which transformers on."""
 
+from types import SimpleNamespace
+
 import pytest
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from movekd.errors import ConfigError
+from movekd.train.arguments import divide_step, samples_a_step
+from movekd.train.config import TrainConfig
 
 
 def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
@@ -37,3 +43,28 @@ def test_half_precision_weights_train_or_are_refused(digits, tmp_path):
     assert all(0 < step["loss_kd"] < 100 for step in digits.logged(summary))
     with pytest.raises(ConfigError, match=r"student\.dtype is float16.*gradients vanish"):
         digits.config("pretrain", "student.dtype=float16")
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 12))
+def test_samples_a_step_stay_the_same_in_any_number_of_processes(size, steps, before, now):
+    """``size`` at once, accumulated ``steps`` times, in ``before`` processes, then in ``now``."""
+    keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    samples = size * steps * before
+    config = TrainConfig.model_construct(training=keys | {"learning_rate": 1})
+    arguments = SimpleNamespace(train_batch_size=size, world_size=now, **keys)
+    if samples % now:
+        with pytest.raises(ConfigError, match=f"{samples} samples a step.*that divides {samples}"):
+            divide_step(config, arguments, samples)
+        return
+    found = divide_step(config, arguments, samples).training
+    divided = SimpleNamespace(
+        train_batch_size=found["per_device_train_batch_size"],
+        world_size=now,
+        gradient_accumulation_steps=found["gradient_accumulation_steps"],
+    )
+    assert samples_a_step(divided) == samples
+    assert found["per_device_train_batch_size"] <= size  # no process needs more memory
+    assert found["learning_rate"] == 1
+    if now == before:
+        assert found["per_device_train_batch_size"] == size
+    assert config.training["per_device_train_batch_size"] == size

@@ -1,32 +1,10 @@
 """Two processes under torchrun train as one does: same losses, same weights."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from torchrun import train_in_two_processes
 
 from movekd.train.sampler import GlobalOrderSampler
-
-
-def train_in_two_processes(digits, config, output):
-    """Run a config under torchrun; return its log."""
-    path = output.with_suffix(".yaml")
-    path.write_text(config.to_yaml(), encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--standalone", "-m", "movekd", "train", "--config", path]
-    done = subprocess.run(
-        [*torchrun, "--cache", digits.cache, "--output", output],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    log = json.loads((output / "log.json").read_text(encoding="utf-8"))
-    return [entry for entry in log if "loss" in entry]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])
@@ -34,7 +12,7 @@ def test_two_ranks_equal_one(digits, tmp_path, stage):
     # finetune has text-only samples, so some ranks see batches without any image
     single = digits.train(tmp_path / "one", stage, "training.max_steps=3")
     config = digits.config(stage, "training.max_steps=3", "training.per_device_train_batch_size=2")
-    logged = train_in_two_processes(digits, config, tmp_path / "two")
+    logged = train_in_two_processes(config, tmp_path / "two", digits.cache)
     for one, two in zip(digits.logged(single), logged, strict=False):
         for name in {"loss_text", "loss_kd"} & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-5)
@@ -50,7 +28,7 @@ def test_two_ranks_equal_one_where_samples_do_not_fill_the_last_batch(digits, tm
     keys = ("training.num_train_epochs=1",)
     single = digits.train(tmp_path / "one", stage, *keys, "training.per_device_train_batch_size=10")
     config = digits.config(stage, *keys, "training.per_device_train_batch_size=5")
-    logged = train_in_two_processes(digits, config, tmp_path / "two")
+    logged = train_in_two_processes(config, tmp_path / "two", digits.cache)
     assert len(logged) == len(digits.logged(single))
     for one, two in zip(digits.logged(single), logged, strict=True):
         for name in {"loss_text", "loss_kd", "loss_balance", "grad_norm"} & one.keys():
@@ -82,7 +60,8 @@ def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tm
     )
     half = (*keys, "training.per_device_train_batch_size=2")
     one = digits.train(tmp_path / "one", "finetune", *keys)
-    two = train_in_two_processes(digits, digits.config("finetune", *half), tmp_path / "two")
+    config = digits.config("finetune", *half)
+    two = train_in_two_processes(config, tmp_path / "two", digits.cache)
     accumulated = digits.train(
         tmp_path / "halves", "finetune", *half, "training.gradient_accumulation_steps=2"
     )

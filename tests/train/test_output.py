@@ -14,6 +14,8 @@ from movekd.build.run import build_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
+from movekd.train.inputs import require_same_inputs
+from movekd.train.output import Start, begin_output, prepare_output
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=null")
 
@@ -109,6 +111,63 @@ def test_another_batch_size_is_refused_at_a_resume(digits, tmp_path):
         digits.train(
             tmp_path, "pretrain", *SAVING, "training.per_device_train_batch_size=2", resume=True
         )
+
+
+def test_what_torchrun_starts_again_goes_on_by_itself_and_deletes_nothing(
+    digits, tmp_path, monkeypatch
+):
+    digits.train(tmp_path / "whole", "pretrain", *SAVING)
+    interrupted(digits, tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    seen = []
+    digits.train(
+        tmp_path / "run",
+        "pretrain",
+        *SAVING,
+        overwrite=True,
+        progress=lambda what, done, total: seen.append(done),
+    )
+    assert seen == [5, 6]
+    expected, found = digits.weights(tmp_path / "whole"), digits.weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_restart_is_of_the_run_that_this_start_of_torchrun_has_begun(digits, tmp_path):
+    """Not of one that lay there before: that one is refused again, or overwritten if asked."""
+    config = digits.config()
+    started = {"resume": False, "overwrite": False}
+    begin_output(tmp_path, config, {"global_batch_size": 4}, ["a:1", "b:1"])
+    for launches in (["a:1"], ["c:1", "b:1"], ["b:1", None]):  # nodes have gone and come
+        start = prepare_output(config, tmp_path, launches, resume=False, overwrite=True)
+        assert start == Start(None, 4, False)
+    for launches in (["a:2", "b:2"], []):
+        with pytest.raises(ConfigError, match="holds a run already"):
+            prepare_output(config, tmp_path, launches, **started)
+        start = prepare_output(config, tmp_path, launches, resume=False, overwrite=True)
+        assert start.is_overwriting
+    begin_output(tmp_path, config, {"global_batch_size": 4}, ["c:1", "b:1"])  # a has gone, b next
+    assert not prepare_output(config, tmp_path, ["c:1"], **started).is_overwriting
+
+
+def test_samples_a_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
+    begin_output(tmp_path, digits.config(), {"global_batch_size": 24})
+    for keys, samples in (
+        ((), 24),
+        (("training.dataloader_num_workers=1",), 24),
+        (("training.per_device_train_batch_size=6",), None),
+        (("training.gradient_accumulation_steps=6",), None),
+    ):
+        config = digits.config("pretrain", *keys)
+        assert prepare_output(config, tmp_path, resume=True, overwrite=False).samples == samples
+
+
+def test_processes_that_read_other_data_are_refused():
+    inputs = {"corpus": "1", "global_batch_size": 4}
+    require_same_inputs([inputs, dict(inputs)])
+    with pytest.raises(
+        ConfigError, match=r"process 2 reads other data.*: corpus differ\. Give every"
+    ):
+        require_same_inputs([inputs, inputs, inputs | {"corpus": "2"}])
 
 
 def test_another_cache_is_refused_at_a_resume(digits, tmp_path):

@@ -1,0 +1,84 @@
+"""What a run reads, in checksums: a resume, and every process, must read the same.
+
+OUTPUT/inputs.json holds what ``inputs_of`` returns: corpus, conversations, each teacher's features,
+and the samples of a step. Paths are not in it: data may move.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from movekd.cache.reader import FeatureCache
+from movekd.corpus.index import Corpus
+from movekd.errors import ConfigError
+from movekd.train.config import TrainConfig
+
+INPUTS_FILE = "inputs.json"
+
+
+def inputs_of(
+    config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, global_batch_size: int
+) -> dict[str, Any]:
+    """Return what tells this run's input from any other, wherever it lies."""
+    paths = list(config.data.conversations)
+    if not paths and corpus.conversations_path is not None and config.stage != "distill":
+        paths = [corpus.conversations_path]
+    inputs: dict[str, Any] = {
+        "corpus": corpus.fingerprint(),
+        "conversations": [_sha256(path) for path in paths if path.exists()],
+        "global_batch_size": global_batch_size,
+    }
+    if cache is not None and config.distill is not None:
+        inputs["geometry"] = cache.geometry
+        for name in config.distill.teachers:
+            inputs[f"features of {name}"] = cache[name].calibration.hash
+    return inputs
+
+
+def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that read other data than the first one, as a node with an old copy would.
+
+    Raises:
+        ConfigError: says what differs, and where.
+    """
+    for number, found in enumerate(inputs):
+        changed = [key for key in found if found[key] != inputs[0].get(key)]
+        if changed:
+            raise ConfigError(
+                f"process {number} reads other data than process 0: {', '.join(changed)} differ. "
+                "Give every node the same corpus, conversations and cache."
+            )
+
+
+def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with other data than a run was begun with.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    path = output_dir / INPUTS_FILE
+    if not path.exists():  # begun before there was such a file
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path} is damaged; begin anew in another --output.") from None
+    if "global_batch_size" in changed:
+        raise ConfigError(
+            f"{output_dir} was begun with {old.get('global_batch_size')} samples a step, and this "
+            f"is {inputs['global_batch_size']} (processes x per_device_train_batch_size x "
+            "gradient_accumulation_steps). Choose the last two so that the product is the old one."
+        )
+    if changed:
+        raise ConfigError(
+            f"{output_dir} was begun with other data: {', '.join(changed)} differ. Give the "
+            "corpus and the cache that it was begun with, or another --output."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+"""Training in several processes: torchrun as its users start it, on gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HELPERS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a process: one thread, and these helpers can be imported."""
+    path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
+
+
+def torchrun(
+    *words: Any,
+    module: str = "movekd",
+    options: Sequence[str] = (),
+    processes: int = 2,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a module's command line in several processes; return how it ended."""
+    start = [*TORCHRUN, "--nproc-per-node", str(processes), "--standalone", *options, "-m", module]
+    return subprocess.run(
+        [*start, *map(str, words)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(**(env or {})),
+    )
+
+
+def training(config: Any, output: Path, cache: Any) -> list[Any]:
+    """Return the words of `movekd train` for a resolved config, written beside the output."""
+    path = output.with_suffix(".yaml")
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    return ["train", "--config", path, "--cache", cache, "--output", output]
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    """Return the entries of each logged step of a run that has ended."""
+    log = json.loads((output / "log.json").read_text(encoding="utf-8"))
+    return [entry for entry in log if "loss" in entry]
+
+
+def train_in_two_processes(
+    config: Any, output: Path, cache: Any, *words: Any, **more: Any
+) -> list[dict[str, float]]:
+    """Run a config under torchrun; return its log."""
+    done = torchrun(*training(config, output, cache), *words, **more)
+    assert done.returncode == 0, done.stderr
+    return logged(output)
