@@ -1,4 +1,4 @@
-"""`movekd cache`: build, ls, verify; plan and fidelity are in modules of their own."""
+"""`movekd cache`: build, ls, verify; plan, fidelity and show are in modules of their own."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +9,7 @@ import typer
 
 from movekd.cli.cache_plan import plan
 from movekd.cli.cache_report import fidelity, recompute_problems
+from movekd.cli.cache_show import show
 from movekd.cli.options import (
     AutoBatchSize,
     BatchSize,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 app.command()(plan)
 app.command()(fidelity)
+app.command()(show)
 
 
 @app.command()

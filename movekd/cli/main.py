@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from movekd import __version__
-from movekd.cli import ask, cache, demo, evaluate, export, shards, train
+from movekd.cli import ask, cache, demo, doctor, evaluate, export, report, shards, train
 from movekd.errors import MovekdError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("ask")(ask.ask)
 app.command("export")(export.export)
 app.command("import")(export.import_)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 

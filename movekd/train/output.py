@@ -3,6 +3,7 @@
 OUTPUT/
   config.yaml       the run, every default filled in
   inputs.json       what it reads: checksums of corpus, conversations and each teacher's features
+  targets.json      the teachers that it distils from, as `movekd cache ls --json` lists them
   log.json          every logged step, when the run has ended
   checkpoint-N/     Trainer's, for --resume
   runs/             TensorBoard
@@ -14,11 +15,13 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from movekd.cache.check import teacher_status
 from movekd.cache.reader import FeatureCache
 from movekd.config import read_yaml
 from movekd.corpus.index import Corpus
@@ -28,8 +31,9 @@ from movekd.train.config import TrainConfig
 from movekd.train.trainer import CHECKPOINT_FILE
 
 INPUTS_FILE = "inputs.json"
+TARGETS_FILE = "targets.json"
 LOG_FILE = "log.json"
-_OF_A_RUN = (CONFIG_FILE, INPUTS_FILE, LOG_FILE, "runs", "model", "checkpoint-*")
+_OF_A_RUN = (CONFIG_FILE, INPUTS_FILE, TARGETS_FILE, LOG_FILE, "runs", "model", "checkpoint-*")
 
 _FREE_TO_CHANGE = (
     "training.dataloader_num_workers",
@@ -89,10 +93,16 @@ def delete_run(output_dir: Path) -> None:
                 path.unlink()
 
 
-def begin_output(output_dir: Path, config: TrainConfig, inputs: dict[str, Any]) -> None:
+def begin_output(
+    output_dir: Path, config: TrainConfig, inputs: dict[str, Any], cache: FeatureCache | None
+) -> None:
     """Note what this run is."""
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / INPUTS_FILE).write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+    if cache is not None and config.distill is not None:
+        teachers = [teacher_status(cache[n], cache.catalog) for n in config.distill.teachers]
+        table = json.dumps([asdict(teacher) for teacher in teachers], indent=1) + "\n"
+        (output_dir / TARGETS_FILE).write_text(table, encoding="utf-8")
     (output_dir / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
 
 

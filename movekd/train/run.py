@@ -97,7 +97,7 @@ def train(
     if arguments.should_save:
         if overwrite:  # not before all the rest was found to fit
             delete_run(output_dir)
-        begin_output(output_dir, config, inputs)
+        begin_output(output_dir, config, inputs, cache)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
