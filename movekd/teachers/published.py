@@ -61,7 +61,9 @@ def find_downloaded(spec: CacheSpec) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     place = published(spec)
-    for name in place.files if place.repo is not None else ():
+    if place.repo is None:
+        return None
+    for name in place.files:
         found = try_to_load_from_cache(place.repo, name, revision=spec.revision)
         if isinstance(found, str):
             return Path(found)

@@ -68,6 +68,13 @@ class Looker:
         teachers: whose features; all unless given.
         exact: spec of each teacher to run for the error map, none unless given.
         options: where those run.
+        known: bases of teachers that were fitted before, and stay.
+
+    Attributes:
+        cache: the features.
+        corpus: the images.
+        teachers: whose features.
+        bases: the colour basis of each teacher that was looked at.
 
     Raises:
         CacheError: the cache holds no such teacher, or the weights are others.
@@ -80,13 +87,14 @@ class Looker:
         teachers: Sequence[str] | None = None,
         exact: Mapping[str, CacheSpec] | None = None,
         options: BuildOptions | None = None,
+        known: Mapping[str, ColourBasis] | None = None,
     ) -> None:
         self.cache, self.corpus = cache, corpus
+        self.bases = dict(known or {})
         self.teachers = tuple(teachers or cache.teachers)
         for name in self.teachers:
             cache[name]  # says which there are
         self._exact, self._options = exact or {}, options
-        self.basis = remember(self._basis)
         self._teacher = remember(self._load)
 
     def look(self, key: str, view: int = 0) -> list[Look]:
@@ -96,16 +104,15 @@ class Looker:
             UnknownKeyError: the cache holds no such name or key, or view.
         """
         row = int(self.cache.rows([key], view)[0])
-        return [self._look(self.cache[name], row, view) for name in self.teachers]
+        return [self.look_at(name, row, view) for name in self.teachers]
 
     def key_of(self, name: str) -> str:
         """Return the key of a name or key that the cache holds."""
-        row = self.cache.rows([name])[0]
-        place = int(np.searchsorted(self.cache.catalog.rows, row))
-        return str(self.cache.catalog.index["key"][place].as_py())
+        return _key_at(self.cache.catalog, int(self.cache.rows([name])[0]))
 
-    def _look(self, store: TeacherCache, row: int, view: int) -> Look:
-        key = _key_at(self.cache.catalog, row)
+    def look_at(self, teacher: str, row: int, view: int) -> Look:
+        """Return what one teacher says in a row, which holds that view of an image."""
+        store, key = self.cache[teacher], _key_at(self.cache.catalog, row)
         errors = [seal.error for seal in store.seals.values() if seal.error.num_tokens]
         tokens = sum(error.num_tokens for error in errors)
         sealed = sum(error.mean * error.num_tokens for error in errors) / tokens if tokens else None
@@ -126,7 +133,7 @@ class Looker:
             grid=side,
             reason=None,
             picture_SSC=picture,
-            colours_GGC=self.basis(store.teacher)
+            colours_GGC=self._basis(store)
             .colours(targets.standardised_BND[0])
             .reshape(side, side, 3),
             attention_GG=None
@@ -136,8 +143,10 @@ class Looker:
             sealed_error=sealed,
         )
 
-    def _basis(self, teacher: str) -> ColourBasis:
-        return basis_of(self.cache[teacher], self.cache.catalog)
+    def _basis(self, store: TeacherCache) -> ColourBasis:
+        if store.teacher not in self.bases:
+            self.bases[store.teacher] = basis_of(store, self.cache.catalog)
+        return self.bases[store.teacher]
 
     def _picture(self, spec: CacheSpec, key: str, view: int) -> Pixels | None:
         """Return the square that the teacher saw, its padding too."""
