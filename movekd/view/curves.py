@@ -72,9 +72,10 @@ def _collapse(run: RunLog) -> Figure:
     figure = Figure((_WIDTH, _HEIGHT))
     axes = figure.subplots()
     for name, at, colour in zip(_COLLAPSE, (axes, axes.twinx()), ("C0", "C1"), strict=True):
-        at.plot(*run.series(name), color=colour)
+        steps, values = run.series(name)
+        at.plot(steps, values, color=colour)
         at.set_ylabel(_COLLAPSE[name], color=colour, fontsize=9)
-        at.set_ylim(bottom=0)
+        at.set_ylim(0, 1.15 * max(values, default=1))
     _finish(axes)
     return figure
 

@@ -111,7 +111,7 @@ def _teacher(panel: TokenPanel) -> str:
         panes.append(message_html(look.reason))
     data = ""
     if panel.nearest_NK is not None and panel.cosine_NK is not None:
-        cosine = json.dumps(panel.cosine_NK.round(3).tolist())
+        cosine = json.dumps(panel.cosine_NK.astype(float).round(3).tolist())
         nearest = json.dumps(panel.nearest_NK.tolist())
         data = f' data-side="{side}" data-nearest="{nearest}" data-cosine="{cosine}"'
     return (

@@ -63,6 +63,7 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
         figures=[(heading, to_svg(figure)) for heading, figure in run_figures(run)],
         answers=answers,
         teachers=run.teachers,
+        distils=run.config.get("distill") is not None,
         config=yaml.safe_dump(dict(run.config), sort_keys=False),
         version=__version__,
         date=datetime.date.today().isoformat(),
