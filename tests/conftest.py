@@ -5,6 +5,7 @@ copy them (``shutil.copytree``).
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,19 @@ def cache_dir(
     ):
         pass
     return out
+
+
+@pytest.fixture
+def damaged_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
+    """A copy of the corpus whose shard was damaged after packing, and the image that it hit."""
+    data = tmp_path / "damaged"
+    shutil.copytree(corpus_dir, data)
+    position = 11
+    image = open_corpus(data).index.slice(position, 1).to_pylist()[0]
+    with (data / image["shard"]).open("r+b") as shard:
+        shard.seek(image["offset"])
+        shard.write(bytes(image["size"]))
+    return data, position
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from movekd.corpus.conversations import Role
-    from movekd.student.files import TrainedStudent
 
 
 def ask(
@@ -43,6 +42,7 @@ def ask(
     movekd ask my-model cat.jpg --chat
     """
     from movekd.errors import ConfigError
+    from movekd.evaluate.chat import answer
     from movekd.student.files import load_student
     from movekd.student.vlm import quiet_libraries
 
@@ -60,12 +60,12 @@ def ask(
     turns: list[tuple[Role, str]] = []
     for asked in _questions(question, chat=chat):
         turns.append(("human", asked if turns else f"<image>\n{asked}"))
-        answer = _answer(trained, image.read_bytes(), turns, max_new_tokens)
-        turns.append(("gpt", answer))
+        said = answer(trained, image.read_bytes(), turns, max_new_tokens).text
+        turns.append(("gpt", said))
         if json:
-            _print_line({"question": asked, "answer": answer})
+            _print_line({"question": asked, "answer": said})
         else:
-            typer.echo(answer)
+            typer.echo(said)
 
 
 def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
@@ -79,42 +79,6 @@ def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _answer(
-    trained: "TrainedStudent",
-    image: bytes,
-    turns: "list[tuple[Role, str]]",
-    max_new_tokens: int,
-) -> str:
-    """Return the answer to the last of the turns, all of which the model sees, the image too."""
-    from movekd.corpus.conversations import Conversation
-    from movekd.corpus.decode import decode_image
-    from movekd.errors import ConfigError
-    from movekd.evaluate.generate import generate_answers
-    from movekd.student.prompts import tokenize_question
-
-    student, conversation = trained.student, Conversation("ask", ("image",), tuple(turns))
-    decoded = decode_image(image)  # a LLaVA-NeXT has tokens by the image's size
-    num_tokens = student.count_tokens([decoded.width], [decoded.height]).tolist()
-    tokens = tokenize_question(conversation, student.tokenizer, trained.prompt, num_tokens)
-    most = getattr(student.vlm.config.text_config, "max_position_embeddings", None)
-    if most is not None and len(tokens) >= most:
-        raise ConfigError(
-            f"image and conversation are {len(tokens)} tokens; the language model holds {most}. "
-            "Ask less, or begin a new chat."
-        )
-    left = max_new_tokens if most is None else min(max_new_tokens, most - len(tokens))
-    return next(
-        generate_answers(
-            student,
-            [conversation],
-            lambda _: image,
-            prompt=trained.prompt,
-            geometry=trained.geometry,
-            max_new_tokens=left,
-        )
-    )
 
 
 def _print_line(value: dict[str, str]) -> None:

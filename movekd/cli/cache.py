@@ -1,4 +1,4 @@
-"""`movekd cache`: ls and verify; build, plan and fidelity are in modules of their own."""
+"""`movekd cache`: ls and verify; the others are in modules of their own."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 from movekd.cli.cache_build import build
 from movekd.cli.cache_plan import plan
 from movekd.cli.cache_report import fidelity, recompute_problems
+from movekd.cli.cache_show import show
 from movekd.cli.options import BatchSize, CacheArgument, Device, Json
 from movekd.cli.output import percent, print_json, print_table, progress_bar, size
 
@@ -19,6 +20,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command()(build)
 app.command()(plan)
 app.command()(fidelity)
+app.command()(show)
 
 
 @app.command("ls")

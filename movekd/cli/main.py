@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from movekd import __version__, processes
-from movekd.cli import ask, cache, demo, evaluate, export, shards, train
+from movekd.cli import ask, cache, demo, doctor, evaluate, export, report, shards, train, view
 from movekd.errors import MovekdError
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("ask")(ask.ask)
 app.command("export")(export.export)
 app.command("import")(export.import_)
+app.command("report")(report.report)
+app.command("view")(view.view)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 

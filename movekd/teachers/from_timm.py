@@ -20,6 +20,7 @@ from movekd.teachers.checkpoints import (
     weights_file,
 )
 from movekd.teachers.pooling import find_pool
+from movekd.teachers.published import published
 from movekd.teachers.trunk import Trunk, check_name
 
 _NOT_OF_THE_ARCHITECTURE = {
@@ -44,16 +45,13 @@ A spec may come out of somebody else's cache.
 def timm_trunk(spec: CacheSpec) -> Trunk:
     """Build a timm model, ``architecture`` or ``architecture.tag``."""
     import timm
-    from timm.models import get_pretrained_cfg
 
     known = [*timm.list_models(), *timm.list_pretrained()]
     check_name(spec, known)
     if spec.weights == "random":
         return _trunk(_create(spec, spec.model))
-    published = get_pretrained_cfg(spec.model)
-    repo = published.hf_hub_id if published else None
-    name = (published.hf_hub_filename if published else None) or "model.safetensors"
-    path = weights_file(spec, repo, (name, "pytorch_model.bin"))
+    place = published(spec)
+    path = weights_file(spec, place.repo, place.files)
     # timm loads through its own filters, which know every older layout of its weights. The same
     # number of classes on both sides keeps it strict.
     overlay: dict[str, Any] = {"state_dict": read_state_dict(path)}
@@ -113,7 +111,7 @@ def open_clip_trunk(spec: CacheSpec) -> Trunk:
 
     pairs = [".".join(pair) for pair in open_clip.list_pretrained()]
     check_name(spec, [*open_clip.list_models(), *pairs])
-    name, _, tag = spec.model.partition(".")
+    name, _, _ = spec.model.partition(".")
     tower = open_clip.get_model_config(name)["vision_cfg"]
     if "timm_model_name" not in tower:
         raise ConfigError(
@@ -124,10 +122,8 @@ def open_clip_trunk(spec: CacheSpec) -> Trunk:
     module.head = nn.Identity()
     if spec.weights == "random":
         return _trunk(module)
-    published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    repo, _, file = (published.get("hf_hub") or "").rpartition("/")
-    names = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    path = weights_file(spec, repo or None, names)
+    place = published(spec)
+    path = weights_file(spec, place.repo, place.files)
     load_exactly(module, _trunk_weights(read_state_dict(path)), path)
     return _trunk(module)
 

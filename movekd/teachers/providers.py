@@ -11,10 +11,11 @@ import torch
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.teachers.checkpoints import load_exactly, read_state_dict, weights_file
-from movekd.teachers.eva02_det import RELEASED_FILE, RELEASED_REPO, Eva02Det, backbone_weights
+from movekd.teachers.eva02_det import Eva02Det, backbone_weights
 from movekd.teachers.from_python import python_trunk
 from movekd.teachers.from_timm import open_clip_trunk, timm_trunk
 from movekd.teachers.from_transformers import transformers_trunk
+from movekd.teachers.published import published
 from movekd.teachers.trunk import Trunk, check_name
 
 
@@ -52,7 +53,8 @@ def movekd_trunk(spec: CacheSpec) -> Trunk:
             f"model_args of '{spec.name}' make no eva02_det: {error}. Correct them."
         ) from None
     if spec.weights != "random":
-        path = weights_file(spec, RELEASED_REPO, (RELEASED_FILE,))
+        place = published(spec)
+        path = weights_file(spec, place.repo, place.files)
         load_exactly(module, backbone_weights(read_state_dict(path)), path)
     return Trunk(module, module.forward, blocks=tuple(module.blocks))
 

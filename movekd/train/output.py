@@ -4,6 +4,7 @@ OUTPUT/
   config.yaml       the run, every default filled in
   inputs.json       what it reads: checksums of corpus, conversations and each teacher's features
   launches.json     the starts of torchrun that have worked on it, if any
+  targets.json      the teachers that it distils from, as `movekd cache ls --json` lists them
   log.json          every logged step, when the run has ended
   checkpoint-N/     Trainer's, for --resume
   runs/             TensorBoard
@@ -15,12 +16,14 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from movekd import processes
+from movekd.cache.check import TeacherStatus
 from movekd.config import read_yaml
 from movekd.errors import ConfigError
 from movekd.student.files import CONFIG_FILE
@@ -30,10 +33,12 @@ from movekd.train.trainer import CHECKPOINT_FILE
 
 LAUNCHES_FILE = "launches.json"
 LOG_FILE = "log.json"
+TARGETS_FILE = "targets.json"
 _OF_A_RUN = (
     CONFIG_FILE,
     INPUTS_FILE,
     LAUNCHES_FILE,
+    TARGETS_FILE,
     LOG_FILE,
     "runs",
     "model",
@@ -137,13 +142,16 @@ def begin_output(
     config: TrainConfig,
     inputs: dict[str, Any],
     launches: Sequence[str | None] = (),
+    teachers: Sequence[TeacherStatus] = (),
 ) -> None:
-    """Note what this run is, and which starts of torchrun have worked on it."""
+    """Note what this run is, what it distils from, and which starts of torchrun worked on it."""
     output_dir.mkdir(parents=True, exist_ok=True)
     known = sorted({name for name in launches if name} | _launches(output_dir))
     if known:  # first, so that a restart finds it with whatever else is there
         _write(output_dir / LAUNCHES_FILE, json.dumps(known) + "\n")
     _write(output_dir / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
+    table = json.dumps([asdict(teacher) for teacher in teachers], indent=1)
+    _write(output_dir / TARGETS_FILE, table + "\n")
     _write(output_dir / CONFIG_FILE, config.to_yaml())
 
 

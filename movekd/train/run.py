@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from movekd import processes
+from movekd.cache.check import teacher_status
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
@@ -120,7 +121,9 @@ def train(
     if arguments.should_save:
         if start.is_overwriting:  # not before all the rest was found to fit
             delete_run(output_dir)
-        begin_output(output_dir, config, inputs, launches)
+        names = config.distill.teachers if config.distill is not None else ()
+        teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
+        begin_output(output_dir, config, inputs, launches, teachers)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))

@@ -7,6 +7,9 @@
 - Each term of the loss is logged by itself.
 """
 
+import resource
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import product
@@ -57,6 +60,7 @@ class DistillTrainer(Trainer):
         self._step_counts: Tensor | None = None
         self._logged: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._num_steps = 0  # since the last log, or since the resume
+        self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
@@ -177,9 +181,29 @@ class DistillTrainer(Trainer):
                     logs[name] = value / self._num_steps
                 elif num_images:
                     logs[name] = value / num_images
+            logs |= self._figures_of_the_machine(start_time)
             self._logged.clear()
             self._num_steps = 0
         super().log(logs, start_time)
+
+    def _figures_of_the_machine(self, start_time: float | None) -> dict[str, float]:
+        """Return samples a second of all processes since the last log, and this one's peak memory.
+
+        The memory is the device's where there is one, else the process's own.
+        """
+        args, now = self.args, time.time()
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        began = self._last_log or start_time
+        self._last_log = now
+        if args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(args.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        figures = {"memory_peak_gib": peak / 2**30}
+        if began is not None:
+            figures["samples_per_second"] = self._num_steps * batch / max(now - began, 1e-6)
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # under FSDP every process comes here

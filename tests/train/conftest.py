@@ -74,8 +74,8 @@ class Digits:
 
     @staticmethod
     def logged(summary):
-        """Return the logged figures of each step, without times."""
-        timed = ("runtime", "per_second")
+        """Return the logged figures of each step, without times and memory."""
+        timed = ("runtime", "per_second", "peak_gib")
         return [
             {key: value for key, value in entry.items() if not key.endswith(timed)}
             for entry in summary.log

@@ -1,0 +1,88 @@
+"""`movekd doctor`."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from movekd.cli.options import Cache, Json
+from movekd.cli.output import print_json, print_table, size
+
+
+def doctor(
+    cache: Cache = "cache",
+    no_disk: Annotated[
+        bool, typer.Option("--no-disk", help="Do not measure the disk (two seconds, 256 MiB).")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Print versions, devices, disk rates, which teachers' weights are here, and what to do.
+
+    Exit code 1 if a package is missing or does not fit.
+
+    Example: movekd doctor --cache /data/cache
+    """
+    from movekd.cache.storage import open_storage
+    from movekd.teachers.checkpoints import quiet
+    from movekd.view.doctor import examine
+
+    with quiet():
+        found = examine(open_storage(cache), is_disk_measured=not no_disk)
+    if json:
+        print_json(asdict(found) | {"problems": found.problems})
+    else:
+        print_table(
+            f"Python {found.python}, {found.system}",
+            ["package", "installed", "needed", "extra", ""],
+            [
+                [
+                    p.name,
+                    p.version or "-",
+                    p.needs,
+                    p.extra,
+                    "" if p.is_fit else "does not fit",
+                ]
+                for p in found.packages
+            ],
+        )
+        print_table(
+            "devices",
+            ["device", "what", "memory", "bfloat16"],
+            [
+                [d.name, d.what, _size(d.memory_bytes), "yes" if d.bfloat16 else "no"]
+                for d in found.devices
+            ],
+        )
+        print_table(
+            f"disk of {found.cache}",
+            ["free", "writes a second", "random reads a second"],
+            [
+                [
+                    _size(found.free_bytes),
+                    _size(found.disk.write_bytes_per_s),
+                    _size(found.disk.read_bytes_per_s),
+                ]
+            ],
+        )
+        if found.disk.reason:
+            typer.echo(f"not measured: {found.disk.reason}")
+        print_table(
+            "weights of the shipped teachers",
+            ["teacher", "here", "hub repository"],
+            [[t.teacher, "yes" if t.path else "no", t.repo or "-"] for t in found.teachers],
+        )
+        if not all(t.path for t in found.teachers):
+            typer.echo(
+                "what is not here is downloaded by the first build that needs it. Without a "
+                "network:\n`hf download REPOSITORY --local-dir DIRECTORY` elsewhere, then "
+                "`movekd cache build --teacher NAME --weights DIRECTORY`.\nThe repository's page "
+                "says whose licence is to be accepted (dinov3's is)."
+            )
+        for problem in found.problems:
+            typer.echo(problem)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _size(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else size(num_bytes)

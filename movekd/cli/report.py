@@ -1,0 +1,59 @@
+"""`movekd report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from movekd.cli.output import print_json
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Output of `movekd train`, ended or not.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The HTML file; RUN/report.html unless given.")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="LLaVA JSON whose last turns are the right answers: asks the model."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the questions' images are in.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many questions.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Write one HTML file about a run: curves, routing, answers, config, the cache's teachers.
+
+    Opens from disk, without a network.
+
+    Examples:
+
+    movekd report runs/finetune
+
+    movekd report runs/finetune --questions test.json --images images/
+    """
+    from movekd.errors import ConfigError
+    from movekd.view.report import ask_samples, stored_answers, write_report
+    from movekd.view.run_log import read_run
+
+    if (questions is None) != (images is None):
+        raise ConfigError("--questions and --images go together; give both, or neither.")
+    log = read_run(run)
+    answers = stored_answers(run, samples)
+    if questions is not None and images is not None:
+        from movekd.cli.ask import resolve_device
+        from movekd.student.files import load_student
+        from movekd.student.vlm import quiet_libraries
+
+        quiet_libraries()
+        trained = load_student(run, resolve_device(device))
+        answers = [*ask_samples(trained, questions, images, samples), *answers]
+    path = output or run / "report.html"
+    write_report(log, answers, path)
+    if json:
+        facts = {"report": str(path), "ended": log.is_ended, "logged_steps": len(log.steps)}
+        print_json(facts | {"answers": len(answers)})
+    else:
+        typer.echo(str(path))

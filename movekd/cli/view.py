@@ -1,0 +1,67 @@
+"""`movekd view`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from movekd.cli.options import Cache
+
+
+def view(
+    cache: Cache = "cache",
+    shards: Annotated[
+        Path | None,
+        typer.Option(help="The corpus that it was built from: shows the pictures, too."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Output of `movekd train`: its curves, and a chat.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anyone who reaches it sees the cache.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
+    device: Annotated[str, typer.Option(help="Of the student: auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Look into a cache and talk to a student in the browser, at http://127.0.0.1:7860.
+
+    Needs the extra web: pip install 'movekd[web]'. A cache may still be being built.
+
+    Example: movekd view --cache cache/ --shards data/ --run runs/finetune
+    """
+    import os
+    import socket
+    from importlib.util import find_spec
+
+    from movekd.corpus.index import open_corpus
+    from movekd.errors import ConfigError
+    from movekd.student.files import TrainedStudent, load_student
+    from movekd.student.vlm import quiet_libraries
+    from movekd.view.browser import Browser
+    from movekd.view.run_log import read_run
+
+    if find_spec("gradio") is None:
+        raise ConfigError("the page needs Gradio, which is missing: pip install 'movekd[web]'.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); give another --port."
+            ) from None
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves this machine
+    from movekd.view.page import build_page, serve
+
+    quiet_libraries()
+    browser = Browser(cache, None if shards is None else open_corpus(shards))
+    student: TrainedStudent | None = None
+    if run is not None:
+        log = read_run(run)
+        if (run / "model").is_dir() and log.config.get("stage") != "distill":
+            from movekd.cli.ask import resolve_device
+
+            student = load_student(run, resolve_device(device))
+    page = build_page(browser, run, student)
+    typer.echo(f"http://{host}:{port} (Ctrl-C ends it)")
+    serve(page, host, port)

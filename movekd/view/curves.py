@@ -1,0 +1,113 @@
+"""The curves of a run as figures; ``report`` puts them into a page, ``page`` shows them.
+
+A run's log comes in, one matplotlib figure a heading goes out. What was not logged has no figure.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from movekd.view.run_log import RunLog
+
+_LOSSES = {"loss": "all terms", "loss_text": "text", "loss_kd": "KD", "loss_balance": "balance"}
+_COLLAPSE = {"token_std": "standard deviation", "token_rank": "effective rank"}
+_SVG: Mapping[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "movekd"}
+_WIDTH, _HEIGHT = 5.6, 3.2
+
+
+def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
+    """Yield heading and figure of everything that the run logged."""
+    yield "Loss", _lines(run, _LOSSES)
+    kd = {name: name.removeprefix("loss_kd_") for name in run.names("loss_kd_")}
+    weights = {n: n.removeprefix("teacher_weight_") for n in run.names("teacher_weight_")}
+    panels = {
+        "KD loss of each teacher": kd,
+        "Weight of each teacher": weights,
+        "Learning rate": {"learning_rate": "learning rate"},
+        "Norm of the gradient": {"grad_norm": "before clipping"},
+        "Throughput": {"samples_per_second": "samples a second, all processes"},
+        "Memory": {"memory_peak_gib": "peak, GiB a process"},
+    }
+    for heading, names in panels.items():
+        if any(run.series(name)[0] for name in names):
+            yield heading, _lines(run, names, from_zero=heading in ("Throughput", "Memory"))
+    if any(run.series(name)[0] for name in _COLLAPSE):
+        yield "Student's tokens: collapse would show here", _collapse(run)
+    if shares := run.names("routing_share_"):
+        yield "Routing: share of tokens that each expert gets, a block each", _routing(run, shares)
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element; the same figure gives the same text."""
+    file = io.StringIO()
+    with mpl.rc_context(dict(_SVG)):
+        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) -> Figure:
+    figure = Figure((_WIDTH, _HEIGHT))
+    axes = figure.subplots()
+    shown = {name: run.series(name) for name in names}
+    for name, (steps, values) in shown.items():
+        if steps:
+            axes.plot(steps, values, label=names[name], marker="o" if len(steps) < 12 else "")
+    _finish(axes)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if len(names) > 1:
+        axes.legend(fontsize=8)
+    else:
+        axes.set_ylabel(next(iter(names.values())), fontsize=9)
+    return figure
+
+
+def _collapse(run: RunLog) -> Figure:
+    """Two axes: a KD loss that falls while these fall is no learning."""
+    figure = Figure((_WIDTH, _HEIGHT))
+    axes = figure.subplots()
+    for name, at, colour in zip(_COLLAPSE, (axes, axes.twinx()), ("C0", "C1"), strict=True):
+        steps, values = run.series(name)
+        at.plot(steps, values, color=colour)
+        at.set_ylabel(_COLLAPSE[name], color=colour, fontsize=9)
+        at.set_ylim(0, 1.15 * max(values, default=1))
+    _finish(axes)
+    return figure
+
+
+def _routing(run: RunLog, names: Sequence[str]) -> Figure:
+    """A small panel a block, stacked shares of its experts over the steps."""
+    of_block: dict[int, dict[int, str]] = {}
+    for name in names:
+        found = re.fullmatch(r"routing_share_(\d+)_(\d+)", name)
+        if found:
+            of_block.setdefault(int(found[1]), {})[int(found[2])] = name
+    columns = min(6, len(of_block))
+    rows = -(-len(of_block) // columns)
+    figure = Figure((2.1 * columns + 0.6, 1.5 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    for panel, block in zip(panels, sorted(of_block), strict=False):
+        experts = sorted(of_block[block])
+        series = [run.series(of_block[block][expert]) for expert in experts]
+        panel.stackplot(series[0][0], *[values for _, values in series], labels=experts)
+        panel.set_title(f"block {block}", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.set_ylim(0, 1)
+        panel.margins(x=0)
+    for panel in list(panels)[len(of_block) :]:
+        panel.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, [f"expert {e}" for e in labels], loc="outside right center", fontsize=8)
+    return figure
+
+
+def _finish(axes: Any) -> None:
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.02)

@@ -1,0 +1,154 @@
+"""Is this machine fit for the work, and what is missing? `movekd doctor`.
+
+Nothing comes in but the place of a cache; out go four tables: packages, devices, disk, teachers.
+Nothing is downloaded.
+"""
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+
+from movekd.build.disk import DiskRates, measure_disk
+from movekd.cache.spec import load_spec, shipped_specs
+from movekd.cache.storage import Storage
+from movekd.teachers.published import find_downloaded, published
+
+_ROW_BYTES = 600_000
+"""Of CLIP-L's 576 tokens in int8, about."""
+_NEVER_SHOWN = {"dev"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that movekd needs.
+
+    Attributes:
+        name: as on PyPI.
+        version: installed, None where it is not.
+        needs: versions that movekd was made for.
+        extra: the extra that needs it, empty for the core.
+        is_fit: whether what is installed fits; a missing package of an extra is fit.
+    """
+
+    name: str
+    version: str | None
+    needs: str
+    extra: str
+    is_fit: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something to compute with."""
+
+    name: str
+    what: str
+    memory_bytes: int | None
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """Whether a shipped teacher's weights are here.
+
+    Attributes:
+        teacher: name of the spec.
+        model: the model in its library.
+        repo: the hub repository that has them.
+        path: the downloaded file, None where it is not here.
+    """
+
+    teacher: str
+    model: str
+    repo: str | None
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `movekd doctor` found."""
+
+    python: str
+    system: str
+    packages: Sequence[Package]
+    devices: Sequence[Device]
+    cache: str
+    free_bytes: int | None
+    disk: DiskRates
+    teachers: Sequence[TeacherWeights]
+
+    @property
+    def problems(self) -> list[str]:
+        """Sentences about what will not work."""
+        return [
+            f"{p.name} {p.version or 'is missing'}; movekd needs {p.needs or 'it'}: "
+            f"pip install '{p.name}{p.needs}'"
+            for p in self.packages
+            if not p.is_fit
+        ]
+
+
+def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
+    """Return what this machine has; measuring the disk takes two seconds and 256 MiB, for a while.
+
+    Args:
+        storage: where a cache would lie.
+        is_disk_measured: whether to write there.
+    """
+    rates = DiskRates(None, None, "not asked for")
+    if is_disk_measured:
+        rates = measure_disk(storage, _ROW_BYTES)
+    return Examination(
+        python=platform.python_version(),
+        system=platform.platform(),
+        packages=list(_packages()),
+        devices=list(_devices()),
+        cache=storage.url,
+        free_bytes=storage.free_bytes(),
+        disk=rates,
+        teachers=[_weights(name) for name in shipped_specs()],
+    )
+
+
+def _packages() -> Iterator[Package]:
+    for text in metadata.requires("movekd") or []:
+        requirement = Requirement(text)
+        extra = ""
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            extra = str(requirement.marker).rpartition("==")[2].strip(" '\"")
+            if extra in _NEVER_SHOWN or not requirement.marker.evaluate({"extra": extra}):
+                continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+        needs = str(requirement.specifier)
+        yield Package(
+            requirement.name, version, needs, extra, fits or (not version and bool(extra))
+        )
+
+
+def _devices() -> Iterator[Device]:
+    for number in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(number)
+        yield Device(f"cuda:{number}", of.name, of.total_memory, torch.cuda.is_bf16_supported())
+    if torch.backends.mps.is_available():
+        yield Device("mps", "Apple GPU", None, True)
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Device("cpu", f"{platform.machine()}, {cores} cores", memory, True)
+
+
+def _weights(name: str) -> TeacherWeights:
+    spec = load_spec(name)
+    found = find_downloaded(spec)
+    path = None if found is None else str(found)
+    return TeacherWeights(name, spec.model, published(spec).repo, path)

@@ -1,0 +1,146 @@
+"""Pieces of the page as HTML: every value that goes in is escaped or a number.
+
+``browser`` and ``chat`` hand over what is shown; ``page`` puts it into Gradio's components.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from movekd.view.browser import TokenPanel
+
+SCRIPT = """
+element.addEventListener('mousemove', (event) => {
+  const pane = event.target.closest('.movekd-pane');
+  if (!pane || !pane.closest('[data-nearest]')) return;
+  const box = pane.getBoundingClientRect();
+  const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+  if (x < 0 || y < 0 || x >= 1 || y >= 1) return;
+  element.querySelectorAll('[data-nearest]').forEach((teacher) => {
+    const side = Number(teacher.dataset.side);
+    const token = Math.floor(y * side) * side + Math.floor(x * side);
+    teacher.near ??= JSON.parse(teacher.dataset.nearest);
+    teacher.cosine ??= JSON.parse(teacher.dataset.cosine);
+    const near = teacher.near[token], cosine = teacher.cosine[token];
+    const square = (at, kind) => `<rect class="${kind}" x="${at % side}" ` +
+      `y="${Math.floor(at / side)}" width="1" height="1"/>`;
+    const marks = near.map((at) => square(at, 'near')).join('') + square(token, 'here');
+    teacher.querySelectorAll('svg').forEach((svg) => { svg.innerHTML = marks; });
+    teacher.querySelector('.movekd-said').textContent =
+      `token ${token}: nearest ${near.join(', ')}; cosine ${cosine.join(', ')}`;
+  });
+});
+"""
+"""Hovering over a place marks, in every teacher, the token there and those nearest to it."""
+
+STYLE = """
+.movekd { display: flex; flex-direction: column; gap: 1.2rem; }
+.movekd h3 { margin: 0 0 .3rem; font-size: 1rem; } .movekd .warn { color: #b3261e; }
+.movekd-row { display: flex; flex-wrap: wrap; gap: .6rem; }
+.movekd-row figure { margin: 0; width: 15rem; }
+.movekd figcaption { font-size: .8rem; opacity: .75; }
+.movekd-pane { position: relative; width: 100%; aspect-ratio: 1; }
+.movekd-pane img, .movekd-pane svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+.movekd-pane img { image-rendering: pixelated; } .movekd-pane img.over { opacity: .6; }
+.movekd rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }
+.movekd rect.near { stroke: #fff; } .movekd rect.here { stroke: #ff2d2d; }
+.movekd-said { font-size: .8rem; min-height: 1.2em; font-variant-numeric: tabular-nums; }
+.movekd-message { padding: .8rem 1rem; border-left: 4px solid #b3261e; }
+.movekd-message { background: #fdecea; color: #222; }
+.movekd-key span { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }
+"""
+
+EXPERT_COLOURS = ((230, 97, 1), (94, 60, 153), (27, 158, 119), (231, 41, 138), (102, 166, 30))
+
+
+def teachers_html(panels: Sequence[TokenPanel], title: str) -> str:
+    """Return the panels of all teachers side by side."""
+    parts = [f"<div>{escape(title)}</div>"]
+    parts += [_teacher(panel) for panel in panels]
+    return f'<div class="movekd">{"".join(parts)}</div>'
+
+
+def message_html(text: str) -> str:
+    """Return a sentence that something is not as it should be."""
+    return f'<div class="movekd-message" role="alert">{escape(text)}</div>'
+
+
+def experts_html(experts_GG: npt.NDArray[np.int8], num_experts: int, picture: Any) -> str:
+    """Return which expert each patch chose in one block, over the picture (uint8 RGB or None)."""
+    colours = np.array([EXPERT_COLOURS[e % len(EXPERT_COLOURS)] for e in range(num_experts)])
+    under = "" if picture is None else _image(picture)
+    over = _image(colours[experts_GG].astype(np.uint8), "over")
+    shares = np.bincount(experts_GG.ravel(), minlength=num_experts) / experts_GG.size
+    key = "".join(
+        f'<span style="background: rgb{tuple(map(int, colour))}"></span>'
+        f"expert {expert}: {share:.0%}"
+        for expert, (colour, share) in enumerate(zip(colours, shares, strict=True))
+    )
+    pane = f'<figure><div class="movekd-pane">{under}{over}</div></figure>'
+    row = f'<div class="movekd-row">{pane}</div><div class="movekd-key">{key}</div>'
+    return f'<div class="movekd">{row}</div>'
+
+
+def _teacher(panel: TokenPanel) -> str:
+    look = panel.look
+    spec, said = look.spec, [f"{look.grid}x{look.grid}", look.spec.codec]
+    if panel.shard_error is not None:
+        mean, most = panel.shard_error
+        said.append(f"codec error {mean:.2%}, at most {most:.2%}")
+    random = ' <span class="warn">random weights</span>' if spec.weights == "random" else ""
+    head = f"<h3>{escape(look.teacher)} <small>{escape(', '.join(said))}</small>{random}</h3>"
+    side, panes = look.grid, []
+    if look.picture_SSC is not None:
+        panes.append(_pane(_image(look.picture_SSC), side, f"seen at {spec.image_size} pixels"))
+    if look.colours_GGC is not None:
+        colours = _image(_bytes(look.colours_GGC))
+        panes.append(_pane(colours, side, "tokens, 3 principal components"))
+    if look.attention_GG is not None:
+        under = "" if look.picture_SSC is None else _image(look.picture_SSC)
+        most = look.attention_GG.max()
+        over = _image(_heat(look.attention_GG), "over")
+        panes.append(_pane(under + over, side, f"[CLS] attention, largest {most:.1%}"))
+    if look.reason is not None:
+        panes.append(message_html(look.reason))
+    data = ""
+    if panel.nearest_NK is not None and panel.cosine_NK is not None:
+        cosine = json.dumps(panel.cosine_NK.astype(float).round(3).tolist())
+        nearest = json.dumps(panel.nearest_NK.tolist())
+        data = f' data-side="{side}" data-nearest="{nearest}" data-cosine="{cosine}"'
+    return (
+        f'<section data-teacher="{escape(look.teacher)}"{data}>{head}'
+        f'<div class="movekd-row">{"".join(panes)}</div><div class="movekd-said"></div></section>'
+    )
+
+
+def _pane(images: str, side: int, caption: str) -> str:
+    return (
+        f'<figure><div class="movekd-pane">{images}'
+        f'<svg viewBox="0 0 {side} {side}" preserveAspectRatio="none"></svg></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _bytes(colours_GGC: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    return np.asarray(np.nan_to_num(colours_GGC) * 255, np.uint8)
+
+
+def _heat(values_GG: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    from matplotlib import colormaps
+
+    top = max(float(np.quantile(values_GG, 0.99)), 1e-12)  # a few tokens own most of it
+    return np.asarray(colormaps["inferno"](np.clip(values_GG / top, 0, 1))[..., :3] * 255, np.uint8)
+
+
+def _image(pixels_HWC: npt.NDArray[np.uint8], kind: str = "") -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="{kind}" alt="" src="data:image/png;base64,{data}">'

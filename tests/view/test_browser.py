@@ -1,0 +1,87 @@
+"""What the page is told about a cache."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from movekd.corpus.index import open_corpus
+from movekd.errors import UnknownKeyError
+from movekd.view.browser import NUM_NEAREST, Browser
+from movekd.view.panels import experts_html, message_html, teachers_html
+
+
+@pytest.fixture
+def browser(cache_dir, corpus_dir):
+    return Browser(str(cache_dir), open_corpus(corpus_dir))
+
+
+def test_search_finds_names_and_keys(browser):
+    assert browser.search("photos/0") == [f"photos/{n:02d}.png" for n in range(10)]
+    key = browser.draw()
+    assert key in browser.search(key[:12])
+    assert browser.search("../../etc") == []
+
+
+def test_nearest_tokens_are_those_of_the_largest_cosine(browser):
+    name = "photos/05.png"
+    for panel in browser.panels(name, ["clip", "conv"]):
+        store = browser.cache[panel.look.teacher]
+        tokens = store.read(browser.cache.rows([name])).standardised_BND[0].numpy()
+        tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+        cosine = tokens @ tokens.T
+        for token, (near, said) in enumerate(zip(panel.nearest_NK, panel.cosine_NK, strict=True)):
+            others = [at for at in range(len(tokens)) if at != token]
+            best = sorted(others, key=lambda at: -cosine[token, at])[:NUM_NEAREST]
+            assert set(near) <= set(others)
+            np.testing.assert_allclose(said, cosine[token, best], atol=1e-5)
+        assert panel.shard_error[0] <= panel.shard_error[1]
+
+
+def test_a_head_of_attention_is_that_head(browser):
+    name = "photos/05.png"
+    stored = browser.cache["clip"].read(browser.cache.rows([name])).cls_attention_BHN[0]
+    for head in range(stored.shape[0]):
+        (panel,) = browser.panels(name, ["clip"], head=head)
+        assert panel.heads == stored.shape[0]
+        assert torch.equal(torch.from_numpy(panel.look.attention_GG).flatten(), stored[head])
+
+
+def test_missing_keys_and_paths_are_sentences(browser):
+    for name in ("nowhere.png", "/etc/passwd", "../index.parquet"):
+        with pytest.raises(UnknownKeyError, match="holds no image"):
+            browser.panels(name, ["clip"])
+
+
+def test_a_cache_that_is_being_built_is_opened_again(tmp_path, cache_dir):
+    shutil.copytree(cache_dir, tmp_path / "cache")
+    seals = sorted((tmp_path / "cache" / "clip.seals").glob("0*.json"))
+    held = [(path, path.read_bytes()) for path in seals]
+    for path in seals:
+        path.unlink()
+    browser = Browser(str(tmp_path / "cache"))
+    (panel,) = browser.panels("photos/05.png", ["clip"])
+    assert panel.look.reason == "not built yet"
+    assert "not built yet" in teachers_html([panel], "x")
+    for path, content in held:
+        path.write_bytes(content)
+    (panel,) = browser.panels("photos/05.png", ["clip"])
+    assert panel.look.reason is None
+
+
+def test_html_escapes_what_comes_from_outside(browser):
+    bad = "<img src=x onerror=alert(1)>"
+    panels = browser.panels("photos/05.png", ["clip", "conv"])
+    assert bad not in teachers_html(panels, bad)
+    assert bad not in message_html(bad)
+    page = teachers_html(panels, "photos/05.png")
+    assert page.count("data-nearest=") == 2
+    assert "random weights" in page
+
+
+def test_experts_are_shown_with_their_shares():
+    page = experts_html(np.array([[0, 1], [1, 1]], np.int8), 3, None)
+    assert "expert 0: 25%" in page
+    assert "expert 1: 75%" in page
+    assert "expert 2: 0%" in page
