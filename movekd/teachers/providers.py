@@ -3,6 +3,7 @@
 Comes in: a CacheSpec. Goes out: a ``Trunk``, which ``teachers.load`` wraps.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from movekd.teachers.from_timm import open_clip_trunk, timm_trunk
 from movekd.teachers.from_transformers import transformers_trunk
 from movekd.teachers.published import published
 from movekd.teachers.trunk import Trunk, check_name
+
+_DRAWING = threading.Lock()
+"""The generator is the process's: two threads that draw from it disturb each other."""
 
 
 def build_trunk(spec: CacheSpec) -> Trunk:
@@ -34,13 +38,14 @@ def build_trunk(spec: CacheSpec) -> Trunk:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Run with the CPU generator at ``seed`` and put its state back."""
-    state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
+    """Run with the CPU generator at ``seed`` and put its state back; one thread at a time."""
+    with _DRAWING:
+        state = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.random.set_rng_state(state)
 
 
 def movekd_trunk(spec: CacheSpec) -> Trunk:

@@ -113,9 +113,9 @@ class Looker:
     def look_at(self, teacher: str, row: int, view: int) -> Look:
         """Return what one teacher says in a row, which holds that view of an image."""
         store, key = self.cache[teacher], _key_at(self.cache.catalog, row)
-        errors = [seal.error for seal in store.seals.values() if seal.error.num_tokens]
-        tokens = sum(error.num_tokens for error in errors)
-        sealed = sum(error.mean * error.num_tokens for error in errors) / tokens if tokens else None
+        sums = store.sums
+        tokens = sums.num_tokens_S.sum()
+        sealed = float((sums.error_mean_S * sums.num_tokens_S).sum() / tokens) if tokens else None
         picture, reason = self._picture(store.spec, key, view), None
         if row // store.layout.rows_per_shard in store.missing_shards:
             reason = "not built yet"
@@ -161,7 +161,7 @@ class Looker:
 
     def _place(self, key: str) -> int:
         assert self.corpus is not None
-        place = int(find_rows([key], self.corpus.index["key"], self.corpus.names)[0])
+        place = int(find_rows([key], self.corpus.index, self.corpus.names)[0])
         if place < 0:
             raise CorpusError(
                 f"{self.corpus.data_dir} holds no image with key {key}; give the --shards that the "

@@ -184,7 +184,7 @@ def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
     if not name or not name.strip():
         raise MovekdError("Show an image of the cache first, or give one.")
     corpus = browser.corpus
-    row = int(find_rows([name.strip()], corpus.index["key"], corpus.names)[0])
+    row = int(find_rows([name.strip()], corpus.index, corpus.names)[0])
     if row < 0:
         raise MovekdError(f"{corpus.data_dir} holds no image {name.strip()!r}.")
     return np.asarray(decode_image(corpus.read_image(row)))

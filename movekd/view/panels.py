@@ -51,6 +51,8 @@ STYLE = """
 .movekd-pane img { image-rendering: pixelated; } .movekd-pane img.over { opacity: .6; }
 .movekd rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }
 .movekd rect.near { stroke: #fff; } .movekd rect.here { stroke: #ff2d2d; }
+.movekd-curves { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+.movekd-curves figure { margin: 0; } .movekd-curves figcaption { font-weight: 600; }
 .movekd-said { font-size: .8rem; min-height: 1.2em; font-variant-numeric: tabular-nums; }
 .movekd-message { padding: .8rem 1rem; border-left: 4px solid #b3261e; }
 .movekd-message { background: #fdecea; color: #222; }

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 HELPERS = Path(__file__).parent
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Torch 2.15 gives restarted processes the old attempt's store, which holds addresses of the dead."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process: one thread, and these helpers can be imported."""
+    """Return the environment of a process: one thread, helpers at hand, a store an attempt."""
     path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
+    return os.environ | OWN_STORE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def torchrun(

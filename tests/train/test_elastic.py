@@ -24,8 +24,6 @@ def start_node(store, words, notes, log, **env):
     settings = "is_host=0,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
     command = [*TORCHRUN, *options, "--rdzv-conf", settings, "-m", "watched", *map(str, words)]
     env |= {"WATCH_NOTES": str(notes)}
-    # torch 2.15 does not tell a node that joins where the others meet, unless so
-    env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with log.open("w") as file:
         return subprocess.Popen(command, stderr=file, stdout=file, env=environment(**env))
 

@@ -113,7 +113,7 @@ def test_a_killed_process_started_again_by_torchrun_ends_bit_for_bit_the_same(
     assert sorted({line["step"] for line in again if "step" in line}) == [5, 6]
     assert sum("image" in line for line in again) == 8  # nor is a sample read that is skipped
     assert_same_weights(digits, whole, tmp_path / "run")
-    timed = ("runtime", "per_second")
+    timed = ("runtime", "per_second", "peak_gib")
     for first, second in zip(logged(whole), logged(tmp_path / "run"), strict=True):
         for name in first:
             assert name.endswith(timed) or first[name] == second[name], name

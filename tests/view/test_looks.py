@@ -11,6 +11,7 @@ from movekd.build.images import image_transform
 from movekd.build.stored_spec import spec_to_run
 from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError, CorpusError, UnknownKeyError
 from movekd.view.looks import Looker
 from movekd.view.sheet import as_image, draw_sheet, save_sheet
@@ -83,16 +84,14 @@ def test_a_skipped_image_says_why(tmp_path, damaged_corpus, tiny_specs):
         assert "no image that can be read" in look.reason
 
 
-def test_unknown_images_and_other_corpora_are_sentences(
-    cache, tmp_path, corpus_dir, damaged_corpus
-):
+def test_unknown_images_and_other_corpora_are_sentences(cache, tmp_path, crops):
     with pytest.raises(UnknownKeyError, match=r"nowhere\.png"):
         Looker(cache).look("nowhere.png")
-    other = open_corpus(corpus_dir)
-    other.index = other.index.slice(0, 0)
-    other.names = other.names.slice(0, 0)
+    (tmp_path / "images").mkdir()
+    crops[-1].save(tmp_path / "images" / "other.png")
+    pack_folder(tmp_path / "images", tmp_path / "data", num_workers=1)
     with pytest.raises(CorpusError, match="give the --shards that the cache"):
-        Looker(cache, other).look("photos/03.png")
+        Looker(cache, open_corpus(tmp_path / "data")).look("photos/03.png")
 
 
 def test_a_sheet_has_a_column_for_what_there_is(cache, corpus_dir, tmp_path):
