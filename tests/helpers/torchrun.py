@@ -10,7 +10,7 @@ from typing import Any
 
 HELPERS = Path(__file__).parent
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Torch 2.15 gives restarted processes the old attempt's store, which holds addresses of the dead."""
+"""Torch 2.15 gives restarted processes the old store, with addresses of the dead in it."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
