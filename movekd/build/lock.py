@@ -153,10 +153,8 @@ def _marks(storage: ObjectStorage, name: str) -> dict[int, bytes]:
 
     Holders are told apart by content: numbers start again when all objects are gone.
     """
-    names = storage.files(name.rpartition("/")[0])
-    ours = [key for key in names if key.startswith(f"{name}.")]
-    numbered = {key: key.removeprefix(f"{name}.") for key in ours}
-    contents = storage.read_many([key for key in ours if numbered[key].isdigit()])
+    numbered = {key: key.removeprefix(f"{name}.") for key in storage.starting_with(f"{name}.")}
+    contents = storage.read_many([key for key in numbered if numbered[key].isdigit()])
     return {int(numbered[key]): content for key, content in contents.items()}
 
 

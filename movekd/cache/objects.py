@@ -137,6 +137,16 @@ class ObjectStorage:
         prefix = f"{folder}/" if folder else ""
         return [f"{prefix}{name}" for name in self._list(folder, "file")]
 
+    def starting_with(self, name: str) -> list[str]:
+        """Return the objects whose names start so, without listing the others beside them."""
+        folder, _, start = name.rpartition("/")
+        with self._errors("listed", name), contextlib.suppress(FileNotFoundError):
+            found = self._files.find(self._path(folder), prefix=start)
+            names = (path.rpartition("/")[2] for path in found)
+            inside = f"{folder}/" if folder else ""
+            return sorted(f"{inside}{found}" for found in names if found.startswith(start))
+        return []
+
     def free_bytes(self) -> int | None:
         """Return None: an object store has no end."""
         return None

@@ -324,6 +324,19 @@ def test_a_holder_on_another_host_lives_as_long_as_it_renews(prefix, monkeypatch
     assert storage.sizes("clip.seals") == {}
 
 
+def test_a_lock_is_found_without_listing_the_seals(prefix, server) -> None:
+    """A hundred thousand seals lie beside the locks of their Zarr shards."""
+    storage = open_storage(prefix)
+    name = "clip.seals/.00012.lock"
+    for other in ["clip.seals/00012.json", f"{name}.7", f"{name}.7/below", f"{name}s.1"]:
+        storage.write(other, [b"{}"])
+    server.fail()
+    assert storage.starting_with(f"{name}.") == [f"{name}.7"]
+    listings = [line for line in server.log() if "list-type=2" in line]
+    assert listings
+    assert all(f"prefix={prefix.partition('bucket/')[2]}/{name}." in line for line in listings)
+
+
 @pytest.mark.parametrize("dead", [None, 0, 3])
 def test_of_many_who_want_the_lock_one_holds_it(prefix, monkeypatch, dead) -> None:
     """From nothing, and from a dead holder whose number comes again once all are gone."""

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.parse import unquote
 
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -39,7 +40,8 @@ class Faulty:
             return self._answer(start, b"{}")
         if path == "/__log__":
             return self._answer(start, json.dumps(self._log).encode())
-        self._log.append(f"{method} {path} {environ.get('HTTP_RANGE', '')}".strip())
+        asked = environ.get("HTTP_RANGE") or unquote(environ.get("QUERY_STRING", ""))
+        self._log.append(f"{method} {path} {asked}".strip())
         fault = self._next_fault(method, path)
         if fault in ("500", "503"):
             body = self._fail(start, fault)
