@@ -53,7 +53,7 @@ def prepare(place: Place, chosen: Sequence[Arm]) -> list[World]:
     """Make what the arms need of every world, and is not there yet; return the worlds."""
     made = [place.world(number) for number in WORLDS]
     with _pool(place.jobs) as pool:
-        teachers = [(w, name) for w in made if w.number for name in TEACHERS]
+        teachers = [(w, name) for w in made if not w.shipped_weights for name in TEACHERS]
         _all(pool, worlds.train_teacher, [t for t in teachers if not _has_weights(*t)])
         for world in made:
             worlds.collect_weights(world)
@@ -97,11 +97,12 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
 def run_final(place: Place, chosen: Sequence[Arm]) -> None:
     """Answer the test questions, once, with the student of every run of the arms.
 
+    A student that is not on disk is trained again, and has to be the one that its row is of.
+
     Raises:
-        SystemExit: runs are missing, or their students are not here.
+        SystemExit: runs are missing, or some failed (after all the others).
     """
     with _lock(place.work):
-        made = [place.world(number) for number in WORLDS]
         have = results.by_run(results.read(place.results, "runs"))
         missing = [run for run in runs(tuple(chosen)) if run not in have]
         if missing:
@@ -109,21 +110,16 @@ def run_final(place: Place, chosen: Sequence[Arm]) -> None:
                 f"study: {len(missing)} runs have no row yet ({missing[0]}, ...); the test scenes "
                 "are looked at when all have. Run the study to its end first."
             )
+        made = prepare(place, chosen)
         _refuse_other_settings(place, chosen, made)
         for world in made:
             worlds.write_test_scenes(world)
         seen = results.by_run(results.read(place.results, "final"))
         tasks = [
-            Task(run, find_arm(run.arm), made[run.world])
+            Task(run, find_arm(run.arm), made[run.world], have[run]["epochs"], have[run])
             for run in runs(tuple(chosen))
             if run not in seen
         ]
-        lost = [task.folder for task in tasks if not (task.folder / "finetune/model").exists()]
-        if lost:
-            raise SystemExit(
-                f"study: the students of {len(lost)} runs are not here ({lost[0]}, ...); take "
-                "their lines out of runs.jsonl and train them again."
-            )
 
         def note(row: Row) -> Row:
             results.append(place.results, "final", row)
@@ -148,7 +144,8 @@ def explore(place: Place, tasks: Sequence[Task], about: Row) -> None:
 def time_factor(have: dict[RunId, Row], name: str) -> float:
     """Return by how much an arm's epochs are multiplied to take as long as another arm's runs.
 
-    The median, over the runs that both arms have, of the ratio of their training times.
+    That of the arm's rows; for its first one, the median, over the runs that both arms have, of
+    the ratio of their training times.
 
     Raises:
         SystemExit: there is no such run yet.
@@ -156,6 +153,9 @@ def time_factor(have: dict[RunId, Row], name: str) -> float:
     longer = find_arm(name).matches_time_of
     if longer is None:
         return 1.0
+    for run, row in have.items():
+        if run.arm == name:
+            return float(row["epochs"])
     ratios = [
         _train_seconds(row) / _train_seconds(have[base])
         for run, row in have.items()

@@ -36,6 +36,8 @@ from study.worlds import YAMLS, World
 STAGES = ("pretrain", "finetune")
 CURVES = ("loss_text", "loss_kd", "token_std", "token_rank", "routing_max_share")
 PLACES = 36  # patches of a scene
+REPEATED = ("val", "token_std", "token_rank", "loss_kd")
+"""What a run that is done again has to repeat to the last digit of its row."""
 Row = dict[str, Any]
 
 
@@ -48,12 +50,14 @@ class Task:
         arm: how it trains.
         world: on what.
         epochs: factor on the epochs of both stages; not 1 where an arm matches another's time.
+        row: of the same run, done before; what is trained again has to agree with it.
     """
 
     run: RunId
     arm: Arm
     world: World
     epochs: float = 1.0
+    row: Row | None = None
 
     @property
     def folder(self) -> Path:
@@ -159,8 +163,25 @@ def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[i
 
 
 def final(task: Task) -> Row:
-    """Answer the test questions with a finished run's student; return the row of the final file."""
+    """Answer the test questions with a run's student; return the row of the final file.
+
+    A student that is not on disk is trained again.
+
+    Raises:
+        RuntimeError: it came out as another one than the row on validation scenes is of.
+    """
     quiet_libraries()
+    if not (task.folder / "finetune/model").exists():
+        again, _ = execute(task)
+        row = task.row or again
+        for key in REPEATED:
+            if again[key] != row[key]:
+                shutil.rmtree(task.folder)
+                raise RuntimeError(
+                    f"trained again, its {key} is {again[key]}, and was {row[key]}: another "
+                    "kind of processor or of library computes here. Take its line out of "
+                    "runs.jsonl and run the study again."
+                )
     folder = task.world.folder / "test"
     trained = load_student(task.folder / "finetune")
     name = {"arm": task.run.arm, "world": task.run.world, "seed": task.run.seed}

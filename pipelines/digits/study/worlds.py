@@ -1,7 +1,7 @@
 """A world: a split of the handwriting, teachers trained on it, scenes, caches of features.
 
     WORK/worldN/
-      weights/         world 0: those that ship; the others are trained here, by the same recipe
+      weights/         those that ship, or, at other sizes, trained here by the same recipe
       teachers/ *.yaml the pipeline's files, beside their weights
       source/          pretrain.json, finetune.json, val.json, images/; no test scenes
       data/            packed
@@ -36,6 +36,8 @@ from movekd.corpus.pack import pack_llava
 from study.plan import CACHES, Sizes
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")
+WEIGHTS = Path(__file__).parent / "weights"
+"""Teachers of the worlds but 0: training them again elsewhere gives the last bits otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class World:
     def folder(self) -> Path:
         """Everything of this world."""
         return self.work / f"world{self.number}"
+
+    @property
+    def shipped_weights(self) -> Path | None:
+        """Teachers that need no training; None where there are none of this size."""
+        if self.number == 0:
+            return HERE / "weights"
+        shipped = WEIGHTS / f"world{self.number}"
+        return shipped if self.sizes.teacher_steps is None and shipped.exists() else None
 
     @property
     def source(self) -> Path:
@@ -76,7 +86,7 @@ class World:
 
 
 def train_teacher(world: World, name: str) -> None:
-    """Train one teacher of a world, unless it is there; world 0 takes those that ship."""
+    """Train one teacher of a world, unless it is there."""
     weights = world.folder / "weights"
     trained = weights / "training.json"
     if trained.exists() and name in json.loads(trained.read_text(encoding="utf-8")):
@@ -90,12 +100,11 @@ def collect_weights(world: World) -> None:
     """Bring the weights of a world together, with the pipeline's YAML files beside them."""
     weights = world.folder / "weights"
     world.folder.mkdir(parents=True, exist_ok=True)
-    if world.number == 0:
-        shutil.copytree(HERE / "weights", weights, dirs_exist_ok=True)
+    language_model = HERE / "weights/language_model"
+    shutil.copytree(language_model, weights / "language_model", dirs_exist_ok=True)
+    if world.shipped_weights is not None:
+        shutil.copytree(world.shipped_weights, weights, dirs_exist_ok=True)
     else:
-        shutil.copytree(
-            HERE / "weights/language_model", weights / "language_model", dirs_exist_ok=True
-        )
         for part in sorted((world.folder / "training").glob("*")):
             result = json.loads((part / "training.json").read_text(encoding="utf-8"))[part.name]
             shutil.copytree(part / part.name, weights / part.name, dirs_exist_ok=True)

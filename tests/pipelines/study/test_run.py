@@ -1,6 +1,7 @@
 """A run of each arm at tiny sizes, and the queue: resumed, final once, exploration bounded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_mutual_information_by_hand():
 
 def row_of(arm, seed, seconds):
     timed = {"pretrain": seconds, "finetune": 2 * seconds}
-    return {"arm": arm, "world": 0, "seed": seed, "cpu_seconds": timed}
+    return {"arm": arm, "world": 0, "seed": seed, "cpu_seconds": timed, "epochs": 1.7}
 
 
 def test_a_time_is_matched_by_the_median_ratio_of_pairs():
@@ -34,6 +35,8 @@ def test_a_time_is_matched_by_the_median_ratio_of_pairs():
     have = results.by_run(rows)
     assert time_factor(have, "time_mole") == 1.2
     assert time_factor(have, "float16") == 1
+    one = row_of("time_mole", 0, 10.0)  # all runs of an arm train as long as its first
+    assert time_factor({**have, results.run_id(one): one}, "time_mole") == 1.7
     with pytest.raises(SystemExit, match=r"as long as 'revised_full', which has no row yet"):
         time_factor(have, "time_full")
 
@@ -71,7 +74,7 @@ def test_an_arm_runs(world, arm):
 
 
 @pytest.mark.slow
-def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch):
+def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
     for module in (study.plan, study.queue):
         monkeypatch.setattr(module, "WORLDS", (0,))
     chosen = (find_arm("none_mole"), find_arm("shuffled_mole"))
@@ -119,6 +122,18 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch):
     assert tried["keys"] == ["distill=null", "student.mole.r=4"]
 
     assert not list(place.work.rglob("test.json"))
+
+    # students that are lost are trained again, and are those of their rows or are refused
+    for seed in (1, 2):
+        shutil.rmtree(place.work / f"runs/shuffled_mole-0-{seed}")
+    kept = runs_file().read_bytes()
+    (row,) = (row for row in again if (row["arm"], row["seed"]) == ("shuffled_mole", 2))
+    runs_file().write_bytes(kept + json.dumps({**row, "loss_kd": [1.0, 0.5]}).encode() + b"\n")
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        run_final(place, chosen)
+    assert "its loss_kd is" in capsys.readouterr().out
+    assert len(results.read(place.results, "final")) == 7
+    runs_file().write_bytes(kept)
     run_final(place, chosen)
     final = results.read(place.results, "final")
     assert len(final) == 8

@@ -1,11 +1,13 @@
 """Worlds are splits of their own without test scenes; the shuffled cache is a cache."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import scenes
-from study.plan import SMOKE
+from demo import TEACHERS
+from study.plan import FULL_SIZE, SMOKE, WORLDS
 from study.worlds import World, collect_weights, shuffle_cache, write_scenes, write_test_scenes
 
 from movekd.cache import open_cache
@@ -60,12 +62,22 @@ def test_ground_truth_is_drawn_again_as_it_was_written(tmp_path):
         assert entry["conversations"][1]["value"] == answer
 
 
-def test_world_0_takes_the_weights_that_ship(tmp_path):
-    world = World(0, tmp_path, SMOKE)
+@pytest.mark.parametrize("number", WORLDS)
+def test_worlds_take_the_weights_that_ship(tmp_path, number):
+    world = World(number, tmp_path, FULL_SIZE)
+    assert world.shipped_weights is not None
     collect_weights(world)
-    shipped = scenes.Path(scenes.__file__).parent / "weights"
-    for name in ("clip/model.safetensors", "SHA256SUMS"):
-        assert (world.folder / "weights" / name).read_bytes() == (shipped / name).read_bytes()
+    assert set(json.loads((world.folder / "weights/training.json").read_text())) >= set(TEACHERS)
+    sums = (world.folder / "weights/SHA256SUMS").read_text()
+    assert sums == (world.shipped_weights / "SHA256SUMS").read_text()
+    for line in sums.splitlines():
+        digest, name = line.split()
+        found = hashlib.sha256((world.folder / "weights" / name).read_bytes()).hexdigest()
+        assert found == digest, name
+
+
+def test_worlds_of_other_sizes_train_their_own(tmp_path):
+    assert World(1, tmp_path, SMOKE).shipped_weights is None
 
 
 def test_every_image_of_a_shuffled_cache_has_the_features_of_another(cache_dir, tmp_path):
