@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms
+from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms, find_arm
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
         command.add_argument("--jobs", type=int, default=2, help="processes at a time")
         command.add_argument("--smoke", action="store_true", help="tiny sizes: for tests")
         command.add_argument("--everything", action="store_true", help="the arms of study-full")
+        command.add_argument("--arms", nargs="*", default=[], help="these alone, with all seeds")
         if name == "report":
             command.add_argument("--final", action="store_true")
         if name == "explore":
@@ -42,7 +43,8 @@ def main() -> None:
     sizes = SMOKE if arguments.smoke else FULL_SIZE
     where = arguments.results or (arguments.work / "results" if arguments.smoke else None)
     place = queue.Place(arguments.work, where or results.RESULTS, sizes, arguments.jobs)
-    chosen = arms(arguments.everything)
+    named = tuple(find_arm(name) for name in arguments.arms)
+    chosen = named or arms(arguments.everything)
     if arguments.command == "prepare":
         queue.prepare(place, chosen)
     elif arguments.command == "run":
