@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from movekd.cli.output import quiet_libraries
+
 if TYPE_CHECKING:
     from movekd.corpus.conversations import Role
 
@@ -44,7 +46,6 @@ def ask(
     from movekd.errors import ConfigError
     from movekd.evaluate.chat import answer
     from movekd.student.files import load_student
-    from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     if not image.is_file():

@@ -27,7 +27,14 @@ from movekd.cli.options import (
     check_views,
     read_specs,
 )
-from movekd.cli.output import percent, print_json, print_table, progress_bar, size
+from movekd.cli.output import (
+    is_verbose,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    size,
+)
 
 if TYPE_CHECKING:
     from movekd.build.engine import Engine
@@ -99,7 +106,6 @@ def build(
         int | None,
         typer.Option(min=0, help="Ray: processes of each worker that decode images."),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Ray: show its own messages.")] = False,
     partition: Annotated[
         str | None,
         typer.Option(
@@ -146,12 +152,11 @@ def build(
             "--address": address,
             "--num-gpus-per-worker": num_gpus_per_worker,
             "--num-decoders": num_decoders,
-            "--verbose": verbose or None,
         },
     )
     with (
         _cluster(
-            engine, address, num_workers, num_gpus_per_worker, num_decoders, device, verbose
+            engine, address, num_workers, num_gpus_per_worker, num_decoders, device
         ) as cluster,
         progress_bar() as progress,
     ):
@@ -235,7 +240,6 @@ def _cluster(
     num_gpus_per_worker: float | None,
     num_decoders: int | None,
     device: str,
-    is_verbose: bool,
 ) -> "AbstractContextManager[RayCluster | None]":
     """Return the cluster to build in, or None for this machine."""
     if engine == "local":
@@ -248,7 +252,7 @@ def _cluster(
         num_gpus_per_worker=num_gpus_per_worker,
         num_decoders=num_decoders,
         device=device,
-        is_verbose=is_verbose,
+        is_verbose=is_verbose(),
     )
 
 

@@ -14,15 +14,21 @@ def demo(
         bool, typer.Option(help="Train the small teachers and the language model first (minutes).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the scenes and the training.")] = 0,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON; what is done, to stderr.")
+    ] = False,
 ) -> None:
     """Pack, plan, cache four teachers, train with and without them, evaluate: under 3 minutes.
 
     The script is pipelines/digits/demo.py; it calls the same commands as you would.
+
+    Example: movekd demo --output demo/
     """
     from movekd.resources import resource_dir
 
     script = resource_dir("pipelines") / "digits" / "demo.py"
-    arguments = ["--output", str(output), "--seed", str(seed), *(["--retrain"] if retrain else [])]
+    arguments = ["--output", str(output), "--seed", str(seed)]
+    arguments += [*(["--retrain"] if retrain else []), *(["--json"] if json else [])]
     raise typer.Exit(
         subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.output import print_json, print_table, progress_bar
+from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from movekd.evaluate.benchmark_run import BenchmarkRun
@@ -121,7 +121,6 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
 
     def load() -> "TrainedStudent":
         from movekd.student.files import load_student
-        from movekd.student.vlm import quiet_libraries
 
         quiet_libraries()
         return load_student(todo.run, resolve_device(device))
@@ -181,7 +180,6 @@ def _exact_match(
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
     from movekd.student.files import load_student
-    from movekd.student.vlm import quiet_libraries
 
     if images is None:
         raise ConfigError("--images is missing; give the folder that the questions' images are in.")

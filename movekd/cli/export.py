@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from movekd.cli.output import print_json
+from movekd.cli.output import print_json, quiet_libraries
 
 FORMATS = ("hf", "encoder", "onnx", "official")
 
@@ -46,7 +46,6 @@ def export(
     from movekd.student.exports import export as write
     from movekd.student.files import load_student
     from movekd.student.hub.card import random_parts
-    from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     trained = load_student(model, takes_encoder=True)
@@ -100,7 +99,6 @@ def import_(
     """
     from movekd.student.exports import new_directory
     from movekd.student.official_import import import_official
-    from movekd.student.vlm import quiet_libraries
 
     quiet_libraries()
     named = (vision_tower, language_model, tokenizer)

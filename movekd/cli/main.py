@@ -3,14 +3,28 @@
 Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted.
 """
 
+import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
 from movekd import __version__, processes
-from movekd.cli import ask, cache, demo, doctor, evaluate, export, report, shards, train, view
+from movekd.cli import (
+    ask,
+    cache,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    output,
+    report,
+    shards,
+    train,
+    view,
+)
 from movekd.errors import MovekdError
 
 app = typer.Typer(
@@ -19,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(shards.app, name="shards", help="Image corpora: pack and look.")
 app.add_typer(cache.app, name="cache", help="Pipeline 1: features of teachers, on disk.")
@@ -44,13 +59,26 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Also what libraries say, and what the command took."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Distil several vision encoders into one, from a cache of their features."""
+    """Distil several vision encoders into one, from a cache of their features.
+
+    -q, -v and --debug may stand anywhere on the line. `movekd COMMAND --help` has examples.
+
+    Exit codes: 0 done, 1 finished with problems, 2 could not start.
+    """
+    output.set_verbosity(verbose - quiet)
 
 
 def main() -> None:
     """Run the command line; a MovekdError is a sentence, not a traceback."""
+    sys.argv[1:] = _globals_first(sys.argv[1:])
+    started = time.monotonic()
     try:
         code = _run()
     except MovekdError as error:
@@ -77,7 +105,22 @@ def main() -> None:
             "(`train` with --resume, `cache build` without --replace).",
             130,
         )
+    if output.is_verbose():
+        peak = max(resource.getrusage(who).ru_maxrss for who in _PROCESSES) * 1024 / 2**30
+        took = time.monotonic() - started
+        typer.echo(f"movekd: {took:.1f} s, largest process {peak:.2f} GiB", err=True)
     sys.exit(code)
+
+
+_GLOBALS = ("-q", "--quiet", "-v", "--verbose", "--debug")
+_PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
+def _globals_first(words: Sequence[str]) -> list[str]:
+    """Return the words with the options that every command has before the command."""
+    end = words.index("--") if "--" in words else len(words)
+    first = [word for word in words[:end] if word in _GLOBALS]
+    return first + [word for at, word in enumerate(words) if at >= end or word not in _GLOBALS]
 
 
 def _run() -> int:

@@ -1,4 +1,7 @@
-"""What commands print: tables, JSON, progress; bars on a terminal, plain lines elsewhere."""
+"""What commands print: tables, JSON, progress; bars on a terminal, plain lines elsewhere.
+
+Results go to standard output whatever ``-q`` and ``-v`` say; those are about all the rest.
+"""
 
 import json
 import sys
@@ -13,6 +16,26 @@ from movekd import processes
 
 Progress = Callable[[str, int, int], None]
 _PLAIN_EVERY_S = 10.0
+_verbosity = 0
+
+
+def set_verbosity(level: int) -> None:
+    """Say how much commands tell: -1 no progress, 0 as usual, 1 also what libraries have to say."""
+    global _verbosity
+    _verbosity = level
+
+
+def is_verbose() -> bool:
+    """Return whether ``-v`` was given."""
+    return _verbosity > 0
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own messages out of a command's, unless ``-v`` asks for them."""
+    from movekd.student import vlm
+
+    if not is_verbose():
+        vlm.quiet_libraries()
 
 
 def print_json(value: Any) -> None:
@@ -55,9 +78,9 @@ def percent(share: float | None) -> str:
 def progress_bar() -> Iterator[Progress]:
     """Yield a function (what, done, total) that shows progress on standard error.
 
-    Of several processes, the first shows it.
+    Of several processes, the first shows it; with ``-q`` none does.
     """
-    if not processes.is_first():
+    if _verbosity < 0 or not processes.is_first():
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():

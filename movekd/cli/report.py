@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from movekd.cli.output import print_json
+from movekd.cli.output import print_json, quiet_libraries
 
 
 def report(
@@ -45,7 +45,6 @@ def report(
     if questions is not None and images is not None:
         from movekd.cli.ask import resolve_device
         from movekd.student.files import load_student
-        from movekd.student.vlm import quiet_libraries
 
         quiet_libraries()
         trained = load_student(run, resolve_device(device))

@@ -50,6 +50,12 @@ def pack(
     """Pack images into tar shards, each distinct one once, and index them.
 
     Exit code 0: everything was kept. 1: done, but something was dropped; report.json lists it.
+
+    Examples:
+
+    movekd shards pack --llava-json conversations.json --images images/ --out data/
+
+    movekd shards pack --webdataset tars/
     """
     if (webdataset is None) == (images is None) or (webdataset and (llava_json or out)):
         raise ConfigError(
@@ -103,7 +109,10 @@ def list_shards(
     data_dir: Annotated[Path, typer.Argument(help="Corpus folder.", metavar="DIR")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Say what a corpus folder holds."""
+    """Say what a corpus folder holds.
+
+    Example: movekd shards ls data/
+    """
     import pyarrow.compute as pc
 
     from movekd.corpus.conversations import iter_conversations

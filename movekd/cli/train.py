@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd import processes
-from movekd.cli.output import progress_bar
+from movekd.cli.output import print_json, progress_bar, quiet_libraries
 
 
 def train(
@@ -25,6 +25,7 @@ def train(
         bool, typer.Option(help="Take features of teachers with random weights: tests only.")
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Train the student and the projector while streaming cached targets.
 
@@ -36,10 +37,11 @@ def train(
 
     resolved = load_config(config, override)
     if dry_run:
-        if processes.is_first():
+        if processes.is_first() and json:
+            print_json(resolved.model_dump(mode="json"))
+        elif processes.is_first():
             typer.echo(resolved.to_yaml())
         return
-    from movekd.student.vlm import quiet_libraries
     from movekd.train.run import train as run
 
     quiet_libraries()
@@ -54,6 +56,10 @@ def train(
             progress=progress,
         )
     if not processes.is_first():
+        return
+    if json:
+        facts = {"steps": summary.steps, "seconds": summary.seconds, "model": output / "model"}
+        print_json(facts)
         return
     typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     typer.echo(f"curves: tensorboard --logdir {output}")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Cache
+from movekd.cli.output import quiet_libraries
 
 
 def view(
@@ -36,7 +37,6 @@ def view(
     from movekd.corpus.index import open_corpus
     from movekd.errors import ConfigError
     from movekd.student.files import TrainedStudent, load_student
-    from movekd.student.vlm import quiet_libraries
     from movekd.view.browser import Browser
     from movekd.view.run_log import read_run
 

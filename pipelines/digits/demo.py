@@ -7,6 +7,7 @@ times would take longer than the work) and printed as you would type it.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import sys
@@ -42,8 +43,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and the training")
     parser.add_argument("--retrain", action="store_true", help="train the small teachers first")
     parser.add_argument("--scenes", type=int, default=1, help="multiply the number of scenes")
+    parser.add_argument("--json", action="store_true", help="figures to standard output")
     arguments = parser.parse_args()
-    run(arguments.output, arguments.seed, arguments.retrain, arguments.scenes)
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        figures = run(arguments.output, arguments.seed, arguments.retrain, arguments.scenes)
+    if arguments.json:
+        print(json.dumps(figures, indent=1))
 
 
 def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> dict[str, Any]:
@@ -101,7 +106,6 @@ def movekd(*arguments: Any, run_quietly: bool = False) -> str:
     Raises:
         SystemExit: the command failed.
     """
-    import contextlib
     import io
 
     from movekd.cli.main import app

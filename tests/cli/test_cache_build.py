@@ -33,7 +33,6 @@ def run(tmp_path, corpus_dir, tiny_specs):
         (["--address", "auto"], r"--address goes with --engine ray"),
         (["--num-gpus-per-worker", "1"], r"--num-gpus-per-worker goes with --engine ray"),
         (["--num-decoders", "1"], r"--num-decoders goes with --engine ray"),
-        (["--verbose"], r"--verbose goes with --engine ray"),
         (["--engine", "ray", "--partition", "0/2"], r"leave one of the two out"),
         (["--engine", "ray", "--address", "there"], r"--address is 'there'; expected auto, local"),
         (["--partition", "2/2"], r"the 2 parts are numbered 0 to 1"),
