@@ -13,9 +13,15 @@ import os, signal, sys
 from study.queue import _pool
 
 if __name__ == "__main__":
-    with _pool(1) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(signal.pause).result()
+    try:
+        with _pool(1) as pool:
+            working = pool.submit(signal.pause)
+            while not working.running():
+                pass
+            print("works", flush=True)
+            working.result()
+    except KeyboardInterrupt:
+        os._exit(130)  # as the command does: Python would wait for what it works at
 """
 
 
