@@ -1,6 +1,6 @@
 """The whole way on real handwriting: `movekd demo` runs this script.
 
-    scenes -> pack -> plan -> cache four teachers -> train with and without them -> evaluate
+    scenes -> pack -> plan -> cache four teachers -> train with and without them -> evaluate -> look
 
 Every step is a command of the `movekd` line, called here in one process (loading PyTorch eight
 times would take longer than the work) and printed as you would type it.
@@ -93,6 +93,12 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
         with timed(f"evaluate {arm}", steps):
             accuracy = evaluate(folder / "finetune", source)
         figures["arms"][arm] = {"accuracy": accuracy, "pretrain": first, "finetune": second}
+    with timed("look", steps):
+        trained = output / "runs/with_teachers/finetune"
+        sheets = ("--random", 2, "--output", output / "sheets")
+        movekd("cache", "show", "--cache", cache, "--shards", data, *sheets)
+        asked = ("--questions", source / "test.json", "--images", source / "images")
+        movekd("report", trained, *asked)
     figures["steps"] = [vars(step) for step in steps]
     figures["seconds"] = time.perf_counter() - started
     (output / "demo.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -220,7 +226,8 @@ def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
     cache, run_dir = output / "cache", output / "runs" / "with_teachers" / "finetune"
     print(
         "One seed illustrates and does not prove: another seed moves these figures by points.\n"
-        "Look next:\n"
+        f"Look at {output / 'sheets'}/*.png and {run_dir / 'report.html'}; then\n"
+        f"  movekd view --cache {cache} --shards {output / 'data'} --run {run_dir}\n"
         f"  python -c \"import zarr; print(zarr.open('{cache}/clip.zarr').tree())\"\n"
         f"  movekd ask {run_dir} {output}/source/images/test_00000.png "
         '"What is the sum of the digits?"\n'
