@@ -212,6 +212,44 @@ def test_one_bar_counts_all_rows_and_nobody_else_may_begin(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_of_two_clusters_one_writes(
+    server, site, place, tmp_path, corpus_dir, tiny_specs, small_shards
+) -> None:
+    """Each has its own head, nodes and driver; the second comes while the first is at work."""
+    from ray.cluster_utils import Cluster
+
+    spec, storage = tiny_specs[0], open_storage(place)
+    build(tmp_path / "alone", corpus_dir, [spec])
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": SYSTEM})
+    try:
+        for cluster in (site.cluster, other):
+            for _ in range(2):
+                cluster.add_node(num_cpus=1)
+        assert other.address != site.cluster.address
+        (site.faults / "hold").write_text(r"clip\.zarr\.tokens\.c\.[2345]\.")
+        with drive(site.cluster.address, place, tmp_path, corpus_dir, spec) as first:
+            while not storage.exists(layout.seal_name("clip", 0)) and first.poll() is None:
+                threading.Event().wait(0.05)
+            with drive(other.address, place, tmp_path, corpus_dir, spec) as second:
+                said = second.communicate()
+            assert second.returncode == 2, said
+            assert re.search(rf"another build .*\(pid {first.pid} on ", said[1])
+            (site.faults / "hold").unlink()
+            said = first.communicate()
+            assert first.returncode == 0, said
+        with drive(other.address, place, tmp_path, corpus_dir, spec) as second:
+            said = second.communicate()
+        assert second.returncode == 0, said
+    finally:
+        other.shutdown()
+    assert everything(place) == everything(tmp_path / "alone")
+    puts = Counter(re.findall(r"PUT .*seals/\d+\.json", "\n".join(server.log())))
+    assert len(puts) == 6
+    assert set(puts.values()) == {1}
+
+
+@pytest.mark.slow
 def test_a_driver_outside_of_the_cluster(
     site, tmp_path, corpus_dir, tiny_specs, small_shards
 ) -> None:
