@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests
 
-.PHONY: demo install test test-all check format docs clean study study-full study-final
+.PHONY: demo install test test-all test-web check format docs clean study study-full study-final
 
 demo: install
 	$(BIN)/movekd demo
@@ -21,10 +21,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # One thread a worker: the two workers have the two cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not web'
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not web'
+
+# The page in Debian's Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew.
+APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends
+
+test-web: install
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  if [ "$$(id -u)" = 0 ]; then $(APT_INSTALL) chromium || { apt-get -q update && $(APT_INSTALL) chromium; }; \
+	  else echo "The page is tested in Chromium, which is missing: sudo apt-get install chromium"; exit 1; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web tests/web
 
 check: install
 	$(BIN)/ruff check $(SOURCES)

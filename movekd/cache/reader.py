@@ -72,7 +72,7 @@ class FeatureCache(SealedCache):
         places = find_rows(names, self.catalog.index, self.catalog.names)
         if view != 0:  # an image's views follow its base view
             views = self.catalog.views
-            there = places + view
+            there = places + min(max(view, -1), len(views))  # more is in no int64
             is_there = (places >= 0) & (there >= 0) & (there < len(views))
             is_there[is_there] = views[there[is_there]] == view
             places = np.where(is_there, there, -1)

@@ -51,6 +51,7 @@ def view(
                 f"{host}:{port} cannot be listened on ({error.strerror}); give another --port."
             ) from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves this machine
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor stays in the browser
     from movekd.view.page import build_page, serve
 
     quiet_libraries()
@@ -63,5 +64,4 @@ def view(
 
             student = load_student(run, resolve_device(device))
     page = build_page(browser, run, student)
-    typer.echo(f"http://{host}:{port} (Ctrl-C ends it)")
-    serve(page, host, port)
+    serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C ends it)"))

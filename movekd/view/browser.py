@@ -32,6 +32,7 @@ class TokenPanel:
     Attributes:
         look: picture, colours and attention.
         heads: how many heads of attention are stored.
+        head: whose attention the look shows; None for the mean of them.
         nearest_NK: of each token its nearest ones of the same image, itself left out; None where
             there are no features.
         cosine_NK: how near, cosine of the standardised tokens.
@@ -40,6 +41,7 @@ class TokenPanel:
 
     look: Look
     heads: int
+    head: int | None
     nearest_NK: npt.NDArray[np.int64] | None
     cosine_NK: npt.NDArray[np.float32] | None
     shard_error: tuple[float, float] | None
@@ -67,11 +69,16 @@ class Browser:
         return self._looker.cache
 
     def refresh(self) -> None:
-        """Open the cache again unless all of it was there; colours that were settled stay."""
+        """Open the cache again unless all of it was there."""
         with self._lock:
             cache = self.cache
             if cache.teachers and all(cache[name].is_complete for name in cache.teachers):
                 return
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Open the cache again; colours that were settled stay."""
+        with self._lock:
             self._looker = Looker(open_cache(self._url), self.corpus, known=self._looker.bases)
 
     def search(self, text: str) -> list[str]:
@@ -103,7 +110,7 @@ class Browser:
             name: key or name of the image.
             teachers: whose panels.
             view: 0 is the whole image.
-            head: whose attention; the mean of the heads unless given.
+            head: whose attention; the mean of the heads unless given, and for a teacher with fewer.
 
         Raises:
             UnknownKeyError: the cache holds no such image, or no such view.
@@ -111,7 +118,7 @@ class Browser:
         """
         self.refresh()
         looker = self._looker
-        row = int(self.cache.rows([name.strip()], view)[0])
+        row = int(looker.cache.rows([name.strip()], view)[0])
         return [self._panel(looker, teacher, row, view, head) for teacher in teachers]
 
     def _panel(
@@ -121,12 +128,13 @@ class Browser:
         seal = store.seals.get(row // store.layout.rows_per_shard)
         error = (seal.error.mean, seal.error.max) if seal and seal.error.num_tokens else None
         if look.reason is not None:
-            return TokenPanel(look, 0, None, None, error)
+            return TokenPanel(look, 0, None, None, None, error)
         targets = store.read([row])
         attention, heads = targets.cls_attention_BHN, 0
         if attention is not None:
             heads = attention.shape[1]
-            if head is not None and head < heads:
+            head = head if head is not None and head < heads else None
+            if head is not None:
                 side = store.grid
                 chosen = attention[0, head].view(side, side).numpy()
                 look = replace(look, attention_GG=np.asarray(chosen, np.float32))
@@ -135,5 +143,10 @@ class Browser:
         cosine_NN.fill_diagonal_(-2)
         best = cosine_NN.topk(min(NUM_NEAREST, len(cosine_NN) - 1), dim=-1)
         return TokenPanel(
-            look, heads, best.indices.numpy(), np.asarray(best.values.numpy(), np.float32), error
+            look,
+            heads,
+            head,
+            best.indices.numpy(),
+            np.asarray(best.values.numpy(), np.float32),
+            error,
         )

@@ -60,9 +60,9 @@ def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) ->
     _finish(axes)
     if from_zero:
         axes.set_ylim(bottom=0)
-    if len(names) > 1:
+    if len(axes.lines) > 1:
         axes.legend(fontsize=8)
-    else:
+    elif len(names) == 1:
         axes.set_ylabel(next(iter(names.values())), fontsize=9)
     return figure
 

@@ -5,6 +5,8 @@ sends names, keys, numbers and pixels: no path of it is ever opened.
 """
 
 import io
+from collections.abc import Callable
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from movekd.view.run_log import read_run
 
 _MOST_HEADS = 64
 _REFRESH_S = 30
+_DAY_S = 86_400  # how long an image that was given stays; all go at the end
+_FONT = ["system-ui", "sans-serif"]  # the machine's own: Gradio's lack letters in bold
 
 
 def build_page(
@@ -37,41 +41,63 @@ def build_page(
         run: output of a training, whose curves are shown.
         student: its model, to talk to.
     """
-    with gr.Blocks(title="movekd", analytics_enabled=False) as page:
-        gr.Markdown(f"## movekd\n{browser.cache.url}")
-        chosen = _cache_tab(browser)
+    with gr.Blocks(
+        title="movekd", analytics_enabled=False, fill_width=True, delete_cache=(_DAY_S, _DAY_S)
+    ) as page:
+        title = f"<h2>movekd</h2>{escape(browser.cache.url)}"
+        gr.HTML(title, elem_id="title", padding=False)
+        chosen, teachers = _cache_tab(browser)
         if run is not None:
             _run_tab(run)
         if student is not None:
             _ask_tab(browser, student, chosen)
+
+        def reopen() -> Any:
+            try:
+                browser.reopen()
+            except MovekdError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+            names = list(browser.cache.teachers)
+            return gr.CheckboxGroup(choices=names, value=names)
+
+        page.load(reopen, None, teachers)  # a build may have begun others since
     return page
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until it is interrupted."""
+def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -> None:
+    """Serve the page until it is interrupted; call ``on_start`` when it can be opened."""
     page.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,
         share=False,
         enable_monitoring=False,
         footer_links=[],
+        theme=gr.themes.Default(font=_FONT, font_mono=["monospace"]),
         css=STYLE,
         quiet=True,
+        prevent_thread_lock=True,
     )
+    on_start()
+    page.block_thread()
 
 
-def _cache_tab(browser: Browser) -> gr.Textbox:
-    """Search, teachers, view and head on the left; the teachers side by side on the right."""
+def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
+    """Search, teachers, view and head on the left; the teachers one below the other on the right.
+
+    Returns:
+        Where the key of the image stands, and the choice of teachers.
+    """
     teachers = list(browser.cache.teachers)
     with gr.Tab("Cache"), gr.Row():
         with gr.Column(scale=1, min_width=280):
             key = gr.Textbox(label="Key or name of an image", elem_id="key")
             with gr.Row():
-                show, draw = gr.Button("Show", variant="primary"), gr.Button("Any image")
+                show = gr.Button("Show", variant="primary", min_width=100)
+                draw = gr.Button("Any image", min_width=100)
             text = gr.Textbox(label="Search names and keys", elem_id="search")
             found = gr.Radio(label="Found", choices=[], elem_id="found")
             shown = gr.CheckboxGroup(teachers, value=teachers, label="Teachers", elem_id="teachers")
-            view = gr.Number(0, label="View: 0 the whole image, then its tiles", precision=0)
+            view = gr.Number(0, label="View: 0 whole, then tiles", precision=0)
             head = gr.Dropdown(
                 ["mean", *map(str, range(_MOST_HEADS))], value="mean", label="Head of attention"
             )
@@ -81,6 +107,8 @@ def _cache_tab(browser: Browser) -> gr.Textbox:
     def look(name: str, wanted: list[str], view: float | None, head: str) -> str:
         if not name or not name.strip():
             return message_html("Type the key or name of an image, search for one, or take any.")
+        if not wanted:
+            return message_html("Choose a teacher.")
         number = None if head == "mean" else int(head)
         ordered = [teacher for teacher in browser.cache.teachers if teacher in wanted]
         try:
@@ -88,6 +116,12 @@ def _cache_tab(browser: Browser) -> gr.Textbox:
         except MovekdError as error:
             return message_html(str(error))
         return teachers_html(looks, name)
+
+    def draw_key() -> str:
+        try:
+            return browser.draw()
+        except MovekdError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     def search(wanted: str) -> Any:
         names = browser.search(wanted) if wanted.strip() else []
@@ -98,11 +132,11 @@ def _cache_tab(browser: Browser) -> gr.Textbox:
     show.click(look, inputs, panels)
     key.submit(look, inputs, panels)
     for changed in (shown, view, head):
-        changed.change(look, inputs, panels)
-    draw.click(browser.draw, None, key).then(look, inputs, panels)
+        changed.input(look, inputs, panels, trigger_mode="always_last")
+    draw.click(draw_key, None, key).success(look, inputs, panels)
     text.submit(search, text, found)
     found.select(lambda name: name, found, key).then(look, inputs, panels)
-    return key
+    return key, shown
 
 
 def _run_tab(run: Path) -> None:
@@ -128,7 +162,8 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
             image = gr.Image(
                 label="Image; without one, that of the cache", type="numpy", height=240
             )
-            chat = gr.Chatbot(label="Chat", elem_id="chat")
+            # no button that sends the chat to a hub
+            chat = gr.Chatbot(label="Chat", elem_id="chat", buttons=["copy"], render_markdown=False)
             question = gr.Textbox(label="Question", elem_id="question")
             with gr.Row():
                 ask, anew = gr.Button("Ask", variant="primary"), gr.Button("Begin anew")
@@ -150,8 +185,8 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
             return history, asked, None, message_html(str(error)), gr.skip()
         history = [
             *history,
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": said.text},
+            {"role": "user", "content": escape(asked)},  # Gradio shows it as HTML
+            {"role": "assistant", "content": escape(said.text)},
         ]
         blocks = 0 if said.experts_LGG is None else len(said.experts_LGG)
         number = min(int(block), max(blocks - 1, 0))
@@ -162,8 +197,8 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
     inputs = [question, chat, image, key, block]
     ask.click(reply, inputs, outputs)
     question.submit(reply, inputs, outputs)
-    block.release(_draw_experts, [last, block], experts)
-    anew.click(lambda: ([], None, ""), None, [chat, last, experts])
+    block.input(_draw_experts, [last, block], experts, trigger_mode="always_last")
+    gr.on([anew.click, chat.clear], lambda: ([], None, ""), None, [chat, last, experts])
 
 
 def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: float) -> str:
@@ -207,7 +242,7 @@ def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:
 
 
 def _text(content: Any) -> str:
-    """Return the text of a message: Gradio hands it back as a list of parts."""
+    """Return the text of a message as it was said: Gradio hands it back as a list of parts."""
     if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return unescape(content)
+    return unescape("".join(part.get("text", "") for part in content if isinstance(part, dict)))

@@ -41,6 +41,7 @@ element.addEventListener('mousemove', (event) => {
 """Hovering over a place marks, in every teacher, the token there and those nearest to it."""
 
 STYLE = """
+#found { max-height: 20rem; overflow-y: auto; }
 .movekd { display: flex; flex-direction: column; gap: 1.2rem; }
 .movekd h3 { margin: 0 0 .3rem; font-size: 1rem; } .movekd .warn { color: #b3261e; }
 .movekd-row { display: flex; flex-wrap: wrap; gap: .6rem; }
@@ -56,7 +57,9 @@ STYLE = """
 .movekd-said { font-size: .8rem; min-height: 1.2em; font-variant-numeric: tabular-nums; }
 .movekd-message { padding: .8rem 1rem; border-left: 4px solid #b3261e; }
 .movekd-message { background: #fdecea; color: #222; }
-.movekd-key span { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }
+.movekd-key { display: flex; flex-wrap: wrap; gap: 0 1em; }
+.movekd-key span { white-space: nowrap; }
+.movekd-key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 """
 
 EXPERT_COLOURS = ((230, 97, 1), (94, 60, 153), (27, 158, 119), (231, 41, 138), (102, 166, 30))
@@ -81,8 +84,8 @@ def experts_html(experts_GG: npt.NDArray[np.int8], num_experts: int, picture: An
     over = _image(colours[experts_GG].astype(np.uint8), "over")
     shares = np.bincount(experts_GG.ravel(), minlength=num_experts) / experts_GG.size
     key = "".join(
-        f'<span style="background: rgb{tuple(map(int, colour))}"></span>'
-        f"expert {expert}: {share:.0%}"
+        f'<span><i style="background: rgb{tuple(map(int, colour))}"></i>'
+        f"expert {expert}: {share:.0%}</span>"
         for expert, (colour, share) in enumerate(zip(colours, shares, strict=True))
     )
     pane = f'<figure><div class="movekd-pane">{under}{over}</div></figure>'
@@ -108,7 +111,10 @@ def _teacher(panel: TokenPanel) -> str:
         under = "" if look.picture_SSC is None else _image(look.picture_SSC)
         most = look.attention_GG.max()
         over = _image(_heat(look.attention_GG), "over")
-        panes.append(_pane(under + over, side, f"[CLS] attention, largest {most:.1%}"))
+        of = f"mean of {panel.heads} heads"
+        if panel.head is not None:
+            of = f"head {panel.head} of 0-{panel.heads - 1}"
+        panes.append(_pane(under + over, side, f"[CLS] attention, {of}, largest {most:.1%}"))
     if look.reason is not None:
         panes.append(message_html(look.reason))
     data = ""

@@ -304,8 +304,9 @@ def test_rows_of_names_and_keys(cache_dir) -> None:
     for error in (UnknownKeyError, KeyError):
         with pytest.raises(error, match=r"no image named 'nothing' \(1 of 2 unknown\)"):
             cache.rows(["nothing", keys[3]])
-    with pytest.raises(UnknownKeyError):
-        cache.rows([keys[0]], view=1)
+    for view in (1, -1, 10**30):
+        with pytest.raises(UnknownKeyError, match="holds no view"):
+            cache.rows([keys[0]], view=view)
 
 
 def test_an_unknown_teacher_names_the_nearest(cache_dir) -> None:

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from builds import build
 
 from movekd.corpus.index import open_corpus
 from movekd.errors import UnknownKeyError
@@ -44,8 +45,16 @@ def test_a_head_of_attention_is_that_head(browser):
     stored = browser.cache["clip"].read(browser.cache.rows([name])).cls_attention_BHN[0]
     for head in range(stored.shape[0]):
         (panel,) = browser.panels(name, ["clip"], head=head)
-        assert panel.heads == stored.shape[0]
+        assert (panel.heads, panel.head) == (stored.shape[0], head)
         assert torch.equal(torch.from_numpy(panel.look.attention_GG).flatten(), stored[head])
+
+
+def test_a_head_that_there_is_not_is_their_mean(browser):
+    name = "photos/05.png"
+    mean, missing = (browser.panels(name, ["clip"], head=head)[0] for head in (None, 4))
+    assert missing.head is None
+    np.testing.assert_array_equal(missing.look.attention_GG, mean.look.attention_GG)
+    assert "mean of 4 heads" in teachers_html([missing], name)
 
 
 def test_missing_keys_and_paths_are_sentences(browser):
@@ -68,6 +77,15 @@ def test_a_cache_that_is_being_built_is_opened_again(tmp_path, cache_dir):
         path.write_bytes(content)
     (panel,) = browser.panels("photos/05.png", ["clip"])
     assert panel.look.reason is None
+
+
+def test_a_teacher_that_came_later_is_found_by_opening_again(tmp_path, corpus_dir, tiny_specs):
+    build(tmp_path / "cache", corpus_dir, tiny_specs[:1])
+    browser = Browser(str(tmp_path / "cache"))
+    build(tmp_path / "cache", corpus_dir, tiny_specs[1:])
+    assert list(browser.cache.teachers) == ["clip"]
+    browser.reopen()
+    assert list(browser.cache.teachers) == ["clip", "conv"]
 
 
 def test_html_escapes_what_comes_from_outside(browser):

@@ -8,6 +8,7 @@ import yaml
 from small_run import write_run
 
 from movekd.errors import ConfigError
+from movekd.view.curves import run_figures
 from movekd.view.report import SampleAnswer, stored_answers, write_report
 from movekd.view.run_log import read_run
 
@@ -134,6 +135,11 @@ def test_a_run_that_has_not_ended_is_read_from_its_checkpoint(run):
     assert [entry["step"] for entry in log.steps] == [1, 2, 3]
     write_report(log, [], run / "report.html")
     assert "not ended" in Page((run / "report.html").read_text()).text
+
+
+def test_a_run_that_logged_no_step_has_an_empty_figure(run):
+    (run / "log.json").write_text(json.dumps([ENDING]))  # shorter than logging_steps
+    assert [heading for heading, _ in run_figures(read_run(run))] == ["Loss"]
 
 
 def test_what_is_no_run_is_a_sentence(tmp_path, run):

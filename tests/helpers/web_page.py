@@ -1,0 +1,95 @@
+"""`movekd view` as a process, and its page in a browser that is watched.
+
+With ``SCREENSHOTS=DIR`` in the environment, what the docs show is saved there.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect
+
+SCREENSHOTS = os.environ.get("SCREENSHOTS")
+_START_S = 120  # loading PyTorch on a busy machine
+_HARMLESS = ("warning: Method not implemented.",)  # Gradio's own, at every upload
+
+expect.set_options(timeout=20_000)  # the first answer of a student on a busy machine
+
+
+@dataclass(frozen=True)
+class Served:
+    """A `movekd view` that runs, and what it wrote to stderr."""
+
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+
+@contextmanager
+def serve(folder: Path, *options: str) -> Iterator[Served]:
+    """Run `movekd view` in a folder; at the end Ctrl-C, which is no failure and leaves nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    uploads = folder / f"uploads-{port}"
+    command = [sys.executable, "-m", "movekd", "view", "--port", str(port), *options]
+    log = folder / f"view-{port}.log"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=folder,
+            text=True,
+            env=os.environ | {"GRADIO_TEMP_DIR": str(uploads)},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        late = threading.Timer(_START_S, process.kill)
+        late.start()
+        said = process.stdout.readline()  # when it can be opened, or at the end
+        late.cancel()
+        try:
+            assert said == f"http://127.0.0.1:{port} (Ctrl-C ends it)\n", log.read_text()
+            yield Served(port, log)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert [path for path in uploads.rglob("*") if path.is_file()] == []
+        finally:
+            process.kill()
+
+
+@contextmanager
+def watched(chromium: Browser, served: Served) -> Iterator[Page]:
+    """Open the page; at the end nothing left this machine and neither side has complained."""
+    before = len(served.log.read_text())
+    context = chromium.new_context(viewport={"width": 1200, "height": 1000})
+    asked: set[str] = set()
+    said: list[str] = []
+    context.on("request", lambda request: asked.add(request.url))
+    context.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    context.on("weberror", lambda error: said.append(str(error.error)))
+    page = context.new_page()
+    page.goto(served.url)
+    yield page
+    context.close()
+    elsewhere = [url for url in asked if not url.startswith((served.url, "data:", "blob:"))]
+    assert elsewhere == []
+    assert [text for text in said if text not in _HARMLESS] == []
+    assert served.log.read_text()[before:] == ""
+
+
+def picture(page: Page, name: str) -> None:
+    """Save what the browser shows, if asked for."""
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / name)

@@ -1,0 +1,67 @@
+"""What the page gives away: nothing but the page, and to this machine alone."""
+
+import http.client
+import json
+import socket
+from contextlib import closing
+
+import pytest
+
+pytestmark = pytest.mark.web
+
+
+def request(served, method, path, body=None):
+    """Return status and text of an answer; the path goes out as it stands here."""
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)) as connection:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
+
+
+def test_it_listens_to_this_machine_alone(served):
+    with socket.create_connection(("127.0.0.1", served.port)):
+        pass
+    with pytest.raises(ConnectionRefusedError):  # another address of the same machine
+        socket.create_connection(("127.0.0.2", served.port))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file=%2Fetc%2Fpasswd",
+        "gradio_api/file=../../../../../../etc/passwd",
+        "gradio_api/file=cache/cache.json",
+        "gradio_api/file={world}/cache/cache.json",
+        "gradio_api/file={world}/finetune/config.yaml",
+        "gradio_api/file=http://127.0.0.1:{port}/config",
+        "gradio_api/proxy=http://127.0.0.1:{port}/config",
+        "file=/etc/passwd",
+        "static/../../../../../../../../etc/passwd",
+        "assets/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2fetc/passwd",
+    ],
+)
+def test_no_file_is_served(served, world, path):
+    status, text = request(served, "GET", "/" + path.format(world=world, port=served.port))
+    assert status in (400, 403, 404)
+    assert "root:" not in text
+
+
+def test_no_path_is_taken_for_an_image(served, world):
+    """As the page sends an image that was uploaded, but of a file that was not."""
+    image = str(next((world / "source" / "images").glob("*.png")))
+    for given in ({"path": image}, {"path": "x", "url": f"{served.url}static/img/logo.png"}):
+        given["meta"] = {"_type": "gradio.FileData"}
+        body = json.dumps({"data": ["Is there a 3?", [], given, "pretrain_00002.png", 0]})
+        status, text = request(served, "POST", "/gradio_api/call/reply", body)
+        assert status == 200
+        event = json.loads(text)["event_id"]
+        status, text = request(served, "GET", f"/gradio_api/call/reply/{event}")
+        assert text.startswith("event: error")
+
+
+def test_no_call_is_kept_in_the_browser(served):
+    config = json.loads(request(served, "GET", "/config")[1])
+    assert not config["run_history"]
+    assert not config["analytics_enabled"]
