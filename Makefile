@@ -69,4 +69,4 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) demo site build dist
+	rm -rf $(VENV) demo quickstart site build dist
