@@ -14,6 +14,8 @@ import gradio as gr
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from movekd.corpus.conversations import Role
 from movekd.corpus.index import find_rows
@@ -65,7 +67,13 @@ def build_page(
 
 
 def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -> None:
-    """Serve the page until it is interrupted; call ``on_start`` when it can be opened."""
+    """Serve the page until it is interrupted; call ``on_start`` when it can be opened.
+
+    While it is this machine's alone, so are the names by which a request may ask for it: a site
+    whose name points here (DNS rebinding) gets nothing.
+    """
+    alone = host == "localhost" or host.startswith("127.")
+    names = [host, "127.0.0.1", "localhost"] if alone else ["*"]
     page.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,
@@ -76,6 +84,7 @@ def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -
         css=STYLE,
         quiet=True,
         prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
     )
     on_start()
     page.block_thread()

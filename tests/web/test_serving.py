@@ -10,9 +10,10 @@ import pytest
 pytestmark = pytest.mark.web
 
 
-def request(served, method, path, body=None):
+def request(served, method, path, body=None, host=None):
     """Return status and text of an answer; the path goes out as it stands here."""
     headers = {} if body is None else {"Content-Type": "application/json"}
+    headers |= {} if host is None else {"Host": host}
     with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)) as connection:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
@@ -24,6 +25,14 @@ def test_it_listens_to_this_machine_alone(served):
         pass
     with pytest.raises(ConnectionRefusedError):  # another address of the same machine
         socket.create_connection(("127.0.0.2", served.port))
+
+
+def test_it_answers_to_names_of_this_machine_alone(served):
+    """A site in the same browser may let its own name point here."""
+    for path in ("/", "/config", "/gradio_api/info"):
+        assert request(served, "GET", path, host=f"localhost:{served.port}")[0] == 200
+        status, text = request(served, "GET", path, host=f"elsewhere.example:{served.port}")
+        assert (status, text) == (400, "Invalid host header")
 
 
 @pytest.mark.parametrize(
