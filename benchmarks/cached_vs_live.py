@@ -43,7 +43,8 @@ from movekd.build.live import live_features
 from movekd.cache import open_cache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import open_corpus
-from movekd.student.vlm import image_features, quiet_libraries
+from movekd.student.loading import quiet_libraries
+from movekd.student.vlm import image_features
 from movekd.teachers import Teacher, load_teacher
 from movekd.train.config import load_config
 from movekd.train.data import Collator, ConversationDataset, Sample

@@ -32,10 +32,10 @@ def is_verbose() -> bool:
 
 def quiet_libraries() -> None:
     """Keep transformers' own messages out of a command's, unless ``-v`` asks for them."""
-    from movekd.student import vlm
+    from movekd.student import loading
 
     if not is_verbose():
-        vlm.quiet_libraries()
+        loading.quiet_libraries()
 
 
 def print_json(value: Any) -> None:

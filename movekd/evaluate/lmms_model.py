@@ -19,7 +19,7 @@ from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Conversation
 from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.files import load_student
-from movekd.student.vlm import quiet_libraries
+from movekd.student.loading import quiet_libraries
 
 MAX_NEW_TOKENS = 128
 """Longest answer where a task does not say; as in LLaVA's scripts."""

@@ -31,6 +31,7 @@ from movekd.student.files import (
     imported_from,
 )
 from movekd.student.hub.card import base_models, public_name
+from movekd.student.loading import loading
 from movekd.student.official import (
     PROJECTOR,
     mole_layers,
@@ -40,7 +41,6 @@ from movekd.student.official import (
 )
 from movekd.student.prompts import IMAGE_TOKEN
 from movekd.student.tensor_files import read_json, write_bin, write_shards
-from movekd.student.vlm import loading
 
 MODEL_TYPE = "move_llava_llama"
 ARCHITECTURE = "MoVELlavaLlamaForCausalLM"

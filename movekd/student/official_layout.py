@@ -22,10 +22,11 @@ from transformers import (
 
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
+from movekd.student.loading import loading
 from movekd.student.official import adapter_shapes, official_views, plain_name, require_exact
 from movekd.student.official_files import ASPECT_RATIOS, MODEL_TYPE, PROJECTOR_TYPE, TEXT_KEYS
 from movekd.student.tensor_files import TensorFiles
-from movekd.student.vlm import loading, mole_config
+from movekd.student.vlm import mole_config
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 CLIP_L_336_KEYS = {

@@ -6,12 +6,10 @@ tokenizer, and what its images look like; or that tower alone, under the names t
 Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,16 +27,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    dynamic_module_utils,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from movekd.corpus.anyres import Views
 from movekd.corpus.images import Geometry, ImageTransform
-from movekd.errors import ConfigError, WeightsError
+from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.llava_next import (
     GRID_PINPOINTS,
@@ -47,12 +42,9 @@ from movekd.student.llava_next import (
     new_line_end,
     require_tile,
 )
+from movekd.student.loading import SAFELY, loading
 from movekd.student.mole import MoleConfig
 from movekd.student.prompts import IMAGE_TOKEN
-
-SAFELY: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
-"""How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, of which tensors
-are taken and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -366,37 +358,3 @@ def _mean_and_std(
             f"{path} holds no image_mean and image_std; give student.image_mean and image_std."
         ) from None
     return mean, std  # type: ignore[return-value]  # three channels, as every RGB tower has
-
-
-def quiet_libraries() -> None:
-    """Keep progress bars and advice of transformers out of a command's own output."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def loading(source: str, key: str) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one sentence, and let nobody be asked.
-
-    transformers asks on standard input whether to run the code of a directory, also for a part in
-    the middle of a config.json, which no argument reaches; there `ask --chat` reads questions.
-    """
-    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
-        if "trust_remote_code" in str(error):
-            raise WeightsError(
-                f"{key} '{source}' brings Python code of its own (auto_map), which movekd never "
-                "runs; expected a model and a tokenizer of kinds that transformers knows. Take "
-                "the auto_map out of its JSON files if a stock class fits, or save it as one."
-            ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{key} '{source}' cannot be loaded: {reason[:300]} Expected a hub id or a directory "
-            "with config.json and safetensors; without a network, download it elsewhere and give "
-            "the directory."
-        ) from None
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience

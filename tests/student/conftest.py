@@ -13,8 +13,9 @@ from transformers import CLIPVisionConfig
 
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.files import TrainedStudent, save_parts, save_tokenizer
+from movekd.student.loading import quiet_libraries
 from movekd.student.official import plain_parameters
-from movekd.student.vlm import build_encoder, build_vlm, quiet_libraries
+from movekd.student.vlm import build_encoder, build_vlm
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"

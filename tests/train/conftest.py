@@ -15,7 +15,7 @@ from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
-from movekd.student.vlm import quiet_libraries
+from movekd.student.loading import quiet_libraries
 from movekd.train.config import load_config
 from movekd.train.run import build_data, build_model, train
 

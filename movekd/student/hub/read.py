@@ -15,8 +15,9 @@ from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat
 from movekd.student.files import ABOUT_FILE, TrainedStudent
 from movekd.student.hub import modeling_movekd  # noqa: F401  # registers the tower
+from movekd.student.loading import loading
 from movekd.student.tensor_files import read_json
-from movekd.student.vlm import Student, loading
+from movekd.student.vlm import Student
 
 MODELS = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
