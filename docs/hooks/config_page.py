@@ -69,11 +69,6 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
             yield from sections(inner, _join(path, name))
 
 
-def keys(model: type[BaseModel]) -> list[str]:
-    """Return every key of a model with those it is under, as ``student.mole.r``."""
-    return [_join(path, name) for path, inner in sections(model) for name in inner.model_fields]
-
-
 def recipe_values() -> dict[str, list[str]]:
     """Return key -> its values in the recipes, in the order of ``RECIPES``."""
     values: dict[str, list[str]] = {}

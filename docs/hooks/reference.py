@@ -22,17 +22,19 @@ ROOMS = {
 }
 """Page -> the modules on it; those without ``__all__`` show all that is public."""
 
+_LETTERS = (
+    "Capitals at the end of a name are the tensor's dimensions, `tokens_BND` for one: B batch, "
+    "N tokens, D channels, H heads, T teachers, L layers, E experts."
+)
 _NOTES = {
-    "cache": "The fields of `CacheSpec` are [the keys of a teacher's file]"
-    "(config.md#a-teachers-yaml-file).",
+    "cache": f"{_LETTERS}\n\nThe fields of `CacheSpec` are "
+    "[the keys of a teacher's file](config.md#a-teachers-yaml-file).",
+    "teachers": _LETTERS,
+    "student": _LETTERS,
+    "distill": _LETTERS,
     "train": "The fields of `TrainConfig` are [the keys of student.yaml](config.md#studentyaml).",
 }
 """Page -> what stands above its names."""
-
-_LETTERS = (
-    "Capitals at the end of a name are the tensor's dimensions, `tokens_BND` for one: B batch, "
-    "N tokens, D channels, H heads, T teachers, L layers, E experts, G side of a grid.\n"
-)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -52,6 +54,5 @@ def api_page(room: str) -> str:
     """Return the page of a room: what mkdocstrings is to put there."""
     first, *others = ROOMS[room]
     parts = [f"# {first}", _NOTES.get(room, ""), f"::: {first}"]
-    for module in others:
-        parts += [f"## {module}", f"::: {module}"]
-    return "\n\n".join([*filter(None, parts), _LETTERS])
+    parts += [f"## {module}\n\n::: {module}" for module in others]
+    return "\n\n".join(filter(None, parts)) + "\n"
