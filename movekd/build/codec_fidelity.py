@@ -38,7 +38,7 @@ class GradientCosine:
 class Fidelity:
     """One way of storing one teacher, held against what the teacher said.
 
-    With z a token in standardised channels and z' the same decoded, both on the stored grid::
+    With z a token in standardised channels and z' the same decoded, both on the stored grid:
 
         error        = ||z' - z|| / ||z||          mean and maximum over all tokens
         token_cosine = z'.z / (||z'|| ||z||)       mean over all tokens

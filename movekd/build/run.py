@@ -45,11 +45,18 @@ Imported = tuple[Calibration, ChannelStats]
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build of one teacher did."""
+    """What a build of one teacher did.
+
+    Attributes:
+        status: what the cache now holds of the teacher.
+        images_built: rows of this build; they are views of images.
+        skipped: key -> why the image could not be read, of all builds.
+        seconds: of this build, without the calibration.
+        calibration_seconds: of settling the calibration.
+    """
 
     status: TeacherStatus
     images_built: int
-    """Rows, which are views of images."""
     skipped: Mapping[str, str]
     seconds: float
     calibration_seconds: float

@@ -37,7 +37,17 @@ Rows = npt.NDArray[np.int64] | Sequence[int]
 
 
 class FeatureCache(SealedCache):
-    """A cache opened for reading. Made by ``open_cache``."""
+    """A cache opened for reading. Made by ``open_cache``.
+
+    ``cache["clip"]`` is a ``TeacherCache``; going through the cache gives the teachers' names.
+
+    Attributes:
+        storage: where the cache lies.
+        catalog: which image each row stands for.
+        geometry: how every image became a square.
+        views: ``base`` or ``anyres``: which views of an image have rows.
+        teachers: names of the teachers whose calibration is sealed.
+    """
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
@@ -109,7 +119,21 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
 
 
 class TeacherCache(SealedTeacher):
-    """One teacher's features. Thread-safe; usable after fork and after pickling (spawn)."""
+    """One teacher's features. Thread-safe; usable after fork and after pickling (spawn).
+
+    Made by ``FeatureCache``: ``cache["clip"]``.
+
+    Attributes:
+        storage: the cache.
+        teacher: the name.
+        num_rows: length of its arrays.
+        spec: what it was built by.
+        calibration: what was settled before the first Zarr shard.
+        layout: its arrays.
+        channel_mean: float32 (D,), numpy.
+        channel_std: float32 (D,), numpy.
+        stats: the two as tensors, float32 (D,).
+    """
 
     def __init__(
         self,

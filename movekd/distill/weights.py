@@ -72,7 +72,7 @@ def teacher_weights(
     """Return a float32 weight (B, T) for every teacher; the weights of a sample sum to 1.
 
     - ``anchor`` (official): the anchor gets ``anchor_share``, the others share the rest by
-      softmax_t(u_t), u_t = mean_n <c, adapted_t[n]>, with c the anchor's [CLS] embedding.
+      ``softmax_t(u_t)``, ``u_t = mean_n <c, adapted_t[n]>``, with c the anchor's [CLS] embedding.
       Gradient flows into the adapted tokens. Where the mean over the batch of softmax(u) has a
       maximum above 0.8, softmax is applied a second time to the whole batch, which flattens it.
     - ``anchor_equal``: the anchor gets ``anchor_share``, the others equal parts of the rest.

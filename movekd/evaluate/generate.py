@@ -85,8 +85,8 @@ def _num_tokens(student: Student, images: Sequence[SeenImage]) -> list[int]:
 def read_from_folder(folder: Path) -> Callable[[str], bytes]:
     """Return a reader of images by name that never leaves ``folder``.
 
-    Raises (when called):
-        CorpusError: the image is missing, or its name leads out of the folder.
+    Raises:
+        CorpusError: when called: the image is missing, or its name leads out of the folder.
     """
     root = folder.resolve()
 

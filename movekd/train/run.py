@@ -39,13 +39,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run ended with."""
+    """What a run ended with.
+
+    Attributes:
+        output_dir: where everything went.
+        steps: optimizer steps in all, those before a resume included.
+        seconds: of the training, since it began or was resumed.
+        log: every logged step, in order.
+    """
 
     output_dir: Path
     steps: int
     seconds: float
     log: list[dict[str, float]]
-    """Every logged step, in order."""
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -128,31 +127,6 @@ def test_hours_are_those_of_cache_plan(plans: list[Plan]) -> None:
 
 def test_needs_are_those_of_cache_plan(plans: list[Plan]) -> None:
     assert table("all teachers") == list(needs_table(plans))
-
-
-def options_of(words: list[str]) -> set[str]:
-    """Return the options of the command that some words call."""
-    command: Any = typer.main.get_command(app)
-    for word in words:
-        if word not in getattr(command, "commands", {}):
-            break
-        command = command.commands[word]
-    return {option for parameter in command.params for option in parameter.opts}
-
-
-def movekd_lines(text: str) -> list[list[str]]:
-    """Return the words of every movekd command in a text, without the `movekd`."""
-    lines = re.findall(r"^\s*movekd (\w.*)$", text.replace("\\\n", " "), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-def test_options_of_all_commands_exist() -> None:
-    sbatch = (DOCS / "examples/build-array.sbatch").read_text(encoding="utf-8")
-    lines = [*movekd_lines(PAGE), *movekd_lines(sbatch)]
-    assert len(lines) >= 7
-    for words in lines:
-        given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert given <= options_of(words), words
 
 
 def test_the_array_has_the_parts_that_it_builds() -> None:

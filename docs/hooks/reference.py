@@ -1,0 +1,58 @@
+"""The reference part of the site, made from the code whenever the site is built.
+
+MkDocs calls ``on_files``, which adds pages that no file in docs/ holds: the commands
+(``cli_page``), the keys of the YAML files (``config_page``) and the public names of each room,
+which mkdocstrings fills in. mkdocs.yml gives them their places.
+"""
+
+from cli_page import cli_page
+from config_page import config_page
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOMS = {
+    "corpus": ("movekd.corpus",),
+    "cache": ("movekd.cache",),
+    "teachers": ("movekd.teachers",),
+    "student": ("movekd.student",),
+    "distill": ("movekd.distill",),
+    "build": ("movekd.build",),
+    "train": ("movekd.train",),
+    "evaluate": ("movekd.evaluate", "movekd.evaluate.exact_match"),
+}
+"""Page -> the modules on it; those without ``__all__`` show all that is public."""
+
+_LETTERS = (
+    "Capitals at the end of a name are the tensor's dimensions, `tokens_BND` for one: B batch, "
+    "N tokens, D channels, H heads, T teachers, L layers, E experts."
+)
+_NOTES = {
+    "cache": f"{_LETTERS}\n\nThe fields of `CacheSpec` are "
+    "[the keys of a teacher's file](config.md#a-teachers-yaml-file).",
+    "teachers": _LETTERS,
+    "student": _LETTERS,
+    "distill": _LETTERS,
+    "train": "The fields of `TrainConfig` are [the keys of student.yaml](config.md#studentyaml).",
+}
+"""Page -> what stands above its names."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to those that were found in docs/."""
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Return the generated pages, path in docs/ -> Markdown."""
+    rooms = {f"reference/{room}.md": api_page(room) for room in ROOMS}
+    return {"reference/cli.md": cli_page(), "reference/config.md": config_page()} | rooms
+
+
+def api_page(room: str) -> str:
+    """Return the page of a room: what mkdocstrings is to put there."""
+    first, *others = ROOMS[room]
+    parts = [f"# {first}", _NOTES.get(room, ""), f"::: {first}"]
+    parts += [f"## {module}\n\n::: {module}" for module in others]
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,0 +1,111 @@
+"""The generated pages leave nothing out: every command, every key, every public name."""
+
+import json
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_page import cli_page, commands
+from config_page import config_page
+from reference import ROOMS, pages
+
+import movekd
+from movekd.cache.spec import CacheSpec
+from movekd.cli.main import app
+from movekd.train.config import RECIPES, load_config
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "pipelines/llava15_v1.0/pretrain.yaml"
+INSIDE = {"cli", "view"}
+"""Rooms that are used by way of the commands alone."""
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict[str, str]]:
+    """Key -> column -> cell, over all tables of the config page."""
+    found: dict[str, dict[str, str]] = {}
+    head: list[str] = []
+    for line in config_page().splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if cells and cells[0] == "key":
+            head = cells
+        elif cells and cells[0].startswith("`"):
+            found[cells[0].strip("`")] = dict(zip(head, cells, strict=True))
+    return found
+
+
+def every_key(content: dict[str, Any], path: str = "") -> set[str]:
+    inner = [(f"{path}{key}.", value) for key, value in content.items() if isinstance(value, dict)]
+    below = [every_key(value, key) for key, value in inner if key != "training."]
+    return {f"{path}{key}" for key in content}.union(*below)
+
+
+def test_the_config_page_has_every_key(rows: dict[str, dict[str, str]]) -> None:
+    resolved = load_config(RUN).model_dump()
+    assert set(rows) == every_key(resolved) | set(CacheSpec.model_fields)
+    for key, row in rows.items():
+        assert row["what"], f"{key} has no description"
+        assert row["type"], key
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_values_of_the_recipes_are_those_that_a_run_gets(
+    rows: dict[str, dict[str, str]], recipe: str
+) -> None:
+    shown = {key: row[recipe].strip("`") for key, row in rows.items() if row.get(recipe)}
+    assert len(shown) == sum(len(section) for section in RECIPES[recipe].values())
+    content = load_config(RUN, [f"recipe={recipe}"]).model_dump(mode="json")
+    for key, cell in shown.items():
+        value = content
+        for part in key.split("."):
+            value = value[part]
+        if cell == "r":
+            assert value == content["student"]["mole"]["r"]
+        else:
+            assert cell == (value if isinstance(value, str) else json.dumps(value)), key
+
+
+def test_the_cli_page_has_every_command_with_its_options() -> None:
+    parts = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", cli_page(), re.DOTALL | re.M))
+    groups = {"movekd": app} | {f"movekd {g.name}": g.typer_instance for g in app.registered_groups}
+    made = [(path, command) for path in groups for command in groups[path].registered_commands]
+    names = {f"{path} {c.name or c.callback.__name__}" for path, c in made}
+    assert set(parts) == set(groups) | names
+    for path, command in commands():
+        for parameter in command.params:
+            for option in parameter.opts:
+                shown = option if option.startswith("-") else parameter.metavar or option
+                assert re.search(rf"[` ]{re.escape(shown)}[` ,]", parts[path]), (path, option)
+
+
+def test_defaults_and_examples_are_on_the_cli_page() -> None:
+    page = cli_page()
+    assert "| `--batch-size <str>` | `32` | Images a forward pass, or `auto`" in page
+    assert "| `--config <path>` | needed |" in page
+    assert "| `--out <path>` | `data/` |" in page
+    assert "```sh\nmovekd cache ls cache/\n```" in page
+    assert "[default" not in page
+    assert "[required" not in page
+
+
+def test_every_room_has_its_page() -> None:
+    found = {module.name for module in pkgutil.iter_modules(movekd.__path__) if module.ispkg}
+    assert set(ROOMS) == found - INSIDE
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_says_what_it_is(room: str) -> None:
+    module = import_module(f"movekd.{room}")
+    assert module.__doc__
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert thing.__doc__, name
+        assert not str(thing.__doc__).startswith(f"{name}("), f"{name}: made by dataclass"
+
+
+def test_the_site_has_a_place_for_every_generated_page() -> None:
+    _, _, nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")
+    assert set(re.findall(r"reference/\w+\.md", nav)) == set(pages())
