@@ -20,8 +20,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from photographs import write_jpegs
-from report import Figure, interleaved_ratio, write_figures
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +32,8 @@ from movekd.cli.options import build_options
 from movekd.corpus.index import Corpus, open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.teachers import Teacher, attention, load_teacher
+from photographs import write_jpegs
+from report import Figure, interleaved_ratio, write_figures
 
 CPU = {"teachers": "clip", "images": 64, "pairs": 3, "batch_size": 8, "at_most": 1.05}
 GPU = {

@@ -1,12 +1,11 @@
 """What int8 takes and costs: bytes of a row, and the error of a token."""
 
 from cache_data import HEADS, TOKENS, WIDTH, student_t_tokens
-from report import Figure
-
 from movekd.build.plan import output_shape
 from movekd.cache.codec import StatsAccumulator, encode, token_error
 from movekd.cache.layout import teacher_layout
 from movekd.cache.spec import load_spec
+from report import Figure
 
 V10 = ("clip", "eva02", "convnext")
 """The teachers of the paper's first version."""

@@ -25,11 +25,11 @@ import numpy.typing as npt
 import safetensors.numpy
 import torch
 import zarr
-from cache_data import BenchData
-from report import Figure, interleaved_ratio
 from safetensors import safe_open
 
+from cache_data import BenchData
 from movekd.cache.layout import group_name
+from report import Figure, interleaved_ratio
 
 PEERS = Path(__file__).resolve().parent / "peers"
 PYTHON = PEERS / ".venv" / "bin" / "python"

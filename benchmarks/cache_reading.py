@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
 from cache_data import (
     BenchData,
     bench_teacher,
@@ -20,13 +23,10 @@ from cache_data import (
     shard_rows,
     write_rows,
 )
-from report import Figure, interleaved_ratio
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
 from movekd.cache import codec
 from movekd.cache.layout import group_name, shard_file
 from movekd.cache.reader import TeacherCache
+from report import Figure, interleaved_ratio
 
 Rows = npt.NDArray[np.int64]
 LOADER_BATCHES = 48

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from report import Figure
 from sklearn.datasets import load_sample_images
 
 from movekd.build.images import image_transform, pixel_batches
@@ -35,6 +34,7 @@ from movekd.cli.main import main as movekd
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.teachers import load_teacher
+from report import Figure
 
 NUM_FLIPS, NUM_KILLS = 1000, 50
 PEAK_IMAGES, BATCH = 136, 16

@@ -33,10 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import Figure, interleaved_ratio, write_figures
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_setup import GRID, REAL, SMALL, Size, batch_size, build_options, prepare, specs_of
 from transformers import TrainingArguments
 
 from movekd.build.live import live_features
@@ -50,6 +48,8 @@ from movekd.train.config import load_config
 from movekd.train.data import Collator, ConversationDataset, Sample
 from movekd.train.run import build_data, build_model
 from movekd.train.trainer import DistillTrainer
+from report import Figure, interleaved_ratio, write_figures
+from training_setup import GRID, REAL, SMALL, Size, batch_size, build_options, prepare, specs_of
 
 MODES = ("resident", "cached", "live")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import interleaved_ratio, write_results
 
 from movekd.build.images import image_transform, pixel_batches
 from movekd.build.options import BuildOptions
@@ -27,6 +26,7 @@ from movekd.teachers import load_teacher
 from movekd.train.config import load_config
 from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.run import build_model
+from report import interleaved_ratio, write_results
 
 PAIRS = 20
 DIGITS = resource_dir("pipelines") / "digits"

@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 from peft import get_peft_model
-from report import Figure, interleaved_ratio, write_figures
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -25,6 +24,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from movekd.student.mole import MoleConfig, MoleLayer
 from movekd.student.mole.layer import StackedLora
+from report import Figure, interleaved_ratio, write_figures
 
 VIT_L = CLIPVisionConfig(
     hidden_size=1024,

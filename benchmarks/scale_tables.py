@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from report import Figure, median_interval
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
@@ -29,6 +28,7 @@ from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import INDEX_FILE, INDEX_SCHEMA, NAMES_FILE, NAMES_SCHEMA, open_corpus
 from movekd.corpus.stored_table import PART_ROWS, write_stored
+from report import Figure, median_interval
 
 NUM_SEALS = 100_000
 NUM_ASKED = 1000

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from cache_data import BenchData, fastest, make_data
 from cache_reading import memmap_gathers
-from photographs import write_jpegs
-from report import Figure, interleaved_ratio
-
 from movekd.cache.layout import MAX_SHARD_ROWS
 from movekd.cli.main import app
 from movekd.corpus.pack import pack_folder
+from photographs import write_jpegs
+from report import Figure, interleaved_ratio
 
 TEACHER = """
 name: small

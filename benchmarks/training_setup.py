@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from mole import VIT_L
-from photographs import write_jpegs
 from transformers import (
     AutoTokenizer,
     CLIPVisionModel,
@@ -16,12 +14,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from mole import VIT_L
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.resources import resource_dir
+from photographs import write_jpegs
 
 GRID = 24  # the student's
 TOKENIZER = resource_dir("pipelines") / "digits" / "weights" / "language_model"

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import scenes
 
+import scenes
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache.spec import load_spec

@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from cli_page import escaped
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from cli_page import escaped
 from movekd.cache.spec import CacheSpec
 from movekd.train.config import RECIPES, TrainConfig
 

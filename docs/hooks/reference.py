@@ -5,10 +5,11 @@ MkDocs calls ``on_files``, which adds pages that no file in docs/ holds: the com
 which mkdocstrings fills in. mkdocs.yml gives them their places.
 """
 
-from cli_page import cli_page
-from config_page import config_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from cli_page import cli_page
+from config_page import config_page
 
 ROOMS = {
     "corpus": ("movekd.corpus",),

@@ -18,7 +18,7 @@ def demo(
         bool, typer.Option("--json", help="Print the figures as JSON; what is done, to stderr.")
     ] = False,
 ) -> None:
-    """Pack, plan, cache four teachers, train with and without them, evaluate, look: a minute or two.
+    """Pack, plan, cache four teachers, train with and without them, evaluate, look: a minute.
 
     The script is pipelines/digits/demo.py; it calls the same commands as you would.
 

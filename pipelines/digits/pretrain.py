@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from language import answer_accuracy, cell_masks, train_language_model
 from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from language import answer_accuracy, cell_masks, train_language_model
 from scenes import (
     EMPTY,
     NUM_CLASSES,
@@ -41,7 +43,6 @@ from scenes import (
     draw_digits,
     grid_labels,
 )
-from torch import Tensor, nn
 
 MEAN, STD = 0.26, 0.165  # of the scenes' pixels, all three channels alike
 MODELS = ("clip", "eva", "convnext", "sam", "language_model")

@@ -1,6 +1,7 @@
 """What several tests of builds start from."""
 
 import pytest
+
 from builds import build
 
 

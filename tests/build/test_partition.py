@@ -7,8 +7,8 @@ import sys
 import threading
 
 import pytest
-from builds import OPTIONS, build
 
+from builds import OPTIONS, build
 from movekd.build import calibrate as calibration
 from movekd.build import engine as engines
 from movekd.build import shard as shards

@@ -20,15 +20,15 @@ from typing import Any
 
 import pytest
 import yaml
-from builds import build
-from s3 import s3_server
 
+from builds import build
 from movekd.build.ray_cluster import RayCluster
 from movekd.build.ray_engine import RayEngine
 from movekd.cache import layout
 from movekd.cache.check import verify
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError
+from s3 import s3_server
 
 SITE = Path(__file__).parents[1] / "helpers" / "ray_site"
 PYTHONPATH = os.pathsep.join([str(SITE), *filter(None, sys.path)])

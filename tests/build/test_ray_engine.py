@@ -6,11 +6,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from builds import build
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from builds import build
 from movekd.build import ray_engine, ray_worker
 from movekd.build.ray_engine import ITEMS_A_WORKER, RayEngine, work_items
 from movekd.build.ray_worker import Worker

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from builds import OPTIONS, build
 from safetensors.torch import save_file
 
+from builds import OPTIONS, build
 from movekd.build.images import image_transform
 from movekd.build.lock import build_lock
 from movekd.build.options import BuildOptions

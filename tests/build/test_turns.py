@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from builds import OPTIONS, build
 
+from builds import OPTIONS, build
 from movekd.build import images
 from movekd.build.pipeline import SideStream, TeacherBuild
 from movekd.build.shard import ShardInMemory

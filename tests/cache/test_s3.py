@@ -11,7 +11,6 @@ import uuid
 
 import pytest
 import torch
-from s3 import everything, s3_server, upload
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.build.disk import DiskRates
@@ -25,6 +24,7 @@ from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, CorruptCacheError
+from s3 import everything, s3_server, upload
 
 OPTIONS = BuildOptions(batch_size=5, num_workers=0)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builds import build
 
+from builds import build
 from movekd.cache.check import status
 from movekd.cache.reader import open_cache
 from movekd.cache.seal import read_sealed

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
+import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError
 from movekd.student.config import MoleKeys, StudentConfig

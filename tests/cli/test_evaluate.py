@@ -5,16 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import llava_eval
 import pytest
-import scenes
-from small_run import write_run
 from typer.testing import CliRunner
 
+import llava_eval
+import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError, CorpusError
 from movekd.evaluate.answers import Origin
 from movekd.evaluate.benchmarks import BENCHMARKS
+from small_run import write_run
 
 SHORT = ("--max-new-tokens", 4, "--device", "cpu")
 

@@ -6,7 +6,6 @@ import socket
 import pytest
 import typer
 import yaml
-from small_run import write_run
 from typer.testing import CliRunner
 
 from movekd.cli.cache_show import show
@@ -14,6 +13,7 @@ from movekd.cli.doctor import doctor
 from movekd.cli.report import report
 from movekd.cli.view import view
 from movekd.errors import ConfigError, UnknownKeyError
+from small_run import write_run
 
 app = typer.Typer()
 for command in (show, report, doctor, view):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import scenes
 from typer.testing import CliRunner
 
+import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError
 

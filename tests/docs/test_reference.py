@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_page import cli_page, commands
-from config_page import config_page
-from reference import ROOMS, pages
 
 import movekd
+from cli_page import cli_page, commands
+from config_page import config_page
 from movekd.cache.spec import CacheSpec
 from movekd.cli.main import app
 from movekd.train.config import RECIPES, load_config
+from reference import ROOMS, pages
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "pipelines/llava15_v1.0/pretrain.yaml"

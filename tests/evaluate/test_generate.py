@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 
+import scenes
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.errors import ConfigError, CorpusError
 from movekd.evaluate.exact_match import split_questions

@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-from small_run import write_run
 
 from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
 from movekd.evaluate.questions import Question
 from movekd.student.files import load_student
+from small_run import write_run
 
 GROUP = "lmms_eval.models"
 pytestmark = pytest.mark.filterwarnings("ignore")  # lmms-eval and what it imports

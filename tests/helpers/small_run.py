@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import scenes
 import torch
 
+import scenes
 from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
 from movekd.student.files import PART_FILES, save_parts, save_tokenizer
 from movekd.student.vlm import build_vlm

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scenes
 import torch
 import yaml
 from PIL import Image
@@ -18,6 +17,7 @@ from sklearn.datasets import load_sample_images
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from typer.testing import CliRunner
 
+import scenes
 from movekd.cli.main import app
 from movekd.resources import resource_dir
 

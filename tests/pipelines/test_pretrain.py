@@ -4,15 +4,15 @@ import hashlib
 import json
 from pathlib import Path
 
-import language
 import numpy as np
-import pretrain
 import pytest
-import scenes
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import language
+import pretrain
+import scenes
 from movekd.cache.spec import load_spec
 from movekd.teachers import load_teacher
 

@@ -11,10 +11,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import llava_eval
 import pytest
 from typer.testing import CliRunner
 
+import llava_eval
 from movekd.cli.main import app
 from movekd.evaluate.benchmarks import BENCHMARKS
 from movekd.resources import resource_dir

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scenes
 from PIL import Image
+
+import scenes
 
 SIZES = {"num_pretrain": 24, "num_finetune": 24, "num_val": 24, "num_test": 24}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import scenes
 import torch
 from transformers import CLIPVisionConfig
 
+import scenes
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.files import TrainedStudent, save_parts, save_tokenizer
 from movekd.student.loading import quiet_libraries

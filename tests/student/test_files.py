@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 from safetensors.torch import load_file, save_file
 
+import scenes
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.adapters import StudentHead
 from movekd.student.config import MoleKeys, StudentConfig

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import scenes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import scenes
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
 from movekd.student.prompts import (

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -22,6 +21,7 @@ from transformers import (
     ViTModel,
 )
 
+import scenes
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.vlm import build_encoder, build_vlm, image_features

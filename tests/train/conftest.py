@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import scenes
 from safetensors.torch import load_file
 from transformers import set_seed
 
+import scenes
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache import open_cache

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 from torch.nn import functional as F
 
+import scenes
 from movekd.build.images import image_transform
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache

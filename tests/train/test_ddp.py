@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torchrun import train_in_two_processes
 
 from movekd.train.sampler import GlobalOrderSampler
+from torchrun import train_in_two_processes
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch.distributed import TCPStore
+
 from torchrun import TORCHRUN, environment, logged, training
 from watched import read_notes
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torchrun import train_in_two_processes
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -18,6 +17,7 @@ from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
 from movekd.student.vlm import image_features
 from movekd.train.run import train
+from torchrun import train_in_two_processes
 
 NUM_VIEWS = [3, 5, 4, 4, 3, 3, 5]
 """Of the seven images of ``view_corpora``."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 
+import scenes
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache.spec import load_spec

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from s3 import s3_server, upload
-from torchrun import logged, torchrun, train_in_two_processes, training
-from watched import begin_batch, noting, read_notes
 
 from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.trainer import DistillTrainer
+from s3 import s3_server, upload
+from torchrun import logged, torchrun, train_in_two_processes, training
+from watched import begin_batch, noting, read_notes
 
 IN_TWO = ("training.per_device_train_batch_size=2", "training.save_strategy=steps")
 DROPOUT = ("student.mole.lora_dropout=0.3", "training.save_steps=2")

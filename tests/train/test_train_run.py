@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scenes
 import torch
 from transformers import set_seed
 
+import scenes
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache import open_cache

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from builds import build
 
+from builds import build
 from movekd.corpus.index import open_corpus
 from movekd.errors import UnknownKeyError
 from movekd.view.browser import NUM_NEAREST, Browser

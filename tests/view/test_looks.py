@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from builds import OPTIONS, build
 
+from builds import OPTIONS, build
 from movekd.build.images import image_transform
 from movekd.build.stored_spec import spec_to_run
 from movekd.cache import open_cache

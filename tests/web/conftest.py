@@ -4,10 +4,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo
 import pytest
-import scenes
 from playwright.sync_api import Browser, Page, sync_playwright
+
+import demo
+import scenes
 from web_page import SCREENSHOTS, Served, serve, watched
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builds import build
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
-from web_page import picture, serve, watched
 
+from builds import build
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import open_corpus
 from movekd.evaluate.chat import Answer, answer
 from movekd.student.files import TrainedStudent, load_student
 from movekd.view.browser import Browser
 from movekd.view.panels import experts_html, teachers_html
+from web_page import picture, serve, watched
 
 pytestmark = pytest.mark.web
 

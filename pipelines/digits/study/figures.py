@@ -9,8 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from scenes import NUM_CLASSES, QUESTION_TYPES
 
+from scenes import NUM_CLASSES, QUESTION_TYPES
 from study.plan import STUDY
 from study.results import Row
 from study.statistics import accuracies, interval

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import TEACHERS
 
+from demo import TEACHERS
 from study import results, worlds
 from study.plan import TIME_BASE, WORLDS, Arm, RunId, Sizes, find_arm, runs
 from study.results import Row

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scenes
 import torch
 from torch import Tensor
 
+import scenes
 from movekd.config import read_yaml
 from movekd.corpus.conversations import load_conversations
 from movekd.evaluate.exact_match import exact_match, split_questions

@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
 import pretrain
 import scenes
 from demo import HERE, TEACHERS
-
 from movekd.build.options import BuildOptions
 from movekd.build.run import build_cache
 from movekd.cache import open_cache

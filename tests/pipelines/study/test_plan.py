@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-import demo
 import pytest
+
+import demo
+from movekd.train.config import load_config
 from study.plan import (
     CACHES,
     PRIMARY,
@@ -16,8 +18,6 @@ from study.plan import (
     find_arm,
     runs,
 )
-
-from movekd.train.config import load_config
 
 PAGE = (Path(__file__).parents[3] / "docs/study.md").read_text(encoding="utf-8")
 

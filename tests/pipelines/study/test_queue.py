@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import pytest
+
+import demo
 
 WAITING = """
 import os, signal, sys

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
 import study.plan
 import study.queue
-import torch
 from study import explore, page, results
 from study.plan import SMOKE, RunId, arms, find_arm
 from study.queue import Place, run_all, run_final, time_factor

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
+
 from study.plan import Contrast, RunId
 from study.statistics import accuracies, compare, holm, interval, sign_flip_p
 

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+
 import scenes
 from demo import TEACHERS
-from study.plan import FULL_SIZE, SMOKE, WORLDS
-from study.worlds import World, collect_weights, shuffle_cache, write_scenes, write_test_scenes
-
 from movekd.cache import open_cache
 from movekd.cache.check import verify
+from study.plan import FULL_SIZE, SMOKE, WORLDS
+from study.worlds import World, collect_weights, shuffle_cache, write_scenes, write_test_scenes
 
 
 def test_worlds_split_the_handwriting_in_their_own_ways():
