@@ -24,8 +24,7 @@ from movekd.corpus.index import open_corpus
 from movekd.resources import resource_dir
 from movekd.teachers import load_teacher
 from movekd.train.config import load_config
-from movekd.train.data import Collator, ConversationDataset, read_conversations
-from movekd.train.run import build_model
+from movekd.train.run import build_data, build_model
 from report import interleaved_ratio, write_results
 
 PAIRS = 20
@@ -101,19 +100,12 @@ def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
     overrides.append(f"data.conversations=[{output / 'source' / 'finetune.json'}]")
     config = load_config(DIGITS / "finetune.yaml", overrides)
     assert config.distill is not None
-    assert config.student.prompt is not None
     cache, corpus = open_cache(output / "cache"), open_corpus(config.data.shards)
     model, student = build_model(config, cache)
     model.train()
-    teachers = config.distill.teachers
-    dataset = ConversationDataset(
-        read_conversations(config.data, corpus),
-        corpus, cache, teachers, student, config.student.prompt, config.data.model_max_length,
-    )  # fmt: skip
-    collator = Collator(
-        corpus, student.image_transform("crop"), cache, tuple(teachers),
-        student.tokenizer.pad_token_id,
-    )  # fmt: skip
+    dataset: Any
+    collator: Any
+    dataset, collator = build_data(config, corpus, cache, student)
     without_targets = replace(collator, cache=None)
     random = torch.Generator().manual_seed(0)
     fixed = [dataset[i] for i in torch.randint(len(dataset), (16,), generator=random).tolist()]

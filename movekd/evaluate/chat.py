@@ -18,7 +18,7 @@ from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.files import TrainedStudent
 from movekd.student.mole import recorded_routing, routing
-from movekd.student.prompts import tokenize_question
+from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import num_prefix_tokens
 
 
@@ -59,7 +59,9 @@ def answer(
     student, conversation = trained.student, Conversation("ask", ("image",), tuple(turns))
     decoded = decode_image(image)  # a LLaVA-NeXT has tokens by the image's size
     num_tokens = student.count_tokens([decoded.width], [decoded.height]).tolist()
-    tokens = tokenize_question(conversation, student.tokenizer, trained.prompt, num_tokens)
+    tokens = tokenize_question(
+        conversation, student.tokenizer, prompt=trained.prompt, num_image_tokens=num_tokens
+    )
     most = getattr(student.vlm.config.text_config, "max_position_embeddings", None)
     if most is not None and len(tokens) >= most:
         raise ConfigError(

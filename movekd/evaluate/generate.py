@@ -13,7 +13,7 @@ from movekd.corpus.conversations import Conversation
 from movekd.corpus.images import Geometry, SeenImage
 from movekd.errors import CorpusError
 from movekd.student.config import PromptFormat
-from movekd.student.prompts import tokenize_question
+from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import Student, image_features
 
 
@@ -44,7 +44,9 @@ def generate_answers(
         batch = conversations[start : start + batch_size]
         seen = [[transform.see(read_image(n), student.views) for n in c.images] for c in batch]
         questions = [
-            tokenize_question(c, tokenizer, prompt, _num_tokens(student, images))
+            tokenize_question(
+                c, tokenizer, prompt=prompt, num_image_tokens=_num_tokens(student, images)
+            )
             for c, images in zip(batch, seen, strict=True)
         ]
         length = max(map(len, questions))

@@ -18,18 +18,28 @@ if TYPE_CHECKING:
         save_tower,
     )
     from movekd.student.official import load_official_state_dict, official_state_dict
+    from movekd.student.tokenization import (
+        TokenizedConversation,
+        tokenize_conversation,
+        tokenize_question,
+    )
+    from movekd.student.tokenizer import load_tokenizer
 
 __all__ = [
     "MoleConfig",
     "Routing",
     "StudentHead",
     "TeacherAdapter",
+    "TokenizedConversation",
     "clear_routing",
     "load_official_state_dict",
+    "load_tokenizer",
     "official_state_dict",
     "recorded_routing",
     "routing",
     "save_tower",
+    "tokenize_conversation",
+    "tokenize_question",
 ]
 
 _MODULES = {
@@ -37,6 +47,10 @@ _MODULES = {
     "TeacherAdapter": "movekd.student.adapters",
     "load_official_state_dict": "movekd.student.official",
     "official_state_dict": "movekd.student.official",
+    "TokenizedConversation": "movekd.student.tokenization",
+    "load_tokenizer": "movekd.student.tokenizer",
+    "tokenize_conversation": "movekd.student.tokenization",
+    "tokenize_question": "movekd.student.tokenization",
 }
 
 

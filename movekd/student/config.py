@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from movekd.config import FrozenModel
 
+Recipe = Literal["official", "revised"]
+"""official: as the released code. revised: where that has a defect, otherwise."""
+
 PromptFormat = Literal["plain", "v1", "chat_template"]
 """plain: image, then caption (LLaVA's stage 1). v1: Vicuna's chat (LLaVA's stage 2).
 chat_template: whatever template the tokenizer brings."""

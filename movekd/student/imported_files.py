@@ -22,8 +22,9 @@ from movekd.student.official import (
     official_views,
     plain_name,
 )
-from movekd.student.official_files import BUFFERS_FILE, DTYPES_FILE, TOKENIZER_FILES
+from movekd.student.official_files import BUFFERS_FILE, DTYPES_FILE
 from movekd.student.tensor_files import TensorFiles, write_shards
+from movekd.student.tokenizer import TOKENIZER_FILES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.files import (
@@ -31,7 +30,6 @@ from movekd.student.files import (
     imported_from,
 )
 from movekd.student.hub.card import base_models, public_name
-from movekd.student.loading import loading
 from movekd.student.official import (
     PROJECTOR,
     mole_layers,
@@ -39,8 +37,8 @@ from movekd.student.official import (
     official_state_dict,
     require_official,
 )
-from movekd.student.prompts import IMAGE_TOKEN
 from movekd.student.tensor_files import read_json, write_bin, write_shards
+from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
 
 MODEL_TYPE = "move_llava_llama"
 ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
@@ -55,10 +53,6 @@ EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
 
 ORIGINALS = "official"
 """Folder of an imported model: the released directory's small files, as they were."""
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja"),
-)
 DTYPES_FILE = "dtypes.json"
 BUFFERS_FILE = "buffers.safetensors"
 ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
@@ -171,13 +165,8 @@ def _write_small_files(
     source = str(trained.run["student"]["language_model"])
     imported = Path(source).parent.parent / ORIGINALS  # of model/base/language_model
     if imported.is_dir():
-        for name in TOKENIZER_FILES:
-            if (imported / name).exists():
-                shutil.copyfile(imported / name, directory / name)
-        return
-    with loading(source, "the tokenizer of"):
-        base = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    base.save_pretrained(directory)
+        source = str(imported)
+    copy_tokenizer_files(source, directory)
 
 
 def _config(trained: TrainedStudent) -> dict[str, Any]:

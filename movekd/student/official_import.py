@@ -15,12 +15,11 @@ tensor at a time. ``official_files`` is the way back.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError
@@ -39,7 +38,6 @@ from movekd.student.imported_files import (
     write_part,
     write_tower,
 )
-from movekd.student.loading import loading
 from movekd.student.official import (
     ADAPTERS,
 )
@@ -60,7 +58,6 @@ from movekd.student.official_layout import (
     student_config,
     text_config,
 )
-from movekd.student.prompts import IMAGE_TOKEN
 from movekd.student.tensor_files import (
     INDEX_FILES,
     SINGLE_FILES,
@@ -68,6 +65,7 @@ from movekd.student.tensor_files import (
     open_checkpoint,
     read_json,
 )
+from movekd.student.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _import_checkpoint(
     parameters = dict(skeleton(vision_config, language, student).named_parameters())
     buffers = [name for name in tensors if name.endswith(OLD_BUFFERS)]
     adapters = check_weights(tensors, parameters, buffers, vision_config, source)
-    tokenizer = _tokenizer(tokenizer_source or str(source), language)
+    tokenizer = load_tokenizer(tokenizer_source or source, language)
 
     base = model_dir / "base"
     for config in (vision_config, language):
@@ -200,42 +198,6 @@ def _as_it_was_fed(source: Path, student: StudentConfig) -> StudentConfig:
     return validate(
         StudentConfig, student.model_dump(mode="json") | named, str(source / ABOUT_FILE)
     )
-
-
-def _tokenizer(source: str, language: Any) -> Any:
-    """Return a fast tokenizer that knows ``<image>``.
-
-    Raises:
-        WeightsError: there is none, or it cannot be read.
-        ConfigError: it is a slow one.
-    """
-    folder = Path(source)
-    known = ("tokenizer.json", "tokenizer.model")
-    if folder.is_dir() and not any((folder / name).exists() for name in known):
-        # transformers would make one of four tokens
-        raise WeightsError(
-            f"{source} holds no tokenizer; expected one of {', '.join(known)}. Give --tokenizer "
-            "with the hub id or directory of the language model's."
-        )
-    needs_conversion = folder.is_dir() and not (folder / known[0]).exists()
-    if needs_conversion and find_spec("sentencepiece") is None:
-        raise WeightsError(
-            f"{source} holds a tokenizer.model alone, which takes sentencepiece to be read; "
-            "pip install sentencepiece protobuf, or give --tokenizer with a directory that has a "
-            "tokenizer.json."
-        )
-    with loading(source, "the tokenizer"):  # config: the one there is of a type unknown to it
-        tokenizer = AutoTokenizer.from_pretrained(source, config=language, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets; give "
-            "--tokenizer with a directory that has a tokenizer.json."
-        )
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 def _write_config(

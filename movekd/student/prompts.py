@@ -1,88 +1,75 @@
-"""Conversations as tokens and labels, in LLaVA's prompt formats.
+"""Conversations as text: what the model reads, and which parts of it are answers.
 
-The text is tokenised whole (pieces tokenised one by one come out otherwise at their seams); which
-tokens are the answer is read off the character offsets. Each ``<image>`` becomes as many image
-tokens as the projector gives.
+Input: a conversation and a prompt format. Output: the text with one ``<image>`` per image, and
+the ranges of characters that a model must generate. ``tokenization`` makes tokens and labels of it.
 """
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from movekd.corpus.conversations import Conversation
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from movekd.corpus.conversations import Conversation, Role
 from movekd.errors import ConfigError
 from movekd.student.config import PromptFormat
+from movekd.student.tokenizer import IMAGE_TOKEN
 
-IMAGE_TOKEN = "<image>"
-IGNORED = -100
-"""Label of a token that the loss leaves out."""
 V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 """Vicuna's system prompt, as LLaVA-1.5 was trained with it."""
 
-
-@dataclass(frozen=True)
-class TokenizedConversation:
-    """One conversation, ready for a model: ``input_ids`` and ``labels`` are of one length."""
-
-    input_ids: list[int]
-    labels: list[int]
+_V1_ROLES: dict[Role, str] = {"human": "USER:", "gpt": "ASSISTANT:"}
+_TEMPLATE_ROLES: dict[Role, str] = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
-class _Text:
-    """A rendered conversation and the character ranges that the loss is taken on."""
+class Prompt:
+    """A conversation as text.
+
+    Attributes:
+        text: what is tokenised.
+        answers: start and end of what the model must generate, in characters, per answer. What a
+            model is given before it answers ends at the start.
+        has_special_tokens: the text holds its own ``<s>``, as chat templates write it.
+    """
 
     text: str
     answers: list[tuple[int, int]]
-    has_special_tokens: bool
+    has_special_tokens: bool = False
 
 
-def tokenize(
-    conversation: Conversation,
-    tokenizer: Any,
-    prompt: PromptFormat,
-    num_image_tokens: int | Sequence[int],
-    max_length: int | None = None,
-) -> TokenizedConversation:
-    """Return tokens and labels of a conversation; only the answers have labels.
-
-    Args:
-        conversation: turns of "human" and "gpt".
-        tokenizer: a fast tokenizer that knows ``<image>`` as one token.
-        prompt: the format.
-        num_image_tokens: tokens an image; one number for all, or one for each.
-        max_length: longer samples are cut at the end.
+def render_conversation(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) -> Prompt:
+    """Return the text of a conversation and where its answers are.
 
     Raises:
-        ConfigError: the text has not as many ``<image>`` as images, the cut would go through an
-            image, or the template cannot be used.
+        ConfigError: there is no answer, or the prompt cannot be made with this tokenizer.
     """
-    if prompt == "chat_template" and _marks_answers(tokenizer):
-        tokens, is_answer = _tokenize_marked(conversation, tokenizer)
-    else:
-        tokens, is_answer = _tokenize_rendered(_render(conversation, tokenizer, prompt), tokenizer)
-    image_id = _require_images(conversation, tokens, tokenizer)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    numbers = _copies(tokens, image_id, num_image_tokens)
-    for token, answers, copies in zip(tokens, is_answer, numbers, strict=True):
-        input_ids += [token] * copies
-        labels += [token if answers and token != image_id else IGNORED] * copies
-    if max_length is not None and len(input_ids) > max_length:
-        if image_id in input_ids[max_length:]:
-            raise ConfigError(
-                f"conversation '{conversation.id}' has {len(input_ids)} tokens, and cutting it at "
-                f"data.model_max_length {max_length} would cut an image; raise the limit."
-            )
-        input_ids, labels = input_ids[:max_length], labels[:max_length]
-    return TokenizedConversation(input_ids, labels)
+    if prompt == "plain":
+        return _render_plain(conversation)
+    if prompt == "v1":
+        return _render_v1(conversation, tokenizer)
+    return _render_template(conversation, tokenizer)
+
+
+def render_question(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) -> Prompt:
+    """Return the text up to where the model must answer the last human turn.
+
+    Raises:
+        ConfigError: as ``render_conversation``.
+    """
+    if prompt == "plain":
+        return Prompt(IMAGE_TOKEN * len(conversation.images), [])
+    if prompt == "v1":
+        return Prompt(_render_v1(conversation, tokenizer).text + _V1_ROLES["gpt"], [])
+    text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
+    return Prompt(text, [], True)
 
 
 def check_conversation(conversation: Conversation, prompt: PromptFormat) -> None:
-    """Find without a tokenizer what ``tokenize`` would refuse; fast enough for a whole corpus.
+    """Find without a tokenizer what could not be tokenised; fast enough for a whole corpus.
 
     Raises:
         ConfigError: there is no answer to learn, or not an ``<image>`` for each image.
@@ -93,118 +80,22 @@ def check_conversation(conversation: Conversation, prompt: PromptFormat) -> None
             "there. Take it out, or give it one."
         )
     if prompt != "plain":  # which puts the images in front of the caption itself
-        _require_count(conversation, sum(text.count(IMAGE_TOKEN) for _, text in conversation.turns))
+        count = sum(text.count(IMAGE_TOKEN) for _, text in _without_greeting(conversation))
+        require_image_count(conversation, count)
 
 
-def tokenize_question(
-    conversation: Conversation,
-    tokenizer: Any,
-    prompt: PromptFormat,
-    num_image_tokens: int | Sequence[int],
-) -> list[int]:
-    """Return the tokens up to where the model must answer: the last human turn, then its cue.
+def require_image_count(conversation: Conversation, found: int) -> None:
+    """Refuse a conversation that does not name each of its images once.
 
     Raises:
-        ConfigError: as ``tokenize``.
+        ConfigError: names it and says both numbers.
     """
-    if prompt == "plain":
-        rendered = _Text(IMAGE_TOKEN * len(conversation.images), [], False)
-    elif prompt == "v1":
-        rendered = _render_v1(conversation, tokenizer)
-        rendered = _Text(rendered.text + "ASSISTANT:", [], False)
-    else:
-        text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
-        rendered = _Text(text, [], True)
-    ids = tokenizer(rendered.text, add_special_tokens=not rendered.has_special_tokens)["input_ids"]
-    image_id = _require_images(conversation, ids, tokenizer)
-    expanded: list[int] = []
-    for token, copies in zip(ids, _copies(ids, image_id, num_image_tokens), strict=True):
-        expanded += [token] * copies
-    return expanded
-
-
-def _copies(
-    tokens: Sequence[int], image_id: int, num_image_tokens: int | Sequence[int]
-) -> list[int]:
-    """Return how often each token goes into the prompt: an image's as often as it has features."""
-    copies = [1] * len(tokens)
-    places = [place for place, token in enumerate(tokens) if token == image_id]
-    if isinstance(num_image_tokens, int):
-        num_image_tokens = [num_image_tokens] * len(places)
-    for place, number in zip(places, num_image_tokens, strict=True):
-        copies[place] = number
-    return copies
-
-
-def _require_images(conversation: Conversation, tokens: list[int], tokenizer: Any) -> int:
-    """Return the id of ``<image>`` after checking that there is one for each image.
-
-    Raises:
-        ConfigError: there are more or fewer.
-    """
-    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    _require_count(conversation, tokens.count(image_id))
-    return image_id
-
-
-def _require_count(conversation: Conversation, found: int) -> None:
     if found != len(conversation.images):
         raise ConfigError(
             f"conversation '{conversation.id}' has {found} {IMAGE_TOKEN} in its text and "
             f"{len(conversation.images)} images; expected one each. `movekd shards pack` writes a "
             "conversations.jsonl in which they agree."
         )
-
-
-def _marks_answers(tokenizer: Any) -> bool:
-    """Return whether the chat template itself says which part is the assistant's."""
-    return "{% generation" in (tokenizer.chat_template or "")
-
-
-def _tokenize_marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokenise with a template that has ``{% generation %}`` marks: one rendering, no search."""
-    encoded = tokenizer.apply_chat_template(
-        _messages(conversation),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
-
-
-def _tokenize_rendered(rendered: "_Text", tokenizer: Any) -> tuple[list[int], list[bool]]:
-    encoded = tokenizer(
-        rendered.text,
-        add_special_tokens=not rendered.has_special_tokens,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    is_answer = [
-        end > start and any(start < high and end > low for low, high in rendered.answers)
-        for start, end in encoded["offset_mapping"]
-    ]
-    return encoded["input_ids"], is_answer
-
-
-def _render(conversation: Conversation, tokenizer: Any, prompt: PromptFormat) -> _Text:
-    if prompt == "plain":
-        return _render_plain(conversation)
-    if prompt == "v1":
-        return _render_v1(conversation, tokenizer)
-    return _render_template(conversation, tokenizer)
-
-
-def _render_plain(conversation: Conversation) -> _Text:
-    """The image, then the caption and a line break.
-
-    Source: haotian-liu/LLaVA llava/train/train.py, preprocess_plain.
-    """
-    images = IMAGE_TOKEN * len(conversation.images)
-    check_conversation(conversation, "plain")
-    caption = next(text for role, text in conversation.turns if role == "gpt")
-    text = images + caption + "\n"
-    return _Text(text, [(len(images), len(text))], False)
 
 
 def turn_end(tokenizer: Any) -> str:
@@ -221,48 +112,115 @@ def turn_end(tokenizer: Any) -> str:
     return str(tokenizer.eos_token)
 
 
-def _render_v1(conversation: Conversation, tokenizer: Any) -> _Text:
+def _render_plain(conversation: Conversation) -> Prompt:
+    """The image, then the caption and a line break.
+
+    Source: haotian-liu/LLaVA llava/train/train.py, preprocess_plain.
+    """
+    images = IMAGE_TOKEN * len(conversation.images)
+    check_conversation(conversation, "plain")
+    caption = next(text for role, text in conversation.turns if role == "gpt")
+    text = images + caption + "\n"
+    return Prompt(text, [(len(images), len(text))])
+
+
+def _render_v1(conversation: Conversation, tokenizer: Any) -> Prompt:
     """Vicuna's chat.
+
+    An answer starts at the colon, so the blank behind it is the model's to generate. An empty turn
+    is its role alone, as LLaVA writes it: nothing is learned from an empty answer.
 
     Source: haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1; llava/train/train.py,
     preprocess_multimodal (the image goes to the front of its turn) and preprocess_v1.
     """
-    text, answers, end = V1_SYSTEM + " ", [], turn_end(tokenizer)
-    for role, turn in conversation.turns:
-        if role == "human":
-            text += f"USER: {_image_first(turn)} "
-            continue
-        text += "ASSISTANT: "
+    text, answers = V1_SYSTEM + " ", []
+    ends: dict[Role, str] = {"human": " ", "gpt": turn_end(tokenizer)}
+    for role, turn in _without_greeting(conversation):
+        text += _V1_ROLES[role]
         start = len(text)
-        text += f"{turn}{end}"
-        answers.append((start, len(text)))
-    return _Text(text, answers, False)
+        if turn:
+            text += f" {_image_first(turn)}{ends[role]}"
+        if role == "gpt":
+            answers.append((start, len(text)))
+    return Prompt(text, answers)
 
 
-def _render_template(conversation: Conversation, tokenizer: Any) -> _Text:
-    """Whatever chat template the tokenizer brings; an answer ends where its turn does."""
+def _without_greeting(conversation: Conversation) -> tuple[tuple[Role, str], ...]:
+    """Return the turns from the first human one on: LLaVA drops a model's turn before it."""
+    turns = conversation.turns
+    return turns[1:] if turns[0][0] == "gpt" and len(turns) > 1 else turns
+
+
+def _render_template(conversation: Conversation, tokenizer: Any) -> Prompt:
+    """Whatever chat template the tokenizer brings.
+
+    Answers are what the template marks, or else what an assistant's turn adds to the text. The
+    last one starts where a question ends, so that the model learns all that it must generate.
+    """
     messages = _messages(conversation)
     text = _apply_template(tokenizer, messages)
-    answers = []
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        cue = _apply_template(tokenizer, messages[:position], add_generation_prompt=True)
-        turn = _apply_template(tokenizer, messages[: position + 1])
-        if not text.startswith(turn) or not turn.startswith(cue):
-            raise ConfigError(
-                "the tokenizer's chat template writes earlier turns differently when later ones "
-                "follow, so the answers cannot be told apart; use student.prompt: v1, or a "
-                "template whose prefix is stable."
-            )
-        answers.append((len(cue), len(turn)))
-    return _Text(text, answers, True)
+    of_assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not of_assistant:
+        return Prompt(text, [], True)
+    last = _turn(tokenizer, messages, of_assistant[-1], text)
+    marked = _marked_answers(tokenizer, messages)
+    if marked is None:
+        earlier = [_turn(tokenizer, messages, i, text) for i in of_assistant[:-1]]
+    else:
+        earlier = [answer for answer in marked if answer[1] <= last[0]]
+        last = (last[0], max([end for _, end in marked if end > last[0]], default=last[1]))
+    return Prompt(
+        text, [(start, _answer_end(text, end, tokenizer)) for start, end in [*earlier, last]], True
+    )
+
+
+def _turn(
+    tokenizer: Any, messages: list[dict[str, str]], position: int, text: str
+) -> tuple[int, int]:
+    """Return the range of an assistant's turn behind what a model is given before it answers.
+
+    Raises:
+        ConfigError: the range cannot be told, because the beginning of the text depends on its end.
+    """
+    question = _apply_template(tokenizer, messages[:position], add_generation_prompt=True)
+    is_last = position == len(messages) - 1
+    turn = text if is_last else _apply_template(tokenizer, messages[: position + 1])
+    if not text.startswith(turn) or not turn.startswith(question):
+        raise ConfigError(
+            "the tokenizer's chat template writes earlier turns differently when later ones "
+            "follow, so the answers cannot be told apart; use student.prompt: v1, or a "
+            "template whose prefix is stable."
+        )
+    return len(question), len(turn)
+
+
+def _answer_end(text: str, end: int, tokenizer: Any) -> int:
+    """Return the end of a turn without the line break that templates write behind its end token.
+
+    Generation stops at that token, so what follows it is never the model's to say.
+    """
+    stripped = text[:end].rstrip()
+    return len(stripped) if stripped.endswith(tuple(tokenizer.all_special_tokens)) else end
+
+
+def _marked_answers(tokenizer: Any, messages: list[dict[str, str]]) -> list[tuple[int, int]] | None:
+    """Return the ranges between a chat template's generation marks; None if it has no marks."""
+    template = tokenizer.chat_template or ""
+    if not re.search(r"\{%-?\s*generation\b", template):
+        return None
+    _, ranges = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [(start, end) for start, end in ranges[0]]
 
 
 def _messages(conversation: Conversation) -> list[dict[str, str]]:
-    roles = {"human": "user", "gpt": "assistant"}
     return [
-        {"role": roles[role], "content": _image_first(text)} for role, text in conversation.turns
+        {"role": _TEMPLATE_ROLES[role], "content": _image_first(text)}
+        for role, text in conversation.turns
     ]
 
 

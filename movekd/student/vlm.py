@@ -22,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -44,7 +43,7 @@ from movekd.student.llava_next import (
 )
 from movekd.student.loading import SAFELY, loading
 from movekd.student.mole import MoleConfig
-from movekd.student.prompts import IMAGE_TOKEN
+from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,9 @@ def build_vlm(config: StudentConfig) -> Student:
         language_model = AutoModelForCausalLM.from_pretrained(
             config.language_model, dtype=dtype, **SAFELY
         )
-        tokenizer = AutoTokenizer.from_pretrained(config.language_model, trust_remote_code=False)
-    _add_image_token(tokenizer, language_model)
+    tokenizer = load_tokenizer(config.language_model, key="student.language_model")
+    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     keys = {
         "vision_config": tower.config,
         "text_config": language_model.config,
@@ -317,21 +317,6 @@ def _load_tower(config: StudentConfig) -> Any:
 def _add_experts(tower: Any, config: StudentConfig) -> None:
     if config.mole is not None:
         inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers), tower)
-
-
-def _add_image_token(tokenizer: Any, language_model: Any) -> None:
-    """Make ``<image>`` one token, and give it an embedding where it is new."""
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a "
-            "fast tokenizer (a tokenizer.json beside the language model)."
-        )
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
 def _untied(language_model: Any) -> nn.Module:

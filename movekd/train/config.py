@@ -16,9 +16,8 @@ from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.images import Geometry
 from movekd.distill.weights import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
-from movekd.student.config import StudentConfig
+from movekd.student.config import Recipe, StudentConfig
 
-Recipe = Literal["official", "revised"]
 Stage = Literal["distill", "pretrain", "finetune"]
 Part = Literal["mole", "projector", "vision_tower", "language_model"]
 

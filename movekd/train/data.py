@@ -22,8 +22,9 @@ from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, ConfigError
-from movekd.student.config import PromptFormat
-from movekd.student.prompts import IGNORED, check_conversation, tokenize
+from movekd.student.config import PromptFormat, Recipe
+from movekd.student.prompts import check_conversation
+from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.student.vlm import Student
 from movekd.train.config import DataConfig
 from movekd.train.images import naming_image
@@ -53,6 +54,7 @@ class ConversationDataset(Dataset[Sample]):
         teachers: whose targets.
         student: what tokenises, and says how many tokens an image has.
         prompt: how conversations become text.
+        recipe: whose labels.
         max_length: longer samples are cut.
         target_views: which views of an image have targets.
 
@@ -71,6 +73,7 @@ class ConversationDataset(Dataset[Sample]):
         teachers: Sequence[str],
         student: Student,
         prompt: PromptFormat,
+        recipe: Recipe,
         max_length: int,
         target_views: Views = "base",
     ) -> None:
@@ -80,7 +83,7 @@ class ConversationDataset(Dataset[Sample]):
                 "LLaVA JSON file, or pack one with the images."
             )
         self.conversations = conversations
-        self._tokenizer, self._prompt = student.tokenizer, prompt
+        self._tokenizer, self._prompt, self._recipe = student.tokenizer, prompt, recipe
         self._max_length = max_length
         names = [name for conversation in conversations for name in conversation.images]
         counts = [len(conversation.images) for conversation in conversations]
@@ -118,8 +121,13 @@ class ConversationDataset(Dataset[Sample]):
         conversation = self.conversations[position]
         images = slice(self._starts[position], self._starts[position + 1])
         num_tokens = self._num_tokens[images].tolist()
-        tokenized = tokenize(
-            conversation, self._tokenizer, self._prompt, num_tokens, self._max_length
+        tokenized = tokenize_conversation(
+            conversation,
+            self._tokenizer,
+            prompt=self._prompt,
+            num_image_tokens=num_tokens,
+            recipe=self._recipe,
+            model_max_length=self._max_length,
         )
         rows: list[int] = []
         if self._rows is not None:

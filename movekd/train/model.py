@@ -32,7 +32,7 @@ from movekd.distill import (
 from movekd.distill.balance import BalanceKind
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
-from movekd.student.prompts import IGNORED
+from movekd.student.tokenization import IGNORED
 from movekd.student.vlm import Student, image_features, recompute_activations
 from movekd.train.config import DistillConfig
 

@@ -230,6 +230,7 @@ def build_data(
         teachers,
         student,
         config.student.prompt,
+        config.recipe,
         config.data.model_max_length,
         target_views,
     )

@@ -59,10 +59,12 @@ def test_answers_come_in_order_whatever_the_batch_size(student, asked):
 def test_answers_are_those_of_greedy_search_without_padding(student, asked):
     questions, read = asked
     transform = student.image_transform("crop")
-    from movekd.student.prompts import tokenize_question
+    from movekd.student.tokenization import tokenize_question
 
     for question, found in zip(questions, answers(student, asked), strict=True):
-        ids = tokenize_question(question, student.tokenizer, "chat_template", 36)
+        ids = tokenize_question(
+            question, student.tokenizer, prompt="chat_template", num_image_tokens=36
+        )
         pixels = [torch.from_numpy(transform(read(name))) for name in question.images]
         start = len(ids)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from movekd.evaluate.generate import generate_answers
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.files import load_parts, part_of, save_parts
 from movekd.student.llava_next import count_anyres_tokens
-from movekd.student.prompts import tokenize
+from movekd.student.tokenization import tokenize_conversation
 from movekd.student.vlm import build_vlm, image_features
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
@@ -123,7 +123,13 @@ def test_logits_are_those_of_transformers_own_way_in(student, photographs):
         seen = [transform.see(photographs[i], student.views) for i in pair]
         counts = student.count_tokens([i.width for i in seen], [i.height for i in seen])
         conversation = Conversation("two", ("a", "b"), turns)
-        ids = tokenize(conversation, student.tokenizer, "plain", counts.tolist()).input_ids
+        ids = tokenize_conversation(
+            conversation,
+            student.tokenizer,
+            prompt="plain",
+            num_image_tokens=counts.tolist(),
+            recipe="revised",
+        ).input_ids
         pixels_VCHW = torch.from_numpy(np.concatenate([i.pixels_VCHW for i in seen]))
         with torch.no_grad():
             sizes = [(i.height, i.width) for i in seen]

@@ -11,7 +11,7 @@ from movekd.cache import open_cache
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError, UnknownKeyError
-from movekd.student.prompts import IGNORED
+from movekd.student.tokenization import IGNORED
 from movekd.train.data import ConversationDataset, read_conversations
 
 
@@ -26,7 +26,9 @@ def remake(digits, finetune, conversations, cache=None):
     student, _, _ = finetune
     corpus = open_corpus(digits.data)
     teachers = [] if cache is None else ["clip", "sam"]
-    return ConversationDataset(conversations, corpus, cache, teachers, student, "v1", 512)
+    return ConversationDataset(
+        conversations, corpus, cache, teachers, student, "v1", "revised", 512
+    )
 
 
 def test_every_sample_has_its_own_images_and_rows(digits, finetune):

@@ -4,11 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from movekd.corpus.images import Geometry
 from movekd.errors import WeightsError
@@ -17,6 +13,7 @@ from movekd.student.files import ABOUT_FILE, TrainedStudent
 from movekd.student.hub import modeling_movekd  # noqa: F401  # registers the tower
 from movekd.student.loading import loading
 from movekd.student.tensor_files import read_json
+from movekd.student.tokenizer import load_tokenizer
 from movekd.student.vlm import Student
 
 MODELS = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
@@ -60,7 +57,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
         vlm = MODELS[model_type].from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = load_tokenizer(directory)
     vlm.eval().requires_grad_(False).to(torch.device(device))
     run = about.get("run") or {}
     mean, std = tuple(about["image_mean"]), tuple(about["image_std"])

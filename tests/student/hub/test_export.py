@@ -30,7 +30,7 @@ from movekd.student.exports import export
 from movekd.student.files import TrainedStudent, load_student
 from movekd.student.hub.card import model_card, random_parts
 from movekd.student.hub.onnx import encoder_tokens
-from movekd.student.prompts import tokenize_question
+from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import build_vlm, image_features
 
 STUDENTS = {"official": "OFFICIAL", "revised": "REVISED", "plain": None}
@@ -119,13 +119,17 @@ def test_the_chat_template_writes_what_the_training_read(official, tmp_path, end
         add_generation_prompt=True,
     )
     conversation = Conversation("c", ("image",), turns)
-    expected = tokenize_question(conversation, trained.student.tokenizer, "v1", 1)
+    expected = tokenize_question(
+        conversation, trained.student.tokenizer, prompt="v1", num_image_tokens=1
+    )
     assert f"A bus.{end}USER:" in text
     assert trained.student.tokenizer(text)["input_ids"] == expected
     from PIL import Image
 
     encoded = processor(images=Image.new("RGB", (60, 40)), text=text, return_tensors="pt")
-    long = tokenize_question(conversation, trained.student.tokenizer, "v1", 36)
+    long = tokenize_question(
+        conversation, trained.student.tokenizer, prompt="v1", num_image_tokens=36
+    )
     assert encoded["input_ids"][0].tolist() == long
 
 

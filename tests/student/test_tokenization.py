@@ -1,5 +1,7 @@
-"""Tests of movekd.student.prompts: which tokens are there, and which the loss is taken on."""
+"""Tests of movekd.student.tokenization: which tokens are there, and which are learned."""
 
+import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import scenes
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
-from movekd.student.prompts import (
-    IGNORED,
-    IMAGE_TOKEN,
-    V1_SYSTEM,
-    tokenize,
-    tokenize_question,
-)
+from movekd.student import load_tokenizer, tokenization
+from movekd.student.prompts import V1_SYSTEM
+from movekd.student.tokenization import IGNORED, tokenize_conversation
+from movekd.student.tokenizer import IMAGE_TOKEN
+from text_kit import CHATML, INST, SPACED, byte_bpe, unmarked, write_mistral
+
+
+def tokenize(conversation, tokenizer, prompt, num_image_tokens, max_length=None):
+    return tokenize_conversation(
+        conversation,
+        tokenizer,
+        prompt=prompt,
+        num_image_tokens=num_image_tokens,
+        recipe="revised",
+        model_max_length=max_length,
+    )
+
+
+def tokenize_question(conversation, tokenizer, prompt, num_image_tokens):
+    return tokenization.tokenize_question(
+        conversation, tokenizer, prompt=prompt, num_image_tokens=num_image_tokens
+    )
+
 
 DIGITS = Path(scenes.__file__).parent / "weights/language_model"
 ROLES = (
@@ -121,7 +139,7 @@ def test_v1_ends_answers_with_the_token_that_ends_the_generation(byte_level):
         "USER: What is the sum? ASSISTANT: 7 , 3<|im_end|>"
     )
     labelled = [label for label in tokenized.labels if label != IGNORED]
-    assert tokenizer.decode(labelled) == "yes<|im_end|>7 , 3<|im_end|>"
+    assert tokenizer.decode(labelled) == " yes<|im_end|> 7 , 3<|im_end|>"
     assert labelled.count(tokenizer.eos_token_id) == 2
     question = Conversation("q", ("a.png",), TWO_TURNS.turns[:3])
     ids = tokenize_question(question, tokenizer, "v1", 1)
@@ -138,7 +156,7 @@ def test_v1_to_the_byte(byte_level):
         "USER: What is the sum? ASSISTANT: 7 , 3</s>"
     )
     labelled = [label for label in tokenized.labels if label != IGNORED]
-    assert byte_level.decode(labelled) == "yes</s>7 , 3</s>"
+    assert byte_level.decode(labelled) == " yes</s> 7 , 3</s>"
 
 
 @pytest.mark.parametrize("name", ["digits", "byte_level"])
@@ -168,18 +186,117 @@ def test_a_tokenizer_without_a_template_says_so(byte_level):
         tokenize(TWO_TURNS, byte_level, "chat_template", 2)
 
 
-@pytest.mark.parametrize("prompt", ["v1", "chat_template"])
-@pytest.mark.parametrize("name", ["digits", "byte_level"])
-def test_a_question_is_the_beginning_of_its_conversation(name, prompt, request):
-    tokenizer = request.getfixturevalue(name)
-    tokenizer.chat_template = MARKED
-    asked = Conversation("q", TWO_TURNS.images, TWO_TURNS.turns[:3])
-    question = tokenize_question(asked, tokenizer, prompt, 4)
-    whole = tokenize(TWO_TURNS, tokenizer, prompt, 4)
-    assert whole.input_ids[: len(question)] == question
-    # only the blank before the answer, where the tokenizer has blanks, lies between
-    rest = [label for label in whole.labels[len(question) :] if label != IGNORED]
-    assert len(whole.labels) - len(question) - len(rest) <= 1
+ANSWERS = [
+    *("2", "0", "1990", "12:30", "50%", "½", "猫", "猫が", "A cat.", "cat", " blank", "  two"),
+    *("\nnewline", "\n\nmore", "\ttab", '"q"', "'s", "(B) pear", "[1]", "...", "-", "🐱", "é"),
+    *("A\u00a0b", "x</s>y", "ASSISTANT: hi", "10 ", "a\n", "x<unk>"),
+]
+BEFORE = [None, "Yes.", "\nodd", "2"]
+"""The model's turn before, if there is one."""
+
+KINDS = {
+    "sentencepiece": [INST, unmarked(INST), SPACED, unmarked(SPACED)],
+    "sentencepiece_legacy": [INST, unmarked(INST), SPACED, unmarked(SPACED)],
+    "bpe": [CHATML, unmarked(CHATML)],
+    "byte_level": [MARKED, UNMARKED],
+    "digits": [MARKED, UNMARKED],
+}
+"""Kind of tokenizer -> its chat templates."""
+
+
+@pytest.fixture(scope="module")
+def kinds(byte_level, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    byte_bpe().save_pretrained(folder / "bpe")
+    write_mistral(folder / "sentencepiece", False)
+    write_mistral(folder / "sentencepiece_legacy", None)
+    loaded = {path.name: load_tokenizer(path) for path in folder.iterdir()}
+    return loaded | {"byte_level": byte_level, "digits": digits}
+
+
+@pytest.mark.parametrize("recipe", ["official", "revised"])
+@pytest.mark.parametrize(
+    ("kind", "prompt", "template"),
+    [
+        (kind, prompt, template)
+        for kind, templates in KINDS.items()
+        for prompt, template in [
+            ("v1", None),
+            ("plain", None),
+            *[("chat_template", t) for t in templates],
+        ]
+    ],
+)
+def test_question_and_labels_are_all_tokens(kinds, kind, prompt, template, recipe):
+    """What a model is asked with, and what it has learned to say, leave no token between them."""
+    tokenizer = copy.deepcopy(kinds[kind])
+    if template is not None:
+        tokenizer.chat_template = template
+    num_compared = 0
+    for answer, before in product(ANSWERS, BEFORE if prompt != "plain" else [None]):
+        asked = (("human", "How many?\n<image>"),)
+        if before is not None:
+            asked += (("gpt", before), ("human", "And now?"))
+        question = tokenize_question(Conversation("c", ("a",), asked), tokenizer, prompt, 3)
+        whole = tokenize_conversation(
+            Conversation("c", ("a",), (*asked, ("gpt", answer))),
+            tokenizer,
+            prompt=prompt,
+            num_image_tokens=3,
+            recipe=recipe,
+        )
+        if set(whole.labels) == {IGNORED}:
+            assert recipe == "official"
+            continue
+        num_compared += 1
+        assert whole.input_ids[: len(question)] == question
+        assert whole.labels[len(question) :] == whole.input_ids[len(question) :], (before, answer)
+    assert num_compared >= (20 if prompt == "plain" else 100)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_earlier_answers_are_learned_and_questions_are_not(kinds, kind):
+    """Labels, decoded, are the answers, whichever prompt wrote them."""
+    tokenizer = copy.deepcopy(kinds[kind])
+    said = ["yes", "7"] if kind == "digits" else ["2", "猫 (B)"]
+    turns = (("human", "<image>\nis there"), ("gpt", said[0]), ("human", "and"), ("gpt", said[1]))
+    for prompt, template in [("v1", None), *[("chat_template", t) for t in KINDS[kind]]]:
+        if template is not None:
+            tokenizer.chat_template = template
+        found = tokenize(Conversation("c", ("a",), turns), tokenizer, prompt, 1)
+        labelled = [label for label in found.labels if label != IGNORED]
+        text = tokenizer.decode(labelled).replace(" ", "").replace("\n", "")
+        assert text == "".join(f"{a}{tokenizer.eos_token}" for a in said).replace(" ", "")
+
+
+def test_a_greeting_before_the_first_question_is_dropped(kinds):
+    turns = (("gpt", "Welcome!"), ("human", "<image>\nWhat?"), ("gpt", "A cat."))
+    with_it, without = (
+        tokenize(Conversation("c", ("a",), t), kinds["sentencepiece"], "v1", 2)
+        for t in (turns, turns[1:])
+    )
+    assert with_it == without
+
+
+def test_nothing_is_learned_from_an_empty_answer(kinds):
+    silent = Conversation("c", ("a",), (("human", "<image>\nWhat?"), ("gpt", "")))
+    for kind in KINDS:
+        assert set(tokenize(silent, kinds[kind], "v1", 2).labels) == {IGNORED}
+
+
+def test_a_tokenizer_that_joins_question_and_answer_is_refused(digits):
+    """A word-level tokenizer of whole lines: no part of a line is a token."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ask 2</s>": 2}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if not add_generation_prompt %}.{% endif %}",
+    )
+    joined = Conversation("c", (), (("human", "ask "), ("gpt", "2")))
+    with pytest.raises(ConfigError, match=r"joins the answer '2.'.* cannot be learned; use stud"):
+        tokenize(joined, tokenizer, "chat_template", 1)
 
 
 def test_a_plain_question_is_the_image_alone(digits):
