@@ -1,12 +1,15 @@
 """`movekd train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from movekd import processes
 from movekd.cli.output import print_json, progress_bar, quiet_libraries
+
+if TYPE_CHECKING:
+    from movekd.train.config import TrainConfig
 
 
 def train(
@@ -25,6 +28,13 @@ def train(
         bool, typer.Option(help="Take features of teachers with random weights: tests only.")
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+    show_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Print so many training samples as tokens, what is learned marked, and stop.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Train the student and the projector while streaming cached targets.
@@ -42,9 +52,12 @@ def train(
         elif processes.is_first():
             typer.echo(resolved.to_yaml())
         return
+    quiet_libraries()
+    if show_samples is not None:
+        _show_samples(resolved, show_samples, json)
+        return
     from movekd.train.run import train as run
 
-    quiet_libraries()
     with progress_bar() as progress:
         summary = run(
             resolved,
@@ -63,3 +76,22 @@ def train(
         return
     typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     typer.echo(f"curves: tensorboard --logdir {output}")
+
+
+def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
+    from dataclasses import asdict
+
+    from movekd.train.show_samples import show_samples
+
+    shown = show_samples(config, number)
+    if not processes.is_first():
+        return
+    if json:
+        print_json([asdict(sample) for sample in shown])
+        return
+    for sample in shown:
+        typer.echo(sample.as_text() + "\n")
+    typer.echo(
+        f"{len(shown)} of {shown[0].num_samples} samples. The model learns what stands in [[ ]]; "
+        "an image is one <image> here."
+    )

@@ -7,7 +7,7 @@ Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,9 +91,7 @@ class Student:
 
     def count_tokens(self, widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
         """Return how many tokens each image has in the prompt, by its size in pixels."""
-        if self.views == "anyres":
-            return count_anyres_tokens(widths, heights, self.grid)
-        return np.full(len(np.asarray(widths)), self.num_image_tokens, np.int64)
+        return count_image_tokens(self.views, self.grid, widths, heights)
 
     @property
     def width(self) -> int:
@@ -110,6 +108,36 @@ class Student:
             std=self.image_std,
             fill=None,
         )
+
+
+def count_image_tokens(
+    views: Views, grid: int, widths: ArrayLike, heights: ArrayLike
+) -> NDArray[np.int64]:
+    """Return how many tokens each image has in the prompt, (N,).
+
+    Args:
+        views: those that the model looks at.
+        grid: patches along a side of a view.
+        widths: (N,), in pixels.
+        heights: (N,).
+    """
+    if views == "anyres":
+        return count_anyres_tokens(widths, heights, grid)
+    return np.full(len(np.asarray(widths)), grid**2, np.int64)
+
+
+def image_token_counter(
+    config: StudentConfig,
+) -> Callable[[ArrayLike, ArrayLike], NDArray[np.int64]]:
+    """Return what counts the tokens of images, from the tower's config: no weights are loaded.
+
+    Raises:
+        WeightsError: the tower's config cannot be found.
+    """
+    tower = _tower_config(config)
+    views: Views = "anyres" if config.architecture == "llava_next" else "base"
+    grid = int(tower.image_size) // int(tower.patch_size)
+    return lambda widths, heights: count_image_tokens(views, grid, widths, heights)
 
 
 def build_vlm(config: StudentConfig) -> Student:
@@ -298,9 +326,8 @@ def _frame(model: Any, config: Any) -> Any:
 
 def _load_tower(config: StudentConfig) -> Any:
     """Return the vision tower of any checkpoint that has one, without experts."""
+    tower_config = _tower_config(config)
     with loading(config.vision_tower, "student.vision_tower"):
-        tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
-        tower_config = getattr(tower_config, "vision_config", tower_config)
         tower = AutoModel.from_pretrained(
             config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype), **SAFELY
         )
@@ -312,6 +339,12 @@ def _load_tower(config: StudentConfig) -> Any:
             f"hidden states; expected -1 to -{num_states - 1}."
         )
     return tower
+
+
+def _tower_config(config: StudentConfig) -> Any:
+    with loading(config.vision_tower, "student.vision_tower"):
+        tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
+    return getattr(tower_config, "vision_config", tower_config)
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

@@ -9,11 +9,11 @@ views with targets, C H W a view.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
 from movekd.cache.reader import FeatureCache
@@ -25,10 +25,20 @@ from movekd.errors import CacheError, ConfigError
 from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import check_conversation
 from movekd.student.tokenization import IGNORED, tokenize_conversation
-from movekd.student.vlm import Student
 from movekd.train.config import DataConfig
 from movekd.train.images import naming_image
 from movekd.train.sampler import EMPTY
+
+
+class TokenSource(Protocol):
+    """What a conversation needs of a student to become tokens."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What ``load_tokenizer`` returns."""
+
+    def count_tokens(self, widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
+        """Return how many tokens each image has in the prompt, by its size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class ConversationDataset(Dataset[Sample]):
         corpus: Corpus,
         cache: FeatureCache | None,
         teachers: Sequence[str],
-        student: Student,
+        student: TokenSource,
         prompt: PromptFormat,
         recipe: Recipe,
         max_length: int,

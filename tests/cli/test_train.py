@@ -107,6 +107,20 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(trained):
     assert not (trained / "dry").exists()
 
 
+def test_samples_are_shown_and_nothing_is_written(trained):
+    words = training("finetune", trained)
+    words[words.index("--output") + 1] = trained / "shown"
+    printed = run(*words, "--show-samples", 3)
+    assert printed.count("<image>x36") == 3
+    assert printed.count("[[ ") >= 3
+    assert "3 of 8 samples" in printed
+    samples = json.loads(run(*words, "--show-samples", 20, "--json"))
+    assert len(samples) == 8
+    for sample in samples:
+        assert len(sample["input_ids"]) == len(sample["labels"]) == len(sample["pieces"])
+    assert not (trained / "shown").exists()
+
+
 def test_an_error_is_one_sentence_and_exit_code_2(tmp_path):
     words = training("pretrain", tmp_path, "distill.kd_weigth=1")
     done = subprocess.run(

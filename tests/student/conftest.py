@@ -97,14 +97,16 @@ def released_keys(tower: Path) -> dict:
     }
 
 
-def released_state(teachers=("eva", "convnext"), dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+def released_state(
+    teachers=("eva", "convnext"), dtype=torch.bfloat16, vocab_size=SIZES["V"]
+) -> dict[str, torch.Tensor]:
     """Return random weights under every name of the page, with the adapters of some teachers."""
     adapters = {
         pattern: shape
         for pattern, shape in listed(1).items()
         if pattern.split("_adapter_")[0] in teachers
     }
-    shapes = expand(listed(0) | adapters, SIZES)
+    shapes = expand(listed(0) | adapters, SIZES | {"V": vocab_size})
     generator = torch.Generator().manual_seed(7)
     return {
         name: (0.5 * torch.randn(shape, generator=generator)).to(dtype)

@@ -45,16 +45,21 @@ _V1_TEMPLATE = (
     "{% set text = namespace(value='') %}"
     "{% if message['content'] is string %}{% set text.value = message['content'] %}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set text.value = '<image>\\n' + text.value %}"
+    "{% if part['type'] == 'image' %}{% set text.value = text.value + '<image>\n' %}"
     "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + text.value + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + text.value + END }}{% endif %}"
-    "{% endfor %}"
+    "{% if text.value.split('<image>') | length == 2 %}"
+    "{% set text.value = '<image>\n' + (text.value.replace('<image>', '') | trim) %}"
+    "{% set text.value = text.value | trim %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ 'USER:' }}{% if text.value %}{{ ' ' + text.value + ' ' }}{% endif %}"
+    "{% elif not loop.first or loop.last %}"
+    "{{ 'ASSISTANT:' }}{% if text.value %}{{ ' ' + text.value + END }}{% endif %}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna's chat, as ``prompts`` writes it; the image goes to the front of its turn. END is what
-ends an answer."""
+"""Vicuna's chat, as ``prompts`` writes it: the one image of a turn in front, an empty turn its role
+alone, no greeting before the first question. END is what ends an answer."""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:

@@ -1,0 +1,99 @@
+"""Training samples as people can check them: their tokens, and which of them are learned.
+
+Input: a resolved run. Output: some of its samples. Used by `movekd train --show-samples`; loads the
+tokenizer and the vision tower's config, no weights.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from types import SimpleNamespace
+
+from movekd.corpus.index import open_corpus
+from movekd.errors import ConfigError
+from movekd.student.tokenization import IGNORED
+from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
+from movekd.student.vlm import image_token_counter
+from movekd.train.config import TrainConfig
+from movekd.train.data import ConversationDataset, read_conversations
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One training sample.
+
+    Attributes:
+        id: of the conversation.
+        images: names of its images.
+        input_ids: as the model gets them.
+        labels: -100 for tokens that are not learned.
+        pieces: the tokens as the tokenizer writes them.
+        num_samples: of the whole run.
+    """
+
+    id: str
+    images: list[str]
+    input_ids: list[int]
+    labels: list[int]
+    pieces: list[str]
+    num_samples: int
+
+    def as_text(self) -> str:
+        """Return the pieces, learned ones in [[ ]], each image as one ``<image>``."""
+        num_learned = sum(label != IGNORED for label in self.labels)
+        images = ", ".join(self.images) or "no image"
+        head = f"{self.id} ({images}): {len(self.input_ids)} tokens, {num_learned} learned"
+        if not num_learned:
+            head += "; nothing is learned from it"
+        parts = []
+        pieces = zip(self.pieces, self.labels, strict=True)
+        for (is_learned, is_image), run in groupby(
+            pieces, lambda piece: (piece[1] != IGNORED, piece[0] == IMAGE_TOKEN)
+        ):
+            found = [piece for piece, _ in run]
+            if is_image:
+                parts.append(f"{IMAGE_TOKEN}x{len(found)}")
+            else:
+                parts.append(f"[[ {' '.join(found)} ]]" if is_learned else " ".join(found))
+        return f"{head}\n  {' '.join(parts)}"
+
+
+def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
+    """Return ``number`` samples at equal distances in the conversations; all, if there are fewer.
+
+    Raises:
+        ConfigError: the run reads no text, or a conversation cannot be tokenised.
+        WeightsError: the tokenizer or the tower's config cannot be found.
+    """
+    if config.student.language_model is None or config.student.prompt is None:
+        raise ConfigError(
+            "stage: distill reads no text, so it has no samples of tokens to show; give the "
+            "config of a pretrain or a finetune."
+        )
+    corpus = open_corpus(config.data.shards)
+    tokenizer = load_tokenizer(config.student.language_model, key="student.language_model")
+    counter = image_token_counter(config.student)
+    dataset = ConversationDataset(
+        read_conversations(config.data, corpus),
+        corpus,
+        None,
+        (),
+        SimpleNamespace(tokenizer=tokenizer, count_tokens=counter),
+        config.student.prompt,
+        config.recipe,
+        config.data.model_max_length,
+    )
+    shown = []
+    for at in range(min(number, len(dataset))):
+        position = at * len(dataset) // min(number, len(dataset))
+        sample = dataset[position]
+        shown.append(
+            ShownSample(
+                sample.key,
+                list(dataset.conversations[position].images),
+                sample.input_ids,
+                sample.labels,
+                tokenizer.convert_ids_to_tokens(sample.input_ids),
+                len(dataset),
+            )
+        )
+    return shown
