@@ -61,6 +61,8 @@ def tokenize_conversation(
         conversation = parse_conversation(conversation, "the conversation")
     rendered = render_conversation(conversation, tokenizer, prompt)
     tokens, is_answer = _tokenize_answers(rendered, tokenizer)
+    if prompt == "chat_template":
+        tokens, is_answer = _without_rest(tokens, is_answer, tokenizer)
     if recipe == "official" and prompt == "v1":
         is_cut_first = model_max_length if not conversation.images else None
         counted = _count_as_llava(rendered.text, tokens, tokenizer, model_max_length, is_cut_first)
@@ -139,7 +141,7 @@ def _tokenize_answers(rendered: Prompt, tokenizer: Any) -> tuple[list[int], list
     ]
     num_begin = 0 if rendered.has_special_tokens else len(_begin(tokenizer))
     is_answer[:num_begin] = [False] * num_begin
-    return _without_rest(tokens, is_answer, tokenizer)
+    return tokens, is_answer
 
 
 def _encode_behind(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,12 +1,15 @@
 """Tokens and labels beside those that LLaVA's own program gave for the same conversations."""
 
+import hashlib
+import json
+
 import pytest
 
 from movekd.corpus.conversations import parse_conversation
 from movekd.student import load_tokenizer, tokenize_conversation, tokenize_question
 from movekd.student.tokenization import IGNORED
 from movekd.student.tokenizer import IMAGE_TOKEN
-from text_kit import LLAVA_NAMES, llava_conversations, llava_tokens, write_mistral
+from text_kit import FIXTURE, LLAVA_NAMES, llava_conversations, llava_tokens, write_mistral
 
 LLAVA_IMAGE = -200
 IGNORED_BY_LLAVA = {"30-assistant-in-answer", "32-eos-in-answer", "33-unk-in-text"}
@@ -47,6 +50,19 @@ def test_official_is_llava_token_for_token(llava, prompt, conversation):
     ids, labels = tokens_of(conversation, tokenizer, prompt, "official")
     assert ids == expected["input_ids"]
     assert labels == expected["labels"]
+
+
+def test_random_conversations_are_llavas_too(llava):
+    name, tokenizer = llava
+    random = json.loads((FIXTURE / "random.json").read_text(encoding="utf-8"))
+    num_compared = 0
+    for prompt, conversations in random["conversations"].items():
+        for conversation in conversations:
+            found = tokens_of(conversation, tokenizer, prompt, "official")
+            digest = hashlib.sha256(json.dumps(list(found)).encode()).hexdigest()[:16]
+            assert digest == random["digests"][name][f"{prompt}/{conversation['id']}"], conversation
+            num_compared += 1
+    assert num_compared == 403
 
 
 def test_revised_differs_in_three_samples_that_llava_ignores(llava):
