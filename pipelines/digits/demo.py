@@ -158,7 +158,7 @@ def train(
 
 
 def evaluate(run_dir: Path, source: Path) -> dict[str, Any]:
-    """Evaluate on unseen handwriting; return accuracy and interval a question type."""
+    """Evaluate on unseen scans; return accuracy and interval a question type."""
     printed = movekd(
         "evaluate", run_dir, "--questions", source / "test.json", "--images", source / "images",
         "--batch-size", 128, "--max-new-tokens", 4, "--json", run_quietly=True,
@@ -198,7 +198,7 @@ def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
     print()
     arms = figures["arms"]
     print_table(
-        "accuracy on unseen handwriting (exact match; interval over questions)",
+        "accuracy on unseen scans (exact match; interval over questions)",
         ["arm", *COLUMNS, "95% interval of all"],
         [
             [

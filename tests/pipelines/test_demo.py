@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_demo_answers_questions_about_unseen_handwriting(tmp_path: Path) -> None:
+def test_the_demo_answers_questions_about_unseen_scans(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "movekd", "demo", "--output", str(tmp_path / "demo"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "One seed illustrates and does not prove" in done.stderr

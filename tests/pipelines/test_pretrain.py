@@ -82,7 +82,7 @@ def test_spec_describes_the_teacher(name: str, val: scenes.Scenes) -> None:
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_features_tell_digits_apart(name: str) -> None:
-    """A ridge regression on a digit's pooled patch features beats guessing on new handwriting."""
+    """A ridge regression on a digit's pooled patch features beats guessing on new scans."""
     spec = load_spec(str(DIGITS / "teachers" / f"{name}.yaml"))
     teacher = load_teacher(spec)
     parts = []

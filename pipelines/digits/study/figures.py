@@ -10,10 +10,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from scenes import NUM_CLASSES, QUESTION_TYPES
-from study.plan import STUDY
+from scenes import NUM_CLASSES
+from study.plan import MORE, STUDY
 from study.results import Row
-from study.statistics import accuracies, interval
+from study.statistics import accuracies, over_worlds
+from study.summary import KINDS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,7 +26,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-KINDS = (*QUESTION_TYPES, "all")
 
 
 def draw_all(folder: Path, rows: Sequence[Row], part: str, curves: Sequence[Row]) -> list[Path]:
@@ -48,11 +48,11 @@ def draw_all(folder: Path, rows: Sequence[Row], part: str, curves: Sequence[Row]
 
 
 def _accuracy(rows: Sequence[Row], part: str, shown: Sequence[str]) -> Any:
-    """Mean and 95% interval over runs, a question type."""
+    """Mean and 95% interval over worlds per question type."""
     figure, axes = plt.subplots(figsize=(9, 4))
     for at, name in enumerate(shown):
         intervals = [
-            interval(list(accuracies([r for r in rows if r["arm"] == name], part, kind).values()))
+            over_worlds(accuracies([r for r in rows if r["arm"] == name], part, kind))
             for kind in KINDS
         ]
         places = np.arange(len(KINDS)) + (at - (len(shown) - 1) / 2) * 0.12
@@ -107,18 +107,21 @@ def _line(curves: Row, name: str) -> tuple[list[float], list[float]]:
 
 
 def _time(rows: Sequence[Row], part: str) -> Any:
-    """Accuracy against training time, a point an arm."""
+    """Accuracy against training time, a point per arm: those of the study, and timed ones."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["arm"] for row in rows):
+    timed = [arm.name for arm in MORE if arm.matches_time_of]
+    for name in (*COLOURS, *timed):  # more would hide each other
         runs = [row for row in rows if row["arm"] == name]
-        minutes = interval(
-            [(r["cpu_seconds"]["pretrain"] + r["cpu_seconds"]["finetune"]) for r in runs]
+        if not runs:
+            continue
+        seconds = float(
+            np.mean([r["cpu_seconds"]["pretrain"] + r["cpu_seconds"]["finetune"] for r in runs])
         )
-        accuracy = interval(list(accuracies(runs, part).values()))
+        accuracy = over_worlds(accuracies(runs, part))
         half = accuracy.high - accuracy.mean
         colour = COLOURS.get(name, "#333333")
         axes.errorbar(
-            minutes.mean,
+            seconds,
             accuracy.mean,
             yerr=half if np.isfinite(half) else 0,
             fmt="o",
@@ -127,7 +130,7 @@ def _time(rows: Sequence[Row], part: str) -> Any:
         )
         axes.annotate(
             name,
-            (minutes.mean, accuracy.mean),
+            (seconds, accuracy.mean),
             xytext=(5, 4),
             textcoords="offset points",
             fontsize=8,

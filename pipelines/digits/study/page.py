@@ -1,58 +1,54 @@
-"""The results part of docs/study.md, made from the files of rows.
+"""The results part of docs/study.md, made from ``summary``.
 
 What stands above its first mark was written by hand before the first run and is never touched.
-Without the final pass there is nothing to put there: a preview over validation scenes goes to the
-work folder instead.
+Without the final pass nothing belongs there: a preview over validation scenes goes to the work
+folder instead.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import figures, results
-from study.plan import (
-    PRIMARY,
-    SECONDARY,
-    SECONDARY_MORE,
-    SEEDS,
-    STUDY,
-    Arm,
-    Contrast,
-    arms,
-)
+from study import figures, results, summary
+from study.plan import PRIMARY, SEEDS
 from study.queue import Place
-from study.results import Row
-from study.statistics import Comparison, accuracies, compare, holm, interval
+from study.summary import KINDS, Summary
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+CAPTIONS = {
+    "accuracy.png": "Accuracy per question type; bars: 95% intervals over the three worlds, "
+    "which hold how the worlds differ; differences between arms are paired and narrower.",
+    "collapse.png": "KD loss beside spread and rank of the student's tokens; bands: one standard "
+    "deviation over runs.",
+    "time.png": "Accuracy against training time; building the cache is not in it. Bars: 95% "
+    "intervals over the three worlds.",
+    "routing.png": "Which expert gets which patches, one run of revised_mole.",
+}
 
 
 def write_report(place: Place, is_final: bool) -> Path:
-    """Write tables and figures; return the page that holds them.
+    """Write figures, tables and ``report.json``; return the page that holds the tables.
 
     Args:
         place: the study's.
-        is_final: read the test file, and write into docs/study.md; otherwise validation scenes
-            alone, and a preview in the work folder.
+        is_final: read the test file, write into docs/study.md and beside the rows; otherwise
+            validation scenes only, and a preview in the work folder.
 
     Raises:
         SystemExit: the final pass has not been run.
     """
-    rows, curves = results.read(place.results, "runs"), results.read(place.results, "curves")
-    part = "val"
+    found = summary.summarise(place.results, place.sizes, is_final)
+    rows = results.read(place.results, "runs")
     if is_final:
-        tested = results.by_run(results.read(place.results, "final"))
-        if not tested:
-            raise SystemExit("study: the test scenes have not been looked at; `final` does.")
-        rows = [row | tested[run] for run, row in results.by_run(rows).items() if run in tested]
-        part = "test"
-    if not rows:
-        raise SystemExit(f"study: {place.results}/runs.jsonl holds no row; run the study first.")
+        rows = summary.joined_rows(place.results)
+        summary.write(found, place.results)
     folder = DOCS / "study" if is_final else place.work / "preview"
     shown = [row for row in rows if row["seed"] in SEEDS]  # as many runs of every arm
-    curves = [c for c in results.by_run(curves).values() if c["seed"] in SEEDS]
-    drawn = figures.draw_all(folder, shown, part, curves)
-    text = results_part(rows, part, [path.name for path in drawn])
+    curves = results.by_run(results.read(place.results, "curves")).values()
+    drawn = figures.draw_all(
+        folder, shown, "test" if is_final else "val", [c for c in curves if c["seed"] in SEEDS]
+    )
+    text = results_part(found, [path.name for path in drawn])
     if not is_final:
         page = folder / "preview.md"
         page.write_text(text, encoding="utf-8")
@@ -65,109 +61,114 @@ def write_report(place: Place, is_final: bool) -> Path:
     return page
 
 
-def results_part(rows: Sequence[Row], part: str, drawn: Sequence[str]) -> str:
+def results_part(found: Summary, drawn: Sequence[str]) -> str:
     """Return the tables and figures as Markdown."""
-    values = accuracies(rows, part)
-    scenes = "test" if part == "test" else "validation"
-    lines = [f"Accuracy on {scenes} scenes, exact match; 95% intervals over runs.", ""]
-    lines += arm_table([row for row in rows if row["seed"] in SEEDS], part)
-    lines += ["", "### Contrasts", ""]
-    primary = compare(PRIMARY, values)
-    if primary is not None:
-        lines += ["Primary:", "", *contrast_table([primary])]
-    found = [c for c in (compare(c, values) for c in (*SECONDARY, *SECONDARY_MORE)) if c]
-    if found:
-        lines += ["", "Secondary, corrected for their number (Holm):", ""]
-        lines += contrast_table(holm(found))
-    others = [c for c in (compare(c, values) for c in parts_of_the_recipe(rows)) if c]
-    if others:
-        lines += ["", "The rest, without correction and without a claim:", ""]
-        lines += contrast_table(others)
-    captions = {
-        "accuracy.png": "Accuracy a question type.",
-        "collapse.png": "KD loss beside spread and rank of the student's tokens; bands: one "
-        "standard deviation over runs.",
-        "time.png": "Accuracy against training time; building the cache is not in it.",
-        "routing.png": "Which expert gets which patches, one run of revised_mole.",
-    }
+    guess = found["constant_answers"]
+    constant = ", ".join(f"{kind} {guess[kind]:.3f}" for kind in KINDS)
+    lines = [
+        "Worlds are the units of every interval and p: the mean over the seeds of a world first, "
+        "then Student's t over the worlds. The last column of the contrasts takes every pair as a "
+        "unit, as the plan did; pairs of one world are not independent, so no claim rests on it. "
+        "Where its interval is the wider one, the worlds lie close together by chance.",
+        "",
+        f"The best constant answer per question type scores: {constant}.",
+    ]
+    if "test" in found:
+        test = found["test"]
+        lines += ["", "Accuracy on test scenes, exact match; in brackets 95% intervals.", ""]
+        lines += arm_table(test["arms"])
+        lines += ["", "### Contrasts"]
+        lines += _titled("Primary:", test["primary"])
+        lines += _titled("Secondary, corrected for their number (Holm):", test["secondary"])
+        lines += _titled(
+            "Parts of the recipe, without correction and without a claim:", test["parts"]
+        )
+        lines += _titled(
+            "Asked on 2026-11-29, when the results were known; uncorrected and without a claim:",
+            test["afterwards"],
+        )
+    if "val" in found:
+        lines += validation_part(found["val"], with_tests="test" in found)
     for name in drawn:
-        lines += ["", f"![{captions[name]}]({name})", "", captions[name]]
+        lines += ["", f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name]]
     return "\n".join(lines) + "\n"
 
 
-def parts_of_the_recipe(rows: Sequence[Row]) -> list[Contrast]:
-    """Return the contrasts of `make study-full` that nothing is claimed about."""
-    planned = {c.name for c in (PRIMARY, *SECONDARY, *SECONDARY_MORE)}
-    present = {row["arm"] for row in rows}
-    base = {"official_full": "revised_full", "shuffled_full": "revised_full"}
-    base |= {f"only_{teacher}": "minus_attention" for teacher in ("clip", "eva", "convnext", "sam")}
+def validation_part(val: Summary, with_tests: bool) -> list[str]:
+    """Return the tables on validation scenes, which settings were chosen by."""
+    lines = ["", "### Validation scenes", ""]
+    if with_tests:
+        lines += ["Arms that have not answered the test scenes, or not with all their runs.", ""]
+    lines += ["Settings were chosen on validation scenes: nothing here is a result.", ""]
+    lines += arm_table(val["arms"])
     contrasts = [
-        Contrast(base.get(arm.name, "revised_mole"), arm.name)
-        for arm in arms(everything=True)
-        if arm.name in present and arm not in STUDY and arm.matches_time_of is None
+        c for family in ("primary", "secondary", "parts", "afterwards") for c in val[family]
     ]
-    return [c for c in contrasts if c.name not in planned and c.first != c.second]
+    return lines + _titled("Differences, uncorrected:", contrasts)
 
 
-def arm_table(rows: Sequence[Row], part: str) -> list[str]:
-    """Return one line an arm: accuracies, time, and what its tokens and routers ended with."""
-    kinds = figures.KINDS
+def _titled(title: str, contrasts: Sequence[Summary]) -> list[str]:
+    return ["", title, "", *contrast_table(contrasts)] if contrasts else []
+
+
+def arm_table(found: Sequence[Summary]) -> list[str]:
+    """Return one line per arm: accuracies, time, and what its tokens and routers ended with."""
     lines = [
-        f"| arm | what | runs | {' | '.join(kinds)} | seconds | token std | rank | routing bits |",
-        f"|---|---|---|{'---|' * len(kinds)}---|---|---|---|",
+        f"| arm | what | runs | worlds | {' | '.join(KINDS)} | seconds | token std | rank | "
+        "routing bits |",
+        f"|---|---|---|---|{'---|' * len(KINDS)}---|---|---|---|",
     ]
-    for arm in arms(everything=True):
-        runs = [row for row in rows if row["arm"] == arm.name]
-        if runs:
-            lines.append(_arm_line(arm, runs, part))
-    return lines
-
-
-def _arm_line(arm: Arm, runs: Sequence[Row], part: str) -> str:
-    cells = [arm.name, arm.what, str(len(runs))]
-    for kind in figures.KINDS:
-        found = interval(list(accuracies(runs, part, kind).values()))
-        cells.append(str(found) if kind == "all" else f"{found.mean:.3f}")
-    cells.append(
-        f"{_mean([r['cpu_seconds']['pretrain'] + r['cpu_seconds']['finetune'] for r in runs]):.0f}"
-    )
-    for name in ("token_std", "token_rank"):
-        cells.append(f"{_mean([r[name][1] for r in runs]):.2f}")
-    bits = [r["routing"] for r in runs if "routing" in r]
-    cells.append(
-        ", ".join(f"{_mean([b[name] for b in bits]):.2f}" for name in ("digit_bits", "place_bits"))
-        if bits
-        else "-"
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def contrast_table(found: Sequence[Comparison]) -> list[str]:
-    """Return one line a contrast."""
-    lines = [
-        "| contrast | pairs | difference (95%) | a world | over worlds (95%) | p | p by signs | "
-        "corrected | holds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for c in found:
-        name = c.contrast.name
-        if c.contrast.margin is not None:
-            name += f" (within {c.contrast.margin:.2f})"
-        over = f"{c.over_worlds.low:+.3f} to {c.over_worlds.high:+.3f}"
+    for arm in found:
+        bits = arm["routing_bits"]
         cells = [
-            name,
-            str(c.difference.num),
-            f"{c.difference.mean:+.3f} ({c.difference.low:+.3f} to {c.difference.high:+.3f})",
-            ", ".join(f"{world:+.3f}" for world in c.worlds),
-            over,
-            f"{c.p:.2g}",
-            "-" if c.p_signs is None else f"{c.p_signs:.2g}",
-            "-" if c.corrected is None else f"{c.corrected:.2g}",
-            "yes" if c.holds else "no",
+            arm["arm"],
+            arm["what"],
+            str(arm["runs"]),
+            ", ".join(map(str, arm["worlds"])),
+            *(f"{arm['kinds'][kind]:.3f}" for kind in KINDS[:-1]),
+            f"{arm['accuracy']['mean']:.3f}{_range(arm['accuracy'], '.3f')}",
+            f"{arm['seconds']:.0f}",
+            f"{arm['token_std']:.2f}",
+            f"{arm['token_rank']:.2f}",
+            ", ".join(f"{b:.2f}" for b in bits) if bits else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def contrast_table(found: Sequence[Summary]) -> list[str]:
+    """Return one line per contrast."""
+    lines = [
+        "| contrast | difference (95%) | per world | df | p | p, Holm | holds | pairs | "
+        "over pairs: 95%, p |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in found:
+        name, pooled = c["contrast"], c["pooled_pairs"]
+        if c["margin"] is not None:
+            name += f" (within {c['margin']:.2f})"
+        has_claim = c["p_holm"] is not None or c["contrast"] == PRIMARY.name
+        cells = [
+            name,
+            f"{c['difference']:+.3f}{_range(c, '+.3f')}",
+            ", ".join(f"{world:+.3f}" for world in c["worlds"]),
+            str(c["df"]) if c["df"] else "-",
+            _p(c["p"]),
+            _p(c["p_holm"]),
+            ("yes" if c["holds"] else "no") if has_claim else "-",
+            str(c["pairs"]),
+            f"{_range(pooled, '+.3f').strip(' ()')}, {_p(pooled['p'])}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _range(interval: Summary, form: str) -> str:
+    """Return the bounds in brackets; nothing where one world has none."""
+    if interval["low"] is None:
+        return ""
+    return f" ({interval['low']:{form}} to {interval['high']:{form}})"
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else f"{p:#.2g}"

@@ -5,6 +5,8 @@
     final.jsonl        a row a run, with its accuracy on test scenes: by the final pass
     exploratory.jsonl  a row an exploratory run, validation scenes alone
 
+Beside them ``report.json``, which ``summary`` makes from them.
+
 A line that an interruption cut short is dropped when the file is read, and overwritten by the
 next one.
 """

@@ -1,4 +1,4 @@
-"""One run of the study: both stages through ``movekd.train``, then questions about new handwriting.
+"""One run of the study: both stages through ``movekd.train``, then questions about new scans.
 
 Comes in: an arm, a world, a seed. Goes out: a row, the curves, and what the routers did; the
 trained student stays on disk for the final pass, which alone draws and reads test scenes.

@@ -1,7 +1,10 @@
-"""Intervals, tests and corrections over paired runs.
+"""Intervals, tests and corrections with worlds as the units.
 
-Accuracies by run come in; a ``Comparison`` a contrast goes out. Runs of two arms are paired by
-world and seed: they saw the same scenes, in the same order, from the same start.
+Input: accuracies by run. Output: a ``Comparison`` per contrast. Runs of two arms are paired by
+world and seed: they saw the same scenes, in the same order, from the same start. Pairs of one world
+share teachers, scenes and questions, so they are no independent sample: their differences are
+averaged inside each world first, and Student's t is taken over the worlds' means. Three worlds
+leave two degrees of freedom.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +22,31 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval, by Student's t."""
+    """A mean and its 95% interval, by Student's t with ``num`` - 1 degrees of freedom."""
 
     mean: float
     low: float
     high: float
     num: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+    @property
+    def df(self) -> int:
+        """Degrees of freedom."""
+        return self.num - 1
+
+
+@dataclass(frozen=True)
+class TTest:
+    """A mean with its interval, and the p of the test that a contrast asks for.
+
+    Attributes:
+        interval: of the mean.
+        p: two-sided t against 0; with a margin, the larger of the two one-sided ones. None where
+            there is a single value.
+    """
+
+    interval: Interval
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -36,27 +55,34 @@ class Comparison:
 
     Attributes:
         contrast: which.
-        difference: mean of first minus second, with its interval over the pairs.
-        worlds: the mean difference of each world.
-        over_worlds: the interval over the worlds' means instead, of two degrees of freedom.
-        p: of the test: two-sided t over the pairs; with a margin, the larger of the two one-sided.
-        p_signs: two-sided, from all changes of sign of the differences: no normal distribution
-            assumed. None with a margin.
-        corrected: p after Holm's correction, where there is one.
+        num_pairs: how many.
+        worlds: the mean difference of each world, first minus second.
+        over_worlds: the test with worlds as units.
+        over_pairs: the same test with every pair as a unit, as if pairs of one world were
+            independent: reported since the plan asked for it, and no claim rests on it.
+        p_signs: two-sided, from all changes of sign of the worlds' means: no normal distribution
+            assumed. Three worlds cannot give less than .25. None with a margin.
+        corrected: p over worlds after Holm's correction, where it is made.
     """
 
     contrast: Contrast
-    difference: Interval
+    num_pairs: int
     worlds: tuple[float, ...]
-    over_worlds: Interval
-    p: float
+    over_worlds: TTest
+    over_pairs: TTest
     p_signs: float | None
     corrected: float | None = None
 
     @property
+    def p(self) -> float | None:
+        """Over worlds, before any correction."""
+        return self.over_worlds.p
+
+    @property
     def holds(self) -> bool:
         """Whether the claim holds at 5%: a difference, or with a margin none as large as it."""
-        return (self.p if self.corrected is None else self.corrected) < 1 - LEVEL
+        p = self.p if self.corrected is None else self.corrected
+        return p is not None and p < 1 - LEVEL
 
 
 def accuracies(rows: Sequence[Row], part: str, kind: str = "all") -> dict[RunId, float]:
@@ -77,37 +103,52 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(mean - half), float(mean + half), num)
 
 
+def world_means(values: Mapping[RunId, float]) -> tuple[float, ...]:
+    """Return the mean over the runs of each world, in the order of the worlds."""
+    worlds = sorted({run.world for run in values})
+    return tuple(float(np.mean([v for run, v in values.items() if run.world == w])) for w in worlds)
+
+
+def over_worlds(values: Mapping[RunId, float]) -> Interval:
+    """Return mean and 95% interval of one arm's values with worlds as units."""
+    return interval(world_means(values))
+
+
 def compare(contrast: Contrast, values: Mapping[RunId, float]) -> Comparison | None:
-    """Return what the runs that both arms have say; None with fewer than two pairs."""
+    """Return what the runs that both arms have say; None where they have none in common."""
     pairs = {
-        (run.world, run.seed): value - values[other]
+        run: value - values[other]
         for run, value in sorted(values.items())
         if run.arm == contrast.first
         and (other := RunId(run.seed, run.world, contrast.second)) in values
     }
-    if len(pairs) < 2:
+    if not pairs:
         return None
-    differences = np.array(list(pairs.values()))
-    numbers = sorted({world for world, _ in pairs})
-    worlds = [
-        float(np.mean([d for (world, _), d in pairs.items() if world == number]))
-        for number in numbers
-    ]
-    error = differences.std(ddof=1) / np.sqrt(len(differences))
-    df, p_signs = len(differences) - 1, None
-    if contrast.margin is None:
-        p = 2 * stats.t.sf(_ratio(abs(differences.mean()), error), df)
-        p_signs = sign_flip_p(differences.tolist())
-    else:
-        p = stats.t.sf(_ratio(contrast.margin - abs(differences.mean()), error), df)
+    worlds = world_means(pairs)
     return Comparison(
         contrast,
-        interval(differences.tolist()),
-        tuple(worlds),
-        interval(worlds),
-        float(p),
-        p_signs,
+        len(pairs),
+        worlds,
+        over_worlds=t_test(worlds, contrast.margin),
+        over_pairs=t_test(list(pairs.values()), contrast.margin),
+        p_signs=sign_flip_p(worlds) if contrast.margin is None else None,
     )
+
+
+def t_test(differences: Sequence[float], margin: float | None = None) -> TTest:
+    """Test that the mean is not 0; with a margin, that it is nearer to 0 than that.
+
+    Source: Schuirmann (1987), two one-sided tests, for the margin.
+    """
+    found = interval(differences)
+    if found.num < 2:
+        return TTest(found, None)
+    error = np.std(differences, ddof=1) / np.sqrt(found.num)
+    if margin is None:
+        p = 2 * stats.t.sf(_ratio(abs(found.mean), error), found.df)
+    else:
+        p = stats.t.sf(_ratio(margin - abs(found.mean), error), found.df)
+    return TTest(found, float(p))
 
 
 def _ratio(distance: float, error: float) -> float:
@@ -117,30 +158,24 @@ def _ratio(distance: float, error: float) -> float:
     return float(np.sign(distance) * np.inf) if distance else 0.0
 
 
-def sign_flip_p(differences: Sequence[float], num_draws: int = 20_000) -> float:
-    """Return the share of changes of sign that give a mean at least as far from zero.
-
-    Over all changes of up to 14 differences, over ``num_draws`` drawn ones beyond that.
-    """
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Return the share of changes of sign that give a mean at least as far from zero."""
     sample = np.asarray(differences, float)
-    if len(sample) <= 14:
-        signs = np.array(list(product((1, -1), repeat=len(sample))))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), (num_draws, len(sample)))
+    signs = np.array(list(product((1, -1), repeat=len(sample))))
     means = np.abs(signs @ sample)
     return float((means >= abs(sample.sum()) - 1e-12).mean())
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the comparisons with p corrected for their number.
+    """Return the comparisons with p corrected for their number; one without p stays without.
 
     Source: Holm (1979): the k-th smallest of m is multiplied by m - k + 1, and none is smaller
     than one before it.
     """
-    order = sorted(range(len(comparisons)), key=lambda i: comparisons[i].p)
-    corrected = [0.0] * len(comparisons)
+    given = [(c.p, i) for i, c in enumerate(comparisons) if c.p is not None]
+    corrected: dict[int, float] = {}
     largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * comparisons[i].p))
+    for rank, (p, i) in enumerate(sorted(given)):
+        largest = max(largest, min(1.0, (len(given) - rank) * p))
         corrected[i] = largest
-    return [replace(c, corrected=p) for c, p in zip(comparisons, corrected, strict=True)]
+    return [replace(c, corrected=corrected.get(i)) for i, c in enumerate(comparisons)]
