@@ -144,7 +144,8 @@ class DataConfig(FrozenModel):
     )
     group_by_modality_length: bool | None = Field(
         default=None,
-        description="Batches of like kind and length. Null: true in finetune, as LLaVA does.",
+        description="Each step holds samples with images, or text-only ones, and its micro-batches "
+        "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
     )
     model_max_length: int = Field(default=2048, gt=0, description="Longer samples are cut.")
 
