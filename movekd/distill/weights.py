@@ -19,6 +19,9 @@ from movekd.errors import ConfigError, did_you_mean
 TokenWeighting = Literal["softmax", "blend", "none"]
 TeacherWeighting = Literal["anchor", "anchor_equal", "equal", "similarity", "balanced"]
 
+ANCHOR_SHARE = 0.8
+"""Weight of the anchor in the released scripts (`--kd_memory_w`)."""
+
 FLATTEN_ABOVE = 0.8
 """Official recipe: a mean similarity weight above this is flattened by a second softmax."""
 
@@ -65,7 +68,7 @@ def teacher_weights(
     *,
     cls_BD: Tensor | None = None,
     anchor: int = 0,
-    anchor_share: float = 0.8,
+    anchor_share: float = ANCHOR_SHARE,
     losses_BT: Tensor | None = None,
     has_targets_B: Tensor | None = None,
 ) -> Tensor:

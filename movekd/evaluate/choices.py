@@ -53,19 +53,21 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
 
 
 def read_letter(answer: str, num_choices: int) -> str | None:
-    """Return the letter that an answer chooses, or None.
+    """Return the letter that an answer chooses, or None where LLaVA's program says FAILED.
 
-    A letter alone; a letter at the start, before a period and a space or at a line's end; or "The
-    answer is X" anywhere, with a period behind it first. A letter beyond the choices is none.
+    The answer is the letter and nothing else; or it starts with the letter, a period and a space;
+    or it says "The answer is X" with one more character behind X, exactly once. A letter beyond the
+    choices is none.
 
     Source: haotian-liu/LLaVA llava/eval/eval_science_qa.py.
     """
-    answer = answer.replace("\n", ". ")
-    found = re.fullmatch(r"\s*([A-E])\s*", answer) or re.match(r"([A-E])\. ", answer)
-    for cue in (r"The answer is ([A-E])\.", r"The answer is ([A-E])"):
-        found = found or re.search(cue, answer)
-    letter = found.group(1) if found else None
-    return letter if letter is not None and letter in LETTERS[:num_choices] else None
+    starts_with_letter = answer[:1] in set(LETTERS) and answer[1:3] in ("", ". ")
+    if starts_with_letter:
+        letter = answer[0]
+    else:
+        said = re.findall("The answer is ([A-Z]).", answer)  # the period is any character, as there
+        letter = said[0] if len(said) == 1 else ""
+    return letter if letter in set(LETTERS[:num_choices]) else None
 
 
 def score_science(

@@ -4,7 +4,7 @@ Comes in: questions, a model's answers, the benchmark's annotation file. Goes ou
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     return consensus(people.count(answer), len(people))
 
 
+def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return VizWiz's accuracy of one answer: only the model's answer is normalised.
+
+    People's answers are compared as they were written, whether people agree or not.
+
+    Source: VizWiz's Python API (vizwiz.org/tasks-and-datasets/vqa), VQAEval.evaluate.
+    """
+    return consensus(people.count(normalise(answer)), len(people))
+
+
 def textvqa_accuracy(answer: str, people: Sequence[str]) -> float:
     """Return TextVQA's accuracy of one answer: as ``vqa_accuracy``, in TextVQA's own form.
 
@@ -63,7 +73,7 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotatio
     content = read_json(annotations, dict, "VQAv2's annotations")
     known = {str(entry.get("question_id")): entry for entry in content.get("annotations", [])}
     entries = [_find(known, str(q.id), f"question {q.id}", annotations) for q in questions]
-    return _score_people(entries, answers, annotations)
+    return _score_people(entries, answers, annotations, vqa_accuracy)
 
 
 def score_vizwiz(
@@ -77,7 +87,7 @@ def score_vizwiz(
     content = read_json(annotations, list, "VizWiz's annotations")
     known = {str(entry.get("image")): entry for entry in content}
     entries = [_find(known, str(q.image), f"image '{q.image}'", annotations) for q in questions]
-    return _score_people(entries, answers, annotations)
+    return _score_people(entries, answers, annotations, vizwiz_accuracy)
 
 
 def score_textvqa(
@@ -121,7 +131,12 @@ def asked_question(prompt: str) -> str:
     return lines[0]
 
 
-def _score_people(entries: Sequence[Any], answers: Sequence[str], annotations: Path) -> Report:
+def _score_people(
+    entries: Sequence[Any],
+    answers: Sequence[str],
+    annotations: Path,
+    accuracy: Callable[[str, Sequence[str]], float],
+) -> Report:
     """Score as the challenge's server does what LLaVA uploads: answers in TextVQA's form."""
     scores: list[tuple[tuple[str, ...], float]] = []
     for entry, answer in zip(entries, answers, strict=True):
@@ -132,7 +147,7 @@ def _score_people(entries: Sequence[Any], answers: Sequence[str], annotations: P
                 "without, leave --annotations out and give --upload."
             )
         kind = entry.get("answer_type")
-        score = vqa_accuracy(normalise_evalai(answer), people)
+        score = accuracy(normalise_evalai(answer), people)
         scores.append(((kind,) if isinstance(kind, str) else (), score))
     rows = accuracy_rows(scores)
     return Report("accuracy", rows["all"]["accuracy"], rows)

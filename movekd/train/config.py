@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.images import Geometry
-from movekd.distill.weights import TeacherWeighting, TokenWeighting
+from movekd.distill.weights import ANCHOR_SHARE, TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 from movekd.student.config import Recipe, StudentConfig
 
@@ -66,6 +66,9 @@ TRAINED: dict[Stage, tuple[Part, ...]] = {
 }
 """Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
 
+WITH_ANCHOR_SHARE: tuple[TeacherWeighting, ...] = ("anchor", "anchor_equal")
+"""Teacher weightings that give the anchor a fixed share."""
+
 ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 """Parts that a student without a language model has."""
 
@@ -106,7 +109,13 @@ class DistillConfig(FrozenModel):
         description="anchor (official), anchor_equal, equal (revised), similarity to the anchor, "
         "or balanced by the losses.",
     )
-
+    anchor_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Weight of the anchor in `anchor` and `anchor_equal`; the other teachers share "
+        "the rest. Null: 0.8, as released (`--kd_memory_w`).",
+    )
     sam_layout: Literal["plain", "released"] = Field(
         default="plain",
         description="Order of the tokens of teacher 'sam' on the way to its adapter. released: as "
@@ -143,7 +152,8 @@ class DataConfig(FrozenModel):
     )
     group_by_modality_length: bool | None = Field(
         default=None,
-        description="Batches of like kind and length. Null: true in finetune, as LLaVA does.",
+        description="Each step holds samples with images, or text-only ones, and its micro-batches "
+        "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
     )
     model_max_length: int = Field(default=2048, gt=0, description="Longer samples are cut.")
 
@@ -192,6 +202,8 @@ class TrainConfig(FrozenModel):
                 student = student.model_copy(update={"mole": student.mole.model_copy(update=alpha)})
         if distill is not None:
             distill = _fill(distill, defaults["distill"])
+            if distill.teacher_weighting in WITH_ANCHOR_SHARE:
+                distill = _fill(distill, {"anchor_share": ANCHOR_SHARE})
         if student.prompt is None:
             prompt = "v1" if self.stage == "finetune" else "plain"
             student = student.model_copy(update={"prompt": prompt})
@@ -278,6 +290,12 @@ def _check(config: TrainConfig) -> None:
             f"distill.anchor '{distill.anchor}' is not among distill.teachers "
             f"({', '.join(distill.teachers)}).{did_you_mean(distill.anchor, distill.teachers)} "
             "Add it, or set token_weighting: none and teacher_weighting: equal (or balanced)."
+        )
+    if distill.anchor_share is not None and distill.teacher_weighting not in WITH_ANCHOR_SHARE:
+        raise ConfigError(
+            f"distill.anchor_share is {distill.anchor_share}, but teacher_weighting: "
+            f"{distill.teacher_weighting} gives the anchor no share of its own. Leave it out, or "
+            "set teacher_weighting: anchor (or anchor_equal)."
         )
     if distill.teacher_weighting == "similarity" and distill.grid == "native":
         raise ConfigError(

@@ -148,18 +148,17 @@ class ConversationDataset(Dataset[Sample]):
         return Sample(conversation.id, tokenized.input_ids, tokenized.labels, image_rows, rows)
 
     def modality_lengths(self) -> list[int]:
-        """Return words and image tokens of each sample; negative for text-only ones.
+        """Return the words of each conversation, placeholders included; negative for text-only.
 
-        Source: haotian-liu/LLaVA llava/train/train.py, modality_lengths (words, not tokens:
-        tokenising a corpus twice costs more than this precision is worth).
+        Image tokens do not count. Words instead of tokens: tokenising a corpus twice costs more
+        than this precision is worth.
+
+        Source: haotian-liu/LLaVA llava/train/train.py, modality_lengths.
         """
         lengths = []
-        for position, conversation in enumerate(self.conversations):
-            words = sum(len(text.split()) for _, text in conversation.turns)
-            images = int(
-                self._num_tokens[self._starts[position] : self._starts[position + 1]].sum()
-            )
-            lengths.append(words + images if images else -max(words, 1))
+        for conversation in self.conversations:
+            words = max(sum(len(text.split()) for _, text in conversation.turns), 1)
+            lengths.append(words if conversation.images else -words)
         return lengths
 
 

@@ -1,7 +1,7 @@
 """What a run reads, in checksums: a resume, and every process, must read the same.
 
 OUTPUT/inputs.json holds what ``inputs_of`` returns: corpus, conversations, each teacher's features,
-and the samples of a step. Paths are not in it: data may move.
+the samples of a step, and the order of grouped samples. Paths are not in it: data may move.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from movekd.errors import ConfigError
 from movekd.train.config import TrainConfig
 
 INPUTS_FILE = "inputs.json"
+GROUPED_ORDER = "grouped per step"
+"""Name of the order in which grouped samples train; another name is another order."""
 
 
 def inputs_of(
@@ -30,6 +32,8 @@ def inputs_of(
         "conversations": [_sha256(path) for path in paths if path.exists()],
         "global_batch_size": global_batch_size,
     }
+    if config.data.group_by_modality_length:
+        inputs["order"] = GROUPED_ORDER
     if cache is not None and config.distill is not None:
         inputs["geometry"] = cache.geometry
         for name in config.distill.teachers:
@@ -71,6 +75,12 @@ def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
             f"{output_dir} was begun with {old.get('global_batch_size')} samples a step, and this "
             f"is {inputs['global_batch_size']} (processes x per_device_train_batch_size x "
             "gradient_accumulation_steps). Choose the last two so that the product is the old one."
+        )
+    if "order" in changed:
+        raise ConfigError(
+            f"{output_dir} was begun with another order of samples "
+            f"({old.get('order', 'grouped over many steps')}; now: {inputs.get('order')}), and a "
+            "resume would see some samples twice and others never. Begin anew in another --output."
         )
     if changed:
         raise ConfigError(

@@ -30,6 +30,7 @@ from movekd.distill import (
     token_weights,
 )
 from movekd.distill.balance import BalanceKind
+from movekd.distill.weights import ANCHOR_SHARE
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.tokenization import IGNORED
@@ -216,11 +217,13 @@ class DistillModel(nn.Module):
         distill = self.distill
         assert distill is not None
         assert distill.teacher_weighting is not None
+        share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
         return teacher_weights(
             goals,
             distill.teacher_weighting,
             cls_BD=None if anchor is None else anchor.cls_BD,
             anchor=distill.teachers.index(distill.anchor) if anchor is not None else 0,
+            anchor_share=ANCHOR_SHARE if share is None else share,
             losses_BT=losses_IT,
         )
 

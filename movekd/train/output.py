@@ -24,7 +24,7 @@ import yaml
 
 from movekd import processes
 from movekd.cache.check import TeacherStatus
-from movekd.config import read_yaml
+from movekd.config import read_yaml, validate
 from movekd.errors import ConfigError
 from movekd.student.files import CONFIG_FILE
 from movekd.train.config import TrainConfig
@@ -105,7 +105,7 @@ def prepare_output(
             f"{output_dir} holds a run already; give --resume to go on with it, --overwrite to "
             "delete it, or another --output."
         )
-    old = read_yaml(output_dir / CONFIG_FILE)
+    old = _with_new_keys(read_yaml(output_dir / CONFIG_FILE))
     new = yaml.safe_load(config.to_yaml())
     changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_FREE_TO_CHANGE)]
     if changed:
@@ -216,6 +216,15 @@ def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
                 f"--overwrite would delete {output_dir}, and init_from {config.init_from} lies "
                 "there; give another --output."
             )
+
+
+def _with_new_keys(old: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's config with the defaults of keys that are younger than the run."""
+    try:
+        resolved = validate(TrainConfig, old, CONFIG_FILE).resolved()
+    except ConfigError:
+        return old  # the keys that differ are named to the user
+    return dict(yaml.safe_load(resolved.to_yaml()))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

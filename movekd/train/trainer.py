@@ -73,6 +73,7 @@ class DistillTrainer(Trainer):
             args.data_seed if args.data_seed is not None else args.seed,
             global_batch_size=batch,
             lengths=lengths,
+            micro_batch_size=args.train_batch_size,
             multiple_of=args.train_batch_size * args.world_size,
         )
         return self._sampler

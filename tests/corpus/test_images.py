@@ -116,6 +116,18 @@ def test_geometries_keep_the_field_that_they_promise():
     np.testing.assert_array_equal(seen["stretch"][15], seen["pad"][15])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_plain_files_have_the_pixels_that_llava_sees(photographs, mode, format):
+    """LLaVA opens an image and converts it to RGB; docs/reproduce.md lists where that differs."""
+    try:
+        data = encode(photographs[0].convert(mode), format)
+    except (OSError, ValueError):
+        pytest.skip(f"{format} holds no {mode}")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), expected)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied_once(orientation, format):

@@ -15,8 +15,10 @@ from movekd.evaluate.vqa import (
     score_vizwiz,
     score_vqav2,
     textvqa_accuracy,
+    vizwiz_accuracy,
     vqa_accuracy,
 )
+from movekd.evaluate.vqa_text import normalise
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,25 @@ def test_textvqa_normalises_both_sides_always():
     assert textvqa_accuracy("Yes!", ["yes"] * 10) == 1
     assert textvqa_accuracy("0", ["none"] * 10) == 1
     assert textvqa_accuracy("joe's", ["Joe 's", "Joe's", *["x"] * 8]) == pytest.approx(0.6)
+
+
+def test_vizwiz_takes_peoples_answers_as_they_are_written():
+    assert vizwiz_accuracy("Yes.", ["yes"] * 10) == 1
+    assert vizwiz_accuracy("the can", ["can"] * 3 + ["x"] * 7) == pytest.approx(0.9)
+    assert vizwiz_accuracy("the can", ["the can"] * 10) == 0  # nobody can be right
+    assert vizwiz_accuracy("two", ["two"] * 5 + ["2"] * 5) == 1
+    assert vizwiz_accuracy("two", ["two"] * 9 + ["2"]) == pytest.approx(0.3)
+
+
+@given(st.text("ab .", max_size=3), st.lists(st.sampled_from(["a", "b", "ab", "a b"]), min_size=1))
+def test_vizwiz_averages_over_the_people_left_out(answer, people):
+    """Each of ten is left out once, by place: equal answers of others still count."""
+    given_ = normalise(answer)
+    scores = [
+        min(sum(other == given_ for other in people[:i] + people[i + 1 :]) / 3, 1)
+        for i in range(len(people))
+    ]
+    assert vizwiz_accuracy(answer, people) == pytest.approx(sum(scores) / len(people))
 
 
 def people(*answers):

@@ -195,3 +195,33 @@ def test_another_cache_is_refused_at_a_resume(digits, tmp_path):
     )
     noted = json.loads((tmp_path / "run/inputs.json").read_text())
     assert noted["global_batch_size"] == 4
+
+
+def test_a_run_that_is_older_than_a_key_is_resumed(digits, tmp_path):
+    """`anchor_share` was 0.8 in every run that was begun before it became a key."""
+    interrupted(digits, tmp_path, "recipe=official")
+    path = tmp_path / "config.yaml"
+    old = path.read_text()
+    assert "  anchor_share: 0.8\n" in old
+    path.write_text(old.replace("  anchor_share: 0.8\n", ""))
+    with pytest.raises(ConfigError, match=r"another config: distill\.anchor_share differ"):
+        digits.train(
+            tmp_path,
+            "pretrain",
+            *SAVING,
+            "recipe=official",
+            "distill.anchor_share=0.5",
+            resume=True,
+        )
+    assert digits.train(tmp_path, "pretrain", *SAVING, "recipe=official", resume=True).steps == 6
+
+
+def test_a_run_with_another_order_of_samples_is_not_resumed(digits, tmp_path):
+    keys = (*SAVING, "training.max_steps=4")
+    digits.train(tmp_path, "finetune", *keys)
+    path = tmp_path / "inputs.json"
+    noted = json.loads(path.read_text())
+    assert noted.pop("order")
+    path.write_text(json.dumps(noted))
+    with pytest.raises(ConfigError, match=r"another order of samples .*twice and others never"):
+        digits.train(tmp_path, "finetune", *keys, resume=True)

@@ -138,7 +138,9 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(digits, tmp_path
     )
     config = digits.config("finetune", *keys, *IN_TWO)
     _, _, dataset, _ = digits.parts(config)
-    sampler = GlobalOrderSampler(16, 1, global_batch_size=4, lengths=dataset.modality_lengths())
+    sampler = GlobalOrderSampler(
+        16, 1, global_batch_size=4, lengths=dataset.modality_lengths(), micro_batch_size=2
+    )
     samples = [dataset.conversations[position] for position in sampler]
     (name,) = samples[14].images  # process 1 reads it with step 3 under way
     assert name not in [image for sample in samples[:14] for image in sample.images]

@@ -105,6 +105,17 @@ def test_what_is_wrong_is_said_in_a_sentence(write, override, message):
         load_config(write(), [override])
 
 
+def test_the_anchors_share_is_the_released_one_unless_given(write):
+    assert load_config(write(recipe="official")).distill.anchor_share == 0.8
+    assert load_config(write(recipe="revised")).distill.anchor_share is None  # equal shares
+    given = load_config(write(recipe="official"), ["distill.anchor_share=0.5"])
+    assert given.distill.anchor_share == 0.5
+    with pytest.raises(ConfigError, match=r"anchor_share is 0\.5, but teacher_weighting: equal"):
+        load_config(write(recipe="revised"), ["distill.anchor_share=0.5"])
+    with pytest.raises(ConfigError, match=r"distill\.anchor_share"):
+        load_config(write(recipe="official"), ["distill.anchor_share=1.5"])
+
+
 def test_parts_that_are_not_there_cannot_learn(write):
     with pytest.raises(ConfigError, match=r"trained names 'mole', but student\.mole is null"):
         load_config(write(), ["student.mole=null", "trained=[mole]"])

@@ -239,6 +239,18 @@ def test_targets_that_do_not_fit_are_refused(digits, overrides, message):
         check_targets(open_cache(digits.cache), config.distill, student)
 
 
+@pytest.mark.parametrize("weighting", ["anchor", "anchor_equal"])
+def test_the_anchor_has_the_share_that_the_config_gives_it(batch_of, weighting):
+    keys = ("recipe=official", f"distill.teacher_weighting={weighting}")
+    for override, share in (((), 0.8), (("distill.anchor_share=0.3",), 0.3)):
+        _, model, batch = batch_of(overrides=(*keys, *override))
+        terms = model(**batch)
+        assert terms["teacher_weight_clip"] == pytest.approx(share)
+        assert terms["teacher_weight_sam"] == pytest.approx(1 - share)
+        parts = share * terms["kd_clip_sum"] + (1 - share) * terms["kd_sam_sum"]
+        torch.testing.assert_close(terms["kd_sum"].detach(), parts)
+
+
 def test_balanced_teachers_are_weighed_by_their_losses(batch_of):
     _, model, batch = batch_of(overrides=("distill.teacher_weighting=balanced",))
     terms = model(**batch)

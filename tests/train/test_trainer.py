@@ -152,7 +152,7 @@ def test_a_checkpoint_holds_what_learns_and_is_checked_when_read(make, tmp_path)
         other._load_from_checkpoint(str(tmp_path))
 
 
-def test_the_order_is_grouped_in_finetune_alone(make):
+def test_the_order_is_grouped_in_finetune_only(make):
     for stage, is_grouped in (("pretrain", False), ("finetune", True)):
         trainer, _ = make(stage)
         sampler = trainer._get_train_sampler()
