@@ -231,6 +231,9 @@ class _NoLocks:
     def is_alone(self, teacher):
         return False
 
+    def remove_dead(self, teacher):
+        pass
+
 
 def test_a_zarr_shard_that_another_writes_is_waited_for_and_left_alone(
     tmp_path, corpus_dir, tiny_specs, small_shards, monkeypatch, undisturbed, snapshot
