@@ -11,7 +11,8 @@ A whole build is refused beside any other; a part beside a whole build, beside i
 parts of another number. The lock of a Zarr shard holds whatever else goes wrong: a worker of a
 cluster can outlive the build that started it, or be given up for dead and live.
 
-All are ``build.lock``'s, so that a dead holder's are free.
+All are ``build.lock``'s, so that a dead holder's are free. The next to take one removes it; those
+that nobody need take again, ``remove_dead`` does.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ from movekd.errors import CacheError
 
 _PART = re.compile(r"(\.part-\d+-of-(\d+)\.lock)(\.\d+)?")
 _WRITER = re.compile(r"(\.\d+\.lock)(\.\d+)?")
+_SETTLED = re.compile(r"(\.(?:calibrate|settle)\.lock)(\.\d+)?")
+_SETTLE, _CALIBRATE = ".settle.lock", ".calibrate.lock"
 _AT_ONCE = 32
 """Locks looked at together: in an object store a dead holder's takes a minute of watching."""
 
@@ -74,7 +77,7 @@ class BuildLocks:
             return
         with contextlib.ExitStack() as now:
             for teacher in self._teachers:
-                waiting = f"{layout.seals_name(teacher)}/.settle.lock"
+                waiting = f"{layout.seals_name(teacher)}/{_SETTLE}"
                 now.enter_context(build_lock(self._storage, waiting, wait=True))
                 # later on a whole build can only be about to be refused
                 own = lock_name(teacher)
@@ -93,6 +96,24 @@ class BuildLocks:
                 self._storage, f"{layout.seals_name(teacher)}/{name}", who=f"part {partition}, "
             )
         )
+
+    def remove_dead(self, teacher: str) -> None:
+        """Remove locks of killed builds that no build will take again; called while settling.
+
+        A calibration that is sealed and a Zarr shard that is sealed are left alone from then on,
+        and with them the locks of whoever died between sealing and letting go. Locks that a living
+        process holds stay.
+        """
+        # a part holds .settle.lock itself, and removes it when it lets go
+        own = None if self._partition is None else _SETTLE
+        names = [name for name in _named(self._storage, teacher, _SETTLED) if name != own]
+        for name in _named(self._storage, teacher, _WRITER):
+            shard = int(name.strip(".").partition(".")[0])
+            if self._storage.exists(layout.seal_name(teacher, shard)):
+                names.append(name)
+        with ThreadPoolExecutor(_AT_ONCE, "movekd-locks") as pool:
+            for _ in pool.map(lambda name: _is_held(self._storage, teacher, name), names):
+                pass
 
     def is_alone(self, teacher: str) -> bool:
         """Return whether no other part is running; asked while settling."""
@@ -113,7 +134,7 @@ def writing(storage: Storage, teacher: str, shard: int) -> Iterator[None]:
 @contextlib.contextmanager
 def calibrating(storage: Storage, teacher: str) -> Iterator[None]:
     """Be the only one who calibrates a teacher; wait for another one who does."""
-    with build_lock(storage, f"{layout.seals_name(teacher)}/.calibrate.lock", wait=True):
+    with build_lock(storage, f"{layout.seals_name(teacher)}/{_CALIBRATE}", wait=True):
         yield
 
 
@@ -141,25 +162,26 @@ def _parts(storage: Storage, teacher: str) -> list[tuple[str, int]]:
 
 def _named(storage: Storage, teacher: str, pattern: re.Pattern[str]) -> list[str]:
     """Return the locks of a kind; in an object store several numbered objects are one."""
-    names = (name.rpartition("/")[2] for name in storage.sizes(layout.seals_name(teacher)))
+    names = (name.rpartition("/")[2] for name in storage.files(layout.seals_name(teacher)))
     return sorted({found[1] for name in names if (found := pattern.fullmatch(name))})
 
 
 def _pass_through(storage: Storage, teacher: str, names: Sequence[str], *, wait: bool) -> None:
     """Take and let go of locks, which removes those of the dead. Raises where one is held."""
-
-    def take(name: str) -> None:
-        with build_lock(storage, f"{layout.seals_name(teacher)}/{name}", wait=wait):
+    with ThreadPoolExecutor(_AT_ONCE, "movekd-locks") as pool:
+        for _ in pool.map(lambda name: _take(storage, teacher, name, wait), names):
             pass
-
-    if names:
-        with ThreadPoolExecutor(_AT_ONCE, "movekd-locks") as pool:
-            for _ in pool.map(take, names):
-                pass
 
 
 def _is_held(storage: Storage, teacher: str, name: str) -> bool:
+    """Return whether a living process holds a lock; that of a dead one is removed."""
     with contextlib.suppress(CacheError):
-        _pass_through(storage, teacher, [name], wait=False)
+        _take(storage, teacher, name, wait=False)
         return False
     return True
+
+
+def _take(storage: Storage, teacher: str, name: str, wait: bool) -> None:
+    """Take a lock and let go of it."""
+    with build_lock(storage, f"{layout.seals_name(teacher)}/{name}", wait=wait):
+        pass

@@ -171,6 +171,8 @@ class ImageStream:
                 num_workers=num_workers,
                 collate_fn=_collate,
                 prefetch_factor=4 if num_workers else None,
+                # PyTorch's own, from which it would draw a seed, may be at work in another thread
+                generator=torch.Generator(),
             ),
             strict=True,
         )

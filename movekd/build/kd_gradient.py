@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from movekd.distill import kd_loss, token_weights
+from movekd.seeding import seeded
 from movekd.student.adapters import StudentHead, TeacherAdapter
 
 StudentState = Literal["untrained", "near"]
@@ -72,8 +73,7 @@ class KDGradient:
     ) -> None:
         self._num_tokens, self._student_width = num_tokens, student_width
         self._seed, self._device = seed, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             head = StudentHead(student_width, teacher_width)
             adapter = TeacherAdapter(teacher_width, teacher_tokens, student_width, num_tokens)
         self._head = head.to(device).requires_grad_(False)

@@ -139,6 +139,7 @@ def build_cache(
         with locks.settling():
             for spec in specs:  # those of workers that were killed meanwhile
                 _delete_leftovers(storage, locks, spec)
+                locks.remove_dead(spec.name)
             summaries = [
                 _summary(site, *each) for each in zip(specs, done, calibration_seconds, strict=True)
             ]

@@ -3,14 +3,11 @@
 Comes in: a CacheSpec. Goes out: a ``Trunk``, which ``teachers.load`` wraps.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Callable
 
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
+from movekd.seeding import seeded
 from movekd.teachers.checkpoints import load_exactly, read_state_dict, weights_file
 from movekd.teachers.eva02_det import Eva02Det, backbone_weights
 from movekd.teachers.from_python import python_trunk
@@ -18,9 +15,6 @@ from movekd.teachers.from_timm import open_clip_trunk, timm_trunk
 from movekd.teachers.from_transformers import transformers_trunk
 from movekd.teachers.published import published
 from movekd.teachers.trunk import Trunk, check_name
-
-_DRAWING = threading.Lock()
-"""The generator is the process's: two threads that draw from it disturb each other."""
 
 
 def build_trunk(spec: CacheSpec) -> Trunk:
@@ -32,20 +26,8 @@ def build_trunk(spec: CacheSpec) -> Trunk:
         ConfigError: the model or one of ``model_args`` is unknown.
         WeightsError: the weights are missing, unreadable, or do not fit.
     """
-    with _seeded(spec.seed):
+    with seeded(spec.seed):
         return _PROVIDERS[spec.provider](spec)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Run with the CPU generator at ``seed`` and put its state back; one thread at a time."""
-    with _DRAWING:
-        state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            torch.random.set_rng_state(state)
 
 
 def movekd_trunk(spec: CacheSpec) -> Trunk:

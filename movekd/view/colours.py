@@ -15,6 +15,7 @@ from torch import Tensor
 from movekd.cache.catalog import Catalog
 from movekd.cache.reader import TeacherCache
 from movekd.errors import CacheError
+from movekd.seeding import seeded
 
 NUM_BASIS_ROWS = 32
 _MOST_TOKENS = 8192
@@ -55,8 +56,7 @@ def fit_basis(tokens_ND: Tensor) -> ColourBasis:
             f"{len(sample_ND)} tokens of {sample_ND.shape[1]} channels have no three principal "
             "components; expected at least 3 of each."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the method draws a start
+    with seeded(0):  # the method draws a start
         _, _, axes_DQ = torch.pca_lowrank(centred_ND, q=min(6, *centred_ND.shape), center=False)
     axes_D3 = axes_DQ[:, :3]
     largest = axes_D3.abs().argmax(0)

@@ -1,4 +1,5 @@
 import dataclasses
+import random
 import shutil
 
 import numpy as np
@@ -31,6 +32,19 @@ def test_batches_come_in_order_whatever_the_workers(corpus_dir, tiny_specs, num_
         expected = [transform(corpus.read_image(image)) for image in batch.images]
         for pixels, single in zip(batch.pixels("cpu"), expected, strict=True):
             assert torch.equal(pixels, torch.from_numpy(single))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_decoding_draws_from_no_generator_of_the_process(
+    corpus_dir, tiny_specs, num_workers
+) -> None:
+    """Another thread may be drawing a teacher's random weights from PyTorch's."""
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    transform = image_transform(tiny_specs[0], "crop")
+    found = pixel_batches(open_corpus(corpus_dir), transform, BATCHES, num_workers=num_workers)
+    assert len(list(found)) == len(BATCHES)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
 def test_a_teachers_own_geometry_wins(tiny_specs) -> None:

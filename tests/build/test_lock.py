@@ -57,9 +57,9 @@ from movekd.build.lock import build_lock
 from movekd.cache.storage import open_storage
 with build_lock(open_storage(sys.argv[1]), "locks/.lock"):
     if os.fork() == 0:
+        print("held", flush=True)  # by the parent: what a child inherits is let go by now
         os.read(0, 1)
         os._exit(0)
-    print("held", flush=True)
     sys.stdin.read()
 """
 

@@ -20,7 +20,6 @@ from movekd.cache.check import verify
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, ConfigError
-from movekd.teachers import load_teacher
 
 
 @pytest.mark.parametrize("text", ["3", "a/b", "1/0", "-1/4", "1/4/2", ""])
@@ -75,11 +74,6 @@ def test_parts_at_the_same_time_calibrate_once_and_equal_a_whole_build(
         written.append((spec.name, shard))
         write(storage, spec, sealed, shard, *arguments, **more)
 
-    def load(*arguments, drawing=threading.Lock()):
-        with drawing:  # parts are processes; threads would share the generator of random weights
-            return load_teacher(*arguments)
-
-    monkeypatch.setattr(engines, "load_teacher", load)
     monkeypatch.setattr(engines, "calibrate", counted)
     monkeypatch.setattr(shards, "write_shard", counted_write)
     monkeypatch.setattr("movekd.build.lock.RENEW_S", 0.05)
@@ -230,6 +224,9 @@ class _NoLocks:
 
     def is_alone(self, teacher):
         return False
+
+    def remove_dead(self, teacher):
+        pass
 
 
 def test_a_zarr_shard_that_another_writes_is_waited_for_and_left_alone(

@@ -113,8 +113,9 @@ def kill_at(event: int, action) -> bool:
     return False
 
 
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_file_and_run_again_equals_undisturbed(
-    tmp_path, grown, tiny_specs, small_shards, snapshot
+    tmp_path, grown, tiny_specs, small_shards, snapshot, stride
 ) -> None:
     """A first build and an append, killed with -9 as they touch one file after the other."""
     small, large = grown
@@ -134,7 +135,7 @@ def test_killed_at_any_file_and_run_again_equals_undisturbed(
             killed = kill_at(event, lambda out=out, data=data: build(out, data, specs))
             build(out, data, specs)
             assert snapshot(out) == expected, event
-            event += 8
+            event += stride
         assert event > 24
         assert list(verify(out)) == []
 

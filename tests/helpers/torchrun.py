@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,31 @@ def torchrun(
         text=True,
         env=environment(**(env or {})),
     )
+
+
+def both_processes(
+    *words: Any, module: str, env: Mapping[str, str]
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a module's command line in two processes without torchrun; return how each ended."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **env}
+    command = [sys.executable, "-m", module, *map(str, words)]
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place),
+        )
+        for rank in range(2)
+    ]
+    ended = []
+    for process in started:
+        out, err = process.communicate()
+        ended.append(subprocess.CompletedProcess(command, process.returncode, out, err))
+    return ended
 
 
 def training(config: Any, output: Path, cache: Any) -> list[Any]:

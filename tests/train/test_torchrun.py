@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ from movekd.corpus.index import open_corpus
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.trainer import DistillTrainer
 from s3 import s3_server, upload
-from torchrun import logged, torchrun, train_in_two_processes, training
+from torchrun import both_processes, logged, torchrun, train_in_two_processes, training
 from watched import begin_batch, noting, read_notes
 
 IN_TWO = ("training.per_device_train_batch_size=2", "training.save_strategy=steps")
@@ -95,7 +96,12 @@ def test_the_order_of_samples_is_the_global_one(digits, undisturbed):
 def test_a_killed_process_started_again_by_torchrun_ends_bit_for_bit_the_same(
     digits, undisturbed, tmp_path
 ):
-    """Into the folder of another run, with --overwrite: the restart must delete nothing."""
+    """Into the folder of another run, with --overwrite: the restart must delete nothing.
+
+    A process that is killed says nothing. torchrun then stops the other one, which may or may not
+    have noticed before; the sentence that it owes is the next test's. It dies in the second step
+    after a checkpoint, because only then has the other process finished writing that.
+    """
     whole, _ = undisturbed
     digits.train(tmp_path / "run", "pretrain", "training.max_steps=1")
     config = digits.config("pretrain", *IN_TWO, *DROPOUT)
@@ -103,11 +109,12 @@ def test_a_killed_process_started_again_by_torchrun_ends_bit_for_bit_the_same(
         *training(config, tmp_path / "run", digits.cache),
         "--overwrite",
         options=("--max-restarts", "1"),
-        **watched(tmp_path / "notes", die="1:5"),
+        **watched(tmp_path / "notes", die="1:6"),
     )
     assert done.returncode == 0, done.stderr
-    (sentence,) = sentences(done)
-    assert "another process of this run has ended" in sentence
+    said = sentences(done)
+    assert len(said) <= 1
+    assert all("another process of this run has ended" in sentence for sentence in said)
     assert "Traceback" not in done.stderr
     again = [line for line in read_notes(tmp_path / "notes") if line["attempt"] == 1]
     assert sorted({line["step"] for line in again if "step" in line}) == [5, 6]
@@ -117,6 +124,19 @@ def test_a_killed_process_started_again_by_torchrun_ends_bit_for_bit_the_same(
     for first, second in zip(logged(whole), logged(tmp_path / "run"), strict=True):
         for name in first:
             assert name.endswith(timed) or first[name] == second[name], name
+
+
+def test_who_loses_a_process_says_so_in_one_sentence(digits, tmp_path):
+    """Two processes that nobody watches over: torchrun might stop the other before it speaks."""
+    words = training(digits.config("pretrain", *IN_TWO), tmp_path / "run", digits.cache)
+    noted = watched(tmp_path / "notes", die="1:2")
+    done = both_processes(*words, module=noted["module"], env=noted["env"])
+    assert [process.returncode for process in done] == [2, -signal.SIGKILL]
+    (sentence,) = sentences(done[0])
+    assert "another process of this run has ended" in sentence
+    assert "Give --resume to go on from the last checkpoint" in sentence
+    assert "Traceback" not in done[0].stderr
+    assert sentences(done[1]) == []
 
 
 def test_another_number_of_processes_goes_on_at_the_same_sample(digits, tmp_path, monkeypatch):
