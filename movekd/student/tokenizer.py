@@ -32,6 +32,12 @@ TOKENIZER_FILES = (
 )
 """What a Llama's tokenizer may be written in."""
 
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+"""Files of which a directory with a tokenizer holds one."""
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LLAMA_MODELS = (None, "llama", "mistral", "llava_llama", "move_llava_llama")
 """Kinds of model whose `tokenizer.model` is a Llama's where nothing names the tokenizer's class."""
@@ -58,24 +64,22 @@ def load_tokenizer(
     """
     source = str(source)
     with loading(source, key):
-        model_file = _find_file(source, "tokenizer.model")
-        json_file = _find_file(source, "tokenizer.json")
-        if Path(source).is_dir() and model_file is None and json_file is None:
+        if Path(source).is_dir() and not any(_find_file(source, name) for name in _VOCABULARIES):
             # transformers would make one of four tokens
             raise WeightsError(
                 f"{source} holds no tokenizer; expected a tokenizer.json or a tokenizer.model. "
                 "Name one that holds it; `movekd import` takes --tokenizer."
             )
         keys = get_tokenizer_config(source, trust_remote_code=False)
-        tokenizer = None
+        is_llama = _is_llama(source, keys, model_config)
+        model_file = _find_file(source, "tokenizer.model")
+        if not is_llama and _find_file(source, "tokenizer.json") is not None:
+            model_file = None  # the tokenizer comes from the other file
         model = None if model_file is None else read_sentencepiece(model_file)
-        if _is_llama(source, keys, model_config):
-            tokenizer = _load_llama(source, keys, model)
+        tokenizer = _load_llama(source, keys, model) if is_llama else None
         if tokenizer is None:
             known = {} if model_config is None else {"config": model_config}
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
-            if json_file is not None:
-                model = None  # the tokenizer comes from the other file
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a "

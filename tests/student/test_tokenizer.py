@@ -164,6 +164,13 @@ def test_other_tokenizers_stay_as_they_are(tmp_path):
     assert image == len(stock)
 
 
+def test_a_tokenizer_model_of_another_kind_is_not_looked_at_beside_a_tokenizer_json(tmp_path):
+    """Some repositories keep tiktoken's ranks under that name."""
+    byte_bpe().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert load_tokenizer(tmp_path)("a cat").input_ids == byte_bpe()("a cat").input_ids
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(WeightsError, match=r"holds no tokenizer; expected a tokenizer.json or"):
         load_tokenizer(tmp_path)
