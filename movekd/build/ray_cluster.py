@@ -20,6 +20,7 @@ from movekd.errors import CacheError, ConfigError
 WORKER_CPUS = 1
 """What a worker claims of Ray, so that each node without GPUs holds workers as it has cores."""
 _CONNECT_S = 10.0
+_CLIENT_TRIES = 3
 
 
 class RayCluster:
@@ -89,12 +90,7 @@ class RayCluster:
         own = {"include_dashboard": False} if self._address == "local" else {}
         try:
             with nullcontext() if self.is_verbose else _no_stderr():
-                self.ray.init(
-                    address=self._address,
-                    log_to_driver=self.is_verbose,
-                    logging_level=level,
-                    **own,
-                )
+                self._init(log_to_driver=self.is_verbose, logging_level=level, **own)
         except Exception as error:  # of many kinds, by version and address
             said = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -102,6 +98,19 @@ class RayCluster:
                 "`ray start --head` (and `ray start --address HOST:6379` on the other machines), "
                 "or give --address local for this machine alone."
             ) from None
+
+    def _init(self, **options: Any) -> None:
+        """Connect, again where Ray's server for clients lost the process that it forked for us.
+
+        It forks while its threads are busy; now and then the child dies at once.
+        """
+        for left in reversed(range(_CLIENT_TRIES)):
+            try:
+                self.ray.init(address=self._address, **options)
+                return
+            except ConnectionAbortedError:
+                if not left or not self._address.startswith("ray://"):
+                    raise
 
     def _nodes(self) -> list[dict[str, Any]]:
         """Return the living nodes that have room for a worker when nothing else runs there."""

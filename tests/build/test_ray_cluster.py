@@ -88,6 +88,34 @@ def test_where_nobody_answers_is_a_sentence(monkeypatch, scheme) -> None:
         RayCluster(address).__enter__()
 
 
+@pytest.mark.parametrize(("failures", "is_connected"), [(0, True), (2, True), (3, False)])
+def test_a_server_for_clients_that_died_at_once_is_asked_again(
+    monkeypatch, failures, is_connected
+) -> None:
+    """Ray 2.60 forks one per client while its threads work: beside busy processes 3 of 44 died."""
+    tries = []
+
+    def init(**options) -> None:
+        tries.append(options["address"])
+        if len(tries) <= failures:
+            raise ConnectionAbortedError("Initialization failure from server:\nTraceback")
+
+    node = {"Alive": True, "Resources": {"CPU": 2}}
+    ray = SimpleNamespace(
+        is_initialized=lambda: False, init=init, shutdown=lambda: None, nodes=lambda: [node]
+    )
+    monkeypatch.setattr("movekd.build.ray_cluster._import_ray", lambda _: ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        if is_connected:
+            with RayCluster(address) as cluster:
+                assert cluster.num_places() == 1
+        else:
+            with pytest.raises(ConfigError, match="Initialization failure from server"):
+                RayCluster(address).__enter__()
+    assert tries == [address] * min(failures + 1, 3)
+
+
 def test_ray_that_is_not_installed_is_a_sentence(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs Ray, .*pip install 'movekd\[ray\]'"):
