@@ -4,7 +4,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 import zipfile
 
-import pytest
+import openpyxl
 
 from movekd.evaluate.questions import Question
 from movekd.evaluate.upload import (
@@ -61,7 +61,6 @@ def test_mmbench_is_a_sheet_with_a_row_a_question(tmp_path):
 
 
 def test_a_sheet_is_what_openpyxl_reads(tmp_path):
-    openpyxl = pytest.importorskip("openpyxl")
     rows = [["index", "text"], [3, " é <&> \n"], [4, "x"]]
     write_sheet(tmp_path / "s.xlsx", rows)
     sheet = openpyxl.load_workbook(tmp_path / "s.xlsx").active
