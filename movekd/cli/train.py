@@ -56,6 +56,7 @@ def train(
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
         return
+    from movekd.train.group import leave
     from movekd.train.run import train as run
 
     with progress_bar() as progress:
@@ -68,6 +69,7 @@ def train(
             allow_random_teachers=allow_random_teachers,
             progress=progress,
         )
+    leave()
     if not processes.is_first():
         return
     if json:

@@ -3,6 +3,7 @@
 Used by ``run``. Everything here is right for one process, too.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,6 +44,17 @@ def decide(choose: Callable[[], T]) -> T:
         raise told[0]
     chosen: T = told[0]
     return chosen
+
+
+def leave() -> None:
+    """Give the connection to the other processes back, when a run has ended well.
+
+    Left to the end of the interpreter, its threads were seen to abort a process whose run was
+    complete; torchrun then reports the whole run as failed.
+    """
+    if distributed.is_initialized():
+        gc.collect()  # what still holds the connection: the model's wrapper, in circles
+        distributed.destroy_process_group()
 
 
 def is_of_a_lost_process(error: RuntimeError) -> bool:
