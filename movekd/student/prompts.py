@@ -128,7 +128,7 @@ def _render_v1(conversation: Conversation, tokenizer: Any) -> Prompt:
     """Vicuna's chat.
 
     An answer starts at the colon, so the blank behind it is the model's to generate. An empty turn
-    is its role alone, as LLaVA writes it: nothing is learned from an empty answer.
+    is only its role, as LLaVA writes it: nothing is learned from an empty answer.
 
     Source: haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1; llava/train/train.py,
     preprocess_multimodal (the image goes to the front of its turn) and preprocess_v1.

@@ -39,7 +39,7 @@ def mistral(request, tmp_path_factory):
 
 
 def pieces_as_llava(text, processor, legacy):
-    """Tokenise with sentencepiece alone, in the steps of LLaVA and of the slow tokenizer."""
+    """Tokenise with sentencepiece only, in the steps of LLaVA and of the slow tokenizer."""
     found = []
     for number, part in enumerate(text.split(IMAGE_TOKEN)):
         found += [IMAGE_TOKEN] if number else []

@@ -58,8 +58,8 @@ _V1_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna's chat, as ``prompts`` writes it: the one image of a turn in front, an empty turn its role
-alone, no greeting before the first question. END is what ends an answer."""
+"""Vicuna's chat, as ``prompts`` writes it: the one image of a turn in front, only the role of an
+empty turn, no greeting before the first question. END is what ends an answer."""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
