@@ -14,6 +14,8 @@ import os, signal, sys
 from study.queue import _pool
 
 if __name__ == "__main__":
+    # a shell that starts the tests in its background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _pool(1) as pool:
             working = pool.submit(signal.pause)
@@ -41,5 +43,8 @@ def test_its_processes_end_with_it(tmp_path, how):
         assert process.stdout is not None
         process.stdout.readline()  # its process works
         process.send_signal(how)
-        left, _ = process.communicate(timeout=60)  # ends when nobody holds it any longer
+        try:
+            left, _ = process.communicate(timeout=60)  # ends when nobody holds it any longer
+        finally:
+            process.kill()
     assert left == b""
