@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from movekd.build.images import image_transform, pixel_batches
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cli.options import build_options
 from movekd.corpus.index import Corpus, open_corpus
 from movekd.corpus.pack import pack_folder
+from movekd.extract.image_loader import image_transform, pixel_batches
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.teachers import Teacher, attention, load_teacher
 from photographs import write_jpegs
 from report import Figure, interleaved_ratio, write_figures
@@ -113,7 +113,7 @@ def build_figures(
     def build() -> float:
         for seal in (cache / f"{spec.name}.seals").glob("0*.json"):
             seal.unlink()  # the sealed calibration stays
-        with mock.patch("movekd.build.run.load_teacher", return_value=teacher):
+        with mock.patch("movekd.extract.run.load_teacher", return_value=teacher):
             started = time.perf_counter()
             (summary,) = build_cache(cache, corpus, [spec], geometry="crop", options=options)
             seconds["build"].append(time.perf_counter() - started)

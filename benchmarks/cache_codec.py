@@ -1,7 +1,7 @@
 """What int8 takes and costs: bytes of a row, and the error of a token."""
 
 from cache_data import HEADS, TOKENS, WIDTH, student_t_tokens
-from movekd.build.plan import output_shape
+from movekd.analysis.plan import output_shape
 from movekd.cache.codec import StatsAccumulator, encode, token_error
 from movekd.cache.layout import teacher_layout
 from movekd.cache.spec import load_spec

@@ -24,7 +24,7 @@ from movekd.cache.catalog import open_catalog, update_catalog
 from movekd.cache.codec import ChannelStats, StatsAccumulator
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache, open_cache
-from movekd.cache.records import Calibration, EncodingError
+from movekd.cache.schema import Calibration, EncodingError
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import create_group, stats_checksum, write_shard, write_skipped

@@ -24,15 +24,15 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from movekd.build.images import image_transform, pixel_batches
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import layout
-from movekd.cache.check import verify
 from movekd.cache.spec import CacheSpec, load_spec
+from movekd.cache.verify import verify
 from movekd.cli.main import main as movekd
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
+from movekd.extract.image_loader import image_transform, pixel_batches
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.teachers import load_teacher
 from report import Figure
 

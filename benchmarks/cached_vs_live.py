@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from movekd.build.live import live_features
 from movekd.cache import open_cache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import open_corpus
-from movekd.student.loading import quiet_libraries
+from movekd.extract.run_teacher import live_features
+from movekd.student.hf_loading import quiet_libraries
 from movekd.student.vlm import image_features
 from movekd.teachers import Teacher, load_teacher
 from movekd.train.config import load_config
@@ -136,7 +136,7 @@ class Bench:
                 teacher, self.corpus, "crop", images, views, self.options, {},
                 lambda *_: None, "live",
             )  # fmt: skip
-            live = next(iter(stream)).on_grid(GRID)
+            live = next(iter(stream)).resize_output(GRID)
             stored = {"tokens": live.tokens_BND}
             if live.cls_BD is not None:
                 stored["cls"] = live.cls_BD

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from movekd.build.images import image_transform, pixel_batches
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
+from movekd.extract.image_loader import image_transform, pixel_batches
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.resources import resource_dir
 from movekd.teachers import load_teacher
 from movekd.train.config import load_config

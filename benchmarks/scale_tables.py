@@ -21,13 +21,13 @@ from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import open_cache
-from movekd.cache.records import Calibration, EncodingError, FileEntry, ShardSeal
+from movekd.cache.schema import Calibration, EncodingError, FileEntry, ShardSeal
 from movekd.cache.seal import sealed_bytes
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import INDEX_FILE, INDEX_SCHEMA, NAMES_FILE, NAMES_SCHEMA, open_corpus
-from movekd.corpus.stored_table import PART_ROWS, write_stored
+from movekd.corpus.parquet_table import PART_ROWS, write_parquet
 from report import Figure, median_interval
 
 NUM_SEALS = 100_000
@@ -121,7 +121,7 @@ def make_tables(folder: Path, num_rows: int) -> tuple[Path, Path]:
         return data, cache
     data.mkdir(parents=True)
     for file, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA)):
-        write_stored(data / file, _parts(num_rows, schema), schema)
+        write_parquet(data / file, _parts(num_rows, schema), schema)
     for number in range(-(-num_rows // ROWS_A_TAR)):
         with (data / f"images-{number:06d}.tar").open("wb") as tar:
             tar.truncate(ROWS_A_TAR * IMAGE_BYTES)

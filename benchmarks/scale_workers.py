@@ -151,7 +151,7 @@ def _timed(do: Callable[[], object]) -> float:
 
 def _builder(folder: Path) -> Do:
     """Return what builds the part that it is told, as the command line does."""
-    import movekd.build.run
+    import movekd.extract.run
     import movekd.teachers.from_transformers  # noqa: F401 - what a build imports when it needs it
 
     command = ["cache", "build", "--teacher", str(folder / "small.yaml")]

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from mole import VIT_L
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.resources import resource_dir
 from photographs import write_jpegs
 

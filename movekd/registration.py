@@ -14,7 +14,7 @@ from typing import Any
 
 MODEL_TYPE = "movekd_clip_vision"
 _TABLE = "transformers.models.auto.configuration_auto"
-_OURS = "movekd.student.hub.configuration_movekd"
+_OURS = "movekd.student.export.configuration_movekd"
 
 
 def register_with_transformers() -> None:

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder, pack_llava
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 
 torch.set_num_threads(1)
 

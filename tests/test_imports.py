@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import scenes
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 
 PIPELINE = Path(scenes.__file__).parent
 HEAVY = ("torch", "transformers", "numpy", "timm", "open_clip", "zarr", "pyarrow", "PIL")
@@ -88,4 +88,4 @@ def test_training_loads_no_teacher_code(tmp_path):
     )
     assert (tmp_path / "run/model/mole_encoder.safetensors").exists()
     assert "movekd.train.run" in modules
-    assert heavy(modules, ("movekd.teachers", "movekd.build", "timm", "open_clip")) == []
+    assert heavy(modules, ("movekd.teachers", "movekd.extract", "timm", "open_clip")) == []

@@ -24,7 +24,7 @@ print(AutoModel._model_mapping[type(config)].__module__, len(CONFIG_MAPPING.valu
         "import movekd\nimport transformers.modeling_layers",
         "import transformers.models.clip.modeling_clip\nimport movekd",
         "from transformers import AutoConfig\nimport movekd",
-        "import movekd.student.hub.modeling_movekd",
+        "import movekd.student.export.modeling_movekd",
         "import movekd.student",
     ],
 )
@@ -37,4 +37,4 @@ def test_the_tower_is_known_in_any_order(imports):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["movekd.student.hub.modeling_movekd", "True"]
+    assert done.stdout.split() == ["movekd.student.export.modeling_movekd", "True"]

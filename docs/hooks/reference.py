@@ -17,9 +17,16 @@ ROOMS = {
     "teachers": ("movekd.teachers",),
     "student": ("movekd.student",),
     "distill": ("movekd.distill",),
-    "build": ("movekd.build",),
+    "extract": ("movekd.extract",),
+    "analysis": ("movekd.analysis",),
     "train": ("movekd.train",),
-    "evaluate": ("movekd.evaluate", "movekd.evaluate.exact_match"),
+    "evaluate": (
+        "movekd.evaluate",
+        "movekd.evaluate.benchmarks",
+        "movekd.evaluate.chat",
+        "movekd.evaluate.generate",
+        "movekd.evaluate.exact_match",
+    ),
 }
 """Page -> the modules on it; those without ``__all__`` show all that is public."""
 

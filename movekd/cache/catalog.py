@@ -24,13 +24,13 @@ from movekd.cache.layout import (
     NAMES,
     calibration_name,
 )
-from movekd.cache.records import CacheRecord
+from movekd.cache.schema import CacheRecord
 from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
-from movekd.corpus.images import Geometry
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
-from movekd.corpus.stored_table import PART_ROWS, StoredTable, lines, write_stored
+from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, write_parquet
+from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, CorruptCacheError
 
 _BLOCK_BYTES = 2**20
@@ -47,8 +47,8 @@ class Catalog:
     """Which views of every image there are."""
     corpus_fingerprint: str
     num_images: int
-    index: StoredTable
-    names: StoredTable
+    index: ParquetTable
+    names: ParquetTable
 
     @cached_property
     def num_rows(self) -> int:
@@ -171,7 +171,7 @@ def update_catalog(
     return _write(storage, corpus, geometry, views, blocks)
 
 
-def _compare(held: StoredTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]:
+def _compare(held: ParquetTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]:
     """Return whether a table holds just these parts, and whether its rows became other views."""
     what_rows_are = ["row", "key", "view"]
     is_same, is_moved, start = True, False, 0
@@ -222,7 +222,7 @@ def read_cache_json(storage: Storage) -> CacheRecord:
     return as_record(content, f"{storage.url}/{CACHE_JSON}", CacheRecord)
 
 
-def _open_table(storage: Storage, record: CacheRecord, name: str) -> StoredTable:
+def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTable:
     """Return one of the two tables, if it is what cache.json lists.
 
     It is the open file that is checked and read from then on, whatever takes its place. That of
@@ -255,7 +255,7 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> StoredTable
             f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
             "build was interrupted, run it again."
         )
-    return StoredTable(file, damaged)
+    return ParquetTable(file, damaged)
 
 
 def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:
@@ -294,7 +294,7 @@ def _write(
         (NAMES, corpus.names.parts(), NAMES_SCHEMA),
     ):
         sink = pa.BufferOutputStream()
-        write_stored(sink, parts, schema)
+        write_parquet(sink, parts, schema)
         files[name] = [memoryview(sink.getvalue())]
     record = CacheRecord(
         format_version=FORMAT_VERSION,

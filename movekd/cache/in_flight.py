@@ -18,7 +18,7 @@ import zarr
 
 from movekd.cache import layout
 from movekd.cache.layout import TeacherLayout
-from movekd.cache.objects import ObjectStorage, s3_settings
+from movekd.cache.object_storage import ObjectStorage, s3_settings
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError, CorruptCacheError
 

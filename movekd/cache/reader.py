@@ -25,9 +25,9 @@ from torch import Tensor
 
 from movekd.cache import layout
 from movekd.cache.codec import ChannelStats
+from movekd.cache.contents import CacheContents, TeacherContents
 from movekd.cache.in_flight import RowsInFlight
 from movekd.cache.mapped import MappedRows
-from movekd.cache.sealed import SealedCache, SealedTeacher
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import find_rows, require_known
@@ -36,7 +36,7 @@ from movekd.errors import CacheError, UnknownKeyError
 Rows = npt.NDArray[np.int64] | Sequence[int]
 
 
-class FeatureCache(SealedCache):
+class FeatureCache(CacheContents):
     """A cache opened for reading. Made by ``open_cache``.
 
     ``cache["clip"]`` is a ``TeacherCache``; going through the cache gives the teachers' names.
@@ -118,7 +118,7 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
     return FeatureCache(open_storage(url))
 
 
-class TeacherCache(SealedTeacher):
+class TeacherCache(TeacherContents):
     """One teacher's features. Thread-safe; usable after fork and after pickling (spawn).
 
     Made by ``FeatureCache``: ``cache["clip"]``.

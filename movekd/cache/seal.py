@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from movekd.cache.records import FileEntry, Record
+from movekd.cache.schema import FileEntry, Record
 from movekd.cache.storage import Buffer, Storage
 from movekd.config import validate
 from movekd.errors import CacheError, ConfigError, CorruptCacheError

@@ -1,6 +1,6 @@
 """CacheSpec: what one file of cache_specs/ says about a teacher and how its features are kept.
 
-Comes in from YAML, goes to ``teachers.load`` (which model, which layer), ``corpus.images``
+Comes in from YAML, goes to ``teachers.teacher`` (which model, which layer), ``corpus.transforms``
 (what its pixels look like) and ``cache.codec`` (how tokens are stored), and is written whole
 into the attributes of the teacher's Zarr group.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
-from movekd.corpus.images import Geometry, Resample
+from movekd.corpus.transforms import Geometry, Resample
 from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
 

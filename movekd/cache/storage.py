@@ -110,7 +110,7 @@ def open_storage(url: "str | Path | Storage") -> Storage:
         return LocalStorage(Path(url))
     if scheme == "file":
         return LocalStorage(Path("/" + rest.lstrip("/")))
-    from movekd.cache.objects import SCHEMES, ObjectStorage
+    from movekd.cache.object_storage import SCHEMES, ObjectStorage
 
     if scheme not in SCHEMES:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 A shard file is assembled here (chunks one after the other, then the index of Zarr's sharding
 codec), because that is a plain write at the disk's rate; ``zarr`` makes the group and its
-metadata. Used by ``build.run`` alone.
+metadata. Used by ``extract.run`` alone.
 
 One writer a Zarr shard, always: two lose data. ``build`` holds the lock that says so.
 """
@@ -25,7 +25,7 @@ from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
 from movekd.cache.layout import ArrayLayout, TeacherLayout
-from movekd.cache.records import (
+from movekd.cache.schema import (
     Calibration,
     EncodingError,
     FileEntry,

@@ -45,7 +45,7 @@ def ask(
     """
     from movekd.errors import ConfigError
     from movekd.evaluate.chat import answer
-    from movekd.student.files import load_student
+    from movekd.student.checkpoint import load_student
 
     quiet_libraries()
     if not image.is_file():

@@ -14,7 +14,7 @@ from movekd.cli.options import BatchSize, CacheArgument, Device, Json
 from movekd.cli.output import percent, print_json, print_table, progress_bar, size
 
 if TYPE_CHECKING:
-    from movekd.cache.check import TeacherStatus
+    from movekd.cache.verify import TeacherStatus
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(build)
@@ -29,10 +29,10 @@ def list_teachers(cache: CacheArgument = "cache", json: Json = False) -> None:
 
     Example: movekd cache ls cache/
     """
-    from movekd.cache.check import status
-    from movekd.cache.sealed import open_sealed_cache
+    from movekd.cache.contents import open_contents
+    from movekd.cache.verify import status
 
-    opened = open_sealed_cache(cache)
+    opened = open_contents(cache)
     teachers = status(opened)
     if json:
         print_json(
@@ -112,8 +112,8 @@ def verify(
 
     Example: movekd cache verify cache/ --recompute 16 --shards data/
     """
-    from movekd.cache.check import verify as verify_cache
     from movekd.cache.storage import open_storage
+    from movekd.cache.verify import verify as verify_cache
     from movekd.errors import ConfigError
 
     if recompute and shards is None:

@@ -37,8 +37,8 @@ from movekd.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from movekd.build.engine import Engine
-    from movekd.build.ray_cluster import RayCluster
+    from movekd.extract.executor import Executor
+    from movekd.extract.ray.cluster import RayCluster
 
 
 def build(
@@ -130,9 +130,9 @@ def build(
     Example: sbatch --array=0-15 --wrap 'movekd cache build --teacher clip --shards /shared/data
     --cache /shared/cache --partition $SLURM_ARRAY_TASK_ID/16'
     """
-    from movekd.build.partition import parse_partition
-    from movekd.build.run import build_cache
     from movekd.corpus.index import open_corpus
+    from movekd.extract.partition import parse_partition
+    from movekd.extract.run import build_cache
 
     specs = read_specs(
         teacher,
@@ -244,7 +244,7 @@ def _cluster(
     """Return the cluster to build in, or None for this machine."""
     if engine == "local":
         return nullcontext()
-    from movekd.build.ray_cluster import RayCluster
+    from movekd.extract.ray.cluster import RayCluster
 
     return RayCluster(
         address or "auto",
@@ -256,12 +256,12 @@ def _cluster(
     )
 
 
-def _engine(cluster: "RayCluster | None") -> "Engine | None":
+def _engine(cluster: "RayCluster | None") -> "Executor | None":
     if cluster is None:
         return None
-    from movekd.build.ray_engine import RayEngine
+    from movekd.extract.ray.executor import RayExecutor
 
-    return RayEngine(cluster)
+    return RayExecutor(cluster)
 
 
 def _say_deleting(folder: str, sizes: Mapping[str, int]) -> None:

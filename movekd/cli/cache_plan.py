@@ -27,7 +27,7 @@ from movekd.cli.options import (
 from movekd.cli.output import print_json, print_table, progress_bar, size
 
 if TYPE_CHECKING:
-    from movekd.build.plan import CachePlan
+    from movekd.analysis.plan import CachePlan
 
 
 def plan(
@@ -79,9 +79,9 @@ def plan(
 
     Example: movekd cache plan --teacher clip --teacher sam --shards data/ --num-images 558000
     """
-    from movekd.build.disk import DiskRates
-    from movekd.build.payback import Runs
-    from movekd.build.plan import plan_cache
+    from movekd.analysis.disk_benchmark import DiskRates
+    from movekd.analysis.payback import Runs
+    from movekd.analysis.plan import plan_cache
     from movekd.corpus.index import open_corpus
 
     specs = read_specs(teacher, recipe=recipe, weights=weights)

@@ -28,8 +28,8 @@ from movekd.cli.options import (
 from movekd.cli.output import Progress, print_json, print_table, progress_bar, size
 
 if TYPE_CHECKING:
-    from movekd.build.codec_fidelity import GradientCosine
-    from movekd.build.fidelity import FidelityReport
+    from movekd.analysis.codec_trial import GradientCosine
+    from movekd.analysis.fidelity import FidelityReport
 
 
 def fidelity(
@@ -60,7 +60,7 @@ def fidelity(
 
     Example: movekd cache fidelity --teacher clip --shards data/ --images 32
     """
-    from movekd.build.fidelity import measure_fidelity
+    from movekd.analysis.fidelity import measure_fidelity
     from movekd.corpus.index import open_corpus
 
     specs = read_specs(teacher, weights=weights, calibration_images=calibration_images)
@@ -104,12 +104,12 @@ def recompute_problems(
     batch_size: int,
     progress: Progress,
 ) -> Iterator[str]:
-    """Yield what `verify --recompute` finds, see ``build.recompute``.
+    """Yield what `verify --recompute` finds, see ``analysis.verify_features``.
 
     Raises:
         ConfigError: no --shards, or a teacher that the cache does not hold.
     """
-    from movekd.build.recompute import recompute
+    from movekd.analysis.verify_features import verify_features
     from movekd.cache.reader import open_cache
     from movekd.cache.spec import WEIGHTS_WORDS, load_spec
     from movekd.corpus.index import open_corpus
@@ -130,7 +130,7 @@ def recompute_problems(
             f"--weights fits one teacher, the cache has {', '.join(names)}; give NAME=PATH, once "
             "for each, or name one --teacher."
         )
-    yield from recompute(
+    yield from verify_features(
         opened.storage,
         open_corpus(shards),
         num_rows,

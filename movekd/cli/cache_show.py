@@ -11,7 +11,7 @@ from movekd.cli.output import print_json, progress_bar
 if TYPE_CHECKING:
     from movekd.cache.reader import FeatureCache
     from movekd.cache.spec import CacheSpec
-    from movekd.view.looks import Look
+    from movekd.view.features import FeatureView
 
 
 def show(
@@ -59,8 +59,8 @@ def show(
     from movekd.cache.reader import open_cache
     from movekd.corpus.index import open_corpus
     from movekd.errors import ConfigError
-    from movekd.view.looks import Looker
-    from movekd.view.sheet import draw_sheet, save_sheet
+    from movekd.view.contact_sheet import draw_sheet, save_sheet
+    from movekd.view.features import FeatureViewer
 
     if not key and not random:
         raise ConfigError("no image is named; give --key NAME, or --random 8.")
@@ -72,7 +72,9 @@ def show(
     names = tuple(teacher or opened.teachers)
     specs = _specs_to_run(opened, names, weights or []) if exact else {}
     options = build_options(device, "float32", 1, 0) if exact else None
-    looker = Looker(opened, None if shards is None else open_corpus(shards), names, specs, options)
+    looker = FeatureViewer(
+        opened, None if shards is None else open_corpus(shards), names, specs, options
+    )
     wanted = [*(key or []), *_draw(opened, random, seed)]
     written = []
     with progress_bar() as progress:
@@ -98,7 +100,7 @@ def _specs_to_run(
     cache: "FeatureCache", names: tuple[str, ...], weights: list[str]
 ) -> "dict[str, CacheSpec]":
     """Return the spec of each teacher, with the weights that the command line names."""
-    from movekd.build.stored_spec import spec_to_run
+    from movekd.analysis.resolve_spec import spec_to_run
     from movekd.cache.spec import WEIGHTS_WORDS
 
     given = named_values(weights, names, "--weights")
@@ -118,7 +120,7 @@ def _draw(cache: "FeatureCache", number: int, seed: int) -> list[str]:
     return [str(key) for key in keys.take(drawn).to_pylist()]
 
 
-def _figures(look: "Look") -> dict[str, object]:
+def _figures(look: "FeatureView") -> dict[str, object]:
     error = look.error_GG
     return {
         "teacher": look.teacher,
@@ -137,7 +139,7 @@ def _print_inline(figure: object) -> None:
     from rich.console import Console
     from rich_pixels import Pixels
 
-    from movekd.view.sheet import as_image
+    from movekd.view.contact_sheet import as_image
 
     console = Console()
     image = as_image(cast(Figure, figure))

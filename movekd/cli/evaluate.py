@@ -8,8 +8,8 @@ import typer
 from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from movekd.evaluate.benchmark_run import BenchmarkRun
-    from movekd.student.files import TrainedStudent
+    from movekd.evaluate.benchmarks.run import BenchmarkRun
+    from movekd.student.checkpoint import TrainedStudent
 
 
 def evaluate(
@@ -74,8 +74,8 @@ def evaluate(
     movekd evaluate runs/finetune --benchmark pope --questions llava_pope_test.jsonl --images
     val2014/ --annotations coco/
     """
-    from movekd.evaluate.answers import Part
-    from movekd.evaluate.benchmark_run import MAX_NEW_TOKENS, BenchmarkRun
+    from movekd.evaluate.benchmarks.answers import Part
+    from movekd.evaluate.benchmarks.run import MAX_NEW_TOKENS, BenchmarkRun
 
     if benchmark is None:
         for option, value in {
@@ -117,10 +117,10 @@ def _refuse_without_benchmark(option: str, value: object) -> None:
 
 def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
     from movekd.cli.ask import resolve_device
-    from movekd.evaluate.benchmark_run import run_benchmark
+    from movekd.evaluate.benchmarks.run import run_benchmark
 
     def load() -> "TrainedStudent":
-        from movekd.student.files import load_student
+        from movekd.student.checkpoint import load_student
 
         quiet_libraries()
         return load_student(todo.run, resolve_device(device))
@@ -179,7 +179,7 @@ def _exact_match(
     from movekd.errors import ConfigError
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
-    from movekd.student.files import load_student
+    from movekd.student.checkpoint import load_student
 
     if images is None:
         raise ConfigError("--images is missing; give the folder that the questions' images are in.")

@@ -43,9 +43,9 @@ def export(
             f"--format '{format}' is unknown; expected one of {', '.join(FORMATS)}."
             f"{did_you_mean(format, FORMATS)}"
         )
-    from movekd.student.exports import export as write
-    from movekd.student.files import load_student
-    from movekd.student.hub.card import random_parts
+    from movekd.student.checkpoint import load_student
+    from movekd.student.export.formats import export as write
+    from movekd.student.export.model_card import random_parts
 
     quiet_libraries()
     trained = load_student(model, takes_encoder=True)
@@ -97,8 +97,8 @@ def import_(
 
     movekd import pretrain-files --language-model lmsys/vicuna-7b-v1.5 --out models/stage-1
     """
-    from movekd.student.exports import new_directory
-    from movekd.student.official_import import import_official
+    from movekd.student.export.formats import new_directory
+    from movekd.student.official.import_checkpoint import import_official
 
     quiet_libraries()
     named = (vision_tower, language_model, tokenizer)

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from movekd import __version__, processes
+from movekd import __version__, distributed
 from movekd.cli import (
     ask,
     cache,
@@ -133,14 +133,14 @@ def _run() -> int:
         show: Callable[[], None] | None = getattr(error, "show", None)  # typer's own have it
         if show is None:
             raise
-        if processes.is_news(str(error)):
+        if distributed.should_print(str(error)):
             show()
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    if processes.is_news(sentence):  # of several processes, one speaks
+    if distributed.should_print(sentence):  # of several processes, one speaks
         typer.echo(f"movekd: {sentence}", err=True)
     sys.exit(code)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 if TYPE_CHECKING:
-    from movekd.build.options import BuildOptions
     from movekd.cache.spec import CacheSpec
     from movekd.corpus.anyres import Views
-    from movekd.corpus.images import Geometry as KnownGeometry
+    from movekd.corpus.transforms import Geometry as KnownGeometry
+    from movekd.extract.options import BuildOptions
 
 STUDENT_GRID = 24
 """Side of the grid of CLIP ViT-L/14 at 336 pixels."""
@@ -109,8 +109,8 @@ def build_options(
 
     import torch
 
-    from movekd.build.options import BuildOptions
     from movekd.errors import ConfigError
+    from movekd.extract.options import BuildOptions
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +162,7 @@ def check_views(views: str) -> "Views":
 
 def check_geometry(geometry: str | None, views: str = "base") -> "KnownGeometry":
     """Return the geometry, that of the views unless given, or say which there are."""
-    from movekd.corpus.images import Geometry as Known
+    from movekd.corpus.transforms import Geometry as Known
 
     if geometry is None:
         geometry = "crop" if views == "base" else "stretch"  # LLaVA-1.5's and LLaVA-NeXT's

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from movekd import processes
+from movekd import distributed
 
 Progress = Callable[[str, int, int], None]
 _PLAIN_EVERY_S = 10.0
@@ -32,10 +32,10 @@ def is_verbose() -> bool:
 
 def quiet_libraries() -> None:
     """Keep transformers' own messages out of a command's, unless ``-v`` asks for them."""
-    from movekd.student import loading
+    from movekd.student import hf_loading
 
     if not is_verbose():
-        loading.quiet_libraries()
+        hf_loading.quiet_libraries()
 
 
 def print_json(value: Any) -> None:
@@ -80,7 +80,7 @@ def progress_bar() -> Iterator[Progress]:
 
     Of several processes, the first shows it; with ``-q`` none does.
     """
-    if _verbosity < 0 or not processes.is_first():
+    if _verbosity < 0 or not distributed.is_first():
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():

@@ -44,7 +44,7 @@ def report(
     answers = stored_answers(run, samples)
     if questions is not None and images is not None:
         from movekd.cli.ask import resolve_device
-        from movekd.student.files import load_student
+        from movekd.student.checkpoint import load_student
 
         quiet_libraries()
         trained = load_student(run, resolve_device(device))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd import processes
+from movekd import distributed
 from movekd.cli.output import print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def train(
 
     resolved = load_config(config, override)
     if dry_run:
-        if processes.is_first() and json:
+        if distributed.is_first() and json:
             print_json(resolved.model_dump(mode="json"))
-        elif processes.is_first():
+        elif distributed.is_first():
             typer.echo(resolved.to_yaml())
         return
     quiet_libraries()
@@ -70,7 +70,7 @@ def train(
             progress=progress,
         )
     leave()
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     if json:
         facts = {"steps": summary.steps, "seconds": summary.seconds, "model": output / "model"}
@@ -86,7 +86,7 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
     from movekd.train.show_samples import show_samples
 
     shown = show_samples(config, number)
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     if json:
         print_json([asdict(sample) for sample in shown])

@@ -36,7 +36,7 @@ def view(
 
     from movekd.corpus.index import open_corpus
     from movekd.errors import ConfigError
-    from movekd.student.files import TrainedStudent, load_student
+    from movekd.student.checkpoint import TrainedStudent, load_student
     from movekd.view.browser import Browser
     from movekd.view.run_log import read_run
 
@@ -52,7 +52,7 @@ def view(
             ) from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves this machine
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor stays in the browser
-    from movekd.view.page import build_page, serve
+    from movekd.view.gradio_app import build_page, serve
 
     quiet_libraries()
     browser = Browser(cache, None if shards is None else open_corpus(shards))

@@ -1,7 +1,7 @@
 """Bytes of an image file in, an upright 8-bit RGB image out, as a viewer would show it.
 
-``corpus.images`` makes a model's input of it; the packer asks for ``probe_image`` alone. Whatever
-cannot be decoded, or must not be, is an ``UnreadableImageError``.
+``corpus.transforms`` makes a model's input of it; the packer asks for ``probe_image`` alone.
+Whatever cannot be decoded, or must not be, is an ``UnreadableImageError``.
 """
 
 import io

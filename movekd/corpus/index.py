@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from movekd.corpus.stored_table import PART_ROWS, StoredTable, lines, open_stored, write_stored
+from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet, write_parquet
 from movekd.errors import CorpusError, UnknownKeyError
 
 INDEX_FILE = "index.parquet"
@@ -56,7 +56,7 @@ class Corpus:
         names: table of ``NAMES_SCHEMA``.
     """
 
-    def __init__(self, data_dir: Path, index: StoredTable, names: StoredTable):
+    def __init__(self, data_dir: Path, index: ParquetTable, names: ParquetTable):
         self.data_dir = data_dir
         self.index = index
         self.names = names
@@ -186,7 +186,7 @@ def open_corpus(data_dir: Path | str) -> Corpus:
 
 
 def find_rows(
-    names_or_keys: Sequence[str] | pa.Array, index: StoredTable, names: StoredTable
+    names_or_keys: Sequence[str] | pa.Array, index: ParquetTable, names: ParquetTable
 ) -> NDArray[np.int64]:
     """Return the position in ``index`` of each name or key, int64; -1 where there is none.
 
@@ -233,10 +233,10 @@ def read_tables(data_dir: Path) -> tuple[pa.Table, pa.Table]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet: the same table gives the same bytes."""
-    write_stored(path, [table], table.schema)
+    write_parquet(path, [table], table.schema)
 
 
-def _open_table(path: Path, schema: pa.Schema) -> StoredTable:
+def _open_table(path: Path, schema: pa.Schema) -> ParquetTable:
     """Return a Parquet file whose columns are those of ``schema``."""
 
     def damaged(reason: str) -> CorpusError:
@@ -245,7 +245,7 @@ def _open_table(path: Path, schema: pa.Schema) -> StoredTable:
             f"{', '.join(schema.names)}. Pack the corpus again with --overwrite."
         )
 
-    table = open_stored(path, damaged, schema.names)
+    table = open_parquet(path, damaged, schema.names)
     if not table.schema.equals(schema) or table.has_nulls():
         found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         expected = ", ".join(f"{field.name} {field.type}" for field in schema)
@@ -257,7 +257,7 @@ def _open_table(path: Path, schema: pa.Schema) -> StoredTable:
 
 
 def _places(
-    index: StoredTable,
+    index: ParquetTable,
 ) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Return the shards in order of first use; and of each row number of its shard, offset, size.
 

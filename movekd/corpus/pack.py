@@ -27,9 +27,9 @@ from movekd.corpus.conversations import (
     parse_json,
 )
 from movekd.corpus.decode import FILE_EXTENSIONS, ImageInfo, probe_image
-from movekd.corpus.folder import STAGING_DIR, CorpusBuilder, building
 from movekd.corpus.report import PackReport, ProblemKind
-from movekd.corpus.tars import ShardWriter, TarMember, read_members, split_member
+from movekd.corpus.tar import ShardWriter, TarMember, read_members, split_member
+from movekd.corpus.writer import STAGING_DIR, CorpusBuilder, building
 from movekd.errors import ConfigError, CorpusError, UnreadableImageError
 
 DEFAULT_SHARD_BYTES = 512 * 2**20

@@ -13,7 +13,7 @@ from movekd.distill.balance import (
 )
 from movekd.distill.loss import KDTerms, effective_rank, kd_loss, token_statistics
 from movekd.distill.sam_layout import released_sam_tokens
-from movekd.distill.weights import teacher_weights, token_weights
+from movekd.distill.weighting import teacher_weights, token_weights
 
 __all__ = [
     "KDTerms",

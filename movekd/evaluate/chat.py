@@ -16,7 +16,7 @@ from movekd.corpus.conversations import Conversation, Role
 from movekd.corpus.decode import decode_image
 from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
-from movekd.student.files import TrainedStudent
+from movekd.student.checkpoint import TrainedStudent
 from movekd.student.mole import recorded_routing, routing
 from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import num_prefix_tokens

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from movekd.corpus.conversations import Conversation
-from movekd.corpus.images import Geometry, SeenImage
+from movekd.corpus.transforms import Geometry, SeenImage
 from movekd.errors import CorpusError
 from movekd.student.config import PromptFormat
 from movekd.student.tokenization import tokenize_question

@@ -14,4 +14,4 @@ def manifest() -> Any:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest("movekd", simple_class_path="movekd.evaluate.lmms_model.MovekdModel")
+    return ModelManifest("movekd", simple_class_path="movekd.evaluate.lmms.MovekdModel")

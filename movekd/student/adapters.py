@@ -3,7 +3,7 @@
 Tokens of a teacher come in and tokens of the student's shape go out (``TeacherAdapter``, official
 recipe), or the student's tokens come in and a prediction of the teacher's goes out
 (``StudentHead``, revised recipe). The trainer owns one a teacher and hands the results to
-``distill.kd_loss``; ``student.files`` saves them.
+``distill.kd_loss``; ``student.checkpoint`` saves them.
 
 Dimensions: B batch, M teacher tokens, N student tokens, T teacher channels, D student channels,
 H hidden width.

@@ -13,7 +13,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.loading import loading
+from movekd.student.hf_loading import loading
 from movekd.student.sentencepiece_tokenizer import (
     SentencePieceModel,
     convert_sentencepiece,

@@ -32,16 +32,16 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from transformers.utils import cached_file
 
 from movekd.corpus.anyres import Views
-from movekd.corpus.images import Geometry, ImageTransform
+from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
+from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading
 from movekd.student.llava_next import (
     GRID_PINPOINTS,
     count_anyres_tokens,
     new_line_end,
     require_tile,
 )
-from movekd.student.loading import SAFELY, loading
 from movekd.student.mole import MoleConfig
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 
@@ -50,7 +50,7 @@ from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 class Student:
     """A vision-language model and what feeds it.
 
-    A student of stage distill has an ``EncoderAlone`` as its ``vlm`` and no tokenizer.
+    A student of stage distill has an ``VisionEncoderOnly`` as its ``vlm`` and no tokenizer.
     """
 
     vlm: Any
@@ -160,7 +160,7 @@ def build_vlm(config: StudentConfig) -> Student:
     num_prefix = num_prefix_tokens(tower.config)
     with loading(config.language_model, "student.language_model"):
         language_model = AutoModelForCausalLM.from_pretrained(
-            config.language_model, dtype=dtype, **SAFELY
+            config.language_model, dtype=dtype, **SAFE_LOAD_KWARGS
         )
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
@@ -204,12 +204,12 @@ def build_encoder(config: StudentConfig) -> Student:
     tower = _load_tower(config)
     _add_experts(tower, config)
     mean, std = _mean_and_std(config)
-    encoder = EncoderAlone(tower, config.vision_feature_layer)
+    encoder = VisionEncoderOnly(tower, config.vision_feature_layer)
     encoder.requires_grad_(True)
     return Student(encoder, None, mean, std)
 
 
-class EncoderAlone(nn.Module):
+class VisionEncoderOnly(nn.Module):
     """A vision tower under the names that it has inside a LLaVA.
 
     So the files of its parts, its checkpoints and its routers' records fit either.
@@ -291,10 +291,10 @@ def image_features(
     ``image_sizes`` holds height and width of each image in pixels.
 
     The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
-    runs once for both the projector and the distillation. It is None for an ``EncoderAlone``. LLaVA
-    drops [CLS] by itself; registers it does not know, so their projections are dropped here.
+    runs once for both the projector and the distillation. It is None for an ``VisionEncoderOnly``.
+    LLaVA drops [CLS] by itself; registers it does not know, so their projections are dropped here.
     """
-    if isinstance(vlm, EncoderAlone):
+    if isinstance(vlm, VisionEncoderOnly):
         return None, vlm(pixels_BCHW)
     layer = vlm.config.vision_feature_layer
     sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
@@ -313,7 +313,7 @@ def image_features(
 
 def recompute_activations(vlm: Any) -> None:
     """Trade time for memory: activations of every block are computed again in backward."""
-    model: Any = vlm.model["vision_tower"] if isinstance(vlm, EncoderAlone) else vlm
+    model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -329,7 +329,10 @@ def _load_tower(config: StudentConfig) -> Any:
     tower_config = _tower_config(config)
     with loading(config.vision_tower, "student.vision_tower"):
         tower = AutoModel.from_pretrained(
-            config.vision_tower, config=tower_config, dtype=getattr(torch, config.dtype), **SAFELY
+            config.vision_tower,
+            config=tower_config,
+            dtype=getattr(torch, config.dtype),
+            **SAFE_LOAD_KWARGS,
         )
     num_prefix_tokens(tower.config)  # refuses kinds that are not known
     layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1

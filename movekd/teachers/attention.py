@@ -1,8 +1,8 @@
 """The [CLS] row of one block's attention, without the T x T map.
 
 Comes in: the attention module of a transformer block, watched by a pre-hook while the model runs
-its own fused kernel. Goes out: how much the [CLS] query attends to every patch. ``teachers.load``
-uses it; the row weighs the tokens of the distillation loss.
+its own fused kernel. Goes out: how much the [CLS] query attends to every patch.
+``teachers.teacher`` uses it; the row weighs the tokens of the distillation loss.
 
 The module's own projections compute one query and all keys again, which costs about a sixth of
 the block's attention and no memory to speak of.

@@ -1,8 +1,8 @@
-"""Trunks from a function of the user's own: ``provider: python``.
+"""Backbones from a function of the user's own: ``provider: python``.
 
-Comes in: a CacheSpec whose ``factory`` names an importable function. Goes out: a ``Trunk`` whose
+Comes in: a CacheSpec whose ``factory`` names an importable function. Goes out: a ``Backbone`` whose
 network says all that the spec asks for. Importing runs code, so this is for specs that a user
-handed over as a YAML file; ``build.stored_spec`` keeps those out that a cache brings along.
+handed over as a YAML file; ``analysis.resolve_spec`` keeps those out that a cache brings along.
 
 Legend: B batch, C channels, H W pixels (in pixels_BCHW) or H heads, N patch tokens, D width,
 R x S a feature map.
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, MovekdError, did_you_mean
+from movekd.teachers.backbone import Backbone, TeacherOutput
 from movekd.teachers.checkpoints import first_line, load_exactly, read_state_dict, weights_file
-from movekd.teachers.trunk import TeacherOutput, Trunk
 
 
-def python_trunk(spec: CacheSpec) -> Trunk:
+def python_backbone(spec: CacheSpec) -> Backbone:
     """Call the factory and load what ``weights`` name into the network that it returns.
 
     Raises:
@@ -53,7 +53,7 @@ def python_trunk(spec: CacheSpec) -> Trunk:
             ) from error
         return _checked(spec, output, len(pixels_BCHW))
 
-    return Trunk(module, run, is_complete=True)
+    return Backbone(module, run, is_complete=True)
 
 
 def _made(spec: CacheSpec) -> nn.Module:

@@ -1,6 +1,6 @@
-"""Trunks from timm, and from open_clip, whose newer image towers are timm's.
+"""Backbones from timm, and from open_clip, whose newer image towers are timm's.
 
-Comes in: a CacheSpec. Goes out: a ``Trunk`` for ``teachers.providers``. Both libraries are
+Comes in: a CacheSpec. Goes out: a ``Backbone`` for ``teachers.providers``. Both libraries are
 imported when a spec asks for them.
 
 Legend: B batch, C channels, H x W pixels.
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
+from movekd.teachers.attention_pool import find_pool
+from movekd.teachers.backbone import Backbone, check_name
 from movekd.teachers.checkpoints import (
     keys_differ,
     load_exactly,
@@ -19,9 +21,7 @@ from movekd.teachers.checkpoints import (
     read_state_dict,
     weights_file,
 )
-from movekd.teachers.pooling import find_pool
-from movekd.teachers.published import published
-from movekd.teachers.trunk import Trunk, check_name
+from movekd.teachers.hub import published
 
 _NOT_OF_THE_ARCHITECTURE = {
     "cache_dir",
@@ -42,14 +42,14 @@ A spec may come out of somebody else's cache.
 """
 
 
-def timm_trunk(spec: CacheSpec) -> Trunk:
+def timm_backbone(spec: CacheSpec) -> Backbone:
     """Build a timm model, ``architecture`` or ``architecture.tag``."""
     import timm
 
     known = [*timm.list_models(), *timm.list_pretrained()]
     check_name(spec, known)
     if spec.weights == "random":
-        return _trunk(_create(spec, spec.model))
+        return _backbone(_create(spec, spec.model))
     place = published(spec)
     path = weights_file(spec, place.repo, place.files)
     # timm loads through its own filters, which know every older layout of its weights. The same
@@ -62,7 +62,7 @@ def timm_trunk(spec: CacheSpec) -> Trunk:
     except (RuntimeError, KeyError) as error:
         raise keys_differ(path, RuntimeError(str(error))) from None
     module.pretrained_cfg.pop("state_dict", None)  # the tensors now live in the module
-    return _trunk(module)
+    return _backbone(module)
 
 
 def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
@@ -83,7 +83,7 @@ def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
         ) from None
 
 
-def _trunk(module: Any) -> Trunk:
+def _backbone(module: Any) -> Backbone:
     is_channels_last = str(getattr(module, "output_fmt", "NCHW")) == "NHWC"  # Swin
 
     def run(pixels_BCHW: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _trunk(module: Any) -> Trunk:
 
     reads_prefix = bool(getattr(module, "pool_include_prefix", False))
     is_transformer = hasattr(module, "num_prefix_tokens")  # EfficientNets have `blocks` as well
-    return Trunk(
+    return Backbone(
         module,
         run,
         blocks=tuple(module.blocks) if is_transformer and hasattr(module, "blocks") else (),
@@ -102,10 +102,10 @@ def _trunk(module: Any) -> Trunk:
     )
 
 
-def open_clip_trunk(spec: CacheSpec) -> Trunk:
-    """Build the timm trunk of an open_clip model, ``architecture`` or ``architecture.tag``.
+def open_clip_backbone(spec: CacheSpec) -> Backbone:
+    """Build the timm backbone of an open_clip model, ``architecture`` or ``architecture.tag``.
 
-    The trunk is all of the image side but its head (pooling and projection), which is not built.
+    The backbone is all of the image side but its head (pooling and projection), which is not built.
     """
     import open_clip
 
@@ -115,21 +115,21 @@ def open_clip_trunk(spec: CacheSpec) -> Trunk:
     tower = open_clip.get_model_config(name)["vision_cfg"]
     if "timm_model_name" not in tower:
         raise ConfigError(
-            f"open_clip model '{name}' has no timm trunk; movekd reads those alone. Use provider "
+            f"open_clip model '{name}' has no timm trunk; movekd reads only those. Use provider "
             "timm or transformers for this vision transformer."
         )
     module = _create(spec, tower["timm_model_name"])
     module.head = nn.Identity()
     if spec.weights == "random":
-        return _trunk(module)
+        return _backbone(module)
     place = published(spec)
     path = weights_file(spec, place.repo, place.files)
-    load_exactly(module, _trunk_weights(read_state_dict(path)), path)
-    return _trunk(module)
+    load_exactly(module, _backbone_weights(read_state_dict(path)), path)
+    return _backbone(module)
 
 
-def _trunk_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the trunk's tensors of an open_clip checkpoint, or of a trunk saved on its own."""
+def _backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the timm tensors of an open_clip checkpoint, or of its timm model saved alone."""
     prefix = "visual.trunk."
     inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return {k: v for k, v in (inside or state).items() if not k.startswith("head.")}

@@ -1,6 +1,6 @@
-"""Trunks from transformers: any of its vision models, alone or out of a larger checkpoint.
+"""Backbones from transformers: any of its vision models, alone or out of a larger checkpoint.
 
-Comes in: a CacheSpec. Goes out: a ``Trunk`` for ``teachers.providers``. transformers is imported
+Comes in: a CacheSpec. Goes out: a ``Backbone`` for ``teachers.providers``. transformers is imported
 when a spec asks for it, and code from the hub is never run.
 
 Legend: B batch, C channels, H x W pixels.
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, WeightsError, did_you_mean
 from movekd.teachers import pix2struct
+from movekd.teachers.attention_pool import find_pool
+from movekd.teachers.backbone import Backbone
 from movekd.teachers.checkpoints import (
     first_line,
     given_path,
@@ -24,11 +26,9 @@ from movekd.teachers.checkpoints import (
     read_state_dict,
     unreachable,
 )
-from movekd.teachers.pooling import find_pool
-from movekd.teachers.trunk import Trunk
 
 
-def transformers_trunk(spec: CacheSpec) -> Trunk:
+def transformers_backbone(spec: CacheSpec) -> Backbone:
     """Build a vision model of transformers.
 
     The architecture comes from the config.json beside the weights (the vision part of it, where
@@ -57,7 +57,7 @@ def transformers_trunk(spec: CacheSpec) -> Trunk:
     leaves = {name.rsplit(".", 1)[-1] for name, _ in module.named_parameters()}
     num_prefix = len(leaves & {"cls_token", "class_embedding", "distillation_token"})
     num_prefix += getattr(config, "num_register_tokens", 0) if num_prefix else 0
-    return Trunk(
+    return Backbone(
         module,
         run,
         blocks=tuple(next(stacks, ())) if depth else (),

@@ -13,8 +13,8 @@ import yaml
 from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
-from movekd.corpus.images import Geometry
-from movekd.distill.weights import ANCHOR_SHARE, TeacherWeighting, TokenWeighting
+from movekd.corpus.transforms import Geometry
+from movekd.distill.weighting import ANCHOR_SHARE, TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 from movekd.student.config import Recipe, StudentConfig
 

@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 from movekd.cache.reader import FeatureCache
 from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.conversations import Conversation, load_conversations
-from movekd.corpus.images import ImageTransform
 from movekd.corpus.index import Corpus
+from movekd.corpus.transforms import ImageTransform
 from movekd.errors import CacheError, ConfigError
 from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import check_conversation
 from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.train.config import DataConfig
-from movekd.train.images import naming_image
+from movekd.train.encoder_data import naming_image
 from movekd.train.sampler import EMPTY
 
 

@@ -30,7 +30,7 @@ from movekd.distill import (
     token_weights,
 )
 from movekd.distill.balance import BalanceKind
-from movekd.distill.weights import ANCHOR_SHARE
+from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.tokenization import IGNORED

@@ -14,25 +14,31 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from movekd import processes
-from movekd.cache.check import teacher_status
+from movekd import distributed
 from movekd.cache.reader import FeatureCache, open_cache
+from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
-from movekd.student.files import CONFIG_FILE, part_of, save_adapters, save_parts, save_tokenizer
+from movekd.student.checkpoint import (
+    CONFIG_FILE,
+    part_of,
+    save_adapters,
+    save_parts,
+    save_tokenizer,
+)
 from movekd.student.vlm import Student, build_encoder, build_vlm
-from movekd.train.arguments import divide_step, samples_a_step, training_arguments
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
-from movekd.train.earlier import load_earlier
+from movekd.train.encoder_data import ViewCollator, ViewDataset
+from movekd.train.fingerprints import check_inputs, inputs_of, require_same_inputs
+from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
 from movekd.train.group import decide, gather, is_of_a_lost_process
-from movekd.train.images import ViewCollator, ViewDataset
-from movekd.train.inputs import check_inputs, inputs_of, require_same_inputs
+from movekd.train.init_from import load_earlier
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.output import LOG_FILE, begin_output, delete_run, prepare_output
-from movekd.train.sharding import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
+from movekd.train.run_dir import LOG_FILE, begin_output, delete_run, prepare_output
 from movekd.train.trainer import DistillTrainer
+from movekd.train.training_args import divide_step, samples_a_step, training_arguments
 
 Progress = Callable[[str, int, int], None]
 
@@ -107,7 +113,7 @@ def train(
     """
     arguments = training_arguments(config, output_dir)  # from here on the processes are connected
     refuse_fsdp_on_cpu(arguments)
-    launches = gather(processes.launch())
+    launches = gather(distributed.launch_id())
     start = decide(
         lambda: prepare_output(config, output_dir, launches, resume=resume, overwrite=overwrite)
     )

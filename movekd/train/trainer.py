@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from movekd.errors import TrainingError
-from movekd.student.files import load_exact
+from movekd.student.checkpoint import load_exact
 from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
-from movekd.train.images import ViewCollator, ViewDataset
+from movekd.train.encoder_data import ViewCollator, ViewDataset
 from movekd.train.model import DistillModel, count_answer_tokens
 from movekd.train.sampler import GlobalOrderSampler
 

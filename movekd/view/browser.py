@@ -19,7 +19,7 @@ import torch
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
-from movekd.view.looks import Look, Looker
+from movekd.view.features import FeatureView, FeatureViewer
 
 NUM_NEAREST = 6
 _MOST_FOUND = 50
@@ -39,7 +39,7 @@ class TokenPanel:
         shard_error: mean and largest error in the seal of the row's Zarr shard.
     """
 
-    look: Look
+    look: FeatureView
     heads: int
     head: int | None
     nearest_NK: npt.NDArray[np.int64] | None
@@ -61,7 +61,7 @@ class Browser:
     def __init__(self, url: str, corpus: Corpus | None = None) -> None:
         self._url, self.corpus = url, corpus
         self._lock = threading.Lock()
-        self._looker = Looker(open_cache(url), corpus)
+        self._looker = FeatureViewer(open_cache(url), corpus)
 
     @property
     def cache(self) -> FeatureCache:
@@ -79,7 +79,9 @@ class Browser:
     def reopen(self) -> None:
         """Open the cache again; colours that were settled stay."""
         with self._lock:
-            self._looker = Looker(open_cache(self._url), self.corpus, known=self._looker.bases)
+            self._looker = FeatureViewer(
+                open_cache(self._url), self.corpus, known=self._looker.bases
+            )
 
     def search(self, text: str) -> list[str]:
         """Return names that hold ``text``, and keys that begin with it; the first 50."""
@@ -122,7 +124,7 @@ class Browser:
         return [self._panel(looker, teacher, row, view, head) for teacher in teachers]
 
     def _panel(
-        self, looker: Looker, teacher: str, row: int, view: int, head: int | None
+        self, looker: FeatureViewer, teacher: str, row: int, view: int, head: int | None
     ) -> TokenPanel:
         store, look = looker.cache[teacher], looker.look_at(teacher, row, view)
         seal = store.seals.get(row // store.layout.rows_per_shard)

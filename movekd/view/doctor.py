@@ -13,10 +13,10 @@ from importlib import metadata
 import torch
 from packaging.requirements import Requirement
 
-from movekd.build.disk import DiskRates, measure_disk
+from movekd.analysis.disk_benchmark import DiskRates, measure_disk
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.cache.storage import Storage
-from movekd.teachers.published import find_downloaded, published
+from movekd.teachers.hub import find_downloaded, published
 
 _ROW_BYTES = 600_000
 """Of CLIP-L's 576 tokens in int8, about."""

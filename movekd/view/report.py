@@ -20,11 +20,11 @@ from movekd import __version__
 from movekd.corpus.conversations import load_conversations
 from movekd.corpus.decode import decode_image
 from movekd.errors import ConfigError
-from movekd.evaluate.answers import ANSWERS_DIR
+from movekd.evaluate.benchmarks.answers import ANSWERS_DIR
 from movekd.evaluate.exact_match import normalise, split_questions
 from movekd.evaluate.generate import generate_answers, read_from_folder
-from movekd.student.files import TrainedStudent
-from movekd.view.curves import run_figures, to_svg
+from movekd.student.checkpoint import TrainedStudent
+from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import RunLog
 
 _THUMBNAIL = 160

@@ -11,8 +11,8 @@ from typing import Any
 
 from movekd.config import read_yaml
 from movekd.errors import ConfigError
-from movekd.student.files import CONFIG_FILE
-from movekd.train.output import LOG_FILE, TARGETS_FILE, last_checkpoint
+from movekd.student.checkpoint import CONFIG_FILE
+from movekd.train.run_dir import LOG_FILE, TARGETS_FILE, last_checkpoint
 
 Entry = Mapping[str, float]
 

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import layout
 from movekd.cache.reader import TeacherCache, open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError, CorruptCacheError, UnknownKeyError
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 
 OPTIONS = BuildOptions(batch_size=5, num_workers=0)
 ROWS = 8

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movekd.cache.records import FileEntry
+from movekd.cache.schema import FileEntry
 from movekd.cache.seal import checksum, entry, file_entry, read_sealed, write_sealed
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, CorruptCacheError

@@ -116,7 +116,7 @@ def test_a_client_that_is_not_installed_is_named(monkeypatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise ImportError
 
-    monkeypatch.setattr("movekd.cache.objects.url_to_fs", missing)
+    monkeypatch.setattr("movekd.cache.object_storage.url_to_fs", missing)
     with pytest.raises(CacheError, match=r"client for gs:// .*pip install 'movekd\[gs\]'"):
         open_storage("gs://bucket/cache")
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError
+from movekd.student.checkpoint import PART_FILES, save_parts, save_tokenizer
 from movekd.student.config import MoleKeys, StudentConfig
-from movekd.student.files import PART_FILES, save_parts, save_tokenizer
 from movekd.student.vlm import build_vlm
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"

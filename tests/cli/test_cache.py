@@ -128,7 +128,7 @@ def test_the_revised_recipe_pools_to_the_students_grid(
 
 
 def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
-    monkeypatch.setattr("movekd.build.plan._MIN_SECONDS", 0.0)
+    monkeypatch.setattr("movekd.analysis.plan._MIN_SECONDS", 0.0)
     command = ("plan", *teachers, "--shards", corpus_dir, "--num-images", 1000)
     planned = json.loads(run(*command, "--json").stdout)
     chosen = [plan for plan in planned["teachers"] if plan["is_spec"]]
@@ -189,7 +189,7 @@ def test_interruptions_and_the_systems_errors_are_sentences(
     def status(_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("movekd.cache.check.status", status)
+    monkeypatch.setattr("movekd.cache.verify.status", status)
     monkeypatch.setattr(sys, "argv", ["movekd", "cache", "ls", str(cache_dir)])
     with pytest.raises(SystemExit) as end:
         main()

@@ -26,8 +26,8 @@ def run(*arguments):
 
 @pytest.fixture(autouse=True)
 def _measure_briefly(monkeypatch) -> None:
-    monkeypatch.setattr("movekd.build.plan._MIN_SECONDS", 0.0)
-    monkeypatch.setattr("movekd.build.disk._SECONDS", 0.0)
+    monkeypatch.setattr("movekd.analysis.plan._MIN_SECONDS", 0.0)
+    monkeypatch.setattr("movekd.analysis.disk_benchmark._SECONDS", 0.0)
 
 
 @pytest.fixture

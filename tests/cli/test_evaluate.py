@@ -12,8 +12,8 @@ import llava_eval
 import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError, CorpusError
-from movekd.evaluate.answers import Origin
-from movekd.evaluate.benchmarks import BENCHMARKS
+from movekd.evaluate.benchmarks.answers import AnswerProvenance
+from movekd.evaluate.benchmarks.registry import BENCHMARKS
 from small_run import write_run
 
 SHORT = ("--max-new-tokens", 4, "--device", "cpu")
@@ -61,7 +61,7 @@ def test_a_benchmark_is_answered_scored_and_not_asked_twice(
     report = benchmark.score(questions, texts, Path(files[name][place]))
     assert said["figure"] == {"name": report.figure, "value": pytest.approx(report.value)}
     assert said["rows"] == report.rows
-    monkeypatch.setattr("movekd.student.files.load_student", None)  # calling it would fail
+    monkeypatch.setattr("movekd.student.checkpoint.load_student", None)  # calling it would fail
     again = evaluate(model, name, files[name], "--answers", path)
     assert again == said | {"asked": 0}
 
@@ -69,7 +69,7 @@ def test_a_benchmark_is_answered_scored_and_not_asked_twice(
 def test_right_answers_score_full_marks_through_the_command(model, files, tmp_path):
     options = files["pope"]
     path = tmp_path / "a.jsonl"
-    origin = Origin.of(model, Path(options["questions"]), 4)
+    origin = AnswerProvenance.of(model, Path(options["questions"]), 4)
     questions = BENCHMARKS["pope"].load(Path(options["questions"]))
     lines = [origin.entry(q, "Yes" if "3" in q.prompt else "No, none.") for q in questions]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

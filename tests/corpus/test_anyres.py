@@ -19,7 +19,7 @@ from movekd.corpus.anyres import (
     list_views,
     num_views,
 )
-from movekd.corpus.images import ImageTransform
+from movekd.corpus.transforms import ImageTransform
 from movekd.errors import UnreadableImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -20,7 +20,7 @@ from movekd.corpus.index import (
     open_corpus,
     write_table,
 )
-from movekd.corpus.stored_table import StoredTable
+from movekd.corpus.parquet_table import ParquetTable
 from movekd.errors import CorpusError, UnknownKeyError
 
 CONTENTS = [bytes([n]) * (10 + n) for n in range(20)]
@@ -48,7 +48,7 @@ def corpus_of(data_dir, index, names, **how):
     for table in (index, names):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, **how)
-        stored.append(StoredTable(pa.BufferReader(sink.getvalue()), CorpusError))
+        stored.append(ParquetTable(pa.BufferReader(sink.getvalue()), CorpusError))
     return Corpus(data_dir, *stored)
 
 

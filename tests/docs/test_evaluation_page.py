@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from movekd.cli.main import app
-from movekd.evaluate.benchmarks import BENCHMARKS
+from movekd.evaluate.benchmarks.registry import BENCHMARKS
 
 PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
 

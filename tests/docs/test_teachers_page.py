@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import movekd
-from movekd.build.plan import output_shape
+from movekd.analysis.plan import output_shape
 from movekd.cache.layout import teacher_layout
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec, shipped_specs

@@ -1,8 +1,8 @@
 """A build in one call, as its tests run it."""
 
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.corpus.index import open_corpus
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 
 OPTIONS = BuildOptions(batch_size=5, num_workers=0)
 

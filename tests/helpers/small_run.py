@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import scenes
+from movekd.student.checkpoint import PART_FILES, save_parts, save_tokenizer
 from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
-from movekd.student.files import PART_FILES, save_parts, save_tokenizer
 from movekd.student.vlm import build_vlm
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"

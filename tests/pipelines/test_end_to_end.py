@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from movekd.cli.main import app
 from movekd.resources import resource_dir
-from movekd.student.files import load_student
+from movekd.student.checkpoint import load_student
 
 PIPELINES = resource_dir("pipelines")
 

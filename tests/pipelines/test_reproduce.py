@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import llava_eval
 from movekd.cli.main import app
-from movekd.evaluate.benchmarks import BENCHMARKS
+from movekd.evaluate.benchmarks.registry import BENCHMARKS
 from movekd.resources import resource_dir
 
 PAGE = (Path(__file__).parents[2] / "docs/reproduce.md").read_text(encoding="utf-8")

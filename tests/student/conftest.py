@@ -11,10 +11,10 @@ import torch
 from transformers import CLIPVisionConfig
 
 import scenes
+from movekd.student.checkpoint import TrainedStudent, save_parts, save_tokenizer
 from movekd.student.config import MoleKeys, StudentConfig
-from movekd.student.files import TrainedStudent, save_parts, save_tokenizer
-from movekd.student.loading import quiet_libraries
-from movekd.student.official import plain_parameters
+from movekd.student.hf_loading import quiet_libraries
+from movekd.student.official.state_dict import plain_parameters
 from movekd.student.vlm import build_encoder, build_vlm
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"

@@ -19,8 +19,8 @@ import scenes
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
+from movekd.student.checkpoint import load_parts, part_of, save_parts
 from movekd.student.config import MoleKeys, StudentConfig
-from movekd.student.files import load_parts, part_of, save_parts
 from movekd.student.llava_next import count_anyres_tokens
 from movekd.student.tokenization import tokenize_conversation
 from movekd.student.vlm import build_vlm, image_features

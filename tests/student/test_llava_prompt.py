@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from movekd.student import tokenize_conversation, tokenize_question
-from movekd.student.exports import export
-from movekd.student.files import load_student
-from movekd.student.official_import import import_official
+from movekd.student.checkpoint import load_student
+from movekd.student.export.formats import export
+from movekd.student.official.import_checkpoint import import_official
 from movekd.student.vlm import image_features
 from text_kit import LLAVA_NAMES, llava_conversations, llava_tokens, write_mistral
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from movekd.build.plan import output_shape
+from movekd.analysis.plan import output_shape
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, WeightsError
 from movekd.teachers import load_teacher
@@ -143,7 +143,7 @@ def test_half_precision_of_a_factory_becomes_float32(spec: CacheSpec) -> None:
 
 
 def test_shape_is_known_without_work(spec: CacheSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("movekd.build.plan.load_teacher", None)
+    monkeypatch.setattr("movekd.analysis.plan.load_teacher", None)
     assert tuple(output_shape(spec.with_changes(weights="factory")))[:2] == (16, 8)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from movekd.cache.spec import CacheSpec
 from movekd.teachers import load_teacher
-from movekd.teachers.load import weights_sha256
+from movekd.teachers.teacher import weights_sha256
 
 Shrink = Callable[..., CacheSpec]
 

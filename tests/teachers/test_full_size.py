@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from movekd.build.images import image_transform
+from movekd.extract.image_loader import image_transform
 from movekd.cache.spec import load_spec
 from movekd.teachers import load_teacher
 

@@ -12,11 +12,11 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from movekd.cache.spec import CacheSpec
-from movekd.corpus.images import ImageTransform
+from movekd.corpus.transforms import ImageTransform
 from movekd.errors import ConfigError
 from movekd.teachers import load_teacher
-from movekd.teachers.load import weights_sha256
 from movekd.teachers.pix2struct import patches_of
+from movekd.teachers.teacher import weights_sha256
 
 Shrink = Callable[..., CacheSpec]
 

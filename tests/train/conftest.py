@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 import scenes
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
-from movekd.student.loading import quiet_libraries
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
+from movekd.student.hf_loading import quiet_libraries
 from movekd.train.config import load_config
 from movekd.train.run import build_data, build_model, train
 

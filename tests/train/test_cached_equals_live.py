@@ -15,14 +15,14 @@ import torch
 from torch.nn import functional as F
 
 import scenes
-from movekd.build.images import image_transform
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.cache.grid import resize_tokens
 from movekd.cache.reader import TeacherTargets
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
+from movekd.extract.image_loader import image_transform
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.student.vlm import image_features
 from movekd.teachers import load_teacher
 

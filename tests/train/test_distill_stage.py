@@ -9,8 +9,8 @@ from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError, ConfigError, UnknownKeyError, WeightsError
-from movekd.student.files import load_student
-from movekd.train.images import ViewDataset
+from movekd.student.checkpoint import load_student
+from movekd.train.encoder_data import ViewDataset
 
 
 def test_every_image_of_the_corpus_is_a_sample_with_its_own_targets(digits):

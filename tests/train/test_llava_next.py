@@ -10,11 +10,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from movekd.student.vlm import image_features
 from movekd.train.run import train
 from torchrun import train_in_two_processes

@@ -10,17 +10,17 @@ import torch
 from transformers import set_seed
 
 import scenes
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError, UnknownKeyError
-from movekd.student.files import load_student, part_of
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
+from movekd.student.checkpoint import load_student, part_of
 from movekd.student.vlm import build_vlm
-from movekd.train.output import last_checkpoint
 from movekd.train.run import train
+from movekd.train.run_dir import last_checkpoint
 
 SAVING = ("training.save_strategy=steps", "training.save_total_limit=null")
 OFFICIAL = (

@@ -10,7 +10,7 @@ from builds import build
 from movekd.corpus.index import open_corpus
 from movekd.errors import UnknownKeyError
 from movekd.view.browser import NUM_NEAREST, Browser
-from movekd.view.panels import experts_html, message_html, teachers_html
+from movekd.view.html import experts_html, message_html, teachers_html
 
 
 @pytest.fixture

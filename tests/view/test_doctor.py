@@ -6,14 +6,14 @@ import pytest
 
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.cache.storage import open_storage
-from movekd.teachers.published import find_downloaded, published
+from movekd.teachers.hub import find_downloaded, published
 from movekd.view import doctor
 
 
 @pytest.fixture(autouse=True)
 def _no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("movekd.build.disk._SECONDS", 0.0)
+    monkeypatch.setattr("movekd.analysis.disk_benchmark._SECONDS", 0.0)
 
 
 def test_what_is_installed_fits(tmp_path):

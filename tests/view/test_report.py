@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from movekd.errors import ConfigError
-from movekd.view.curves import run_figures
+from movekd.view.plots import run_figures
 from movekd.view.report import SampleAnswer, stored_answers, write_report
 from movekd.view.run_log import read_run
 from small_run import write_run

@@ -13,9 +13,9 @@ from builds import build
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import open_corpus
 from movekd.evaluate.chat import Answer, answer
-from movekd.student.files import TrainedStudent, load_student
+from movekd.student.checkpoint import TrainedStudent, load_student
 from movekd.view.browser import Browser
-from movekd.view.panels import experts_html, teachers_html
+from movekd.view.html import experts_html, teachers_html
 from web_page import picture, serve, watched
 
 pytestmark = pytest.mark.web

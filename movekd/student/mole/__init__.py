@@ -3,7 +3,7 @@
 ``get_peft_model(clip_vision_model, MoleConfig(...))`` gives every MLP of a vision tower its
 experts and a router; ``routing(model)`` then returns what the routers chose in the last forward
 pass, for the balance loss. ``save_tower`` writes a tower whose base learned as well. Used by
-``student.vlm`` and ``student.files``.
+``student.vlm`` and ``student.checkpoint``.
 """
 
 from peft import mapping as _mapping
@@ -17,7 +17,7 @@ from movekd.student.mole.layer import (
     routing,
 )
 from movekd.student.mole.model import MoleModel
-from movekd.student.mole.whole import save_tower
+from movekd.student.mole.saving import save_tower
 
 __all__ = [
     "MoleConfig",

@@ -135,7 +135,7 @@ _WATCH = "_mole_base_watch"
 class _BaseWatch:
     """Where a tower's base has its parameters, and which were seen to learn.
 
-    Places and not the parameters themselves: FSDP puts others there.
+    RowIds and not the parameters themselves: FSDP puts others there.
     """
 
     def __init__(self, tower: nn.Module) -> None:

@@ -26,8 +26,8 @@ from movekd.corpus.conversations import load_conversations
 from movekd.evaluate.exact_match import exact_match, split_questions
 from movekd.evaluate.generate import generate_answers, read_from_folder
 from movekd.student import recorded_routing, routing
-from movekd.student.files import TrainedStudent, load_student
-from movekd.student.loading import quiet_libraries
+from movekd.student.checkpoint import TrainedStudent, load_student
+from movekd.student.hf_loading import quiet_libraries
 from movekd.student.vlm import image_features
 from movekd.train.config import load_config
 from movekd.train.run import train

@@ -24,8 +24,6 @@ import numpy as np
 import pretrain
 import scenes
 from demo import HERE, TEACHERS
-from movekd.build.options import BuildOptions
-from movekd.build.run import build_cache
 from movekd.cache import open_cache
 from movekd.cache.layout import CACHE_JSON, INDEX, NAMES, skipped_name, skipped_seal_name
 from movekd.cache.spec import load_spec
@@ -33,6 +31,8 @@ from movekd.cache.storage import open_storage
 from movekd.cache.writer import create_group, write_shard
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 from study.plan import CACHES, Sizes
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")

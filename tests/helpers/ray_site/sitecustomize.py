@@ -52,12 +52,12 @@ def audit(event: str, arguments: tuple[object, ...]) -> None:
 
 
 if FAULTS:
-    from movekd.build import lock
-    from movekd.cache import layout, objects
+    from movekd.cache import layout, object_storage
+    from movekd.extract import lock
 
     layout.MAX_SHARD_ROWS = 4
     lock.RENEW_S, lock.STALE_S = 0.3, 4.0
-    write = objects.ObjectStorage.write
+    write = object_storage.ObjectStorage.write
 
     def write_unless_struck(self, name, buffers):
         """Write an object, if the process lives to do it."""
@@ -65,5 +65,5 @@ if FAULTS:
             strike(name.replace("/", "."))
         write(self, name, buffers)
 
-    objects.ObjectStorage.write = write_unless_struck
+    object_storage.ObjectStorage.write = write_unless_struck
     sys.addaudithook(audit)

@@ -9,7 +9,7 @@ import pytest
 import scenes
 from demo import TEACHERS
 from movekd.cache import open_cache
-from movekd.cache.check import verify
+from movekd.cache.verify import verify
 from study.plan import FULL_SIZE, SMOKE, WORLDS
 from study.worlds import World, collect_weights, shuffle_cache, write_scenes, write_test_scenes
 

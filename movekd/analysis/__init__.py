@@ -1,0 +1,16 @@
+"""Questions before and after a build: cost, codec error, and whether stored features are right."""
+
+from movekd.analysis.codec_trial import Fidelity
+from movekd.analysis.fidelity import FidelityReport, measure_fidelity
+from movekd.analysis.plan import CachePlan, TeacherPlan, plan_cache
+from movekd.analysis.verify_features import verify_features
+
+__all__ = [
+    "CachePlan",
+    "Fidelity",
+    "FidelityReport",
+    "TeacherPlan",
+    "measure_fidelity",
+    "plan_cache",
+    "verify_features",
+]

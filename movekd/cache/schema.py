@@ -1,0 +1,126 @@
+"""What each sealed JSON file of a cache holds.
+
+``seal`` reads and writes them; a file with other keys or types than its record is refused there,
+whoever wrote it and however right its checksum is.
+"""
+
+from typing import Annotated, ClassVar
+
+import xxhash
+from pydantic import Field
+
+from movekd.cache.layout import TeacherLayout, teacher_layout
+from movekd.cache.spec import CacheSpec
+from movekd.config import FrozenModel
+from movekd.corpus.anyres import Views
+from movekd.corpus.transforms import Geometry
+
+Count = Annotated[int, Field(ge=0)]
+Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class Record(FrozenModel):
+    """Base of what a sealed file holds."""
+
+    remedy: ClassVar[str]
+    """What to do about a file of this kind that is damaged."""
+
+
+class FileEntry(FrozenModel):
+    """Size and checksum of a file that a seal covers."""
+
+    size_bytes: Count
+    xxh3_128: str
+
+
+class CacheRecord(Record):
+    """cache.json: what the rows of a cache are."""
+
+    remedy = "Restore it from a copy, or build into another --cache."
+
+    format_version: int
+    geometry: Geometry
+    views: Views
+    corpus_fingerprint: str
+    num_images: Count
+    blocks: list[Pair]
+    """First row and number of images of each batch of appended images; an image has its views."""
+    files: dict[str, FileEntry]
+
+
+class Calibration(Record):
+    """calibration.json: what was settled once, for every worker, resume and appended image."""
+
+    remedy = "Restore it from a copy, or --replace the teacher."
+
+    spec_fingerprint: str
+    weights_sha256: str
+    dtype: str
+    """Of the teacher's forward passes; ``float32``, ``bfloat16`` or ``float16``."""
+    is_compiled: bool
+    """Whether ``torch.compile`` fused the teacher."""
+    batch_size: Annotated[int, Field(gt=0)]
+    num_images: Count
+    num_tokens: Count
+    width: Count
+    cls_width: Count | None
+    num_heads: Count | None
+    channel_stats_xxh3_128: str
+    """Of the mean's bytes followed by the standard deviation's, float32 little-endian."""
+
+    def layout(self, spec: CacheSpec) -> TeacherLayout:
+        """Return the arrays that this teacher's features need."""
+        return teacher_layout(
+            spec.codec,
+            self.num_tokens,
+            self.width,
+            cls_width=self.cls_width,
+            num_heads=self.num_heads,
+        )
+
+    @property
+    def hash(self) -> str:
+        """What each seal names: the checksum over everything above."""
+        return xxhash.xxh3_128(repr(sorted(self.model_dump().items())).encode()).hexdigest()
+
+
+class GroupRecord(Record):
+    """metadata.json: the small files of a teacher's group, and for how many rows they were made."""
+
+    remedy = "Restore it from a copy, or --replace the teacher."
+
+    num_rows: Count
+    files: dict[str, FileEntry]
+
+
+class EncodingError(FrozenModel):
+    """``||decoded - exact|| / ||exact||`` of each token, in standardised channels."""
+
+    mean: float
+    max: float
+    num_tokens: Count
+
+
+class ShardSeal(Record):
+    """NNNNN.json: one Zarr shard of every array is finished."""
+
+    remedy = "Delete it and run `movekd cache build` again: its Zarr shard is built anew."
+
+    rows: Pair
+    """First row, and last row plus one."""
+    keys_xxh3_128: str
+    """Which images those rows are, see ``Catalog.keys_checksum``."""
+    files: dict[str, FileEntry]
+    skipped: dict[str, str]
+    """Row without features -> why."""
+    error: EncodingError
+    calibration: str
+    """``Calibration`` hash that it was encoded with."""
+
+
+class SkippedSeal(Record):
+    """skipped.json: checksum of skipped.parquet."""
+
+    remedy = "Run its `movekd cache build` again."
+
+    files: dict[str, FileEntry]

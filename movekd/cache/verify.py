@@ -1,0 +1,230 @@
+"""Is every byte of a cache what was written? And is everything there that should be?
+
+Zarr's own CRC covers a shard's index alone: a flipped data byte reads back silently wrong. The
+seals hold the checksums that find it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from movekd.cache import layout
+from movekd.cache.catalog import Catalog
+from movekd.cache.contents import CacheContents, TeacherContents, open_contents
+from movekd.cache.layout import CHANNEL_ARRAYS
+from movekd.cache.schema import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
+from movekd.cache.seal import checksum, file_entry, read_record
+from movekd.cache.storage import Storage, open_storage
+from movekd.errors import CacheError, CorruptCacheError, MovekdError
+
+
+@dataclass(frozen=True)
+class TeacherStatus:
+    """What `movekd cache ls` shows of one teacher."""
+
+    teacher: str
+    images: int
+    rows: int
+    """Views of the images."""
+    sealed_shards: int
+    total_shards: int
+    skipped: int
+    grid: int
+    width: int
+    codec: str
+    compressor: str
+    size_bytes: int
+    error_mean: float | None
+    error_max: float | None
+    fingerprint: str
+    random_weights: bool
+
+
+def status(cache: CacheContents) -> list[TeacherStatus]:
+    """Return the state of each teacher of a cache."""
+    return [teacher_status(cache.sealed(name), cache.catalog) for name in cache.teachers]
+
+
+def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
+    """Return the state of one teacher of a cache."""
+    sums = teacher.sums
+    num_sealed, num_tokens = len(sums.shards_S), int(sums.num_tokens_S.sum())
+    errors = float((sums.error_mean_S * sums.num_tokens_S).sum())
+    return TeacherStatus(
+        teacher=teacher.teacher,
+        images=catalog.num_images,
+        rows=len(catalog.index),
+        sealed_shards=num_sealed,
+        total_shards=num_sealed + len(teacher.missing_shards),
+        skipped=len(sums.skipped),
+        grid=teacher.grid,
+        width=teacher.width,
+        codec=teacher.spec.codec,
+        compressor=teacher.spec.compressor,
+        size_bytes=int(sums.size_bytes_S.sum()),
+        error_mean=errors / num_tokens if num_tokens else None,
+        error_max=float(sums.error_max_S.max()) if num_sealed else None,
+        fingerprint=teacher.spec.fingerprint,
+        random_weights=teacher.spec.weights == "random",
+    )
+
+
+def verify(
+    url: str | Path | Storage, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong: checksums of every byte, and completeness.
+
+    Args:
+        url: the cache.
+        progress: called with the bytes of each file when it has been read.
+
+    Raises:
+        CacheError: there is no cache, or of another format version, or its place does not answer.
+    """
+    storage = open_storage(url)
+    try:
+        cache = open_contents(storage)
+        catalog_files = read_record(storage, layout.CACHE_JSON, CacheRecord).files
+    except CorruptCacheError as error:
+        yield str(error)
+        return
+    yield from _check_files(storage, "", catalog_files, progress)
+    folders = storage.folders()
+    groups = {folder.removesuffix(".zarr") for folder in folders if folder.endswith(".zarr")}
+    for name in sorted({*groups, *cache.teachers}):  # a group that is gone has seals still
+        if name not in cache.teachers:
+            yield (
+                f"{storage.url}/{layout.group_name(name)} has no sealed calibration; run its "
+                "`movekd cache build` again."
+            )
+            continue
+        try:
+            yield from _verify_teacher(cache, name, progress)
+        except MovekdError as error:
+            yield str(error)
+
+
+def _verify_teacher(
+    cache: CacheContents, name: str, progress: Callable[[int], None]
+) -> Iterator[str]:
+    storage, group = cache.storage, layout.group_name(name)
+    sealed = read_record(storage, layout.metadata_name(name), GroupRecord)
+    metadata = sealed.files
+    yield from _check_files(
+        storage,
+        group,
+        metadata,
+        progress,
+        "Run its `movekd cache build` again, which mends an array's metadata; else --replace it.",
+    )
+    teacher = cache.sealed(name)  # after its metadata's checksums: damaged ones may not open
+    statistics = [part.tobytes() for part in (teacher.channel_mean, teacher.channel_std)]
+    if checksum(statistics) != teacher.calibration.channel_stats_xxh3_128:
+        yield (
+            f"{storage.url}/{group}: channel_mean or channel_std differ from the sealed "
+            "calibration."
+        )
+    arrays = {f"{array}/zarr.json" for array in (*teacher.layout.arrays, *CHANNEL_ARRAYS)}
+    expected = {"zarr.json", *arrays, *(f"{array}/c/0" for array in CHANNEL_ARRAYS)}
+    if set(metadata) != expected or sealed.num_rows != teacher.num_rows:
+        yield (
+            f"{storage.url}/{layout.metadata_name(name)} covers {len(metadata)} files and "
+            f"{sealed.num_rows} rows, the cache has {len(expected)} and {teacher.num_rows}; run "
+            "its `movekd cache build` again."
+        )
+    known, missing = set(metadata), set(teacher.missing_shards)
+    for shard in sorted(missing):
+        yield (
+            f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
+            "again."
+        )
+    sealed_shards = [
+        s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing
+    ]
+    size = teacher.layout.rows_per_shard
+    keys = cache.catalog.keys_checksums(
+        (shard * size, (shard + 1) * size) for shard in sealed_shards
+    )
+    for shard, expected_keys in zip(sealed_shards, keys, strict=True):
+        seal_name = layout.seal_name(name, shard)
+        try:
+            seal = read_record(storage, seal_name, ShardSeal)
+        except CacheError as error:
+            yield str(error)
+            continue
+        if seal.calibration != teacher.calibration.hash:
+            yield (
+                f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
+                "Zarr shard."
+            )
+        rows, files = _shard_extent(cache, teacher, shard)
+        if seal.rows != rows or set(seal.files) != files:
+            yield (
+                f"{storage.url}/{seal_name} covers rows {seal.rows} and {len(seal.files)} "
+                f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
+                "again."
+            )
+        if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
+            yield (
+                f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
+                "one of the two comes from another cache. Restore it, or --replace the teacher."
+            )
+        known.update(seal.files)
+        yield from _check_files(storage, group, seal.files, progress)
+    skipped = read_record(storage, layout.skipped_seal_name(name), SkippedSeal).files
+    yield from _check_files(
+        storage, layout.seals_name(name), skipped, progress, "Run its `movekd cache build` again."
+    )
+    for path in storage.sizes(group):
+        if path.removeprefix(f"{group}/") not in known:
+            yield (
+                f"{storage.url}/{path} is covered by no seal; a build was interrupted, or the file "
+                "is foreign."
+            )
+
+
+def _shard_extent(
+    cache: CacheContents, teacher: TeacherContents, shard: int
+) -> tuple[list[int], set[str]]:
+    """Return the rows [first, end) and the files that the seal of a Zarr shard must cover."""
+    size, rows = teacher.layout.rows_per_shard, cache.catalog.rows
+    first = shard * size
+    low, high = np.searchsorted(rows, [first, first + size])
+    end = int(rows[high - 1]) + 1 if high > low else first
+    files = {layout.shard_file(array, shard) for array in teacher.layout.arrays.values()}
+    return [first, end], files
+
+
+def _check_files(
+    storage: Storage,
+    folder: str,
+    files: Mapping[str, FileEntry],
+    progress: Callable[[int], None],
+    remedy: str = "Delete its seal and build again.",
+) -> Iterator[str]:
+    """Yield a sentence for each file that is missing or not what its entry says."""
+    for name, expected in files.items():
+        path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            yield (
+                f"a seal names the file {name!r}, outside of {storage.url}/{folder}; it was "
+                "tampered with."
+            )
+            continue
+        try:
+            found = file_entry(storage, f"{folder}/{name}".lstrip("/"))
+        except FileNotFoundError:
+            yield f"{path} is missing. {remedy}"
+            continue
+        except CacheError as error:
+            yield str(error)
+            continue
+        progress(found.size_bytes)
+        if found != expected:
+            yield (
+                f"{path} is damaged: {found.size_bytes} bytes with checksum "
+                f"{found.xxh3_128}; its seal says {expected.size_bytes} bytes with "
+                f"{expected.xxh3_128}. {remedy}"
+            )

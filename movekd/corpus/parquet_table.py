@@ -1,0 +1,228 @@
+"""A Parquet table that stays on its disk: ten million rows are looked up in without holding them.
+
+``corpus.index`` and ``cache.catalog`` keep index.parquet and names.parquet as one of these each. A
+pass over a column decodes some row groups at a time and forgets them, which costs less than
+to hold the column: memory that a process touches for the first time is slower than decoding is.
+No row becomes a Python object.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from movekd.errors import MovekdError
+
+PART_ROWS = 1 << 17
+"""Rows that are decoded at a time, and rows of a row group that is written."""
+_MAX_THREADS = 4
+_Result = TypeVar("_Result")
+
+
+class ParquetTable:
+    """A Parquet file, read a few row groups at a time. Thread-safe; usable after a fork.
+
+    Args:
+        file: the open file; reads give a position, so that threads and forks share it.
+        damaged: makes the error out of the reason why it cannot be read.
+        columns: those that count; all by default.
+
+    Attributes:
+        schema: of those columns.
+    """
+
+    def __init__(
+        self,
+        file: pa.NativeFile,
+        damaged: Callable[[str], MovekdError],
+        columns: Sequence[str] | None = None,
+    ) -> None:
+        self._file, self._damaged = file, damaged
+        try:
+            parquet = pq.ParquetFile(file)
+            self._metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
+            self.schema = pa.schema([schema.field(name) for name in columns or schema.names])
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise damaged(_reason(error)) from None
+        groups = range(self._metadata.num_row_groups)
+        counts = [self._metadata.row_group(group).num_rows for group in groups]
+        self._starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, column: str) -> pa.ChunkedArray:
+        """Return a whole column."""
+        return self.read([column])[column]
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the whole table, or whole columns of it."""
+        return self._read(range(len(self._starts) - 1), columns)
+
+    def slice(
+        self,
+        start: int,
+        length: int | None = None,
+        columns: Sequence[str] | None = None,
+        encoded: Sequence[str] = (),
+    ) -> pa.Table:
+        """Return the rows from ``start`` on, as many as there are of ``length``.
+
+        Args:
+            start: the first row.
+            length: how many; all that follow by default.
+            columns: those that are wanted; all by default.
+            encoded: columns of few distinct strings, which become Arrow dictionaries: as they lie
+                in the file, without a string a row.
+        """
+        end = len(self) if length is None else min(start + length, len(self))
+        if end <= start:
+            return self._read([], columns, encoded)
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, end, "left"))
+        return self._read(range(first, last), columns, encoded).slice(
+            start - int(self._starts[first]), end - start
+        )
+
+    def parts(
+        self, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
+    ) -> Iterator[pa.Table]:
+        """Yield the table in parts of ``PART_ROWS`` rows; see ``slice``."""
+        for start in range(0, len(self), PART_ROWS):
+            yield self.slice(start, PART_ROWS, columns, encoded)
+
+    def equals(self, other: "ParquetTable") -> bool:
+        """Return whether two tables hold the same."""
+        if not (self.schema.equals(other.schema) and len(self) == len(other)):
+            return False
+        return all(a.equals(b) for a, b in zip(self.parts(), other.parts(), strict=True))
+
+    def has_nulls(self) -> bool:
+        """Return whether some value is missing; the file's statistics mostly tell."""
+        places = [self._metadata.schema.names.index(name) for name in self.schema.names]
+        for group in range(len(self._starts) - 1):
+            for name, place in zip(self.schema.names, places, strict=True):
+                found = self._metadata.row_group(group).column(place).statistics
+                if found is not None and found.has_null_count:
+                    count = found.null_count
+                else:
+                    count = self._read([group], [name])[name].null_count
+                if count:
+                    return True
+        return False
+
+    def find(self, column: str, asked: Any) -> NDArray[np.int64]:
+        """Return where each asked string first stands in a column, -1 for nowhere.
+
+        Arrow hashes the asked strings, not the column: three to ten times faster on millions of
+        rows. It does so for each part, so parts are no smaller than what is asked for.
+        """
+        distinct = asked.unique()
+
+        def search(groups: range) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+            matches = pc.index_in(self._read(groups, [column])[column], value_set=distinct)
+            if matches.null_count == len(matches):
+                return np.empty(0, np.int64), np.empty(0, np.int32)
+            places = np.flatnonzero(np.asarray(pc.is_valid(matches)))
+            return places + self._starts[groups.start], np.asarray(pc.drop_null(matches))
+
+        first = np.full(len(distinct), -1, np.int64)
+        for places, which in reversed(self._each_part(search, len(distinct))):
+            first[which[::-1]] = places[::-1]  # the first of equal ones wins
+        return np.asarray(first[np.asarray(pc.index_in(asked, value_set=distinct))], np.int64)
+
+    def take(self, column: str, places: NDArray[np.int64]) -> pa.ChunkedArray:
+        """Return the values of a column in some places, in the order asked; null for -1."""
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+
+        def pick(groups: range) -> list[pa.Array]:
+            start, end = self._starts[groups.start], self._starts[groups.stop]
+            low, high = np.searchsorted(ascending, [start, end])
+            if low == high:
+                return []
+            values = self._read(groups, [column])[column]
+            return list(values.take(pa.array(ascending[low:high] - start)).chunks)
+
+        kind = self.schema.field(column).type
+        chunks = [pa.nulls(int(np.searchsorted(ascending, 0)), kind)]
+        for found in self._each_part(pick, 0):
+            chunks += found
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.chunked_array(chunks, kind).take(pa.array(back))
+
+    def _each_part(self, do: Callable[[range], _Result], min_rows: int) -> list[_Result]:
+        """Return what ``do`` makes of ranges of row groups, in their order; some at once."""
+        parts, first, size = [], 0, max(min_rows, PART_ROWS)
+        for group in range(1, len(self._starts)):
+            if group == len(self._starts) - 1 or self._starts[group] - self._starts[first] >= size:
+                parts.append(range(first, group))
+                first = group
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1, len(parts))
+        if num_threads < 2:
+            return [do(part) for part in parts]
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(do, parts))
+
+    def _read(
+        self, groups: Sequence[int], columns: Sequence[str] | None, encoded: Sequence[str] = ()
+    ) -> pa.Table:
+        try:
+            parquet = pq.ParquetFile(
+                self._file, metadata=self._metadata, read_dictionary=list(encoded)
+            )
+            wanted = list(columns or self.schema.names)
+            table = parquet.read_row_groups(list(groups), wanted, use_threads=False)
+            return table.select(wanted).replace_schema_metadata(None)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(_reason(error)) from None
+
+
+def open_parquet(
+    path: Path, damaged: Callable[[str], MovekdError], columns: Sequence[str] | None = None
+) -> ParquetTable:
+    """Return the table in a Parquet file; raises what ``damaged`` makes if it cannot be read."""
+    try:
+        file = pa.OSFile(str(path))
+    except OSError as error:
+        raise damaged(_reason(error)) from None
+    return ParquetTable(file, damaged, columns)
+
+
+def write_parquet(sink: Any, parts: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write a table that ``ParquetTable`` reads fast: the same parts give the same bytes.
+
+    Keys, offsets and sizes are as good as random: a dictionary or snappy gains little there and
+    makes a pass over them two to five times longer. Of sides and tars there are few.
+    """
+    few = [name for name in schema.names if name in ("shard", "view", "width", "height")]
+    packed = {name: "snappy" if name in (*few, "name") else "none" for name in schema.names}
+    with pq.ParquetWriter(sink, schema, use_dictionary=few, compression=packed) as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=PART_ROWS)
+
+
+def lines(*columns: pa.ChunkedArray) -> tuple[memoryview, NDArray[np.int32]]:
+    """Return a line of text a row, the columns with a space between them, and where each starts.
+
+    One more start than there are rows: the end of the last line. The rows must be few enough for
+    2 GiB of text.
+    """
+    parts = [column.combine_chunks().cast(pa.string()) for column in columns]
+    text = pc.binary_join_element_wise(*parts, " ") if len(parts) > 1 else parts[0]
+    text = pc.binary_join_element_wise(text, "", "\n")
+    _, offsets, content = text.buffers()
+    starts = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
+    return memoryview(content if content is not None else b""), starts
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,182 @@
+"""GQA, ScienceQA, MMBench: one answer is right, a word or a letter.
+
+Comes in: questions, a model's answers, the benchmark's annotations. Goes out: a ``Report``.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER
+from movekd.errors import ConfigError
+from movekd.evaluate.benchmarks.json_files import read_json
+from movekd.evaluate.benchmarks.questions import Question
+from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+
+LETTERS = "ABCDE"
+_COPIES = 1_000_000
+"""MMBench numbers a question's copies with turned options index + 1,000,000, + 2,000,000, ..."""
+
+
+def gqa_answer(answer: str) -> str:
+    """Return an answer as LLaVA hands it to GQA's own program: lower case, no period at its end.
+
+    Source: haotian-liu/LLaVA scripts/convert_gqa_for_eval.py.
+    """
+    return answer.rstrip(".").lower()
+
+
+def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
+    """Return GQA's accuracy, of binary and open questions too (testdev_balanced_questions.json).
+
+    Raises:
+        ConfigError: the file is another, or lacks a question or its answer.
+
+    Source: GQA's eval.py: equality; a question is open where its structural type is query.
+    """
+    known = read_json(annotations, dict, "GQA's questions by id")
+    scores: list[tuple[tuple[str, ...], float]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        entry = known.get(str(question.id))
+        if not isinstance(entry, dict) or "answer" not in entry:
+            raise ConfigError(
+                f"{annotations} has no answer to question {question.id} ({len(known)} questions); "
+                "expected testdev_balanced_questions.json. For a split without answers leave "
+                "--annotations out and give --upload."
+            )
+        kind = entry.get("types", {}).get("structural")
+        categories = () if kind is None else ("open" if kind == "query" else "binary",)
+        scores.append((categories, float(gqa_answer(answer) == entry["answer"])))
+    rows = accuracy_rows(scores)
+    return Report("accuracy", rows["all"]["accuracy"], rows)
+
+
+def read_letter(answer: str, num_choices: int) -> str | None:
+    """Return the letter that an answer chooses, or None where LLaVA's program says FAILED.
+
+    The answer is the letter and nothing else; or it starts with the letter, a period and a space;
+    or it says "The answer is X" with one more character behind X, exactly once. A letter beyond the
+    choices is none.
+
+    Source: haotian-liu/LLaVA llava/eval/eval_science_qa.py.
+    """
+    starts_with_letter = answer[:1] in set(LETTERS) and answer[1:3] in ("", ". ")
+    if starts_with_letter:
+        letter = answer[0]
+    else:
+        said = re.findall("The answer is ([A-Z]).", answer)  # the period is any character, as there
+        letter = said[0] if len(said) == 1 else ""
+    return letter if letter in set(LETTERS[:num_choices]) else None
+
+
+def score_science(
+    questions: Sequence[Question], answers: Sequence[str], annotations: Path
+) -> Report:
+    """Return ScienceQA's accuracy, and that of questions with an image, which papers print.
+
+    A question of the split that was not asked counts as wrong, as in LLaVA.
+
+    Args:
+        questions: LLaVA's.
+        answers: the model's.
+        annotations: folder of problems.json and pid_splits.json.
+
+    Raises:
+        ConfigError: a file is missing, or no split holds the questions.
+    """
+    problems = read_json(annotations / "problems.json", dict, "ScienceQA's problems by id")
+    splits = read_json(annotations / "pid_splits.json", dict, "ScienceQA's splits, lists of ids")
+    asked = {
+        str(question.id): (question, answer)
+        for question, answer in zip(questions, answers, strict=True)
+    }
+    split = next((ids for ids in splits.values() if asked.keys() <= set(ids)), None)
+    if split is None or not problems.keys() >= set(split):
+        raise ConfigError(
+            f"{annotations} has no split with the questions of --questions (its splits are "
+            f"{', '.join(splits)}); expected the problems.json and pid_splits.json of one release."
+        )
+    scores: list[tuple[tuple[str, ...], float]] = []
+    for number in split:
+        if number not in asked:
+            scores.append((("not asked",), 0.0))
+            continue
+        question, answer = asked[number]
+        problem = problems[number]
+        letter = read_letter(answer, len(problem["choices"]))
+        kind = "image" if IMAGE_PLACEHOLDER in question.prompt else "text"
+        is_right = letter is not None and LETTERS.index(letter) == problem["answer"]
+        scores.append(((kind,), float(is_right)))
+    rows = accuracy_rows(scores)
+    if "image" not in rows:
+        return Report("accuracy", rows["all"]["accuracy"], rows)
+    return Report("accuracy of questions with an image", rows["image"]["accuracy"], rows)
+
+
+def read_option(answer: str, options: Sequence[str]) -> str | None:
+    """Return the letter that an answer to a question of MMBench chooses, or None.
+
+    A letter, alone, in brackets or before a mark, at the answer's start; the whole text of one
+    option; or "answer is X". MMBench's server asks a language model about what is left; here that
+    is wrong.
+
+    Source: MMBench (arXiv 2307.06281), section 4: matching of labels and texts comes first.
+    """
+    letters = LETTERS[: len(options)]
+    stripped = answer.strip()
+    found = re.match(rf"\(?([{letters}])(?:[.,:)\s]|$)", stripped) if letters else None
+    is_article = stripped.startswith("A ") and len(stripped) > 2  # "A dog" chooses nothing
+    if found and not is_article:
+        return found.group(1)
+    bare = stripped.rstrip(".").casefold()
+    same = [
+        letter
+        for letter, text in zip(letters, options, strict=True)
+        if text.strip().rstrip(".").casefold() == bare
+    ]
+    if len(same) == 1:
+        return same[0]
+    said = re.search(rf"answer is:? \(?([{letters}])\b", answer) if letters else None
+    return said.group(1) if said else None
+
+
+def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> Report:
+    """Return MMBench's accuracy; circular where the file has copies with turned options.
+
+    Circular: a question is right if every one of its copies is. Vanilla: the first copies alone.
+
+    Raises:
+        ConfigError: a question has no answer in the file.
+    """
+    right: dict[int, list[bool]] = defaultdict(list)
+    categories: dict[int, str | None] = {}
+    unread, vanilla = 0, []
+    for question, answer in zip(questions, answers, strict=True):
+        if question.answer is None:
+            raise ConfigError(
+                f"question {question.id} has no answer in the question file: a test split, whose "
+                "answers the server has. Give --upload."
+            )
+        letter = read_option(answer, question.options)
+        unread += letter is None
+        number = int(question.id) % _COPIES
+        right[number].append(letter == question.answer.strip())
+        if int(question.id) < _COPIES:
+            vanilla.append(right[number][-1])
+            categories[number] = question.category
+    scores = [
+        ((kind,) if (kind := categories.get(number)) else (), float(all(copies)))
+        for number, copies in right.items()
+    ]
+    rows = accuracy_rows(scores)
+    is_circular = len(right) < len(questions)
+    if is_circular and vanilla:
+        whole = rows.pop("all")
+        share = 100 * sum(vanilla) / len(vanilla)
+        rows["vanilla"] = {"accuracy": share, "questions": len(vanilla)}
+        rows["all"] = whole
+    rows["all"]["asked"] = len(questions)
+    rows["all"]["unread"] = unread
+    name = "circular accuracy" if is_circular else "accuracy"
+    return Report(name, rows["all"]["accuracy"], rows)

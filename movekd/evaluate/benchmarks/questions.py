@@ -1,0 +1,228 @@
+"""Questions of a benchmark, from the files that LLaVA's evaluation reads.
+
+Three kinds come in, one kind of object goes out:
+
+    *.jsonl   {"question_id": 1, "image": "a.jpg", "text": "Is ...?\\nAnswer ...", "category": "x"}
+    *.json    ScienceQA: [{"id": "4", "image": "4/image.png", "conversations": [{"value": ...}]}]
+    *.tsv     MMBench: index, question, hint, A to D, answer, category, image in base64
+
+A .jsonl holds its prompt's last line ("Answer the question using a single word or phrase."); for
+the other two LLaVA's scripts add it, and so does this module.
+
+Source: haotian-liu/LLaVA docs/Evaluation.md, llava/eval/model_vqa_loader.py, model_vqa_science.py,
+model_vqa_mmbench.py.
+"""
+
+import base64
+import binascii
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Conversation
+from movekd.errors import ConfigError
+from movekd.evaluate.benchmarks.json_files import read_json, read_lines
+
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+"""What LLaVA's scripts put behind ScienceQA's and MMBench's questions."""
+_OPTIONS = "ABCD"
+_ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})
+_REFERENCE_LENGTH = 64
+"""An MMBench image of fewer characters is the index of the row that holds it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        id: as the file has it; several questions may share one.
+        prompt: what is asked, in the words of LLaVA's answer files.
+        image: name of its image, or None for text alone.
+        category: what the file calls its kind, or None.
+        bare: the question without hint and options, where the file parts them.
+        options: texts of the choices A, B, ... where the file has them.
+        answer: the right one, where the question file itself holds it.
+        embedded: the image in base64, where the question file itself holds it.
+    """
+
+    id: str | int
+    prompt: str
+    image: str | None = None
+    category: str | None = None
+    bare: str | None = None
+    options: tuple[str, ...] = ()
+    answer: str | None = None
+    embedded: str | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from the other questions of its file."""
+        return str(self.id), self.prompt
+
+    def to_conversation(self, image: str) -> Conversation:
+        """Return the question as a model is asked it; ``image`` is what its image goes by."""
+        text = self.prompt.replace(IMAGE_PLACEHOLDER, "").strip()
+        if self.image is None and self.embedded is None:
+            return Conversation(str(self.id), (), (("human", text),))
+        turn = f"{IMAGE_PLACEHOLDER}\n{text}"
+        return Conversation(str(self.id), (image,), (("human", turn),))
+
+
+def image_reader(
+    questions: Sequence[Question], read: Callable[[str], bytes] | None
+) -> Callable[[str], bytes]:
+    """Return a reader of images by their question's place in ``questions``.
+
+    Args:
+        questions: the questions.
+        read: name of an image -> its bytes; not needed where the questions hold their images.
+
+    Raises (when called):
+        ConfigError: there is no ``read``, or the base64 is damaged.
+    """
+
+    def read_place(place: str) -> bytes:
+        question = questions[int(place)]
+        if question.embedded is not None:
+            try:
+                return base64.b64decode(question.embedded, validate=False)
+            except binascii.Error as error:
+                raise ConfigError(
+                    f"the image of question {question.id} is not base64 ({error}); download the "
+                    "question file again."
+                ) from None
+        if read is None:
+            raise ConfigError(
+                f"question {question.id} has the image '{question.image}'; give the folder that it "
+                "lies in with --images."
+            )
+        assert question.image is not None
+        return read(question.image)
+
+    return read_place
+
+
+def load_jsonl(path: Path) -> list[Question]:
+    """Return the questions of a LLaVA .jsonl.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line lacks a key; says which.
+    """
+    questions = []
+    for where, entry in read_lines(path, "LLaVA's questions, one an object a line"):
+        questions.append(
+            Question(
+                id=_require(entry, "question_id", (str, int), where),
+                prompt=_require(entry, "text", str, where),
+                image=_require(entry, "image", str, where),
+                category=entry.get("category"),
+            )
+        )
+    return _some(questions, path)
+
+
+def load_science(path: Path) -> list[Question]:
+    """Return ScienceQA's questions of LLaVA's llava_test_CQM-A.json; some have no image.
+
+    Raises:
+        ConfigError: as ``load_jsonl``.
+    """
+    entries = read_json(path, list, "LLaVA's ScienceQA questions")
+    questions = []
+    for number, entry in enumerate(entries):
+        where = f"{path}: entry {number}"
+        turns = _require(entry, "conversations", list, where)
+        text = _require(turns[0] if turns else {}, "value", str, f"{where}, turn 0")
+        image = entry.get("image")
+        text = f"{text.replace(IMAGE_PLACEHOLDER, '').strip()}\n{LETTER_PROMPT}"
+        questions.append(
+            Question(
+                id=_require(entry, "id", (str, int), where),
+                prompt=text if image is None else f"{IMAGE_PLACEHOLDER}\n{text}",
+                image=image,
+            )
+        )
+    return _some(questions, path)
+
+
+def load_options(path: Path) -> list[Question]:
+    """Return MMBench's questions; a missing option ends them, as in LLaVA.
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks a column or an image; says which.
+    """
+    rows = _read_tsv(path)
+    images = {row["index"]: row["image"] for row in rows}
+    questions = []
+    for number, row in enumerate(rows):
+        options: list[str] = []
+        for letter in _OPTIONS:
+            if _is_absent(row.get(letter)):
+                break
+            options.append(row[letter])
+        lines = [] if _is_absent(row.get("hint")) else [row["hint"]]
+        lines.append(row["question"])
+        lines += [f"{letter}. {text}" for letter, text in zip(_OPTIONS, options, strict=False)]
+        image = row["image"]
+        if len(image) <= _REFERENCE_LENGTH and image in images:
+            image = images[image]
+        if not row["index"].isdecimal() or _is_absent(image):
+            raise ConfigError(
+                f"{path}: row {number + 1} has index '{row['index'][:20]}' and an image of "
+                f"{len(image)} characters; expected a number and base64. Download the file again."
+            )
+        questions.append(
+            Question(
+                id=int(row["index"]),
+                prompt="\n".join([*lines, LETTER_PROMPT]),
+                category=row.get("category"),
+                bare=row["question"],
+                options=tuple(options),
+                answer=None if _is_absent(row.get("answer")) else row["answer"],
+                embedded=image,
+            )
+        )
+    return _some(questions, path)
+
+
+def _read_tsv(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are longer than its default
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read ({reason}); expected MMBench's TSV.") from None
+    missing = {"index", "question", "A", "B", "image"} - (rows[0].keys() if rows else set())
+    if rows and missing:
+        raise ConfigError(
+            f"{path} lacks the columns {', '.join(sorted(missing))}; expected MMBench's TSV with "
+            "index, question, hint, A to D, answer and image."
+        )
+    return rows
+
+
+def _is_absent(cell: str | None) -> bool:
+    """Return whether a cell is empty, or what pandas writes for an empty one."""
+    return cell is None or cell.strip().lower() in _ABSENT
+
+
+def _require(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(
+            f"{where}: {key} is {json.dumps(value)[:60]}; expected a question in LLaVA's form. "
+            "Check that --questions names the benchmark's own question file."
+        )
+    return value
+
+
+def _some(questions: list[Question], path: Path) -> list[Question]:
+    if not questions:
+        raise ConfigError(f"{path} holds no question; download it again.")
+    return questions

@@ -1,0 +1,162 @@
+"""VQAv2, VizWiz, TextVQA: ten people answered each question, and a model is right with three.
+
+Comes in: questions, a model's answers, the benchmark's annotation file. Goes out: a ``Report``.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from movekd.errors import ConfigError
+from movekd.evaluate.benchmarks.json_files import read_json
+from movekd.evaluate.benchmarks.questions import Question
+from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+from movekd.evaluate.benchmarks.vqa_normalize import normalise, normalise_evalai
+
+_TEXTVQA_PEOPLE = 10
+_OCR = "Reference OCR token:"
+
+
+def consensus(matches: int, people: int) -> float:
+    """Return the accuracy of an answer that ``matches`` of ``people`` gave.
+
+    With each person left out in turn, min(matches among the others / 3, 1), averaged: of ten, 0 to
+    4 and more matches give 0, 0.3, 0.6, 0.9, 1.
+
+    Source: visualqa.org/evaluation.
+    """
+    without_a_match = min((matches - 1) / 3, 1.0)
+    without_another = min(matches / 3, 1.0)
+    return (matches * without_a_match + (people - matches) * without_another) / people
+
+
+def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return the VQA challenge's accuracy of one answer against people's.
+
+    If all people agree, words are compared as they are; otherwise both sides are normalised.
+
+    Source: GT-Vision-Lab/VQA, vqaEval.py.
+    """
+    people = [person.replace("\n", " ").replace("\t", " ").strip() for person in people]
+    if len(set(people)) > 1:
+        people = [normalise(person) for person in people]
+        answer = normalise(answer)
+    return consensus(people.count(answer), len(people))
+
+
+def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return VizWiz's accuracy of one answer: only the model's answer is normalised.
+
+    People's answers are compared as they were written, whether people agree or not.
+
+    Source: VizWiz's Python API (vizwiz.org/tasks-and-datasets/vqa), VQAEval.evaluate.
+    """
+    return consensus(people.count(normalise(answer)), len(people))
+
+
+def textvqa_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return TextVQA's accuracy of one answer: as ``vqa_accuracy``, in TextVQA's own form.
+
+    Source: facebookresearch/mmf, TextVQAAccuracyEvaluator, as in LLaVA's m4c_evaluator.py.
+    """
+    forms = [normalise_evalai(person) for person in people]
+    return consensus(forms.count(normalise_evalai(answer)), len(forms))
+
+
+def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
+    """Return VQAv2's accuracy, by type of answer too (v2_mscoco_val2014_annotations.json).
+
+    Raises:
+        ConfigError: the file is another, or lacks a question.
+    """
+    content = read_json(annotations, dict, "VQAv2's annotations")
+    known = {str(entry.get("question_id")): entry for entry in content.get("annotations", [])}
+    entries = [_find(known, str(q.id), f"question {q.id}", annotations) for q in questions]
+    return _score_people(entries, answers, annotations, vqa_accuracy)
+
+
+def score_vizwiz(
+    questions: Sequence[Question], answers: Sequence[str], annotations: Path
+) -> Report:
+    """Return VizWiz's accuracy, by type of answer too (val.json); found by image.
+
+    Raises:
+        ConfigError: the file is another, or lacks an image.
+    """
+    content = read_json(annotations, list, "VizWiz's annotations")
+    known = {str(entry.get("image")): entry for entry in content}
+    entries = [_find(known, str(q.image), f"image '{q.image}'", annotations) for q in questions]
+    return _score_people(entries, answers, annotations, vizwiz_accuracy)
+
+
+def score_textvqa(
+    questions: Sequence[Question], answers: Sequence[str], annotations: Path
+) -> Report:
+    """Return TextVQA's accuracy (TextVQA_0.5.1_val.json); found by image and question.
+
+    Raises:
+        ConfigError: the file is another, lacks a question, or has not ten answers to one.
+    """
+    content = read_json(annotations, dict, "TextVQA's annotations")
+    known = {
+        (entry.get("image_id"), str(entry.get("question")).lower()): entry
+        for entry in content.get("data", [])
+    }
+    scores: list[tuple[tuple[str, ...], float]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        asked = asked_question(question.prompt).lower()
+        what = f"question '{asked}' about image '{question.id}'"
+        people = _find(known, (question.id, asked), what, annotations).get("answers", [])
+        if len(people) != _TEXTVQA_PEOPLE:
+            raise ConfigError(
+                f"{annotations} has {len(people)} answers to {what}; expected "
+                f"{_TEXTVQA_PEOPLE}. Give the annotations of a split with answers."
+            )
+        scores.append(((), textvqa_accuracy(answer, people)))
+    rows = accuracy_rows(scores)
+    return Report("accuracy", rows["all"]["accuracy"], rows)
+
+
+def asked_question(prompt: str) -> str:
+    """Return the question alone, out of one of LLaVA's TextVQA prompts.
+
+    They are: the question, the OCR tokens (before or after it, or not at all), an instruction, each
+    a line; or all on one line, "OCR tokens: ... Question: ... Short answer:".
+    """
+    framed = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if prompt.startswith("OCR tokens: ") and framed is not None:
+        return framed.group(1)
+    lines = [line for line in prompt.split("\n") if not line.startswith(_OCR)]
+    return lines[0]
+
+
+def _score_people(
+    entries: Sequence[Any],
+    answers: Sequence[str],
+    annotations: Path,
+    accuracy: Callable[[str, Sequence[str]], float],
+) -> Report:
+    """Score as the challenge's server does what LLaVA uploads: answers in TextVQA's form."""
+    scores: list[tuple[tuple[str, ...], float]] = []
+    for entry, answer in zip(entries, answers, strict=True):
+        people = [person.get("answer") for person in entry.get("answers", [])]
+        if not people or not all(isinstance(person, str) for person in people):
+            raise ConfigError(
+                f"{annotations} has no answers of people; expected a split that has. For one "
+                "without, leave --annotations out and give --upload."
+            )
+        kind = entry.get("answer_type")
+        score = accuracy(normalise_evalai(answer), people)
+        scores.append(((kind,) if isinstance(kind, str) else (), score))
+    rows = accuracy_rows(scores)
+    return Report("accuracy", rows["all"]["accuracy"], rows)
+
+
+def _find(known: dict[Any, Any], key: Any, what: str, annotations: Path) -> Any:
+    if key not in known:
+        raise ConfigError(
+            f"{annotations} says nothing of {what} ({len(known)} entries); expected the "
+            "annotations of the split that --questions asks."
+        )
+    return known[key]

@@ -1,0 +1,165 @@
+"""A trained run as a model of lmms-eval: ``lmms-eval --model movekd --model_args pretrained=RUN``.
+
+Comes in: lmms-eval's requests, each a context and the images of a document. Goes out: greedy
+answers, by the same generation as `movekd evaluate`. Needs ``pip install 'movekd[lmms]'``; found
+through ``lmms_entry``. Under `accelerate launch` every process answers its share of the requests.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from PIL import Image
+
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Conversation
+from movekd.errors import ConfigError
+from movekd.evaluate.generate import generate_answers
+from movekd.student.checkpoint import load_student
+from movekd.student.hf_loading import quiet_libraries
+
+MAX_NEW_TOKENS = 128
+"""Longest answer where a task does not say; as in LLaVA's scripts."""
+
+
+class MovekdModel(lmms):
+    """lmms-eval's interface to a trained student; greedy whatever temperature a task asks for.
+
+    Args:
+        pretrained: output of `movekd train` or `import`, or an export of format hf.
+        device: auto, cpu, cuda, ...; with several processes each takes a GPU of its own.
+        batch_size: requests at a time.
+
+    Raises:
+        ConfigError: an argument that is not one of these.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        device: str | None = "auto",
+        batch_size: int | str = 1,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        unknown.pop("max_batch_size", None)  # lmms-eval hands it to every model
+        if unknown or not pretrained:
+            raise ConfigError(
+                f"--model_args names {', '.join(sorted(unknown)) or 'no pretrained'}; expected "
+                "pretrained=RUN, and device=... if need be."
+            )
+        quiet_libraries()
+        self.accelerator = Accelerator()
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+        place = self.accelerator.device if device in (None, "auto") else torch.device(str(device))
+        if self._world_size > 1:
+            place = self.accelerator.device
+        self._device = place
+        self._batch_size = 1 if batch_size == "auto" else int(batch_size)
+        self._trained = load_student(Path(pretrained), str(place))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Requests at a time."""
+        return self._batch_size
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return the answer to each request, in order.
+
+        Requests of one batch share ``max_new_tokens``; an answer ends before the first of the
+        task's ``until`` strings. Documents without an image are asked as text.
+
+        Args:
+            requests: Instances whose ``args`` are (context, generation kwargs, doc_to_visual, index
+                of the document, task, split).
+
+        Raises:
+            ConfigError: a task shows something else than images.
+        """
+        by_length: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            longest = request.args[1].get("max_new_tokens", MAX_NEW_TOKENS)
+            by_length.setdefault(int(longest), []).append(place)
+        answers = [""] * len(requests)
+        for longest, places in by_length.items():
+            given = self._generate([requests[place].args for place in places], longest)
+            for place, text in zip(places, given, strict=True):
+                context, keys = requests[place].args[:2]
+                answers[place] = _before(text, keys.get("until"))
+                self.cache_hook.add_partial("generate_until", (context, keys), answers[place])
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refuse: LLaVA's benchmarks generate.
+
+        Raises:
+            NotImplementedError: always; lmms-eval shows it.
+        """
+        raise NotImplementedError("movekd answers tasks of output_type generate_until alone.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse: one question, one answer.
+
+        Raises:
+            NotImplementedError: always; lmms-eval shows it.
+        """
+        raise NotImplementedError("movekd answers tasks of output_type generate_until alone.")
+
+    def _generate(self, requests: Sequence[tuple[Any, ...]], longest: int) -> Iterator[str]:
+        """Yield answers, with the images of one batch in memory at a time."""
+        for start in range(0, len(requests), self._batch_size):
+            images: dict[str, bytes] = {}
+            conversations = []
+            for request in requests[start : start + self._batch_size]:
+                context, _, to_visual, document, task, split = request
+                names = []
+                for visual in to_visual(self.task_dict[task][split][document]) or []:
+                    names.append(str(len(images)))
+                    images[names[-1]] = _png(visual, task)
+                conversations.append(_conversation(context, tuple(names), str(document)))
+            yield from generate_answers(
+                self._trained.student,
+                conversations,
+                images.__getitem__,
+                prompt=self._trained.prompt,
+                geometry=self._trained.geometry,
+                batch_size=self._batch_size,
+                max_new_tokens=longest,
+            )
+
+
+def _conversation(context: str, images: tuple[str, ...], name: str) -> Conversation:
+    """Return a request as a conversation; images that its context has no place for go in front."""
+    missing = len(images) - context.count(IMAGE_PLACEHOLDER)
+    turn = f"{IMAGE_PLACEHOLDER}\n" * max(missing, 0) + context
+    return Conversation(name, images, (("human", turn),))
+
+
+def _png(visual: Any, task: str) -> bytes:
+    """Return an image as the bytes of a file, without loss."""
+    if not isinstance(visual, Image.Image):
+        raise ConfigError(
+            f"task '{task}' shows a {type(visual).__name__}; movekd looks at images alone. Choose "
+            "another task."
+        )
+    file = io.BytesIO()
+    visual.convert("RGB").save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _before(text: str, until: Any) -> str:
+    """Return a text up to the first of the strings that end it."""
+    for end in [until] if isinstance(until, str) else until or []:
+        text = text.partition(end)[0] if end else text
+    return text.strip()

@@ -1,0 +1,119 @@
+"""`--batch-size auto`: the largest batch that the device's memory holds.
+
+Settled once, before the calibration, and sealed with it: the last bits of a row depend on the
+batch that it was in.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from movekd.cache import codec
+from movekd.cache.codec import ChannelStats
+from movekd.cache.layout import grid_side, teacher_layout
+from movekd.errors import CacheError
+from movekd.extract.image_loader import PixelBatch, image_transform
+from movekd.extract.options import CPU_BATCH_SIZE, BuildOptions
+from movekd.extract.shard_buffer import resize_output
+from movekd.teachers import Teacher, TeacherOutput
+
+MEMORY_SHARE = 0.9
+_HELD_OUTPUTS = 4
+"""Of how many batches features are on the device at once: one that runs, two that wait to be
+encoded, one that is. The last of them is encoded while the measurement runs."""
+
+
+def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
+    """Return the largest power of two that fits: at most the rows of a Zarr shard.
+
+    A power of two fills Zarr shards without a rest, so that all batches have one shape.
+
+    Raises:
+        CacheError: not even one image fits.
+    """
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        return CPU_BATCH_SIZE
+    spec = teacher.spec
+    outputs: list[TeacherOutput] = []
+
+    def peak_bytes(batch_size: int) -> int:
+        outputs.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(_HELD_OUTPUTS):
+            outputs.append(one_pass(teacher, batch_size, options))
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    budget = int(MEMORY_SHARE * total) - others
+    try:
+        peak_bytes(1)
+        return settle(peak_bytes, budget, _rows_per_shard(teacher, outputs[0]))
+    except torch.OutOfMemoryError:
+        raise CacheError(
+            f"teacher '{spec.name}' does not fit {options.device}, which has {free / 1e9:.1f} GB "
+            "free, even with one image; free it, or use --dtype bfloat16."
+        ) from None
+    finally:
+        outputs.clear()
+        torch.cuda.empty_cache()
+
+
+def one_pass(teacher: Teacher, batch_size: int, options: BuildOptions) -> TeacherOutput:
+    """Do to black images what a build does to a batch, up to the encoded features."""
+    spec, size = teacher.spec, teacher.spec.image_size
+    levels_BHWC = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8)
+    transform = image_transform(spec, "crop")
+    places = list(range(batch_size))
+    batch = PixelBatch(places, levels_BHWC, [(size, size)] * batch_size, {}, transform)
+    output = teacher.forward(batch.pixels(options.device, options.dtype))
+    kept = resize_output(output, spec)
+    width = kept.tokens_BND.shape[-1]
+    stats = ChannelStats(torch.zeros(width), torch.ones(width)).to(torch.device(options.device))
+    codec.token_error(kept.tokens_BND, codec.encode(kept.tokens_BND, spec.codec, stats), stats)
+    return output
+
+
+def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
+    """Return the largest power of two up to ``limit`` whose peak is within ``budget`` bytes.
+
+    Two small batches say what an image takes; the size that follows from them is tried, and
+    halved while it does not fit.
+
+    Args:
+        peak_bytes: batch size -> bytes that it took; may raise ``torch.OutOfMemoryError``.
+        budget: bytes there are.
+        limit: the largest that is of use.
+
+    Raises:
+        torch.OutOfMemoryError: one image does not fit.
+    """
+    one = peak_bytes(1)
+    if one > budget:
+        raise torch.OutOfMemoryError(f"one image takes {one} of {budget} bytes")
+    size = 1
+    try:
+        an_image = max(peak_bytes(2) - one, 1)
+        while 2 * size <= limit and one + (2 * size - 1) * an_image <= budget:
+            size *= 2
+    except torch.OutOfMemoryError:
+        return 1
+    while size > 1:
+        try:
+            if peak_bytes(size) <= budget:
+                return size
+        except torch.OutOfMemoryError:
+            pass
+        size //= 2
+    return 1
+
+
+def _rows_per_shard(teacher: Teacher, output: TeacherOutput) -> int:
+    _, num_tokens, width = output.tokens_BND.shape
+    spec = teacher.spec
+    side = grid_side(num_tokens) if spec.grid == "native" else spec.grid
+    layout = teacher_layout(spec.codec, side**2, width, cls_width=None, num_heads=None)
+    return layout.rows_per_shard

@@ -1,0 +1,339 @@
+"""Images of a corpus as batches of pixels, decoded in worker processes ahead of the teachers.
+
+An image is decoded once, whoever needs it and at however many sizes. What travels from the
+workers, and to the device, is a byte a channel; the device normalises.
+
+Legend: B batch, C colour channels, H height, W width, S side of the square.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from movekd.cache.spec import CacheSpec
+from movekd.corpus.decode import decode_image
+from movekd.corpus.index import Corpus
+from movekd.corpus.transforms import Colour, Geometry, ImageTransform, ImageViews, Square
+from movekd.errors import CorpusError, UnreadableImageError
+
+RowIds = Sequence[int] | npt.NDArray[np.int64]
+_LOADED_TOGETHER, _GROUP_BYTES = 8, 32 * 2**20
+"""Images, and bytes, that a worker decodes and hands over at once; four groups a worker wait."""
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """A batch of one teacher's input. An unreadable image is black, so that the shape stays.
+
+    Attributes:
+        images: position of each image in the corpus.
+        levels_BHWC: uint8 (B, S, S, 3); page-locked if asked for.
+        shown: width and height of the image in each square, see ``Square``.
+        unreadable: position in the batch -> reason.
+        transform: what normalises them.
+    """
+
+    images: list[int]
+    levels_BHWC: Tensor
+    shown: list[tuple[int, int]]
+    unreadable: dict[int, str]
+    transform: ImageTransform
+
+    def pixels(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the normalised pixels (B, 3, S, S) on ``device``: what ``transform`` returns."""
+        levels_BHWC = self.levels_BHWC.to(device, non_blocking=True).int()
+        table, padding_C11 = _constants(self.transform, str(device))
+        size = self.transform.image_size
+        pixels_BCHW = torch.empty(len(self.images), 3, size, size, dtype=dtype, device=device)
+        for channel in range(3):
+            level = levels_BHWC[..., channel].reshape(-1)
+            pixels_BCHW[:, channel] = table[channel].index_select(0, level).view(-1, size, size)
+        for pixels_CHW, (width, height) in zip(pixels_BCHW, self.shown, strict=True):
+            if (width, height) != (size, size):
+                pixels_CHW[:, height:, :] = padding_C11
+                pixels_CHW[:, :, width:] = padding_C11
+        return pixels_BCHW
+
+
+@lru_cache(maxsize=16)
+def _constants(transform: ImageTransform, device: str) -> tuple[Tensor, Tensor]:
+    """Return the table of levels (3, 256) and the padding (3, 1, 1), on a device.
+
+    Kept, because such a copy would wait for everything that the device has yet to do.
+    """
+    table = torch.from_numpy(transform.normalisation_table).to(device)
+    return table, torch.from_numpy(transform.padding_C).to(device)[:, None, None]
+
+
+def image_transform(spec: CacheSpec, geometry: Geometry) -> ImageTransform:
+    """Return what turns image bytes into this teacher's input in a cache of ``geometry``."""
+    return ImageTransform(
+        image_size=spec.image_size,
+        geometry=spec.geometry or geometry,
+        resample=spec.resample,
+        mean=spec.mean,
+        std=spec.std,
+        fill=spec.fill,
+    )
+
+
+def pixel_batches(
+    corpus: Corpus,
+    transform: ImageTransform,
+    batches: Sequence[Sequence[int]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    views: Sequence[Sequence[int]] | None = None,
+) -> Iterator[PixelBatch]:
+    """Yield one PixelBatch for each list of image positions, in order; see ``ImageLoader``.
+
+    Args:
+        corpus: where the bytes are.
+        transform: bytes -> pixels.
+        batches: positions in the corpus, a list a batch.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+        pin_memory: page-locked batches, for a GPU.
+        views: which view of each; the base view unless given.
+    """
+    images = np.array([image for batch in batches for image in batch], np.int64)
+    of_each = np.zeros(len(images), np.int16)
+    if views is not None:
+        of_each = np.array([view for batch in views for view in batch], np.int16)
+    places = np.arange(len(images))
+    stream = ImageLoader(
+        corpus,
+        images,
+        of_each,
+        {transform: places},
+        places,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+    start = 0
+    for batch in batches:
+        yield stream.take(places[start : start + len(batch)], transform)
+        start += len(batch)
+
+
+class ImageLoader:
+    """Decoded views of images, each kept until all who want it have taken it.
+
+    A place is an index into ``images`` and ``views``: a row of a catalog, for one.
+
+    Args:
+        corpus: where the bytes are.
+        images: place -> position of its image in the corpus.
+        views: place -> which view of it.
+        wanted: transform -> places that ``take`` will be asked for, each as often as it will be.
+            Transforms that differ in mean and std alone are one: an image is resized once.
+        order: places in the order in which they are needed first; what is taken out of it waits
+            in memory for its turn. Repeats are dropped.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+        pin_memory: page-locked batches, for a GPU.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        images: npt.NDArray[np.int64],
+        views: npt.NDArray[np.int16],
+        wanted: Mapping[ImageTransform, RowIds],
+        order: RowIds,
+        *,
+        num_workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._images, self._pin_memory = images, pin_memory
+        self._left: dict[ImageTransform, npt.NDArray[np.int32]] = {}
+        for transform, wanted_places in wanted.items():
+            square = square_key(transform)
+            left = np.bincount(np.asarray(wanted_places, np.int64), minlength=len(images))
+            self._left[square] = self._left.get(square, 0) + left.astype(np.int32)
+        self._transforms = list(self._left)
+        ordered = np.asarray(order, np.int64)
+        places = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
+        use = np.stack([left[places] > 0 for left in self._left.values()], axis=1)
+        dataset = _DecodedViews(corpus, images[places], views[places], use, self._transforms)
+        cuts = _cuts(images[places], sum(3 * square.image_size**2 for square in self._left))
+        self._loaded = zip(
+            _Groups(places, cuts),
+            DataLoader(
+                dataset,
+                batch_sampler=_Groups(np.arange(len(places)), cuts),
+                num_workers=num_workers,
+                collate_fn=_collate,
+                prefetch_factor=4 if num_workers else None,
+                # PyTorch's own, from which it would draw a seed, may be at work in another thread
+                generator=torch.Generator(),
+            ),
+            strict=True,
+        )
+        self._is_shared = num_workers > 0
+        self._squares: dict[tuple[int, ImageTransform], tuple[Tensor, int, int]] = {}
+        self._unreadable: dict[int, str] = {}
+
+    def take(self, places: RowIds, transform: ImageTransform) -> PixelBatch:
+        """Return a batch of places, waiting for those that are not decoded yet."""
+        square, size = square_key(transform), transform.image_size
+        left = self._left[square]
+        wanted = [int(place) for place in places]
+        levels_BHWC = torch.empty(
+            (len(wanted), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
+        )
+        shown, unreadable = [(size, size)] * len(wanted), {}
+        for index, place in enumerate(wanted):
+            while (place, square) not in self._squares and place not in self._unreadable:
+                self._load_more()
+            if place in self._unreadable:
+                unreadable[index] = self._unreadable[place]
+                levels_BHWC[index] = 0
+                continue
+            levels_BHWC[index], width, height = self._squares[place, square]
+            shown[index] = width, height
+            left[place] -= 1
+            if not left[place]:
+                del self._squares[place, square]
+        images = self._images[wanted].tolist()
+        return PixelBatch(images, levels_BHWC, shown, unreadable, transform)
+
+    def _load_more(self) -> None:
+        places, loaded = next(self._loaded)
+        if loaded.failure is not None:
+            raise CorpusError(loaded.failure)
+        for index, reason in loaded.unreadable.items():
+            self._unreadable[places[index]] = reason
+        for which, found in loaded.squares.items():
+            levels_BHWC = found.levels_BHWC
+            if self._is_shared:  # each shared tensor holds a file descriptor while it waits
+                levels_BHWC = levels_BHWC.clone()
+            for at, (index, width, height) in enumerate(found.shown):
+                key = places[index], self._transforms[which]
+                self._squares[key] = levels_BHWC[at], width, height
+
+
+def square_key(transform: ImageTransform) -> ImageTransform:
+    """Return what decides the squares of a transform: teachers that differ in mean and std alone
+    share them."""
+    plain: Colour = (0.0, 0.0, 0.0)
+    return replace(transform, mean=plain, std=(1.0, 1.0, 1.0), fill=transform.padding_colour)
+
+
+def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int64]:
+    """Return where groups of a few images begin; views of one image that follow stay together.
+
+    Args:
+        images: the image of each view, in order.
+        view_bytes: what a view takes, all sizes of it together.
+    """
+    if not len(images):
+        return np.empty(0, np.int64)
+    number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])])
+    views_each = len(images) / (number[-1] + 1)
+    together = max(min(_LOADED_TOGETHER, int(_GROUP_BYTES / (views_each * view_bytes))), 1)
+    starts = np.flatnonzero(np.diff(number // together, prepend=-1))
+    return np.append(starts, len(images))
+
+
+class _Groups:
+    """Values in groups, made as they are asked for: a corpus can have millions of rows."""
+
+    def __init__(self, values: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64]) -> None:
+        self._values, self._cuts = values, cuts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start, end in itertools.pairwise(self._cuts):
+            yield self._values[start:end].tolist()
+
+    def __len__(self) -> int:
+        return max(len(self._cuts) - 1, 0)
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Squares of one size: uint8 (B, S, S, 3), and for each its index, width and height."""
+
+    levels_BHWC: Tensor
+    shown: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A group: index of a transform -> squares; index in the group -> why there are none."""
+
+    squares: dict[int, _Squares]
+    unreadable: dict[int, str]
+    failure: str | None
+    """Why the corpus itself cannot be read: the end of the build."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker says instead of raising, which would arrive as a traceback."""
+
+    reason: str
+
+
+_Item = dict[int, Square] | str | _Failure
+"""Squares by the index of their transform, or why there are none."""
+
+
+class _DecodedViews(Dataset[_Item]):
+    """Views of images. The last image is kept, decoded: its other views are asked for next."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        images: npt.NDArray[np.int64],
+        views: npt.NDArray[np.int16],
+        use: npt.NDArray[np.bool_],
+        transforms: Sequence[ImageTransform],
+    ) -> None:
+        self._corpus, self._transforms = corpus, transforms
+        self._images, self._views, self._use = images, views, use
+        self._last: tuple[int, list[ImageViews] | str | _Failure] = (-1, "")
+
+    def __getitem__(self, index: int) -> _Item:
+        image, view = int(self._images[index]), int(self._views[index])
+        if self._last[0] != image:
+            self._last = image, self._decode(image)
+        found = self._last[1]
+        if isinstance(found, str | _Failure):
+            return found
+        try:
+            chosen = np.flatnonzero(self._use[index]).tolist()
+            return {which: found[which].square(view) for which in chosen}
+        except UnreadableImageError as error:
+            return str(error)
+
+    def _decode(self, image: int) -> list[ImageViews] | str | _Failure:
+        try:
+            decoded = decode_image(self._corpus.read_image(image))
+        except UnreadableImageError as error:
+            return str(error)
+        except CorpusError as error:
+            return _Failure(str(error))
+        return [ImageViews(transform, decoded) for transform in self._transforms]
+
+
+def _collate(items: list[_Item]) -> _Loaded:
+    unreadable = {index: item for index, item in enumerate(items) if isinstance(item, str)}
+    by_transform: dict[int, list[tuple[int, Square]]] = {}
+    for index, item in enumerate(items):
+        if isinstance(item, dict):
+            for which, square in item.items():
+                by_transform.setdefault(which, []).append((index, square))
+    squares = {}
+    for which, some in by_transform.items():
+        levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
+        shown = [(index, square.width, square.height) for index, square in some]
+        squares[which] = _Squares(levels_BHWC, shown)
+    failures = (item.reason for item in items if isinstance(item, _Failure))
+    return _Loaded(squares, unreadable, next(failures, None))

@@ -1,0 +1,1 @@
+"""Build a cache on many machines with Ray."""

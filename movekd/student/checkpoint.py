@@ -1,0 +1,219 @@
+"""A run's model on disk: one safetensors file for each part that learned.
+
+    RUN/model/
+      config.yaml                  the run, resolved: which base models the rest comes from
+      mole_encoder.safetensors     experts and routers of the vision tower
+      mm_projector.safetensors
+      encoder_adapter.safetensors  teacher adapters or student heads; used in training only
+      vision_tower.safetensors     base weights of the tower, after finetune
+      language_model.safetensors   language model and lm_head, after finetune
+      (tokenizer files)
+
+A part without a file is its base, unchanged. Nothing here unpickles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from movekd.config import read_yaml, validate
+from movekd.corpus.transforms import Geometry
+from movekd.errors import WeightsError
+from movekd.student.config import PromptFormat, StudentConfig
+from movekd.student.vlm import Student, build_encoder, build_vlm
+
+PART_FILES = {
+    "mole": "mole_encoder.safetensors",
+    "projector": "mm_projector.safetensors",
+    "vision_tower": "vision_tower.safetensors",
+    "language_model": "language_model.safetensors",
+}
+ADAPTERS_FILE = "encoder_adapter.safetensors"
+CONFIG_FILE = "config.yaml"
+ABOUT_FILE = "movekd.json"
+"""How a student was fed, beside its weights in every export."""
+IMPORTED_KEY = "movekd_imported"
+"""Key in the config.json of a base model that `movekd import` wrote: what it was imported from. Its
+weights are those of a finetune, so that experts trained on it mean nothing without it."""
+
+
+def part_of(name: str) -> str:
+    """Return the part that a parameter of the vision-language model belongs to."""
+    if ".mole_" in name:
+        return "mole"
+    if "multi_modal_projector" in name or "image_newline" in name:
+        return "projector"
+    return "vision_tower" if "vision_tower" in name else "language_model"
+
+
+def part_parameters(vlm: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of everything in a part."""
+    return ((n, p) for n, p in vlm.named_parameters() if part_of(n) == part)
+
+
+def save_parts(directory: Path, vlm: nn.Module, parts: list[str]) -> None:
+    """Write one file for each part."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        tensors = {n: p.detach().cpu().contiguous() for n, p in part_parameters(vlm, part)}
+        _save(directory / PART_FILES[part], tensors)
+
+
+def load_parts(directory: Path, vlm: nn.Module) -> list[str]:
+    """Load every part that has a file into the model; return which.
+
+    Raises:
+        WeightsError: names or shapes are not those of the model.
+    """
+    loaded = []
+    for part, file in PART_FILES.items():
+        if (directory / file).exists():
+            load_exact(directory / file, dict(part_parameters(vlm, part)))
+            loaded.append(part)
+    if not loaded:
+        raise WeightsError(
+            f"{directory} holds none of {', '.join(PART_FILES.values())}; expected the `model` "
+            "folder of a run that `movekd train` finished."
+        )
+    return loaded
+
+
+def save_adapters(directory: Path, adapters: nn.Module) -> None:
+    """Write the teacher adapters or student heads."""
+    tensors = {n: p.detach().cpu().contiguous() for n, p in adapters.named_parameters()}
+    if tensors:
+        _save(directory / ADAPTERS_FILE, tensors)
+
+
+def load_adapters(directory: Path, adapters: nn.Module) -> None:
+    """Load the teacher adapters or student heads where folder and model have them."""
+    parameters = dict(adapters.named_parameters())
+    if parameters and (directory / ADAPTERS_FILE).exists():
+        load_exact(directory / ADAPTERS_FILE, parameters)
+
+
+def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Copy a safetensors file into parameters of exactly its names and shapes.
+
+    Raises:
+        WeightsError: the file is damaged, or says what is missing, unexpected or of another shape.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}.") from None
+    missing, unexpected = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
+    shapes = [
+        n for n in parameters.keys() & tensors.keys() if parameters[n].shape != tensors[n].shape
+    ]
+    if missing or unexpected or shapes:
+        problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        said = "; ".join(
+            f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
+            for what, names in problems.items()
+            if names
+        )
+        raise WeightsError(
+            f"{path} does not fit the model: {said}. Use the config.yaml that was saved with it."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """The model of a finished run, and how it was fed.
+
+    Attributes:
+        student: the model, frozen, in evaluation mode.
+        prompt: the format of its questions.
+        geometry: how its images become square.
+        directory: the folder that its parts lie in.
+        run: the resolved config, as YAML holds it.
+    """
+
+    student: Student
+    prompt: PromptFormat
+    geometry: Geometry
+    directory: Path
+    run: dict[str, Any]
+
+
+def load_student(
+    directory: Path, device: str = "cpu", *, takes_encoder: bool = False
+) -> TrainedStudent:
+    """Return the trained model of a run, frozen and in evaluation mode.
+
+    Args:
+        directory: a run's output, or its ``model`` folder; what `movekd import` wrote; or an
+            export of format hf.
+        device: where to.
+        takes_encoder: an encoder of stage distill will do, too; it has no tokenizer.
+
+    Raises:
+        WeightsError: there is no finished model there.
+        ConfigError: it is an encoder alone, and was to read text.
+    """
+    model_dir = directory / "model" if (directory / "model").is_dir() else directory
+    if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
+        from movekd.student.export.read import load_export  # transformers' own files
+
+        return load_export(model_dir, device)
+    if not (model_dir / CONFIG_FILE).exists():
+        raise WeightsError(
+            f"{directory} holds no finished run (no model/{CONFIG_FILE}); expected the --output of "
+            "a `movekd train` that ended."
+        )
+    source = str(model_dir / CONFIG_FILE)
+    content = read_yaml(model_dir / CONFIG_FILE)
+    config = validate(StudentConfig, content.get("student", {}), source)
+    geometry = content.get("data", {}).get("geometry")
+    if geometry not in get_args(Geometry) or config.prompt is None:
+        raise WeightsError(
+            f"{source} lacks data.geometry or student.prompt; it was not written "
+            "by movekd, or was edited since."
+        )
+    build = build_encoder if takes_encoder and config.language_model is None else build_vlm
+    student = build(_beside(config, model_dir))
+    load_parts(model_dir, student.vlm)
+    student.vlm.eval().requires_grad_(False).to(device)
+    if (mark := imported_from(student.vlm)) is not None:
+        content.setdefault("imported", mark)  # a run that went on from an imported model
+    return TrainedStudent(student, config.prompt, geometry, model_dir, content)
+
+
+def imported_from(vlm: Any) -> dict[str, Any] | None:
+    """Return what the base models were imported from, None where they were not."""
+    for key in ("text_config", "vision_config"):
+        mark = getattr(getattr(vlm.config, key, None), IMPORTED_KEY, None)
+        if isinstance(mark, dict):
+            return mark
+    return None
+
+
+def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
+    """Return the config with base models that lie in the model's own folder found there."""
+    update = {}
+    for key in ("vision_tower", "language_model"):
+        value = getattr(config, key) or ""  # an encoder alone has no language model
+        if value.startswith("base/") and (model_dir / value).is_dir():
+            update[key] = str(model_dir / value)
+    return config.model_copy(update=update)
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def save_tokenizer(directory: Path, tokenizer: Any) -> None:
+    """Write the tokenizer's files, ``<image>`` included."""
+    tokenizer.save_pretrained(directory)

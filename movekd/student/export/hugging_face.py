@@ -1,0 +1,239 @@
+"""A student as a directory that stock transformers loads: ``hf`` and ``encoder``.
+
+    hf                                        encoder
+      config.json, model*.safetensors           config.json, model*.safetensors
+      generation_config.json                    preprocessor_config.json
+      processor_config.json, tokenizer files    movekd.json
+      movekd.json                               *_movekd.py
+      *_movekd.py
+
+Comes in: a loaded student. ``movekd.json`` says how it is to be asked, for ``read``. Nothing is
+merged: the experts stay experts, since each token chooses its own.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
+
+from movekd.errors import ConfigError
+from movekd.student.checkpoint import ABOUT_FILE, TrainedStudent
+from movekd.student.export import configuration_movekd, modeling_movekd
+from movekd.student.export.configuration_movekd import MovekdClipVisionConfig
+from movekd.student.export.model_card import made_of
+from movekd.student.llava_next import GRID_PINPOINTS
+from movekd.student.official.state_dict import mole_layers, plain_parameters
+from movekd.student.prompts import V1_SYSTEM, turn_end
+from movekd.student.tensor_files import write_shards
+from movekd.student.vlm import num_prefix_tokens
+
+TOWER = "model.vision_tower."
+
+_V1_TEMPLATE = (
+    "{{ " + json.dumps(V1_SYSTEM + " ") + " }}"
+    "{% for message in messages %}"
+    "{% set text = namespace(value='') %}"
+    "{% if message['content'] is string %}{% set text.value = message['content'] %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set text.value = text.value + '<image>\n' %}"
+    "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if text.value.split('<image>') | length == 2 %}"
+    "{% set text.value = '<image>\n' + (text.value.replace('<image>', '') | trim) %}"
+    "{% set text.value = text.value | trim %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ 'USER:' }}{% if text.value %}{{ ' ' + text.value + ' ' }}{% endif %}"
+    "{% elif not loop.first or loop.last %}"
+    "{{ 'ASSISTANT:' }}{% if text.value %}{{ ' ' + text.value + END }}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""Vicuna's chat, as ``prompts`` writes it: the one image of a turn in front, only the role of an
+empty turn, no greeting before the first question. END is what ends an answer."""
+
+
+def export_hf(trained: TrainedStudent, directory: Path) -> None:
+    """Write what ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor`` load.
+
+    Raises:
+        ConfigError: no processor of transformers makes images square as the training did, or its
+            LLaVA would take registers for patches.
+    """
+    student = trained.student
+    vision_config = student.vlm.config.vision_config
+    if num_prefix_tokens(vision_config) > 1:
+        raise ConfigError(
+            f"the vision tower is a '{vision_config.model_type}' with registers, which "
+            "transformers' LLaVA takes for patches of the image; --format hf takes towers "
+            "without. Use --format encoder or onnx, or ask the model directory itself."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(student.vlm.config)
+    config.vision_config = tower_config(student.vlm)
+    name = "LlavaNext" if student.has_tiles else "Llava"
+    config.architectures = [f"{name}ForConditionalGeneration"]
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = student.vlm.dtype
+    if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
+        config.auto_map = {
+            "AutoConfig": f"configuration_movekd.Movekd{name}Config",
+            "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
+        }
+        _copy_code(directory)
+    processor_class = LlavaNextProcessor if student.has_tiles else LlavaProcessor
+    processor = processor_class(
+        image_processor=tile_processor(trained) if student.has_tiles else image_processor(trained),
+        tokenizer=student.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # [CLS], which "default" takes off again
+        chat_template=_chat_template(trained),
+    )
+    write_shards(directory, plain_parameters(student.vlm))
+    config.save_pretrained(directory)
+    student.vlm.generation_config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def export_encoder(trained: TrainedStudent, directory: Path) -> None:
+    """Write the vision tower alone, as ``AutoModel`` and ``AutoImageProcessor`` load it.
+
+    Raises:
+        ConfigError: as ``export_hf``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    processor = image_processor(trained)
+    config = tower_config(trained.student.vlm)
+    config.dtype = trained.student.vlm.dtype
+    if config.model_type == MovekdClipVisionConfig.model_type:
+        config.auto_map = {
+            "AutoConfig": "configuration_movekd.MovekdClipVisionConfig",
+            "AutoModel": "modeling_movekd.MovekdClipVisionModel",
+        }
+        _copy_code(directory)
+    write_shards(directory, tower_parameters(trained.student.vlm))
+    config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def tower_parameters(vlm: Any) -> dict[str, Tensor]:
+    """Return the tower's weights under the names of ``modeling_movekd``."""
+    plain = plain_parameters(vlm)
+    return {n.removeprefix(TOWER): p for n, p in plain.items() if n.startswith(TOWER)}
+
+
+def tower_config(vlm: Any) -> Any:
+    """Return the config of the tower with its experts; a tower without keeps its own.
+
+    Raises:
+        ConfigError: the experts stand in a tower that is no CLIP.
+    """
+    config = copy.deepcopy(vlm.config.vision_config)
+    layers = mole_layers(vlm)
+    if not layers:
+        config.architectures = [type(vlm.model.vision_tower).__name__]
+        return config
+    if config.model_type not in ("clip_vision_model", MovekdClipVisionConfig.model_type):
+        raise ConfigError(
+            f"the experts stand in a tower of type '{config.model_type}'; exports know experts in "
+            "a CLIP ('clip_vision_model') alone. Use the model directory itself."
+        )
+    first = next(iter(layers.values()))
+    keys = config.to_dict()
+    for key in ("model_type", "transformers_version", "auto_map"):
+        keys.pop(key, None)
+    keys |= {
+        "architectures": ["MovekdClipVisionModel"],
+        "num_experts": first["num_experts"],
+        "expert_rank": first["r"],
+        "expert_alpha": first["lora_alpha"],
+        "use_gate": first["use_gate"],
+        "expert_blocks": sorted(layers),
+    }
+    return MovekdClipVisionConfig(**keys)
+
+
+def image_processor(trained: TrainedStudent) -> Any:
+    """Return transformers' processor that makes images square as the training did.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    size = trained.student.image_size
+    square = {"height": size, "width": size}
+    keys: dict[str, Any] = {
+        "image_mean": list(trained.student.image_mean),
+        "image_std": list(trained.student.image_std),
+        "crop_size": square,
+    }
+    short = {"shortest_edge": size}
+    if trained.geometry == "pad":
+        return LlavaImageProcessor(do_pad=True, size=short, **keys)
+    if trained.geometry == "crop":
+        return CLIPImageProcessor(size=short, **keys)
+    if trained.geometry == "stretch":
+        return CLIPImageProcessor(size=square, do_center_crop=False, **keys)
+    raise ConfigError(
+        f"the student was trained with geometry '{trained.geometry}'; transformers has a processor "
+        "for crop, pad and stretch. Train with one of these, or use the model directory itself."
+    )
+
+
+def tile_processor(trained: TrainedStudent) -> Any:
+    """Return transformers' processor that cuts an image into the views of LLaVA-NeXT.
+
+    Raises:
+        ConfigError: the whole image was not stretched, as that processor does.
+    """
+    if trained.geometry != "stretch":
+        raise ConfigError(
+            f"the student was trained with geometry '{trained.geometry}'; the processor of "
+            "LLaVA-NeXT stretches the whole image. Train with data.geometry: stretch, or use the "
+            "model directory itself."
+        )
+    size = trained.student.image_size
+    return LlavaNextImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=GRID_PINPOINTS,
+        image_mean=list(trained.student.image_mean),
+        image_std=list(trained.student.image_std),
+    )
+
+
+def _chat_template(trained: TrainedStudent) -> str | None:
+    if trained.prompt == "v1":
+        return _V1_TEMPLATE.replace("END", json.dumps(turn_end(trained.student.tokenizer)))
+    template: str | None = trained.student.tokenizer.chat_template
+    return template if trained.prompt == "chat_template" else None
+
+
+def _copy_code(directory: Path) -> None:
+    for module in (configuration_movekd, modeling_movekd):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, directory / path.name)
+
+
+def write_about(trained: TrainedStudent, directory: Path) -> None:
+    """Write how the student is asked and fed, which the formats themselves do not say."""
+    about = {
+        "format": 1,
+        "prompt": None if trained.student.tokenizer is None else trained.prompt,
+        "geometry": trained.geometry,
+        "image_mean": list(trained.student.image_mean),
+        "image_std": list(trained.student.image_std),
+        "vision_feature_layer": trained.student.vlm.config.vision_feature_layer,
+        "run": made_of(trained.run),
+    }
+    text = json.dumps(about, indent=1) + "\n"
+    (directory / ABOUT_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,252 @@
+"""The model card, README.md of every export: what it is, what it was made of, how it is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import nn
+
+from movekd.student.checkpoint import TrainedStudent
+from movekd.student.official.state_dict import mole_layers
+from movekd.student.vlm import num_prefix_tokens
+
+Format = Literal["hf", "encoder", "onnx", "official"]
+
+LICENCES = {
+    "openai/clip-vit-large-patch14-336": "OpenAI's CLIP: code under MIT; its model card advises "
+    "against deployment without a study of the use.",
+    "lmsys/vicuna-7b-v1.5": "Llama 2 Community License.",
+    "lmsys/vicuna-13b-v1.5": "Llama 2 Community License.",
+}
+"""Base models whose licence is known here; others say it on their own cards."""
+
+_KINDS = {
+    "clip_vision_model": "CLIP",
+    "movekd_clip_vision": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+}
+_LIBRARY = {"hf": "transformers", "encoder": "transformers", "onnx": "onnx", "official": "pytorch"}
+_TASK = {"hf": "image-text-to-text", "official": "image-text-to-text"}
+
+_LOADING: dict[Format, str] = {
+    "hf": """With movekd installed, nothing in this directory is executed:
+
+```python
+import movekd
+from transformers import AutoProcessor, MODEL_CLASS
+
+model = MODEL_CLASS.from_pretrained("DIR", dtype="auto")
+processor = AutoProcessor.from_pretrained("DIR")
+```
+
+Without movekd, the two `*_movekd.py` files beside the weights are the model's code. Read them
+first; `trust_remote_code=True` runs them:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("DIR", trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained("DIR")
+```
+
+`AutoProcessor.from_pretrained("DIR", backend="pil")` makes the pixels that the training saw, bit
+for bit; the default backend differs by rounding. On the command line: `movekd ask DIR image.jpg
+"question"`.
+""",
+    "encoder": """With movekd installed, nothing in this directory is executed:
+
+```python
+import movekd
+from transformers import AutoImageProcessor, AutoModel
+
+encoder = AutoModel.from_pretrained("DIR")
+processor = AutoImageProcessor.from_pretrained("DIR")
+output = encoder(**processor(image, return_tensors="pt"), output_hidden_states=True)
+tokens = output.hidden_states[LAYER][:, PREFIX:]  # of the patches: what LLaVA reads
+```
+
+Without movekd, `AutoModel.from_pretrained("DIR", trust_remote_code=True)` runs the two
+`*_movekd.py` files beside the weights; read them first.
+""",
+    "onnx": """```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("DIR/encoder.onnx")
+tokens, *cls = session.run(None, {"pixel_values": pixels})  # float32 (batch, 3, SIZE, SIZE)
+```
+
+Pixels are normalised as `movekd.json` says (`image_mean`, `image_std`, `geometry`).
+""",
+    "official": """These are the files of the released MoVE-KD code, under its names
+(github.com/hey-cjj/MoVE-KD). Back into movekd: `movekd import DIR --out MODEL`.
+""",
+}
+
+
+def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
+    """Return the README.md of an export.
+
+    Args:
+        trained: what was exported.
+        kind: the format.
+        name: the title; the directory's name will do.
+    """
+    student, run = trained.student, trained.run
+    random = random_parts(student.vlm)
+    bases = base_models(run)
+    front: dict[str, Any] = {
+        "library_name": _LIBRARY[kind],
+        "tags": ["movekd", "llava", "distillation", "mixture-of-experts"],
+        "license": "other",
+    }
+    if kind in _TASK:
+        front["pipeline_tag"] = _TASK[kind]
+    if hub_ids := [base for base in bases.values() if _is_hub_id(base)]:
+        front["base_model"] = hub_ids
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
+        _warning(random),
+        _what(trained, kind),
+        "## Loading\n\n"
+        + _LOADING[kind]
+        .replace("MODEL_CLASS", type(student.vlm).__name__)
+        .replace("DIR", name)
+        .replace("PREFIX", str(num_prefix_tokens(student.vlm.config.vision_config)))
+        .replace("LAYER", str(student.vlm.config.vision_feature_layer))
+        .replace("SIZE", str(student.image_size)),
+        _made_of(run, bases),
+        _licences(bases),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def random_parts(vlm: Any) -> list[str]:
+    """Return the parts of a model that were never trained.
+
+    A network that has learned anything has moved the weights of its normalisations away from
+    exactly one.
+    """
+    towers = {
+        "vision tower": vlm.model.vision_tower,
+        "language model": getattr(vlm.model, "language_model", None),  # none of an encoder alone
+    }
+    return [n for n, tower in towers.items() if tower is not None and _is_untouched(tower)]
+
+
+def base_models(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a run started from: vision tower and language model."""
+    imported = run.get("imported") or {}
+    student = run.get("student") or {}
+    keys = ("vision_tower", "language_model")
+    found = {key: str(imported.get(key) or student.get(key) or "") for key in keys}
+    return {key: value for key, value in found.items() if value and not value.startswith("base/")}
+
+
+def made_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run its exports carry on; of local directories, the name alone."""
+    bases = {
+        key: base if _is_hub_id(base) else f"./{Path(base).name}"
+        for key, base in base_models(run).items()
+    }
+    kept = {key: run[key] for key in ("recipe", "stage", "imported") if key in run}
+    teachers = (run.get("distill") or {}).get("teachers")
+    if "imported" in kept:
+        kept["imported"] = {"from": kept["imported"].get("from")} | bases
+    return kept | {"student": bases, "distill": {"teachers": teachers} if teachers else None}
+
+
+def public_name(base: str) -> str:
+    """Return a base model's hub id, or the name of its folder: no path of this machine."""
+    return base if _is_hub_id(base) else Path(base).name
+
+
+def _is_untouched(tower: nn.Module) -> bool:
+    weights = [p for n, p in tower.named_parameters() if "norm" in n and n.endswith("weight")]
+    return bool(weights) and all(bool((weight == 1).all()) for weight in weights)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_local = name.startswith(("/", ".", "~")) or Path(name).exists()
+    return name.count("/") == 1 and not is_local
+
+
+def _warning(random: list[str]) -> str:
+    if not random:
+        return ""
+    return (
+        f"> **Random weights.** The {' and the '.join(random)} of this model never learned "
+        "anything: it is for tests, and its answers mean nothing.\n"
+    )
+
+
+def _what(trained: TrainedStudent, kind: Format) -> str:
+    vlm, student = trained.student.vlm, trained.student
+    layers = mole_layers(vlm)
+    experts = "without experts"
+    if layers:
+        first = next(iter(layers.values()))
+        gate = "multiplied by" if first["use_gate"] else "not multiplied by"
+        experts = (
+            f"with {first['num_experts']} LoRA experts of rank {first['r']} in the MLPs of "
+            f"{len(layers)} blocks (scale {first['lora_alpha'] / first['r']:g}, {gate} the "
+            "router's probability)"
+        )
+    views = " a view (the whole image, and up to four tiles)" if student.has_tiles else ""
+    encoder = "The vision encoder of a LLaVA" if student.tokenizer else "A vision encoder"
+    what = {
+        "hf": "A LLaVA whose vision tower",
+        "encoder": f"{encoder}: it",
+        "onnx": f"{encoder} as ONNX: it",
+        "official": "A LLaVA whose vision tower",
+    }[kind]
+    tower = _KINDS[vlm.config.vision_config.model_type]
+    prompt = f"Prompt format: `{trained.prompt}`. " if student.tokenizer else ""
+    return (
+        f"{what} is a {tower} {experts}, distilled from several vision encoders (MoVE-KD, "
+        f"arXiv 2501.01709) with movekd. Images: {student.image_size} x {student.image_size} "
+        f"pixels{views}, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
+        f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. "
+        f"{prompt}The experts cannot be merged into the MLPs, since every token "
+        "chooses its own.\n"
+    )
+
+
+def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
+    distill = run.get("distill") or {}
+    teachers = ", ".join(distill.get("teachers") or []) or "not recorded"
+    if run and "imported" not in run and not distill:
+        teachers = "none: trained without distillation"
+    language_model = _shown(bases.get("language_model"))
+    if run.get("stage") == "distill":
+        language_model = "none: the encoder learned from its teachers alone"
+    lines = [
+        f"| vision tower started from | {_shown(bases.get('vision_tower'))} |",
+        f"| language model started from | {language_model} |",
+        f"| recipe | {run.get('recipe', 'not recorded')} |",
+        f"| last stage | {run.get('stage', 'not recorded')} |",
+        f"| teachers | {teachers} |",
+    ]
+    if source := (run.get("imported") or {}).get("from"):
+        lines.append(f"| imported from | {source} |")
+    return "## Made of\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _shown(base: str | None) -> str:
+    if base is None:
+        return "not recorded"
+    return base if _is_hub_id(base) else f"a local directory, `{base.rstrip('/').split('/')[-1]}`"
+
+
+def _licences(bases: Mapping[str, str]) -> str:
+    said = [
+        f"- {_shown(base)}: {LICENCES.get(base, 'see its own card.')}"
+        for base in dict.fromkeys(bases.values())
+    ]
+    return (
+        "## Licence\n\nmovekd and the code beside the weights are Apache-2.0. The weights derive "
+        "from those of their base models, of the teachers and of the training data, each with "
+        "terms of its own; check them before you publish or deploy.\n\n" + "\n".join(said) + "\n"
+    )

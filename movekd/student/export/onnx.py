@@ -1,0 +1,120 @@
+"""The vision encoder as ONNX: normalised pixels in, the tokens that LLaVA reads out.
+
+Only the blocks before the hidden state that is read are written. Every operator is standard, and
+the batch is free. Needs the extra ``onnx``.
+"""
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.checkpoint import TrainedStudent
+from movekd.student.export.hugging_face import tower_config, tower_parameters
+from movekd.student.export.modeling_movekd import MovekdClipVisionModel
+from movekd.student.vlm import num_prefix_tokens
+
+ONNX_FILE = "encoder.onnx"
+TOLERANCE = 1e-4
+"""Largest difference between PyTorch and onnxruntime, of tokens of about unit size."""
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+class EncoderTokens(nn.Module):
+    """The tower up to the hidden state that is read.
+
+    Args:
+        tower: a CLIP with experts or without, a SigLIP or a DINOv2.
+        layer: index of the hidden state, as in ``vision_feature_layer``.
+    """
+
+    def __init__(self, tower: Any, layer: int) -> None:
+        super().__init__()
+        num_blocks = tower.config.num_hidden_layers
+        is_dinov2 = tower.config.model_type.startswith("dinov2")
+        layers = tower.encoder.layer if is_dinov2 else tower.encoder.layers
+        self.mask: dict[str, None] = {} if is_dinov2 else {"attention_mask": None}
+        self.embeddings = tower.embeddings
+        self.first_norm = getattr(tower, "pre_layrnorm", None) or nn.Identity()  # CLIP's
+        self.blocks = nn.ModuleList(layers[: num_blocks + 1 + layer])
+        self.num_prefix = num_prefix_tokens(tower.config)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return patch tokens (B, N, D) and, where there is one, the [CLS] embedding (B, D)."""
+        hidden_states = self.first_norm(self.embeddings(pixel_values))
+        for block in self.blocks:
+            hidden_states = block(hidden_states, **self.mask)
+        tokens = hidden_states[:, self.num_prefix :]
+        return (tokens, hidden_states[:, 0]) if self.num_prefix else (tokens,)
+
+
+def encoder_tokens(trained: TrainedStudent) -> EncoderTokens:
+    """Return the encoder of a student in float32 on the CPU, in evaluation mode."""
+    vlm = trained.student.vlm
+    config = tower_config(vlm)
+    tower = copy.deepcopy(vlm.model.vision_tower)
+    if hasattr(config, "num_experts"):
+        tower = MovekdClipVisionModel(config)
+        tower.load_state_dict(tower_parameters(vlm))
+    tower = tower.float().cpu().eval().requires_grad_(False)
+    return EncoderTokens(tower, vlm.config.vision_feature_layer).eval()
+
+
+def export_onnx(trained: TrainedStudent, directory: Path) -> float:
+    """Write the encoder, compare it with PyTorch, and return the largest difference.
+
+    Raises:
+        ConfigError: the extra ``onnx`` is not installed.
+        WeightsError: onnxruntime computes something else.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--format onnx needs {', '.join(missing)}, which are not installed; "
+            "pip install 'movekd[onnx]'."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    encoder = encoder_tokens(trained)
+    size = trained.student.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels_BCHW = torch.randn(2, 3, size, size, generator=generator)
+    path = directory / ONNX_FILE
+    torch.onnx.export(
+        encoder,
+        (pixels_BCHW,),
+        str(path),
+        dynamo=True,
+        input_names=["pixel_values"],
+        output_names=["tokens", "cls"][: 2 if encoder.num_prefix else 1],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        external_data=True,
+        verbose=False,
+    )
+    difference = max(
+        largest_difference(path, encoder, pixels_BCHW),
+        largest_difference(path, encoder, pixels_BCHW[:1]),
+    )
+    if not difference <= TOLERANCE:
+        raise WeightsError(
+            f"onnxruntime's tokens differ from PyTorch's by {difference:.1e}; expected at most "
+            f"{TOLERANCE:.0e}. The file was not kept; other versions of onnxscript and onnxruntime "
+            "may agree."
+        )
+    return difference
+
+
+def largest_difference(path: Path, encoder: nn.Module, pixels_BCHW: Tensor) -> float:
+    """Return the largest difference between a written encoder and the one that it was made of."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"pixel_values": pixels_BCHW.numpy()})
+    with torch.inference_mode():
+        expected = encoder(pixels_BCHW)
+    return max(
+        float((torch.from_numpy(f) - e).abs().max()) for f, e in zip(found, expected, strict=True)
+    )

@@ -1,0 +1,223 @@
+"""Files of the released code: out, from a run of ours.
+
+    stage 1                                   stage 2
+      mm_projector.bin                          config.json      model_type move_llava_llama
+      mole_encoder.bin                          model*.safetensors and their index
+      encoder_adapter.bin                       tokenizer files
+      config.json
+
+``official_import`` is the way back. Names are those of ``official``; docs/compatibility.md prints
+them.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.checkpoint import (
+    ADAPTERS_FILE,
+    CONFIG_FILE,
+    PART_FILES,
+    TrainedStudent,
+    imported_from,
+)
+from movekd.student.export.model_card import base_models, public_name
+from movekd.student.official.state_dict import (
+    PROJECTOR,
+    mole_layers,
+    official_adapters,
+    official_state_dict,
+    require_official,
+)
+from movekd.student.tensor_files import read_json, write_bin, write_shards
+from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
+
+MODEL_TYPE = "move_llava_llama"
+ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
+PROJECTOR_TYPE = "mlp2x_gelu"
+STAGE_1_FILES = {
+    "projector": "mm_projector.bin",
+    "mole": "mole_encoder.bin",
+    "adapters": "encoder_adapter.bin",
+}
+EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
+"""What a key of ``mole_encoder.bin`` holds one of."""
+
+ORIGINALS = "official"
+"""Folder of an imported model: the released directory's small files, as they were."""
+DTYPES_FILE = "dtypes.json"
+BUFFERS_FILE = "buffers.safetensors"
+ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
+"""Geometry here -> LLaVA's image_aspect_ratio."""
+
+TEXT_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "tie_word_embeddings"),
+)
+"""What a Llama's config.json says of the language model, beside its rotary embedding."""
+
+
+def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
+    """Write a run as the released code would have; return the names of the files.
+
+    A run that trained no base weights gives the three files of stage 1, every other one a whole
+    checkpoint. An imported checkpoint comes back bit for bit, with its own config.json and
+    tokenizer.
+
+    Raises:
+        ConfigError: the released code could not compute what the student computes, or has no
+            place for it.
+        WeightsError: the run's files are damaged.
+    """
+    vlm = trained.student.vlm
+    if not (trained.directory / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{trained.directory} is an export already, which does not say what it started from; "
+            "export the run or the imported model itself."
+        )
+    require_official(vlm, vlm.config.vision_config.num_hidden_layers)
+    directory.mkdir(parents=True, exist_ok=True)
+    adapters = _adapters(trained.directory)
+    originals = trained.directory / ORIGINALS
+    config = (
+        read_json(originals / "config.json")
+        if (originals / "config.json").exists()
+        else _config(trained)
+    )
+    state = official_state_dict(vlm)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][: config["vocab_size"]]
+    state = _as_released(state | adapters, originals)
+    if has_base_weights(trained):
+        write_shards(directory, state)
+    else:
+        write_stage_1(directory, state)
+    _write_small_files(trained, config, originals, directory)
+    return sorted(path.name for path in directory.iterdir())
+
+
+def has_base_weights(trained: TrainedStudent) -> bool:
+    """Return whether a student has base weights of its own, so that experts alone are not the
+    whole of what was learned: it trained them, or went on from an imported checkpoint.
+    """
+    files = (PART_FILES["vision_tower"], PART_FILES["language_model"], "base")
+    is_there = any((trained.directory / name).exists() for name in files)
+    return is_there or imported_from(trained.student.vlm) is not None
+
+
+def write_stage_1(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the three files of stage 1 from an official state dict."""
+    parts = {
+        "projector": {n: t for n, t in state.items() if n.startswith(PROJECTOR)},
+        "mole": {n: t for n, t in state.items() if any(word in n for word in EXPERT_WORDS)},
+        "adapters": {n: t for n, t in state.items() if "_adapter_" in n},
+    }
+    for part, tensors in parts.items():
+        if tensors:
+            write_bin(directory / STAGE_1_FILES[part], tensors)
+
+
+def _adapters(model_dir: Path) -> dict[str, Tensor]:
+    """Return the official adapters of a run; heads of the revised recipe are left out."""
+    path = model_dir / ADAPTERS_FILE
+    if not path.exists():
+        return {}
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}.") from None
+    plain = {n: t for n, t in tensors.items() if n.split(".")[1] in ("channels", "tokens")}
+    return official_adapters(plain)
+
+
+def _as_released(state: Mapping[str, Tensor], originals: Path) -> dict[str, Tensor]:
+    """Return the weights with the dtypes and the buffers of the checkpoint they came from."""
+    result = dict(state)
+    if (originals / DTYPES_FILE).exists():
+        for name, dtype in read_json(originals / DTYPES_FILE).items():
+            result[name] = result[name].to(getattr(torch, dtype))
+    if (originals / BUFFERS_FILE).exists():
+        result |= load_file(originals / BUFFERS_FILE)
+    return result
+
+
+def _write_small_files(
+    trained: TrainedStudent, config: Mapping[str, Any], originals: Path, directory: Path
+) -> None:
+    if originals.is_dir():
+        for path in sorted(originals.iterdir()):
+            if path.name not in (DTYPES_FILE, BUFFERS_FILE):
+                shutil.copyfile(path, directory / path.name)
+        return
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    # the base's own: ours has <image>, for which the released code would grow the vocabulary
+    source = str(trained.run["student"]["language_model"])
+    imported = Path(source).parent.parent / ORIGINALS  # of model/base/language_model
+    if imported.is_dir():
+        source = str(imported)
+    copy_tokenizer_files(source, directory)
+
+
+def _config(trained: TrainedStudent) -> dict[str, Any]:
+    """Return the config.json of a run of ours."""
+    student, run = trained.student, trained.run
+    vlm = student.vlm
+    text = vlm.config.text_config
+    experts = next(iter(mole_layers(vlm).values()))
+    alpha = experts["lora_alpha"]
+    alpha = int(alpha) if alpha == int(alpha) else alpha
+    if trained.geometry not in ASPECT_RATIOS:
+        raise ConfigError(
+            f"the student was trained with geometry '{trained.geometry}'; LLaVA knows "
+            f"{' and '.join(ASPECT_RATIOS)}. Export it as --format hf."
+        )
+    if vlm.config.projector_hidden_act != "gelu":
+        raise ConfigError(
+            f"the projector's activation is '{vlm.config.projector_hidden_act}'; the official "
+            "format knows gelu alone. Export it as --format hf."
+        )
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope_theta, rope_type = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
+    config = {key: getattr(text, key, None) for key in TEXT_KEYS}
+    num_rows = vlm.get_input_embeddings().num_embeddings
+    image_id = student.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    bases = base_models(run)
+    return config | {
+        # <image> was put behind the vocabulary; the released code has no such token
+        "vocab_size": image_id if image_id == num_rows - 1 else num_rows,
+        "rope_theta": rope_theta,
+        "rope_scaling": None if rope_type == "default" else {"type": rope_type} | rope,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "torch_dtype": str(vlm.dtype).removeprefix("torch."),
+        "use_cache": True,
+        "_name_or_path": public_name(bases.get("language_model", "")),
+        "mm_vision_tower": public_name(bases.get("vision_tower", "")),
+        "mm_vision_select_layer": vlm.config.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": PROJECTOR_TYPE,
+        "mm_hidden_size": student.width,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": ASPECT_RATIOS[trained.geometry],
+        "moe": {
+            "moe_encoder": True,
+            "moe_encoder_dense": False,
+            "moe_encoder_lora_rank": experts["r"],
+            "moe_encoder_lora_alpha": alpha,
+            "moe_encoder_num_experts": experts["num_experts"],
+        },
+        "kd": {"kd_mode": run.get("distill") is not None},
+    }

@@ -1,0 +1,124 @@
+"""What stage distill learns from: every view of a corpus and its targets, without text.
+
+A sample is one view of one image; image and targets are read when its batch is collated, in the
+DataLoader's workers. Images that a teacher could not read are left out.
+
+Legend: I samples of a batch, C H W an image.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from movekd.cache.reader import FeatureCache
+from movekd.corpus.anyres import Views, list_views
+from movekd.corpus.index import Corpus
+from movekd.corpus.transforms import ImageTransform
+from movekd.errors import CacheError, UnreadableImageError
+from movekd.train.sampler import EMPTY
+
+
+class View(NamedTuple):
+    """One view of an image and where its targets lie."""
+
+    key: str
+    image: int
+    """Position in the corpus."""
+    view: int
+    """0 is the whole image."""
+    row: int
+    """Row of the cache."""
+
+
+class ViewDataset(Dataset[View]):
+    """The images of a corpus that every teacher has features of.
+
+    Args:
+        corpus: the images.
+        cache: holds all of them, or it is an error.
+        teachers: whose targets are needed.
+        views: anyres makes every tile a sample, too; the cache must hold them.
+
+    Raises:
+        UnknownKeyError: an image is not in the cache; names some.
+        CacheError: no image is left, or a teacher was sealed for other images.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        cache: FeatureCache,
+        teachers: Sequence[str],
+        views: Views = "base",
+    ) -> None:
+        self._keys = corpus.index["key"]
+        base_rows = cache.rows(self._keys.combine_chunks())
+        images, numbers = list_views(corpus.index["width"], corpus.index["height"], views)
+        rows = base_rows[images] + numbers  # an image's views stand one after the other
+        skipped: set[int] = set()
+        for teacher in teachers:
+            cache[teacher].require_images(cache.catalog)
+            skipped |= cache[teacher].skipped.keys()
+        is_read = ~np.isin(rows, list(skipped))
+        self._images, self._views, self._rows = images[is_read], numbers[is_read], rows[is_read]
+        if not len(self._rows):
+            raise CacheError(
+                f"of the {len(corpus)} images of {corpus.data_dir} none has features of all of "
+                f"{', '.join(teachers)} in {cache.url}; expected some. Pack images that can be "
+                "read, and build their cache."
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> View:
+        if position == EMPTY:
+            return View("(filled up)", EMPTY, 0, 0)
+        image = int(self._images[position])
+        view, row = int(self._views[position]), int(self._rows[position])
+        return View(self._keys[image].as_py(), image, view, row)
+
+
+@dataclass(frozen=True)
+class ViewCollator:
+    """Views -> one batch of model input, with the teachers' targets as they are stored."""
+
+    corpus: Corpus
+    transform: ImageTransform
+    cache: FeatureCache
+    teachers: tuple[str, ...]
+
+    def __call__(self, samples: Sequence[View]) -> dict[str, Any]:
+        """Return the keyword arguments of ``DistillModel.forward``.
+
+        Keys: keys (for error messages); pixel_values float32 (I, C, H, W); targets: teacher ->
+        TeacherTargets of I rows. The last two are None where every sample is empty.
+        """
+        samples = [sample for sample in samples if sample.image != EMPTY]
+        if not samples:
+            return {"keys": [], "pixel_values": None, "targets": None}
+        rows = [sample.row for sample in samples]
+        pixels = []
+        for sample in samples:
+            with naming_image(self.corpus, sample.image):
+                pixels.append(self.transform(self.corpus.read_image(sample.image), sample.view))
+        return {
+            "keys": [sample.key for sample in samples],
+            "pixel_values": torch.from_numpy(np.stack(pixels)),
+            "targets": {teacher: self.cache[teacher].read(rows) for teacher in self.teachers},
+        }
+
+
+@contextmanager
+def naming_image(corpus: Corpus, image: int) -> Iterator[None]:
+    """Say which image of the corpus it is that cannot be decoded."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        key = corpus.key(image)
+        raise UnreadableImageError(f"image {key} of {corpus.data_dir}: {error}") from None

@@ -1,0 +1,118 @@
+"""`init_from`: what an earlier stage learned, loaded into the model that goes on with it.
+
+Only what an earlier run learned lies in its folder. The rest is its base models, and experts that
+grew on one base are another model on another: so the earlier run's own config must agree.
+"""
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from movekd.config import read_yaml
+from movekd.errors import ConfigError, WeightsError
+from movekd.student.checkpoint import (
+    CONFIG_FILE,
+    PART_FILES,
+    load_adapters,
+    load_exact,
+    load_parts,
+    part_parameters,
+)
+from movekd.student.vlm import Student
+from movekd.train.config import ENCODER_PARTS, TrainConfig
+
+_MOLE_KEYS = ("num_experts", "r", "lora_alpha", "use_gate")
+
+
+def load_earlier(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
+    """Load what ``config.init_from`` learned; return the parts that it had files of.
+
+    Raises:
+        ConfigError: that run stood on another base, or its experts computed something else.
+        WeightsError: there is no finished run, or its parts do not fit.
+    """
+    assert config.init_from is not None
+    directory = config.init_from / "model"
+    if not directory.is_dir():
+        raise WeightsError(
+            f"init_from {config.init_from} holds no `model` folder; expected the --output of a "
+            "`movekd train` that ended, or of `movekd import`."
+        )
+    check_same_base(config, directory)
+    if config.stage == "distill":
+        loaded = _load_encoder(directory, student)
+    else:
+        loaded = load_parts(directory, student.vlm)
+    load_adapters(directory, adapters)
+    return loaded
+
+
+def check_same_base(config: TrainConfig, directory: Path) -> None:
+    """Refuse to put what was learned on one model onto another.
+
+    Raises:
+        ConfigError: names the key, its value there and here.
+    """
+    if not (directory / CONFIG_FILE).exists():
+        raise WeightsError(f"{directory} holds no {CONFIG_FILE}; it is no finished run.")
+    earlier: dict[str, Any] = read_yaml(directory / CONFIG_FILE).get("student") or {}
+    now = config.student.model_dump(mode="json")
+    bases = {
+        key: _in_folder(earlier.get(key), directory)
+        for key in ("vision_tower", "language_model")
+        if not (directory / PART_FILES[key]).exists()  # else all its weights come from there
+    }
+    expected = bases | {"vision_feature_layer": earlier.get("vision_feature_layer")}
+    expected["projector_hidden_act"] = earlier.get("projector_hidden_act")
+    if (directory / PART_FILES["mole"]).exists():
+        old = earlier.get("mole") or {}
+        expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}
+    for key, then in expected.items():
+        found: Any = now
+        for part in key.split("."):
+            found = (found or {}).get(part)
+        if then is None or found is None or found == then:
+            continue
+        if key in bases and _is_same_folder(str(then), str(found)):
+            continue
+        raise ConfigError(
+            f"init_from {config.init_from} was trained with student.{key} '{then}', and this run "
+            f"has '{found}': what was learned there would be put onto another model. Set "
+            f"student.{key}: {then}."
+        )
+
+
+def _in_folder(base: Any, directory: Path) -> Any:
+    """Return where a base model lies: those of an import are in its own folder."""
+    if isinstance(base, str) and base.startswith("base/") and (directory / base).is_dir():
+        return str((directory / base).resolve())
+    return base
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    """Return whether two paths are one folder, or copies with files of equal names and bytes."""
+    first, second = Path(one), Path(other)
+    if not first.is_dir() or not second.is_dir():
+        return False
+    if first.resolve() == second.resolve():
+        return True
+    sizes = [{p.name: p.stat().st_size for p in f.glob("*.safetensors")} for f in (first, second)]
+    if sizes[0] != sizes[1] or not sizes[0]:
+        return False
+    return all(filecmp.cmp(first / name, second / name, shallow=False) for name in sizes[0])
+
+
+def _load_encoder(directory: Path, student: Student) -> list[str]:
+    """Load what an earlier stage learned in the tower; its other parts are not for an encoder."""
+    files = {part: directory / PART_FILES[part] for part in ENCODER_PARTS}
+    found = {part: path for part, path in files.items() if path.exists()}
+    if not found:
+        raise WeightsError(
+            f"{directory} holds neither {' nor '.join(path.name for path in files.values())}; "
+            "init_from of stage: distill expects a run that trained the encoder."
+        )
+    for part, path in found.items():
+        load_exact(path, dict(part_parameters(student.vlm, part)))
+    return list(found)

@@ -1,0 +1,257 @@
+"""A cache and a trained student in the browser: `movekd view`.
+
+Gradio draws; ``browser`` answers about the cache, ``evaluate.chat`` asks the student. The browser
+sends names, keys, numbers and pixels: no path of it is ever opened.
+"""
+
+import io
+from collections.abc import Callable
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from movekd.corpus.conversations import Role
+from movekd.corpus.index import find_rows
+from movekd.errors import MovekdError
+from movekd.evaluate.chat import Answer, answer
+from movekd.student.checkpoint import TrainedStudent
+from movekd.view.browser import Browser
+from movekd.view.html import SCRIPT, STYLE, experts_html, message_html, teachers_html
+from movekd.view.plots import run_figures, to_svg
+from movekd.view.run_log import read_run
+
+_MOST_HEADS = 64
+_REFRESH_S = 30
+_DAY_S = 86_400  # how long an image that was given stays; all go at the end
+_FONT = ["system-ui", "sans-serif"]  # the machine's own: Gradio's lack letters in bold
+
+
+def build_page(
+    browser: Browser, run: Path | None = None, student: TrainedStudent | None = None
+) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        browser: the cache.
+        run: output of a training, whose curves are shown.
+        student: its model, to talk to.
+    """
+    with gr.Blocks(
+        title="movekd", analytics_enabled=False, fill_width=True, delete_cache=(_DAY_S, _DAY_S)
+    ) as page:
+        title = f"<h2>movekd</h2>{escape(browser.cache.url)}"
+        gr.HTML(title, elem_id="title", padding=False)
+        chosen, teachers = _cache_tab(browser)
+        if run is not None:
+            _run_tab(run)
+        if student is not None:
+            _ask_tab(browser, student, chosen)
+
+        def reopen() -> Any:
+            try:
+                browser.reopen()
+            except MovekdError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+            names = list(browser.cache.teachers)
+            return gr.CheckboxGroup(choices=names, value=names)
+
+        page.load(reopen, None, teachers)  # a build may have begun others since
+    return page
+
+
+def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -> None:
+    """Serve the page until it is interrupted; call ``on_start`` when it can be opened.
+
+    While it is this machine's alone, so are the names by which a request may ask for it: a site
+    whose name points here (DNS rebinding) gets nothing.
+    """
+    alone = host == "localhost" or host.startswith("127.")
+    names = [host, "127.0.0.1", "localhost"] if alone else ["*"]
+    page.queue(default_concurrency_limit=1).launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        enable_monitoring=False,
+        footer_links=[],
+        theme=gr.themes.Default(font=_FONT, font_mono=["monospace"]),
+        css=STYLE,
+        quiet=True,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
+    )
+    on_start()
+    page.block_thread()
+
+
+def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
+    """Search, teachers, view and head on the left; the teachers one below the other on the right.
+
+    Returns:
+        Where the key of the image stands, and the choice of teachers.
+    """
+    teachers = list(browser.cache.teachers)
+    with gr.Tab("Cache"), gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            key = gr.Textbox(label="Key or name of an image", elem_id="key")
+            with gr.Row():
+                show = gr.Button("Show", variant="primary", min_width=100)
+                draw = gr.Button("Any image", min_width=100)
+            text = gr.Textbox(label="Search names and keys", elem_id="search")
+            found = gr.Radio(label="Found", choices=[], elem_id="found")
+            shown = gr.CheckboxGroup(teachers, value=teachers, label="Teachers", elem_id="teachers")
+            view = gr.Number(0, label="View: 0 whole, then tiles", precision=0)
+            head = gr.Dropdown(
+                ["mean", *map(str, range(_MOST_HEADS))], value="mean", label="Head of attention"
+            )
+        with gr.Column(scale=4):
+            panels = gr.HTML(js_on_load=SCRIPT, elem_id="panels")
+
+    def look(name: str, wanted: list[str], view: float | None, head: str) -> str:
+        if not name or not name.strip():
+            return message_html("Type the key or name of an image, search for one, or take any.")
+        if not wanted:
+            return message_html("Choose a teacher.")
+        number = None if head == "mean" else int(head)
+        ordered = [teacher for teacher in browser.cache.teachers if teacher in wanted]
+        try:
+            looks = browser.panels(name, ordered, int(view or 0), number)
+        except MovekdError as error:
+            return message_html(str(error))
+        return teachers_html(looks, name)
+
+    def draw_key() -> str:
+        try:
+            return browser.draw()
+        except MovekdError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def search(wanted: str) -> Any:
+        names = browser.search(wanted) if wanted.strip() else []
+        label = f"Found ({len(names)})" if wanted.strip() else "Found"
+        return gr.Radio(choices=names, value=None, label=label)
+
+    inputs = [key, shown, view, head]
+    show.click(look, inputs, panels)
+    key.submit(look, inputs, panels)
+    for changed in (shown, view, head):
+        changed.input(look, inputs, panels, trigger_mode="always_last")
+    draw.click(draw_key, None, key).success(look, inputs, panels)
+    text.submit(search, text, found)
+    found.select(lambda name: name, found, key).then(look, inputs, panels)
+    return key, shown
+
+
+def _run_tab(run: Path) -> None:
+    """The curves of a run, as far as it is."""
+
+    def curves() -> str:
+        try:
+            figures = run_figures(read_run(run))
+        except MovekdError as error:
+            return message_html(str(error))
+        parts = [f"<figure><figcaption>{h}</figcaption>{to_svg(f)}</figure>" for h, f in figures]
+        return f'<div class="movekd-curves">{"".join(parts)}</div>'
+
+    with gr.Tab("Run"):
+        shown = gr.HTML(curves, every=_REFRESH_S, elem_id="curves")
+        gr.Button("Read again").click(curves, None, shown)
+
+
+def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None:
+    """A chat about the image of the cache that is shown, or about one that is given."""
+    with gr.Tab("Ask"), gr.Row():
+        with gr.Column(scale=3):
+            image = gr.Image(
+                label="Image; without one, that of the cache", type="numpy", height=240
+            )
+            # no button that sends the chat to a hub
+            chat = gr.Chatbot(label="Chat", elem_id="chat", buttons=["copy"], render_markdown=False)
+            question = gr.Textbox(label="Question", elem_id="question")
+            with gr.Row():
+                ask, anew = gr.Button("Ask", variant="primary"), gr.Button("Begin anew")
+        with gr.Column(scale=2):
+            block = gr.Slider(0, 1, step=1, value=0, label="Block", interactive=True)
+            experts = gr.HTML(elem_id="experts")
+    last = gr.State(None)
+
+    def reply(
+        asked: str, history: list[dict[str, Any]], given: Any, name: str, block: float
+    ) -> tuple[Any, ...]:
+        history = history or []
+        if not asked.strip():
+            return history, asked, None, message_html("Type a question."), gr.skip()
+        try:
+            pixels = given if given is not None else _cached_image(browser, name)
+            said = answer(student, _png(pixels), _turns(history, asked))
+        except MovekdError as error:
+            return history, asked, None, message_html(str(error)), gr.skip()
+        history = [
+            *history,
+            {"role": "user", "content": escape(asked)},  # Gradio shows it as HTML
+            {"role": "assistant", "content": escape(said.text)},
+        ]
+        blocks = 0 if said.experts_LGG is None else len(said.experts_LGG)
+        number = min(int(block), max(blocks - 1, 0))
+        slider = gr.Slider(maximum=max(blocks - 1, 1), value=number)
+        return history, "", (said, pixels), _draw_experts((said, pixels), number), slider
+
+    outputs = [chat, question, last, experts, block]
+    inputs = [question, chat, image, key, block]
+    ask.click(reply, inputs, outputs)
+    question.submit(reply, inputs, outputs)
+    block.input(_draw_experts, [last, block], experts, trigger_mode="always_last")
+    gr.on([anew.click, chat.clear], lambda: ([], None, ""), None, [chat, last, experts])
+
+
+def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: float) -> str:
+    if last is None:
+        return ""
+    said, pixels = last
+    if said.experts_LGG is None:
+        return message_html("This student has no experts.")
+    return experts_html(said.experts_LGG[int(block)], said.num_experts, pixels)
+
+
+def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image of the corpus."""
+    from movekd.corpus.decode import decode_image
+
+    if browser.corpus is None:
+        raise MovekdError("The cache holds no pictures: give an image, or start with --shards.")
+    if not name or not name.strip():
+        raise MovekdError("Show an image of the cache first, or give one.")
+    corpus = browser.corpus
+    row = int(find_rows([name.strip()], corpus.index, corpus.names)[0])
+    if row < 0:
+        raise MovekdError(f"{corpus.data_dir} holds no image {name.strip()!r}.")
+    return np.asarray(decode_image(corpus.read_image(row)))
+
+
+def _png(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:
+    """Return what was said, as LLaVA writes it; the first question holds the image."""
+    said: list[tuple[Role, str]] = [
+        ("human" if entry["role"] == "user" else "gpt", _text(entry["content"]))
+        for entry in history
+    ]
+    said.append(("human", asked))
+    return [("human", f"<image>\n{said[0][1]}"), *said[1:]]
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message as it was said: Gradio hands it back as a list of parts."""
+    if isinstance(content, str):
+        return unescape(content)
+    return unescape("".join(part.get("text", "") for part in content if isinstance(part, dict)))

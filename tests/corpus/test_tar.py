@@ -1,0 +1,93 @@
+"""Tests of movekd.corpus.tar."""
+
+import hashlib
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from movekd.corpus.tar import ShardWriter, read_members, split_member
+from movekd.errors import CorpusError
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    max_bytes=st.integers(1, 12_000),
+)
+def test_members_lie_where_the_writer_says(tmp_path_factory, sizes, max_bytes):
+    folder = tmp_path_factory.mktemp("tars")
+    contents = [hashlib.sha256(bytes([n])).digest() * 100 for n in range(len(sizes))]
+    contents = [data[:size] for data, size in zip(contents, sizes, strict=True)]
+    with ShardWriter(folder, max_bytes) as writer:
+        places = [writer.add(f"{n}.jpg", data) for n, data in enumerate(contents)]
+    for data, (shard, offset) in zip(contents, places, strict=True):
+        assert (folder / shard).read_bytes()[offset : offset + len(data)] == data
+    members = []
+    for path in sorted(folder.iterdir()):
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            assert len(names) == 1 or path.stat().st_size <= max_bytes
+        read = list(read_members(path))
+        assert [member.name for member in read] == names
+        members += [(path.name, member.offset) for member in read]
+    assert members == places
+
+
+def make_tar(path, num_members=3):
+    with tarfile.open(path, "w") as tar:
+        for number in range(num_members):
+            info = tarfile.TarInfo(f"{number}" + "x" * 150 + ".jpg")  # needs a longer header
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes([number + 1]) * 700))
+
+
+def test_members_of_any_tar_are_found(tmp_path):
+    path = tmp_path / "a.tar"
+    make_tar(path)
+    data = path.read_bytes()
+    for number, member in enumerate(read_members(path)):
+        assert data[member.offset :][: member.size] == bytes([number + 1]) * 700
+
+
+def test_damage_is_told_after_the_whole_members(tmp_path):
+    whole = tmp_path / "whole.tar"
+    make_tar(whole)
+    last = list(read_members(whole))[-1]
+    data = whole.read_bytes()
+    path = tmp_path / "damaged.tar"
+    header = last.offset - 512
+    for damaged, num_members in (
+        (data[: last.offset + 300], 2),  # in the last member's bytes
+        (data[: header + 100], 2),  # in its header
+        (data[:header] + b"\1" * 512 + data[last.offset :], 2),
+        (b"", 0),
+        (b"no tar" * 300, 0),
+    ):
+        path.write_bytes(damaged)
+        members = read_members(path)
+        for _ in range(num_members):
+            next(members)
+        with pytest.raises(CorpusError, match=r"damaged.tar is not a whole.*Copy it again"):
+            next(members)
+
+
+def test_a_tar_without_its_last_empty_blocks_is_whole(tmp_path):
+    path = tmp_path / "a.tar"
+    make_tar(path)
+    last = list(read_members(path))[-1]
+    path.write_bytes(path.read_bytes()[: last.offset + 1024])
+    assert len(list(read_members(path))) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "b/a.left.JPG", "b.c/a.jpg", "./a.jpg", "a", "b.c/a", ".hidden", "a.", "a/"]
+)
+def test_names_split_as_webdataset_splits_them(name):
+    from webdataset.tariterators import base_plus_ext
+
+    key, extension = base_plus_ext(name)
+    expected = None if key is None else (key, extension.lower())
+    assert split_member(name) == expected

@@ -1,0 +1,116 @@
+"""Locks that killed builds left: none stays once the teacher is whole."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from builds import build
+from movekd.cache.storage import open_storage
+from movekd.extract.locks import BuildLocks
+from movekd.extract.partition import Partition
+
+LEFT = (".lock", ".settle.lock", ".calibrate.lock", ".00001.lock", ".part-1-of-2.lock")
+"""Every kind of lock that a teacher has."""
+WHOLE_OR_PARTS = {"whole": [None], "parts": [Partition(0, 2), Partition(1, 2)]}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request, tmp_path, monkeypatch) -> str:
+    """Where a cache is to be; in an object store a dead holder is one that is watched in vain."""
+    if request.param == "folder":
+        return str(tmp_path / "cache")
+    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.02)
+    monkeypatch.setattr("movekd.extract.lock.STALE_S", 0.1)
+    return f"memory://{tmp_path.name}/cache"
+
+
+def leave(place: str, name: str) -> None:
+    """Put a lock whose holder is dead."""
+    mark = json.dumps({"holder": "pid 1 on elsewhere", "token": "dead", "renewed": 3}).encode()
+    open_storage(place).write(f"{name}.4" if "://" in place else name, [mark])
+
+
+def content(place: str) -> dict[str, bytes]:
+    storage = open_storage(place)
+    return {name: storage.read(name) for name in storage.sizes()}
+
+
+@pytest.mark.parametrize("sealed", ["nothing", "all but one", "everything"])
+@pytest.mark.parametrize("partitions", WHOLE_OR_PARTS.values(), ids=WHOLE_OR_PARTS)
+def test_the_next_build_removes_every_lock_of_the_dead(
+    place, corpus_dir, tiny_specs, undisturbed, partitions, sealed
+) -> None:
+    storage = open_storage(place)
+    if sealed != "nothing":
+        for name, file in undisturbed.items():
+            if sealed == "everything" or not name.endswith("clip.seals/00001.json"):
+                storage.write(name, [file])
+    for name in LEFT:
+        leave(place, f"clip.seals/{name}")
+    leave(place, ".lock")
+    for partition in partitions:
+        build(place, corpus_dir, tiny_specs, partition=partition)
+    assert content(place) == undisturbed
+
+
+HOLD = """
+import sys
+from movekd.extract.lock import build_lock
+from movekd.cache.storage import open_storage
+with build_lock(open_storage(sys.argv[1]), sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", [".settle.lock", ".calibrate.lock", ".00001.lock"])
+def test_the_lock_of_a_living_process_stays(
+    tmp_path, corpus_dir, tiny_specs, undisturbed, name
+) -> None:
+    """As of a worker of a cluster that was given up, while a part of the build ends."""
+    out = tmp_path / "undisturbed"
+    lock = f"clip.seals/{name}"
+    command = [sys.executable, "-c", HOLD, str(out), lock]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        locks = BuildLocks(open_storage(out), ["clip"], None)
+        locks.remove_dead("clip")
+        assert (out / lock).read_text().startswith(f"pid {holder.pid} on ")
+        holder.kill()
+        holder.wait()
+        locks.remove_dead("clip")
+        assert not (out / lock).exists()
+
+
+def test_a_lock_is_kept_for_who_will_take_it(tmp_path, corpus_dir, tiny_specs, small_shards):
+    """Of a Zarr shard without a seal, which another part may be about to write."""
+    out = tmp_path / "cache"
+    build(out, corpus_dir, tiny_specs[:1], partition=Partition(0, 2))
+    leave(str(out), "clip.seals/.00001.lock")
+    with BuildLocks(open_storage(out), ["clip"], Partition(0, 2)) as locks, locks.settling():
+        locks.remove_dead("clip")
+        assert (out / "clip.seals/.00001.lock").exists()
+
+
+def test_every_lock_is_one_of_the_kinds_above(
+    tmp_path, corpus_dir, tiny_specs, small_shards, monkeypatch
+) -> None:
+    """Whoever adds a kind of lock says here, and in ``remove_dead``, who removes it."""
+    taken = set()
+
+    @contextlib.contextmanager
+    def noted(storage, name, **more):
+        taken.add(name)
+        yield
+
+    monkeypatch.setattr("movekd.extract.locks.build_lock", noted)
+    build(tmp_path / "whole", corpus_dir, tiny_specs[:1])
+    build(tmp_path / "part", corpus_dir, tiny_specs[:1], partition=Partition(1, 2))
+    kinds = {re.sub(r"\d+", "N", name) for name in taken}
+    assert kinds == {re.sub(r"\d+", "N", f"clip.seals/{name}") for name in LEFT}

@@ -1,0 +1,64 @@
+"""Tests of movekd.distributed: which process speaks, and what a restart is."""
+
+import sys
+
+import pytest
+
+from movekd import distributed
+from movekd.cli.main import main
+
+
+@pytest.fixture
+def be(monkeypatch, tmp_path):
+    """Return a function that makes this process one of a start of torchrun."""
+
+    def become(attempt, local_rank, launch="none_abc"):
+        folder = tmp_path / launch / f"attempt_{attempt}" / str(local_rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        monkeypatch.setenv("RANK", str(local_rank))
+
+    return become
+
+
+def test_one_process_of_an_attempt_speaks_and_no_attempt_repeats_another(be):
+    be(0, 1)
+    assert distributed.should_print("the disk is full")
+    be(0, 0)
+    assert not distributed.should_print("another process has ended")
+    be(1, 0)
+    assert not distributed.should_print("the disk is full")
+    be(2, 1)
+    assert distributed.should_print("the disk is away")
+    be(0, 0, launch="none_def")
+    assert distributed.should_print("the disk is full")
+
+
+def test_alone_and_without_torchruns_folder_everything_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for file in ("", "/dev/null", str(tmp_path / "error.json"), str(tmp_path / "attempt_0/0/e")):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        for _ in range(2):
+            assert distributed.should_print("the same")
+        assert distributed.launch_id() is None
+    assert distributed.is_first()
+
+
+def test_a_launch_stays_the_same_over_its_restarts_and_processes(be):
+    names = set()
+    for launch in ("none_abc", "none_def"):
+        for attempt in (0, 3):
+            for local_rank in (0, 1):
+                be(attempt, local_rank, launch)
+                names.add(distributed.launch_id())
+                assert distributed.is_first() == (local_rank == 0)
+    assert len(names) == 2
+
+
+def test_wrong_words_are_shown_once(be, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["movekd", "train", "--confg", "x"])
+    for local_rank in (1, 0):
+        be(0, local_rank)
+        with pytest.raises(SystemExit, match="2"):
+            main()
+    assert capsys.readouterr().err.count("No such option") == 1

@@ -1,0 +1,79 @@
+"""Tests of movekd.train.fsdp: FSDP2 is asked for or refused, never quietly something else."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
+
+from movekd.errors import ConfigError
+from movekd.resources import resource_dir
+from movekd.student.checkpoint import save_parts
+from movekd.train.fsdp import gather_parameters, require_fsdp2
+
+FILES = resource_dir("pipelines") / "accelerate"
+
+
+def test_fsdp_on_a_cpu_is_refused_before_anything_is_written(digits, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"FSDP2 was asked for, but this run is on a CPU"):
+        digits.train(tmp_path / "run", "pretrain", "training.fsdp=true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"accelerators only and would quietly train with DDP"):
+        digits.train(tmp_path / "run", "pretrain")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_chose_instead_is_named(tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    chosen = SimpleNamespace(is_fsdp2=False, distributed_type="MULTI_GPU")
+    require_fsdp2(arguments, chosen)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"accelerate chose MULTI_GPU; expected FSDP of version"):
+        require_fsdp2(arguments, chosen)
+    require_fsdp2(arguments, SimpleNamespace(is_fsdp2=True, distributed_type="FSDP"))
+
+
+def test_a_model_in_pieces_is_saved_whole(digits, tmp_path):
+    model, *_ = digits.parts(digits.config("distill"))
+    save_parts(tmp_path / "whole", model.vlm, ["mole", "vision_tower"])
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        for layer in model.vlm.model.vision_tower.encoder.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        names = {n for n, p in model.named_parameters() if hasattr(p, "full_tensor")}
+        assert len(names) == len(list(model.parameters()))
+        gather_parameters(model)
+        save_parts(tmp_path / "gathered", model.vlm, ["mole", "vision_tower"])
+    finally:
+        distributed.destroy_process_group()
+    for name in ("mole_encoder.safetensors", "vision_tower.safetensors"):
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "gathered" / name).read_bytes() == expected
+
+
+def test_the_shipped_files_are_what_accelerate_and_deepspeed_read():
+    config = load_config_from_file(str(FILES / "fsdp2.yaml"))
+    assert str(config.distributed_type).endswith("FSDP")
+    assert config.fsdp_config["fsdp_version"] == 2
+    wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    assert wrapped == ["LlamaDecoderLayer", "CLIPEncoderLayer"]
+    for name in ("fsdp2.yaml", "README.md"):
+        assert "ntested" in (FILES / name).read_text()
+    assert yaml.safe_load((FILES / "fsdp2.yaml").read_text())["use_cpu"] is False
+    stages = json.loads((FILES / "deepspeed_zero2.json").read_text())
+    assert stages["zero_optimization"]["stage"] == 2
+
+
+def test_the_classes_that_are_wrapped_are_in_the_model(digits):
+    model, *_ = digits.parts(digits.config())
+    names = {type(module).__name__ for module in model.modules()}
+    assert {"LlamaDecoderLayer", "CLIPEncoderLayer"} <= names
+    assert isinstance(model, torch.nn.Module)
