@@ -19,7 +19,7 @@ from movekd.evaluate.generate import generate_answers
 from movekd.student.checkpoint import TrainedStudent
 from movekd.student.mole import recorded_routing, routing
 from movekd.student.tokenization import tokenize_question
-from movekd.student.vlm import num_prefix_tokens
+from movekd.student.towers import num_prefix_tokens
 
 
 @dataclass(frozen=True)

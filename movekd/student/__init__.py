@@ -1,9 +1,10 @@
-"""The model that ships: a vision tower with a Mixture of LoRA Experts inside LLaVA.
+"""Build, save, load and export the student: a vision tower with LoRA experts, inside LLaVA.
 
 Importing this package registers the experts with PEFT as a tuner.
 """
 
 from movekd.student.adapters import StudentHead, TeacherAdapter
+from movekd.student.hf_loading import register_auto_classes
 from movekd.student.mole import (
     MoleConfig,
     Routing,
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "official_state_dict",
     "recorded_routing",
+    "register_auto_classes",
     "routing",
     "save_tower",
     "tokenize_conversation",

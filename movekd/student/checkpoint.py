@@ -1,4 +1,6 @@
-"""A run's model on disk: one safetensors file for each part that learned.
+"""Save and load a student: a run's model directory, an imported model or an ``hf`` export.
+
+A model directory has one safetensors file per part that learned:
 
     RUN/model/
       config.yaml                  the run, resolved: which base models the rest comes from
@@ -9,7 +11,8 @@
       language_model.safetensors   language model and lm_head, after finetune
       (tokenizer files)
 
-A part without a file is its base, unchanged. Nothing here unpickles.
+A part without a file is its base, unchanged. Nothing here unpickles, and no code of a directory
+runs.
 """
 
 from collections.abc import Iterator
@@ -21,11 +24,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from movekd.config import read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat, StudentConfig
+from movekd.student.hf_loading import loading
+from movekd.student.provenance import imported_from
+from movekd.student.tensor_files import read_json
+from movekd.student.tokenizer import load_tokenizer
 from movekd.student.vlm import Student, build_encoder, build_vlm
 
 PART_FILES = {
@@ -37,10 +45,11 @@ PART_FILES = {
 ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
 ABOUT_FILE = "movekd.json"
-"""How a student was fed, beside its weights in every export."""
-IMPORTED_KEY = "movekd_imported"
-"""Key in the config.json of a base model that `movekd import` wrote: what it was imported from. Its
-weights are those of a finetune, so that experts trained on it mean nothing without it."""
+"""In every export: the prompt format and how images become pixels."""
+LLAVA_MODELS = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+}
 
 
 def part_of(name: str) -> str:
@@ -163,8 +172,6 @@ def load_student(
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
     if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
-        from movekd.student.export.read import load_export  # transformers' own files
-
         return load_export(model_dir, device)
     if not (model_dir / CONFIG_FILE).exists():
         raise WeightsError(
@@ -189,13 +196,49 @@ def load_student(
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)
 
 
-def imported_from(vlm: Any) -> dict[str, Any] | None:
-    """Return what the base models were imported from, None where they were not."""
-    for key in ("text_config", "vision_config"):
-        mark = getattr(getattr(vlm.config, key, None), IMPORTED_KEY, None)
-        if isinstance(mark, dict):
-            return mark
-    return None
+def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
+    """Return the student of an export, frozen and in evaluation mode.
+
+    Only movekd's own code runs, whatever code lies in the directory.
+
+    Raises:
+        WeightsError: it is another kind of directory, or lacks a file.
+    """
+    model_type = read_json(directory / "config.json").get("model_type")
+    if model_type == "move_llava_llama":
+        raise WeightsError(
+            f"{directory} is a checkpoint of the released code; expected a model directory of "
+            f"movekd. Make one of it: movekd import {directory} --out DIR."
+        )
+    if model_type == "movekd_clip_vision":
+        raise WeightsError(
+            f"{directory} holds only a vision encoder, which answers no questions; expected a "
+            "run, an imported model or an export of format hf."
+        )
+    if model_type not in LLAVA_MODELS or not (directory / ABOUT_FILE).exists():
+        raise WeightsError(
+            f"{directory} holds a model of type '{model_type}'"
+            f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
+            "export of `movekd export --format hf`."
+        )
+    about = read_json(directory / ABOUT_FILE)
+    prompt: Any = about.get("prompt")
+    geometry: Any = about.get("geometry")
+    if prompt not in get_args(PromptFormat) or geometry not in get_args(Geometry):
+        raise WeightsError(
+            f"{directory / ABOUT_FILE} has prompt {prompt!r} and geometry {geometry!r}; expected "
+            f"one of {', '.join(get_args(PromptFormat))} and of {', '.join(get_args(Geometry))}. "
+            "Export the model again."
+        )
+    with loading(str(directory), "the model in"):
+        vlm = LLAVA_MODELS[model_type].from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+    tokenizer = load_tokenizer(directory)
+    vlm.eval().requires_grad_(False).to(torch.device(device))
+    run = about.get("run") or {}
+    mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
+    return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)
 
 
 def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:

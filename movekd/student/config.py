@@ -3,7 +3,7 @@
 Used by ``vlm.build_vlm``; written into every run, so that a run can be loaded again.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,10 +40,10 @@ class MoleKeys(FrozenModel):
         description="kaiming: the student differs from its base at step 0 (official). zero: it is "
         "its base (revised).",
     )
-    last_block: bool | None = Field(
+    layers_to_transform: Literal["all", "read"] | list[int] | None = Field(
         default=None,
-        description="Experts in blocks behind the layer that is read, too. official: true; "
-        "revised: false.",
+        description="Blocks with experts: all, read (only the blocks before the hidden state that "
+        "is read), or a list of indices from 0. official: all; revised: read.",
     )
     balance: Literal["sample", "batch"] | None = Field(
         default=None,
@@ -51,6 +51,23 @@ class MoleKeys(FrozenModel):
         "revised: batch.",
     )
     balance_weight: float = Field(default=0.01, ge=0, description="Of that loss.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, keys: Any) -> Any:
+        """Read ``last_block``, the old name of ``layers_to_transform``: true is all, false read."""
+        if not isinstance(keys, dict) or "last_block" not in keys:
+            return keys
+        if keys.get("layers_to_transform") is not None:
+            raise ValueError(
+                "layers_to_transform and its old name last_block are both given; remove last_block"
+            )
+        new = {None: None, True: "all", False: "read"}
+        keys = dict(keys)
+        last_block = keys.pop("last_block")
+        if not isinstance(last_block, bool | None):
+            raise ValueError("last_block is true or false; use layers_to_transform: all or read")
+        return keys | {"layers_to_transform": new[last_block]}
 
 
 class StudentConfig(FrozenModel):

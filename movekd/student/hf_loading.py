@@ -1,4 +1,4 @@
-"""How transformers is asked to load something: none of its code, no question, one sentence."""
+"""Load models and tokenizers with transformers: run no code of theirs, report one error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,29 +6,43 @@ from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import dynamic_module_utils
+from transformers import AutoConfig, AutoModel, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from movekd.errors import WeightsError
+from movekd.student.export.modeling_movekd import MovekdClipVisionConfig, MovekdClipVisionModel
 
 SAFE_LOAD_KWARGS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
-"""How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, of which tensors
-are taken and nothing else."""
+"""How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, from which only
+tensors are read."""
+
+
+def register_auto_classes() -> None:
+    """Make transformers load exports with movekd's own classes, without ``trust_remote_code``.
+
+    Afterwards ``AutoModel`` and ``LlavaForConditionalGeneration`` know the exported vision tower.
+    """
+    AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
+    AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of transformers out of a command's own output."""
+    """Keep transformers' progress bars and advice out of a command's output."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def loading(source: str, key: str) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one sentence, and let nobody be asked.
+    """Turn every way in which loading fails into one error, and never ask on standard input.
 
-    transformers asks on standard input whether to run the code of a directory, also for a part in
-    the middle of a config.json, which no argument reaches; there `ask --chat` reads questions.
+    transformers asks whether to run the code of a directory, also for a part in the middle of a
+    config.json, which no argument reaches; `ask --chat` reads its questions from standard input.
+
+    Raises:
+        WeightsError: the model cannot be loaded, or needs Python code of its own.
     """
+    register_auto_classes()
     patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:

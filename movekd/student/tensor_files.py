@@ -1,9 +1,8 @@
-"""Tensors by name, in files that others write and read: safetensors and PyTorch's ``.bin``.
+"""Read and write tensors by name: safetensors and PyTorch's ``.bin``.
 
-Comes in: a directory or a file of a released checkpoint. Goes out: one tensor at a time, so that a
-checkpoint is never in memory twice. A ``.bin`` is a pickle, and a pickle can hold a program: it is
-read with ``weights_only``, which builds tensors and refuses everything else. Used by
-``official_files`` and ``hub.export``.
+Input: a directory or a file of a checkpoint. Output: each tensor when it is asked for, so that a
+checkpoint is never in memory twice. A ``.bin`` is a pickle, and a pickle can hold a program:
+``weights_only`` builds tensors and refuses everything else. Used by ``official`` and ``export``.
 """
 
 import json
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from movekd.errors import WeightsError
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_BYTES = 5_000_000_000
-"""Weights a file, as the hub likes them."""
+"""Maximum bytes of weights per file, as on the hub."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -90,7 +90,7 @@ def open_checkpoint(directory: Path) -> TensorFiles:
     """Return the tensors of a checkpoint directory: one file, or shards with an index.
 
     Raises:
-        WeightsError: there are none, or a file of them is missing or damaged.
+        WeightsError: the directory holds none, or a file is missing or damaged.
     """
     for name in INDEX_FILES:
         if (directory / name).exists():
@@ -151,29 +151,21 @@ def write_shards(
         directory: where to.
         shapes: tensors by name; on the meta device where ``read`` gives the values.
         read: returns the values of a name when it is its turn.
-        shard_bytes: most bytes a file.
+        shard_bytes: maximum bytes per file; a larger tensor gets a file by itself.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in shapes.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: read(name) if read is not None else shapes[name] for name in names}
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file(  # the dict has no name, so that it is freed before the next file is read
+            {
+                name: (shapes[name] if read is None else read(name)).detach().cpu().contiguous()
+                for name in names
+            },
+            directory / file,
+            metadata={"format": "pt"},
+        )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (directory / INDEX_FILES[0]).write_text(text, encoding="utf-8")
 

@@ -44,6 +44,7 @@ from movekd.student.llava_next import (
 )
 from movekd.student.mole import MoleConfig
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
+from movekd.student.towers import num_prefix_tokens, tower_type
 
 
 @dataclass(frozen=True)
@@ -237,14 +238,29 @@ class VisionEncoderOnly(nn.Module):
         return hidden_BTD[:, self._num_prefix :]
 
 
-def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
-    """Return the PEFT config of the experts of a tower with ``num_layers`` blocks."""
+def mole_config(config: StudentConfig, num_layers: int, mlp: str = "mlp") -> MoleConfig:
+    """Return the PEFT config of a tower's experts.
+
+    Args:
+        config: the student.
+        num_layers: blocks of the tower.
+        mlp: name of the MLP in a block.
+
+    Raises:
+        ConfigError: ``layers_to_transform`` names a block that the tower does not have.
+    """
     keys = config.mole
     assert keys is not None
-    read_layer = (
-        num_layers + 1 + config.vision_feature_layer
-    )  # blocks before the layer that is read
-    layers = range(num_layers) if keys.last_block else range(read_layer)
+    blocks = keys.layers_to_transform
+    if blocks == "all":
+        blocks = list(range(num_layers))
+    elif not isinstance(blocks, list):  # the hidden state before block i has index i
+        blocks = list(range(num_layers + 1 + config.vision_feature_layer))
+    elif outside := [block for block in blocks if not 0 <= block < num_layers]:
+        raise ConfigError(
+            f"student.mole.layers_to_transform names block {outside[0]}; the vision tower has "
+            f"{num_layers} blocks, 0 to {num_layers - 1}. Name some of these, or use all or read."
+        )
     return MoleConfig(
         num_experts=keys.num_experts,
         r=keys.r,
@@ -252,34 +268,9 @@ def mole_config(config: StudentConfig, num_layers: int) -> MoleConfig:
         lora_dropout=keys.lora_dropout,
         use_gate=bool(keys.use_gate),
         init_lora_weights=keys.init_lora_weights or "zero",
-        target_modules=["mlp"],
-        layers_to_transform=list(layers),
+        target_modules=[mlp],
+        layers_to_transform=blocks,
     )
-
-
-def num_prefix_tokens(tower_config: Any) -> int:
-    """Return how many tokens stand before the patches: [CLS], registers, or none.
-
-    Raises:
-        ConfigError: a kind of tower whose tokens are not known.
-    """
-    kind = tower_config.model_type
-    if kind not in _PREFIX_TOKENS:
-        raise ConfigError(
-            f"student.vision_tower is a '{kind}'; expected one of {', '.join(_PREFIX_TOKENS)}, "
-            "whose tokens and MLPs are known. Give the directory or hub id of one of these."
-        )
-    return _PREFIX_TOKENS[kind] + int(getattr(tower_config, "num_register_tokens", 0))
-
-
-_PREFIX_TOKENS = {
-    "clip_vision_model": 1,
-    "dinov2": 1,
-    "dinov2_with_registers": 1,
-    "movekd_clip_vision": 1,  # an exported CLIP with experts
-    "siglip_vision_model": 0,
-}
-"""By model_type; registers come on top."""
 
 
 def image_features(
@@ -334,7 +325,7 @@ def _load_tower(config: StudentConfig) -> Any:
             dtype=getattr(torch, config.dtype),
             **SAFE_LOAD_KWARGS,
         )
-    num_prefix_tokens(tower.config)  # refuses kinds that are not known
+    tower_type(tower.config)  # refuses unknown types
     layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
     if -layer >= num_states:  # the first is what goes into the first block: nothing learns there
         raise ConfigError(
@@ -352,7 +343,8 @@ def _tower_config(config: StudentConfig) -> Any:
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:
     if config.mole is not None:
-        inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers), tower)
+        mlp = tower_type(tower.config).mlp
+        inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers, mlp), tower)
 
 
 def _untied(language_model: Any) -> nn.Module:

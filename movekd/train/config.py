@@ -27,7 +27,7 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
             "lora_alpha": 1.0,
             "use_gate": False,
             "init_lora_weights": "kaiming",
-            "last_block": True,
+            "layers_to_transform": "all",
             "balance": "sample",
         },
         "distill": {
@@ -44,7 +44,7 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
             "lora_alpha": None,  # r, so that the scale is 1
             "use_gate": True,
             "init_lora_weights": "zero",
-            "last_block": False,
+            "layers_to_transform": "read",
             "balance": "batch",
         },
         "distill": {

@@ -40,7 +40,11 @@ def folder(tmp_path_factory):
             vision_tower=str(WEIGHTS / "clip"),
             language_model=str(WEIGHTS / "language_model"),
             mole=MoleKeys(
-                r=4, lora_alpha=1, use_gate=False, init_lora_weights="kaiming", last_block=True
+                r=4,
+                lora_alpha=1,
+                use_gate=False,
+                init_lora_weights="kaiming",
+                layers_to_transform="all",
             ),
             prompt=prompt,
         )

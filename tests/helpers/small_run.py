@@ -18,7 +18,9 @@ def write_run(folder: Path, prompt: PromptFormat = "chat_template") -> Path:
     config = StudentConfig(
         vision_tower=str(WEIGHTS / "clip"),
         language_model=str(WEIGHTS / "language_model"),
-        mole=MoleKeys(r=4, lora_alpha=1, use_gate=True, init_lora_weights="zero", last_block=False),
+        mole=MoleKeys(
+            r=4, lora_alpha=1, use_gate=True, init_lora_weights="zero", layers_to_transform="read"
+        ),
         prompt=prompt,
     )
     torch.manual_seed(5)

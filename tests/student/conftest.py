@@ -14,16 +14,18 @@ import scenes
 from movekd.student.checkpoint import TrainedStudent, save_parts, save_tokenizer
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.hf_loading import quiet_libraries
-from movekd.student.official.state_dict import plain_parameters
+from movekd.student.parameters import plain_parameters
 from movekd.student.vlm import build_encoder, build_vlm
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 OFFICIAL = MoleKeys(
-    r=4, lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming", last_block=True
+    r=4, lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming", layers_to_transform="all"
 )
-REVISED = MoleKeys(r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", last_block=False)
+REVISED = MoleKeys(
+    r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", layers_to_transform="read"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

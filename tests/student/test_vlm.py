@@ -27,9 +27,11 @@ from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.vlm import build_encoder, build_vlm, image_features
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
-REVISED = MoleKeys(r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", last_block=False)
+REVISED = MoleKeys(
+    r=4, lora_alpha=4.0, use_gate=True, init_lora_weights="zero", layers_to_transform="read"
+)
 OFFICIAL = MoleKeys(
-    r=4, lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming", last_block=True
+    r=4, lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming", layers_to_transform="all"
 )
 
 

@@ -159,7 +159,7 @@ def test_images_without_a_sample_of_their_own_count_too(batch_of):
 @pytest.mark.parametrize("overrides", [REVISED, OFFICIAL])
 def test_text_only_batches_give_zero_gradients_not_none(batch_of, overrides):
     _, model, batch = batch_of(
-        "finetune", [*overrides, "student.mole.last_block=false"], samples=[11, 12]
+        "finetune", [*overrides, "student.mole.layers_to_transform=read"], samples=[11, 12]
     )
     assert batch["pixel_values"] is None
     assert batch["targets"] is None

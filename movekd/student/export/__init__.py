@@ -1,6 +1,6 @@
-"""The student as stock transformers loads it, with and without movekd.
+"""Write a student in formats that work without movekd: Hugging Face, ONNX; write its model card.
 
-``configuration_movekd`` and ``modeling_movekd`` need torch and transformers alone: they are copied
-into every export and are the code that ``trust_remote_code=True`` runs. With movekd imported, the
-same two modules are registered with transformers, and nothing need be trusted.
+``modeling_movekd`` needs only torch and transformers. It is copied into every export, where
+``trust_remote_code=True`` runs it. In a process that has movekd,
+``movekd.student.register_auto_classes`` makes stock transformers use the same module.
 """

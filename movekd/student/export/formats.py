@@ -15,7 +15,7 @@ from movekd.student.checkpoint import ABOUT_FILE, CONFIG_FILE, TrainedStudent
 from movekd.student.export.hugging_face import export_encoder, export_hf, write_about
 from movekd.student.export.model_card import Format, model_card
 from movekd.student.export.onnx import export_onnx
-from movekd.student.official.export import write_official
+from movekd.student.official.export_checkpoint import write_official
 from movekd.student.tensor_files import read_json
 
 

@@ -4,8 +4,8 @@
       config.json, model*.safetensors           config.json, model*.safetensors
       generation_config.json                    preprocessor_config.json
       processor_config.json, tokenizer files    movekd.json
-      movekd.json                               *_movekd.py
-      *_movekd.py
+      movekd.json                               modeling_movekd.py
+      modeling_movekd.py
 
 Comes in: a loaded student. ``movekd.json`` says how it is to be asked, for ``read``. Nothing is
 merged: the experts stay experts, since each token chooses its own.
@@ -28,14 +28,14 @@ from transformers import (
 
 from movekd.errors import ConfigError
 from movekd.student.checkpoint import ABOUT_FILE, TrainedStudent
-from movekd.student.export import configuration_movekd, modeling_movekd
-from movekd.student.export.configuration_movekd import MovekdClipVisionConfig
-from movekd.student.export.model_card import made_of
+from movekd.student.export import modeling_movekd
+from movekd.student.export.modeling_movekd import MovekdClipVisionConfig
 from movekd.student.llava_next import GRID_PINPOINTS
-from movekd.student.official.state_dict import mole_layers, plain_parameters
+from movekd.student.parameters import mole_layers, plain_parameters
 from movekd.student.prompts import V1_SYSTEM, turn_end
+from movekd.student.provenance import made_of
 from movekd.student.tensor_files import write_shards
-from movekd.student.vlm import num_prefix_tokens
+from movekd.student.towers import num_prefix_tokens
 
 TOWER = "model.vision_tower."
 
@@ -86,7 +86,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
         part.dtype = student.vlm.dtype
     if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
-            "AutoConfig": f"configuration_movekd.Movekd{name}Config",
+            "AutoConfig": f"modeling_movekd.Movekd{name}Config",
             "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
         }
         _copy_code(directory)
@@ -117,7 +117,7 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
     config.dtype = trained.student.vlm.dtype
     if config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
-            "AutoConfig": "configuration_movekd.MovekdClipVisionConfig",
+            "AutoConfig": "modeling_movekd.MovekdClipVisionConfig",
             "AutoModel": "modeling_movekd.MovekdClipVisionModel",
         }
         _copy_code(directory)
@@ -155,10 +155,10 @@ def tower_config(vlm: Any) -> Any:
     keys |= {
         "architectures": ["MovekdClipVisionModel"],
         "num_experts": first["num_experts"],
-        "expert_rank": first["r"],
-        "expert_alpha": first["lora_alpha"],
+        "r": first["r"],
+        "lora_alpha": first["lora_alpha"],
         "use_gate": first["use_gate"],
-        "expert_blocks": sorted(layers),
+        "layers_to_transform": sorted(layers),
     }
     return MovekdClipVisionConfig(**keys)
 
@@ -219,9 +219,8 @@ def _chat_template(trained: TrainedStudent) -> str | None:
 
 
 def _copy_code(directory: Path) -> None:
-    for module in (configuration_movekd, modeling_movekd):
-        path = Path(str(module.__file__))
-        shutil.copyfile(path, directory / path.name)
+    path = Path(str(modeling_movekd.__file__))
+    shutil.copyfile(path, directory / path.name)
 
 
 def write_about(trained: TrainedStudent, directory: Path) -> None:

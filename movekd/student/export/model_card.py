@@ -1,15 +1,15 @@
 """The model card, README.md of every export: what it is, what it was made of, how it is loaded."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from torch import nn
 
 from movekd.student.checkpoint import TrainedStudent
-from movekd.student.official.state_dict import mole_layers
-from movekd.student.vlm import num_prefix_tokens
+from movekd.student.parameters import mole_layers
+from movekd.student.provenance import base_models, is_hub_id
+from movekd.student.towers import num_prefix_tokens, tower_type
 
 Format = Literal["hf", "encoder", "onnx", "official"]
 
@@ -21,29 +21,24 @@ LICENCES = {
 }
 """Base models whose licence is known here; others say it on their own cards."""
 
-_KINDS = {
-    "clip_vision_model": "CLIP",
-    "movekd_clip_vision": "CLIP",
-    "siglip_vision_model": "SigLIP",
-    "dinov2": "DINOv2",
-    "dinov2_with_registers": "DINOv2 with registers",
-}
 _LIBRARY = {"hf": "transformers", "encoder": "transformers", "onnx": "onnx", "official": "pytorch"}
 _TASK = {"hf": "image-text-to-text", "official": "image-text-to-text"}
 
 _LOADING: dict[Format, str] = {
-    "hf": """With movekd installed, nothing in this directory is executed:
+    "hf": """With movekd installed, no code of this directory runs:
 
 ```python
-import movekd
 from transformers import AutoProcessor, MODEL_CLASS
 
+from movekd.student import register_auto_classes
+
+register_auto_classes()
 model = MODEL_CLASS.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
 ```
 
-Without movekd, the two `*_movekd.py` files beside the weights are the model's code. Read them
-first; `trust_remote_code=True` runs them:
+Without movekd, `modeling_movekd.py` beside the weights is the model's code. Read it first, because
+`trust_remote_code=True` runs it:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -56,20 +51,22 @@ processor = AutoProcessor.from_pretrained("DIR")
 for bit; the default backend differs by rounding. On the command line: `movekd ask DIR image.jpg
 "question"`.
 """,
-    "encoder": """With movekd installed, nothing in this directory is executed:
+    "encoder": """With movekd installed, no code of this directory runs:
 
 ```python
-import movekd
 from transformers import AutoImageProcessor, AutoModel
 
+from movekd.student import register_auto_classes
+
+register_auto_classes()
 encoder = AutoModel.from_pretrained("DIR")
 processor = AutoImageProcessor.from_pretrained("DIR")
 output = encoder(**processor(image, return_tensors="pt"), output_hidden_states=True)
 tokens = output.hidden_states[LAYER][:, PREFIX:]  # of the patches: what LLaVA reads
 ```
 
-Without movekd, `AutoModel.from_pretrained("DIR", trust_remote_code=True)` runs the two
-`*_movekd.py` files beside the weights; read them first.
+Without movekd, `AutoModel.from_pretrained("DIR", trust_remote_code=True)` runs
+`modeling_movekd.py` beside the weights; read it first.
 """,
     "onnx": """```python
 import onnxruntime
@@ -104,7 +101,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
     }
     if kind in _TASK:
         front["pipeline_tag"] = _TASK[kind]
-    if hub_ids := [base for base in bases.values() if _is_hub_id(base)]:
+    if hub_ids := [base for base in bases.values() if is_hub_id(base)]:
         front["base_model"] = hub_ids
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
@@ -136,41 +133,9 @@ def random_parts(vlm: Any) -> list[str]:
     return [n for n, tower in towers.items() if tower is not None and _is_untouched(tower)]
 
 
-def base_models(run: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a run started from: vision tower and language model."""
-    imported = run.get("imported") or {}
-    student = run.get("student") or {}
-    keys = ("vision_tower", "language_model")
-    found = {key: str(imported.get(key) or student.get(key) or "") for key in keys}
-    return {key: value for key, value in found.items() if value and not value.startswith("base/")}
-
-
-def made_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a run its exports carry on; of local directories, the name alone."""
-    bases = {
-        key: base if _is_hub_id(base) else f"./{Path(base).name}"
-        for key, base in base_models(run).items()
-    }
-    kept = {key: run[key] for key in ("recipe", "stage", "imported") if key in run}
-    teachers = (run.get("distill") or {}).get("teachers")
-    if "imported" in kept:
-        kept["imported"] = {"from": kept["imported"].get("from")} | bases
-    return kept | {"student": bases, "distill": {"teachers": teachers} if teachers else None}
-
-
-def public_name(base: str) -> str:
-    """Return a base model's hub id, or the name of its folder: no path of this machine."""
-    return base if _is_hub_id(base) else Path(base).name
-
-
 def _is_untouched(tower: nn.Module) -> bool:
     weights = [p for n, p in tower.named_parameters() if "norm" in n and n.endswith("weight")]
     return bool(weights) and all(bool((weight == 1).all()) for weight in weights)
-
-
-def _is_hub_id(name: str) -> bool:
-    is_local = name.startswith(("/", ".", "~")) or Path(name).exists()
-    return name.count("/") == 1 and not is_local
 
 
 def _warning(random: list[str]) -> str:
@@ -202,7 +167,7 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
         "onnx": f"{encoder} as ONNX: it",
         "official": "A LLaVA whose vision tower",
     }[kind]
-    tower = _KINDS[vlm.config.vision_config.model_type]
+    tower = tower_type(vlm.config.vision_config).title
     prompt = f"Prompt format: `{trained.prompt}`. " if student.tokenizer else ""
     return (
         f"{what} is a {tower} {experts}, distilled from several vision encoders (MoVE-KD, "
@@ -237,7 +202,7 @@ def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
 def _shown(base: str | None) -> str:
     if base is None:
         return "not recorded"
-    return base if _is_hub_id(base) else f"a local directory, `{base.rstrip('/').split('/')[-1]}`"
+    return base if is_hub_id(base) else f"a local directory, `{base.rstrip('/').split('/')[-1]}`"
 
 
 def _licences(bases: Mapping[str, str]) -> str:

@@ -1,7 +1,8 @@
-"""A CLIP vision tower with a mixture of LoRA experts in its MLPs, and LLaVA around it.
+"""Compute a CLIP vision tower with a mixture of LoRA experts in its MLPs, and LLaVA around it.
 
-Part of movekd (Apache-2.0). Needs torch and transformers alone. A router sends every token to one
-expert, which adds a low-rank term to both linear layers of the MLP:
+Part of movekd (Apache-2.0). Needs only torch and transformers. Copied into every export. Config
+and model share this file, because transformers would import two files as unrelated packages. A
+router sends every token to one expert, which adds a low-rank term to both linear layers of the MLP:
 
     p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
@@ -12,24 +13,60 @@ Dimensions: X tokens, E experts, R rank, I features in, O features out, J = E (R
 Source: MoVE-KD (arXiv 2501.01709).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
+    LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
 )
 from transformers.activations import ACT2FN
 
-from .configuration_movekd import (
-    MovekdClipVisionConfig,
-    MovekdLlavaConfig,
-    MovekdLlavaNextConfig,
-)
+
+class MovekdClipVisionConfig(CLIPVisionConfig):
+    """A CLIP vision tower whose MLPs have experts.
+
+    Attributes:
+        num_experts: experts per block.
+        r: rank of each expert.
+        lora_alpha: the experts' output is scaled by ``lora_alpha / r``.
+        use_gate: multiply the output of an expert by its probability.
+        layers_to_transform: indices of the blocks with experts; None means all.
+    """
+
+    model_type = "movekd_clip_vision"
+    base_config_key = "vision_config"
+    attribute_map: ClassVar[dict[str, str]] = {  # older exports have these names
+        "expert_rank": "r",
+        "expert_alpha": "lora_alpha",
+        "expert_blocks": "layers_to_transform",
+    }
+
+    num_experts: int = 3
+    r: int = 32
+    lora_alpha: float = 1.0
+    use_gate: bool = False
+    layers_to_transform: list[int] | None = None
+
+
+class MovekdLlavaConfig(LlavaConfig):
+    """LLaVA's config, under a name that an export's code can have."""
+
+    model_type = "llava"
+
+
+class MovekdLlavaNextConfig(LlavaNextConfig):
+    """LLaVA-NeXT's config, under a name that an export's code can have."""
+
+    model_type = "llava_next"
 
 
 class MovekdExperts(nn.Module):
@@ -66,15 +103,15 @@ class MovekdClipMLP(nn.Module):
         width, hidden = config.hidden_size, config.intermediate_size
         self.experts: dict[str, Any] = {
             "num_experts": config.num_experts,
-            "r": config.expert_rank,
-            "lora_alpha": config.expert_alpha,
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
             "use_gate": config.use_gate,
         }
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.mole_fc1 = MovekdExperts(config.num_experts, config.expert_rank, width, hidden)
-        self.mole_fc2 = MovekdExperts(config.num_experts, config.expert_rank, hidden, width)
+        self.mole_fc1 = MovekdExperts(config.num_experts, config.r, width, hidden)
+        self.mole_fc2 = MovekdExperts(config.num_experts, config.r, hidden, width)
         self.mole_router = nn.Linear(width, config.num_experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -100,24 +137,25 @@ class MovekdClipVisionModel(CLIPVisionModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        blocks = config.expert_blocks
+        blocks = config.layers_to_transform
         for number in range(config.num_hidden_layers) if blocks is None else blocks:
             self.encoder.layers[number].mlp = MovekdClipMLP(config)
         self.post_init()
 
 
 class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA itself, under a name that remote code can have."""
+    """LLaVA, under a name that an export's code can have."""
 
     config_class = MovekdLlavaConfig
     config: MovekdLlavaConfig
 
 
 class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT itself, under a name that remote code can have."""
+    """LLaVA-NeXT, under a name that an export's code can have."""
 
     config_class = MovekdLlavaNextConfig
     config: MovekdLlavaNextConfig
 
 
+AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
 AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)

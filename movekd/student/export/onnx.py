@@ -16,7 +16,7 @@ from movekd.errors import ConfigError, WeightsError
 from movekd.student.checkpoint import TrainedStudent
 from movekd.student.export.hugging_face import tower_config, tower_parameters
 from movekd.student.export.modeling_movekd import MovekdClipVisionModel
-from movekd.student.vlm import num_prefix_tokens
+from movekd.student.towers import num_prefix_tokens, tower_type
 
 ONNX_FILE = "encoder.onnx"
 TOLERANCE = 1e-4
@@ -35,12 +35,12 @@ class EncoderTokens(nn.Module):
     def __init__(self, tower: Any, layer: int) -> None:
         super().__init__()
         num_blocks = tower.config.num_hidden_layers
-        is_dinov2 = tower.config.model_type.startswith("dinov2")
-        layers = tower.encoder.layer if is_dinov2 else tower.encoder.layers
-        self.mask: dict[str, None] = {} if is_dinov2 else {"attention_mask": None}
+        kind = tower_type(tower.config)
+        self.mask: dict[str, None] = {"attention_mask": None} if kind.takes_mask else {}
         self.embeddings = tower.embeddings
-        self.first_norm = getattr(tower, "pre_layrnorm", None) or nn.Identity()  # CLIP's
-        self.blocks = nn.ModuleList(layers[: num_blocks + 1 + layer])
+        self.first_norm = getattr(tower, kind.first_norm) if kind.first_norm else nn.Identity()
+        blocks: Any = tower.get_submodule(kind.blocks)
+        self.blocks = nn.ModuleList(blocks[: num_blocks + 1 + layer])
         self.num_prefix = num_prefix_tokens(tower.config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:

@@ -1,9 +1,9 @@
-"""Mixture of LoRA Experts (MoLE) as a PEFT tuner; importing this package registers it with PEFT.
+"""Add a Mixture of LoRA Experts (MoLE) to a vision tower, as a tuner of PEFT.
 
-``get_peft_model(clip_vision_model, MoleConfig(...))`` gives every MLP of a vision tower its
-experts and a router; ``routing(model)`` then returns what the routers chose in the last forward
-pass, for the balance loss. ``save_tower`` writes a tower whose base learned as well. Used by
-``student.vlm`` and ``student.checkpoint``.
+``get_peft_model(clip_vision_model, MoleConfig(...))`` gives every MLP of a vision tower experts and
+a router. ``routing(model)`` then returns what the routers chose in the last forward pass, for the
+balance loss. ``save_tower`` writes a tower whose base was trained as well. Importing this package
+registers the tuner with PEFT.
 """
 
 from peft import mapping as _mapping
@@ -30,8 +30,8 @@ __all__ = [
     "save_tower",
 ]
 
-# PEFT's own register_peft_method takes members of PEFT's enum only. A str enum of ours hashes and
-# compares like one of theirs, so these three tables are all that PEFT ever consults.
+# peft.utils.register_peft_method takes only members of PEFT's PeftType. A str enum hashes and
+# compares as its members do, and PEFT looks a tuner up in these three tables.
 _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MolePeftType.MOLE] = MoleConfig
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[MolePeftType.MOLE] = MoleModel
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MolePeftType.MOLE] = MoleModel.prefix

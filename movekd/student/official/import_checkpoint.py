@@ -23,22 +23,21 @@ from transformers import LlamaConfig
 
 from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.checkpoint import (
-    ABOUT_FILE,
-    CONFIG_FILE,
-    IMPORTED_KEY,
-    PART_FILES,
-    part_of,
-)
+from movekd.student.checkpoint import ABOUT_FILE, CONFIG_FILE, PART_FILES, part_of
 from movekd.student.config import StudentConfig
-from movekd.student.official.export import (
-    ASPECT_RATIOS,
-    ORIGINALS,
-    STAGE_1_FILES,
+from movekd.student.official.imported_model import (
+    write_adapters,
+    write_language_model,
+    write_originals,
+    write_part,
+    write_tower,
 )
 from movekd.student.official.schema import (
+    ASPECT_RATIOS,
     CLIP_L_336,
     OLD_BUFFERS,
+    ORIGINALS,
+    STAGE_1_FILES,
     check_weights,
     clip_config,
     common_dtype,
@@ -48,16 +47,8 @@ from movekd.student.official.schema import (
     student_config,
     text_config,
 )
-from movekd.student.official.state_dict import (
-    ADAPTERS,
-)
-from movekd.student.official.writer import (
-    write_adapters,
-    write_language_model,
-    write_originals,
-    write_part,
-    write_tower,
-)
+from movekd.student.official.state_dict import ADAPTERS
+from movekd.student.provenance import IMPORTED_KEY
 from movekd.student.tensor_files import (
     INDEX_FILES,
     SINGLE_FILES,

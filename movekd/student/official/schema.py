@@ -23,15 +23,38 @@ from transformers import (
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading
-from movekd.student.official.export import ASPECT_RATIOS, MODEL_TYPE, PROJECTOR_TYPE, TEXT_KEYS
 from movekd.student.official.state_dict import (
     adapter_shapes,
     official_views,
-    plain_name,
     require_exact,
 )
+from movekd.student.parameters import plain_name
 from movekd.student.tensor_files import TensorFiles
 from movekd.student.vlm import mole_config
+
+MODEL_TYPE = "move_llava_llama"
+ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
+PROJECTOR_TYPE = "mlp2x_gelu"
+STAGE_1_FILES = {
+    "projector": "mm_projector.bin",
+    "mole": "mole_encoder.bin",
+    "adapters": "encoder_adapter.bin",
+}
+
+ORIGINALS = "official"
+"""Folder of an imported model: the released directory's small files, as they were."""
+DTYPES_FILE = "dtypes.json"
+BUFFERS_FILE = "buffers.safetensors"
+ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
+"""Geometry here -> LLaVA's image_aspect_ratio."""
+
+TEXT_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "tie_word_embeddings"),
+)
+"""What a Llama's config.json says of the language model, beside its rotary embedding."""
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 CLIP_L_336_KEYS = {
@@ -92,7 +115,7 @@ def student_config(keys: Mapping[str, Any], dtype: str, prompt: PromptFormat) ->
             lora_alpha=float(moe.get("moe_encoder_lora_alpha", 1)),
             use_gate=False,
             init_lora_weights="kaiming",
-            last_block=True,
+            layers_to_transform="all",
             balance="sample",
         ),
         prompt=prompt,

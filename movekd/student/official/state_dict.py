@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from movekd.errors import ConfigError, WeightsError, did_you_mean
+from movekd.student.parameters import mole_layers, plain_parameters
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
@@ -69,27 +70,6 @@ def load_official_state_dict(vlm: nn.Module, state: Mapping[str, Tensor]) -> Non
             view.copy_(state[name])
 
 
-def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model without the names that PEFT puts between.
-
-    ``mlp.base_layer.fc1.weight`` is ``mlp.fc1.weight``, ``mlp.mole_fc1.default.lora_A`` is
-    ``mlp.mole_fc1.lora_A``: the names of ``hub.modeling_movekd``.
-
-    Raises:
-        ConfigError: the tower has more than one MoLE adapter.
-    """
-    plain: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        short = plain_name(name)
-        if short in plain:
-            raise ConfigError(
-                f"the tower has several MoLE adapters ('{name}' is one of two); expected one. "
-                "Remove the others with delete_adapter before you export."
-            )
-        plain[short] = parameter.data
-    return plain
-
-
 def _parameters_of_student(model: nn.Module) -> dict[str, Tensor]:
     """Return ``plain_parameters`` under the names of a LLaVA, also of a bare tower."""
     plain = {n.removeprefix("base_model.model."): t for n, t in plain_parameters(model).items()}
@@ -106,12 +86,6 @@ def _parameters_of_student(model: nn.Module) -> dict[str, Tensor]:
         f"{type(model).__name__} is neither a LLaVA nor a CLIP vision tower; expected one of them, "
         "whose parts have official names."
     )
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without PEFT's ``base_layer`` and adapter name."""
-    name = name.replace(".mlp.base_layer.", ".mlp.")
-    return re.sub(r"\.(mole_(?:fc1|fc2|router))\.[^.]+\.(\w+)$", r".\1.\2", name)
 
 
 def official_views(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,8 +229,8 @@ def require_official(vlm: Any, num_layers: int) -> None:
         )
     if len(layers) < num_layers:
         raise ConfigError(
-            f"the student has experts in {len(layers)} of {num_layers} blocks (mole.last_block); "
-            f"the released code expects them in every one. {way_out}"
+            f"the student has experts in {len(layers)} of {num_layers} blocks "
+            f"(mole.layers_to_transform); the released code expects them in every one. {way_out}"
         )
     for what, config, known in (
         ("vision tower", vlm.config.vision_config, ("clip_vision_model", "movekd_clip_vision")),
@@ -267,27 +241,6 @@ def require_official(vlm: Any, num_layers: int) -> None:
                 f"the {what} is of type '{config.model_type}'; the released code knows "
                 f"'{known[0]}' alone. {way_out}"
             )
-
-
-def mole_layers(vlm: Any) -> dict[int, dict[str, Any]]:
-    """Return block -> num_experts, r, lora_alpha and use_gate of its experts."""
-    layers: dict[int, dict[str, Any]] = {}
-    for name, module in vlm.named_modules():
-        block = re.search(r"\.layers\.(\d+)\.mlp$", name)
-        if block is None or not hasattr(module, "mole_router"):
-            continue
-        mole_config = getattr(module, "mole_config", None)
-        if mole_config is None:  # of hub.modeling_movekd
-            layers[int(block[1])] = module.experts
-            continue
-        (config,) = mole_config.values()
-        layers[int(block[1])] = {
-            "num_experts": config.num_experts,
-            "r": config.r,
-            "lora_alpha": float(config.lora_alpha),
-            "use_gate": bool(config.use_gate),
-        }
-    return layers
 
 
 def _tower(name: str) -> str:

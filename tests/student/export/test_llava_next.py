@@ -108,6 +108,7 @@ def test_the_processor_makes_the_views_of_the_training(folder):
         assert (batch["input_ids"] == image_id).sum() == num_tokens
 
 
+REGISTERED = "from movekd.student import register_auto_classes\nregister_auto_classes()"
 PROGRAM = """
 import sys
 {imports}
@@ -132,7 +133,7 @@ for image in images:
 
 @pytest.mark.parametrize(
     ("imports", "trust"),
-    [("import movekd", ""), ("sys.modules['movekd'] = None", "trust_remote_code=True")],
+    [(REGISTERED, ""), ("sys.modules['movekd'] = None", "trust_remote_code=True")],
     ids=["with movekd", "without"],
 )
 def test_transformers_answers_as_the_run_does(folder, imports, trust):

@@ -16,8 +16,9 @@ from movekd.student.adapters import StudentHead, TeacherAdapter
 from movekd.student.checkpoint import ADAPTERS_FILE, load_student, save_adapters, save_parts
 from movekd.student.config import MoleKeys
 from movekd.student.export.formats import export
-from movekd.student.official.export import STAGE_1_FILES, write_official
+from movekd.student.official.export_checkpoint import write_official
 from movekd.student.official.import_checkpoint import import_official
+from movekd.student.official.schema import STAGE_1_FILES
 from movekd.student.official.state_dict import official_state_dict
 from movekd.student.tensor_files import open_checkpoint, read_bin, write_shards
 from movekd.student.vlm import image_features
@@ -65,7 +66,9 @@ def test_an_import_names_the_layout_that_its_sam_adapter_knows(kit, source, tmp_
 
 
 def test_a_run_that_was_fed_otherwise_than_llava_is_imported_so(kit, tmp_path):
-    mole = MoleKeys(r=4, lora_alpha=1, use_gate=False, init_lora_weights="kaiming", last_block=True)
+    mole = MoleKeys(
+        r=4, lora_alpha=1, use_gate=False, init_lora_weights="kaiming", layers_to_transform="all"
+    )
     trained = kit.make_run(tmp_path / "run", mole)
     assert trained.prompt == "chat_template"
     export(trained, "official", tmp_path / "out")

@@ -14,9 +14,9 @@ from movekd.student.official.state_dict import (
     adapters_from_official,
     official_adapters,
     official_views,
-    plain_name,
     require_official,
 )
+from movekd.student.parameters import plain_name
 from movekd.student.vlm import build_vlm, image_features
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; nothing here can change that.
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_copied(student):
 
 def test_what_the_released_code_would_compute_otherwise_is_refused(kit, student):
     require_official(student.vlm, 6)
-    partial = kit.OFFICIAL.model_copy(update={"last_block": False})
+    partial = kit.OFFICIAL.model_copy(update={"layers_to_transform": "read"})
     for mole, message in (
         (kit.REVISED, r"multiplied by their gate \(mole\.use_gate\).*--format hf"),
         (partial, r"experts in 5 of 6 blocks"),

@@ -22,49 +22,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.checkpoint import (
-    ADAPTERS_FILE,
-    CONFIG_FILE,
-    PART_FILES,
-    TrainedStudent,
-    imported_from,
+from movekd.student.checkpoint import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
+from movekd.student.official.schema import (
+    ARCHITECTURE,
+    ASPECT_RATIOS,
+    BUFFERS_FILE,
+    DTYPES_FILE,
+    MODEL_TYPE,
+    ORIGINALS,
+    PROJECTOR_TYPE,
+    STAGE_1_FILES,
+    TEXT_KEYS,
 )
-from movekd.student.export.model_card import base_models, public_name
 from movekd.student.official.state_dict import (
     PROJECTOR,
-    mole_layers,
     official_adapters,
     official_state_dict,
     require_official,
 )
+from movekd.student.parameters import mole_layers
+from movekd.student.provenance import base_models, imported_from, public_name
 from movekd.student.tensor_files import read_json, write_bin, write_shards
 from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
 
-MODEL_TYPE = "move_llava_llama"
-ARCHITECTURE = "MoVELlavaLlamaForCausalLM"
-PROJECTOR_TYPE = "mlp2x_gelu"
-STAGE_1_FILES = {
-    "projector": "mm_projector.bin",
-    "mole": "mole_encoder.bin",
-    "adapters": "encoder_adapter.bin",
-}
 EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
 """What a key of ``mole_encoder.bin`` holds one of."""
-
-ORIGINALS = "official"
-"""Folder of an imported model: the released directory's small files, as they were."""
-DTYPES_FILE = "dtypes.json"
-BUFFERS_FILE = "buffers.safetensors"
-ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
-"""Geometry here -> LLaVA's image_aspect_ratio."""
-
-TEXT_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
-    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "tie_word_embeddings"),
-)
-"""What a Llama's config.json says of the language model, beside its rotary embedding."""
 
 
 def write_official(trained: TrainedStudent, directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tests of movekd.student.export.read: an export is read, its code is not."""
+"""Tests of movekd.student.checkpoint.load_export: the export is loaded, none of its code runs."""
 
 import contextlib
 import json
@@ -44,3 +44,9 @@ def test_code_of_a_part_is_not_run(exported, tmp_path, part):
     with pytest.raises(WeightsError, match=r"out' brings Python code of its own"):
         load_student(exported)
     assert not (tmp_path / "was_run").exists()
+
+
+def test_another_llava_is_no_export(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(WeightsError, match=r"no movekd\.json.*--format hf"):
+        load_student(tmp_path)

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from movekd.student.checkpoint import ADAPTERS_FILE, part_of
-from movekd.student.official.export import BUFFERS_FILE, DTYPES_FILE
+from movekd.student.official.schema import BUFFERS_FILE, DTYPES_FILE
 from movekd.student.official.state_dict import (
     adapters_from_official,
     official_name,
     official_views,
-    plain_name,
 )
+from movekd.student.parameters import plain_name
 from movekd.student.tensor_files import TensorFiles, write_shards
 from movekd.student.tokenizer import TOKENIZER_FILES
 

@@ -1,0 +1,48 @@
+"""A small CLIP, with random weights, and MoLE configs for it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+REVISED: dict[str, Any] = {"num_experts": 3, "r": 2, "layers_to_transform": [0, 1]}
+OFFICIAL: dict[str, Any] = {
+    "num_experts": 3,
+    "r": 2,
+    "lora_alpha": 1.0,
+    "use_gate": False,
+    "init_lora_weights": "kaiming",
+}
+
+
+def clip() -> CLIPVisionModel:
+    torch.manual_seed(0)
+    return CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL))
+
+
+def pixels(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    hidden_states: torch.Tensor = model(pixel_values=pixels, output_hidden_states=True)[
+        "hidden_states"
+    ][-2]
+    return hidden_states[:, 1:]
+
+
+def shake(model: nn.Module, seed: int = 2) -> None:
+    """Move every trainable parameter away from its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,89 @@
+"""Tests of movekd.student.export.onnx: the written encoder gives the tokens that LLaVA reads."""
+
+import pytest
+import torch
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from movekd.errors import ConfigError
+from movekd.student.checkpoint import load_student
+from movekd.student.export.formats import export
+from movekd.student.export.onnx import encoder_tokens
+from movekd.student.vlm import image_features
+
+TOWERS = {
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 48}, 0),
+    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}, 1),
+    "dinov2 with registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the exporter's own packages
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_towers_are_onnx_too(kit, tmp_path, pixels, name):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model_class, config_class, keys, num_prefix = TOWERS[name]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tower = model_class(config_class(image_size=48, patch_size=8, **sizes, **keys))
+    tower.save_pretrained(tmp_path / "tower")
+    run = kit.make_encoder_run(tmp_path / "run", None, tmp_path / "tower")
+    trained = load_student(run, takes_encoder=True)
+    assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "out")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out/encoder.onnx"))
+    tokens, *cls = session.run(None, {"pixel_values": pixels.numpy()})
+    assert len(cls) == min(num_prefix, 1)
+    with torch.no_grad():
+        expected = image_features(trained.student.vlm, pixels)[1]
+    torch.testing.assert_close(torch.from_numpy(tokens), expected, rtol=1e-4, atol=1e-4)
+    export(trained, "encoder", tmp_path / "encoder")
+    card = (tmp_path / "encoder/README.md").read_text()
+    assert f"hidden_states[-2][:, {num_prefix}:]" in card
+    kind = {"siglip": "SigLIP", "dinov2": "DINOv2"}.get(name, "DINOv2 with registers")
+    assert f"it is a {kind} without experts" in card
+
+
+def test_the_written_encoder_ends_at_the_hidden_state_that_is_read(trained, pixels):
+    encoder = encoder_tokens(trained)
+    assert len(encoder.blocks) == 5
+    with torch.no_grad():
+        tokens_BND, cls_BD = encoder(pixels)
+        output, expected_BND = image_features(trained.student.vlm, pixels)
+    torch.testing.assert_close(tokens_BND, expected_BND, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cls_BD, output.hidden_states[-2][:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_encoder_is_one_graph_with_a_free_batch(official, pixels):
+    encoder = encoder_tokens(official)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(encoder, (pixels,), dynamic_shapes={"pixel_values": batch})
+    again = torch.randn(5, 3, 48, 48)
+    torch.testing.assert_close(program.module()(again), encoder(again), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_without_its_packages_says_what_to_install(official, tmp_path, monkeypatch):
+    monkeypatch.setattr("movekd.student.export.onnx.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs onnx, .*pip install 'movekd\[onnx\]'"):
+        export(official, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the exporter's own packages
+def test_onnxruntime_computes_the_same_tokens(trained, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    said = export(trained, "onnx", tmp_path / "out")
+    assert "onnxruntime agrees" in said
+    assert (tmp_path / "out/encoder.onnx").exists()
