@@ -24,7 +24,7 @@ from transformers import (
 import scenes
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.config import MoleKeys, StudentConfig
-from movekd.student.vlm import build_encoder, build_vlm, image_features
+from movekd.student.vlm import build_encoder, build_vlm, image_features, mole_config
 
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 REVISED = MoleKeys(
@@ -306,3 +306,19 @@ def test_a_bin_file_is_tensors_or_a_refusal(tmp_path):
     with pytest.raises(WeightsError, match=r"vision_tower .* cannot be loaded: Weights only load"):
         build_encoder(config(vision_tower=str(folder)))
     assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [("all", [0, 1, 2]), ("read", [0, 1]), (None, [0, 1]), ([2, 0], [2, 0])],
+)
+def test_layers_to_transform_names_the_blocks_with_experts(blocks, expected):
+    config = StudentConfig(vision_tower="t", mole=MoleKeys(layers_to_transform=blocks))
+    assert mole_config(config, 3).layers_to_transform == expected
+
+
+@pytest.mark.parametrize("block", [3, -1])
+def test_a_block_that_the_tower_does_not_have_is_refused(block):
+    config = StudentConfig(vision_tower="t", mole=MoleKeys(layers_to_transform=[0, block]))
+    with pytest.raises(ConfigError, match=rf"names block {block}; .* 3 blocks, 0 to 2"):
+        mole_config(config, 3)

@@ -34,10 +34,14 @@ class MoleModel(BaseTuner):
 
         SigLIP's pooling head has an ``mlp`` too, which no hidden state passes through.
         """
-        in_block = any(part.isdigit() for part in key.split("."))
-        if isinstance(peft_config.target_modules, str) or in_block:
+        is_number = [part.isdigit() for part in key.split(".")]
+        if isinstance(peft_config.target_modules, str):
             return check_target_module_exists(peft_config, key)
-        return False
+        if not any(is_number):
+            return False
+        if is_number[1]:
+            key = f"tower.{key}"  # PEFT finds the index of a block only behind two names
+        return check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
