@@ -1,9 +1,8 @@
-"""What stands between the student and its teachers during training, and is thrown away after it.
+"""Map tokens between the student and its teachers; needed only in training.
 
-Tokens of a teacher come in and tokens of the student's shape go out (``TeacherAdapter``, official
-recipe), or the student's tokens come in and a prediction of the teacher's goes out
-(``StudentHead``, revised recipe). The trainer owns one a teacher and hands the results to
-``distill.kd_loss``; ``student.checkpoint`` saves them.
+``TeacherAdapter`` (official recipe) maps a teacher's tokens to the student's shape. ``StudentHead``
+(revised recipe) predicts a teacher's tokens from the student's. The trainer has one per teacher,
+and ``distill.kd_loss`` takes the results. ``student.checkpoint`` saves them.
 
 Dimensions: B batch, M teacher tokens, N student tokens, T teacher channels, D student channels,
 H hidden width.
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 
 class TeacherAdapter(nn.Module):
-    """Brings a teacher's tokens to the student's width and number of tokens (official recipe).
+    """Map a teacher's tokens to the student's width and number of tokens (official recipe).
 
     Linear over channels, GELU, Linear over tokens, both with bias. Student and adapter can shrink
-    towards each other, which lowers the loss and teaches nothing: watch
+    towards each other, which lowers the loss without learning: watch
     ``distill.token_statistics``.
 
     Args:
@@ -45,15 +44,15 @@ class TeacherAdapter(nn.Module):
 
 
 class StudentHead(nn.Module):
-    """Predicts one teacher's tokens from the student's, token by token (revised recipe).
+    """Predict one teacher's tokens from the student's, token by token (revised recipe).
 
-    LayerNorm, Linear, GELU, Linear. The normalisation takes the scale of the student's tokens out
-    of the loss, and nothing on the target side is trained, so there is nothing to shrink towards.
+    LayerNorm, Linear, GELU, Linear. The normalisation removes the scale of the student's tokens,
+    and the targets are not trained, so the two cannot shrink towards each other.
 
     Args:
         student_channels: Width of the student.
         teacher_channels: Channels of the teacher's tokens.
-        hidden_channels: Width in between; None takes the student's.
+        hidden_channels: Width of the hidden layer. Default: the student's.
     """
 
     def __init__(

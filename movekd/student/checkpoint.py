@@ -32,7 +32,7 @@ from movekd.errors import WeightsError
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading
 from movekd.student.provenance import imported_from
-from movekd.student.tensor_files import read_json
+from movekd.student.tensor_files import describe_difference, read_json
 from movekd.student.tokenizer import load_tokenizer
 from movekd.student.vlm import Student, build_encoder, build_vlm
 
@@ -75,7 +75,7 @@ def save_parts(directory: Path, vlm: nn.Module, parts: list[str]) -> None:
 
 
 def load_parts(directory: Path, vlm: nn.Module) -> list[str]:
-    """Load every part that has a file into the model; return which.
+    """Load every part that has a file into the model; return the names of the parts.
 
     Raises:
         WeightsError: names or shapes are not those of the model.
@@ -101,35 +101,30 @@ def save_adapters(directory: Path, adapters: nn.Module) -> None:
 
 
 def load_adapters(directory: Path, adapters: nn.Module) -> None:
-    """Load the teacher adapters or student heads where folder and model have them."""
+    """Load the teacher adapters or student heads, if folder and model have them."""
     parameters = dict(adapters.named_parameters())
     if parameters and (directory / ADAPTERS_FILE).exists():
         load_exact(directory / ADAPTERS_FILE, parameters)
 
 
 def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copy a safetensors file into parameters of exactly its names and shapes.
+    """Copy a safetensors file into parameters with exactly its names and shapes.
 
     Raises:
-        WeightsError: the file is damaged, or says what is missing, unexpected or of another shape.
+        WeightsError: the file is damaged, or names or shapes differ.
     """
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
-    missing, unexpected = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
-    shapes = [
-        n for n in parameters.keys() & tensors.keys() if parameters[n].shape != tensors[n].shape
-    ]
-    if missing or unexpected or shapes:
-        problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        said = "; ".join(
-            f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
-            for what, names in problems.items()
-            if names
-        )
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in named.items()}
+        for named in (tensors, parameters)
+    )
+    if difference := describe_difference(found, expected):
         raise WeightsError(
-            f"{path} does not fit the model: {said}. Use the config.yaml that was saved with it."
+            f"{path} does not fit the model: {difference}. Use the config.yaml that was saved with "
+            "it."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -138,13 +133,13 @@ def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """The model of a finished run, and how it was fed.
+    """The model of a finished run, its prompt format and how its images become pixels.
 
     Attributes:
         student: the model, frozen, in evaluation mode.
-        prompt: the format of its questions.
-        geometry: how its images become square.
-        directory: the folder that its parts lie in.
+        prompt: format of the questions.
+        geometry: how images become square.
+        directory: the folder with the files of its parts.
         run: the resolved config, as YAML holds it.
     """
 
@@ -163,12 +158,12 @@ def load_student(
     Args:
         directory: a run's output, or its ``model`` folder; what `movekd import` wrote; or an
             export of format hf.
-        device: where to.
-        takes_encoder: an encoder of stage distill will do, too; it has no tokenizer.
+        device: device of the weights.
+        takes_encoder: accept an encoder of stage distill, which has no tokenizer.
 
     Raises:
-        WeightsError: there is no finished model there.
-        ConfigError: it is an encoder alone, and was to read text.
+        WeightsError: the directory holds no finished model.
+        ConfigError: the directory holds only an encoder, and ``takes_encoder`` is false.
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
     if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
@@ -192,7 +187,7 @@ def load_student(
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
     if (mark := imported_from(student.vlm)) is not None:
-        content.setdefault("imported", mark)  # a run that went on from an imported model
+        content.setdefault("imported", mark)  # a run that started from an imported model
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)
 
 
@@ -242,10 +237,10 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
 
 
 def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
-    """Return the config with base models that lie in the model's own folder found there."""
+    """Return the config with absolute paths of base models that lie in the model's folder."""
     update = {}
     for key in ("vision_tower", "language_model"):
-        value = getattr(config, key) or ""  # an encoder alone has no language model
+        value = getattr(config, key) or ""  # an encoder has no language model
         if value.startswith("base/") and (model_dir / value).is_dir():
             update[key] = str(model_dir / value)
     return config.model_copy(update=update)

@@ -1,6 +1,6 @@
-"""What a student is made of: the ``student:`` part of student.yaml.
+"""Define the ``student:`` keys of student.yaml.
 
-Used by ``vlm.build_vlm``; written into every run, so that a run can be loaded again.
+Used by ``vlm.build_vlm``. Every run keeps them, so that it can be loaded again.
 """
 
 from typing import Any, Literal
@@ -10,26 +10,28 @@ from pydantic import Field, model_validator
 from movekd.config import FrozenModel
 
 Recipe = Literal["official", "revised"]
-"""official: as the released code. revised: where that has a defect, otherwise."""
+"""official: as the released code. revised: without its defects."""
 
 PromptFormat = Literal["plain", "v1", "chat_template"]
 """plain: image, then caption (LLaVA's stage 1). v1: Vicuna's chat (LLaVA's stage 2).
-chat_template: whatever template the tokenizer brings."""
+chat_template: the tokenizer's template."""
 
 
 Architecture = Literal["llava", "llava_next"]
-"""llava: an image is one square. llava_next: the whole of it stretched, and tiles of it."""
+"""llava: an image is one square. llava_next: the whole image, stretched, and its tiles."""
 
 
 class MoleKeys(FrozenModel):
     """A Mixture of LoRA Experts in the tower's MLPs. Null keys take the recipe's value."""
 
-    num_experts: int = Field(default=3, ge=1, description="Experts a layer.")
+    num_experts: int = Field(default=3, ge=1, description="Experts per layer.")
     r: int = Field(default=32, ge=1, description="Rank of each expert.")
     lora_alpha: float | None = Field(
         default=None, description="Scale is lora_alpha / r. official: 1; revised: r."
     )
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="On the experts' input.")
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the experts' input."
+    )
     use_gate: bool | None = Field(
         default=None,
         description="Multiply the expert's output by its probability. official: false; "
@@ -37,8 +39,8 @@ class MoleKeys(FrozenModel):
     )
     init_lora_weights: Literal["kaiming", "zero"] | None = Field(
         default=None,
-        description="kaiming: the student differs from its base at step 0 (official). zero: it is "
-        "its base (revised).",
+        description="kaiming: the student differs from its base at step 0 (official). zero: it "
+        "equals its base (revised).",
     )
     layers_to_transform: Literal["all", "read"] | list[int] | None = Field(
         default=None,
@@ -47,10 +49,10 @@ class MoleKeys(FrozenModel):
     )
     balance: Literal["sample", "batch"] | None = Field(
         default=None,
-        description="Form of the loss that keeps the experts equally busy. official: sample; "
-        "revised: batch.",
+        description="Form of the balance loss, which keeps the experts equally busy. official: "
+        "sample; revised: batch.",
     )
-    balance_weight: float = Field(default=0.01, ge=0, description="Of that loss.")
+    balance_weight: float = Field(default=0.01, ge=0, description="Weight of the balance loss.")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +77,7 @@ class StudentConfig(FrozenModel):
 
     architecture: Architecture = Field(
         default="llava",
-        description="llava (LLaVA-1.5): the whole image. llava_next: and up to four tiles of it.",
+        description="llava (LLaVA-1.5): the whole image. llava_next: also up to four tiles.",
     )
     vision_tower: str = Field(
         description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
@@ -90,11 +92,9 @@ class StudentConfig(FrozenModel):
     projector_hidden_act: str = Field(
         default="gelu", description="gelu makes LLaVA's mlp2x_gelu projector."
     )
-    mole: MoleKeys | None = Field(
-        default_factory=MoleKeys, description="The experts; null trains or freezes the plain tower."
-    )
+    mole: MoleKeys | None = Field(default_factory=MoleKeys, description="The experts. Null: none.")
     prompt: PromptFormat | None = Field(
-        default=None, description="Prompt format; null: v1 in finetune, else plain."
+        default=None, description="Prompt format. Null: v1 in finetune, else plain."
     )
     image_mean: tuple[float, float, float] | None = Field(
         default=None, description="Null takes the vision tower's preprocessor_config.json."
@@ -104,8 +104,8 @@ class StudentConfig(FrozenModel):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="Of the weights in memory; `bf16: true` computes in bfloat16. float16 is for "
-        "imported models, to ask and to export; training needs one of the others.",
+        description="Dtype of the weights in memory; `bf16: true` computes in bfloat16. float16 is "
+        "only for imported models, to ask and to export.",
     )
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ def loading(source: str, key: str) -> Iterator[None]:
     config.json, which no argument reaches; `ask --chat` reads its questions from standard input.
 
     Raises:
-        WeightsError: the model cannot be loaded, or needs Python code of its own.
+        WeightsError: the model cannot be loaded, or needs its own Python code.
     """
     register_auto_classes()
     patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
@@ -50,7 +50,7 @@ def loading(source: str, key: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         if "trust_remote_code" in str(error):
             raise WeightsError(
-                f"{key} '{source}' brings Python code of its own (auto_map), which movekd never "
+                f"{key} '{source}' brings its own Python code (auto_map), which movekd never "
                 "runs; expected a model and a tokenizer of kinds that transformers knows. Take "
                 "the auto_map out of its JSON files if a stock class fits, or save it as one."
             ) from None

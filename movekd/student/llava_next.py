@@ -1,10 +1,10 @@
-"""What LLaVA-NeXT has and LLaVA-1.5 has not: tiles, and line ends between the rows of an image.
+"""Count the tokens of a LLaVA-NeXT image, and make what LLaVA-1.5 does not have.
 
-An image goes in as the views of ``corpus.anyres``: the whole of it, stretched, and tiles. In the
-prompt stand the tokens of the whole image, then those of its tiles as one picture, row by row,
-without the rows and columns that show padding alone, a learned token after each row.
+The model sees the views of ``corpus.anyres``: the whole image, stretched, and tiles. The prompt
+holds the tokens of the whole image, then the tokens of its tiles as one picture, row by row, with a
+learned token after each row. Rows and columns that show only padding are left out.
 
-Used by ``vlm``; every number is transformers' own.
+Used by ``vlm``. All numbers are transformers'.
 """
 
 import math
@@ -28,7 +28,7 @@ def count_anyres_tokens(widths: ArrayLike, heights: ArrayLike, side: int) -> NDA
     Args:
         widths: (N,), in pixels, as a viewer shows the image.
         heights: (N,).
-        side: patches along a side of a view.
+        side: patches per side of a view.
 
     Source: transformers models/llava_next/processing_llava_next.py (_get_unpadded_features) and
     modeling_llava_next.py (unpad_image).
@@ -46,7 +46,7 @@ def count_anyres_tokens(widths: ArrayLike, heights: ArrayLike, side: int) -> NDA
 
 
 def require_tile(tower: Any, source: str) -> None:
-    """Refuse a tower that looks at another size than that for which grids are chosen.
+    """Refuse a tower whose input is not as large as a tile.
 
     Raises:
         ConfigError: names both sizes.

@@ -45,7 +45,7 @@ def render_conversation(conversation: Conversation, tokenizer: Any, prompt: Prom
     """Return the text of a conversation and where its answers are.
 
     Raises:
-        ConfigError: there is no answer, or the prompt cannot be made with this tokenizer.
+        ConfigError: no turn is an answer, or the prompt cannot be made with this tokenizer.
     """
     if prompt == "plain":
         return _render_plain(conversation)
@@ -69,10 +69,10 @@ def render_question(conversation: Conversation, tokenizer: Any, prompt: PromptFo
 
 
 def check_conversation(conversation: Conversation, prompt: PromptFormat) -> None:
-    """Find without a tokenizer what could not be tokenised; fast enough for a whole corpus.
+    """Refuse what cannot be tokenised, without a tokenizer; fast enough for a whole corpus.
 
     Raises:
-        ConfigError: there is no answer to learn, or not an ``<image>`` for each image.
+        ConfigError: no turn is an answer, or the text has not one ``<image>`` per image.
     """
     if not any(role == "gpt" for role, _ in conversation.turns):
         raise ConfigError(
@@ -239,7 +239,7 @@ def _apply_template(
 
 
 def _image_first(turn: str) -> str:
-    """Return the turn with its one image in front, on a line of its own; several stay in place."""
+    """Return the turn with its image on a line before the text; several images stay in place."""
     if turn.count(IMAGE_TOKEN) != 1:
         return turn
     return f"{IMAGE_TOKEN}\n{turn.replace(IMAGE_TOKEN, '').strip()}".strip()

@@ -1,4 +1,4 @@
-"""Llama's SentencePiece tokenizers as fast tokenizers that give LLaVA's tokens.
+"""Convert Llama's SentencePiece tokenizers to fast tokenizers that give LLaVA's tokens.
 
 Input: a `tokenizer.model` and whether its tokenizer_config.json says `legacy`. Output: a
 `tokenizers.Tokenizer`. Used by ``tokenizer.load_tokenizer``, which checks the result against
@@ -59,7 +59,7 @@ def read_sentencepiece(model_file: Path) -> SentencePieceModel:
     try:
         spec = sentencepiece_model_pb2.ModelProto.FromString(content)
         return SentencePieceModel(spec, SentencePieceProcessor(model_proto=content))
-    except Exception as error:  # protobuf and sentencepiece raise classes of their own
+    except Exception as error:  # protobuf and sentencepiece raise their own classes
         raise WeightsError(
             f"{model_file} is no SentencePiece model ({str(error).splitlines()[0]}); download it "
             "again, or give a directory with a tokenizer.json."

@@ -16,23 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from movekd.errors import WeightsError
+from movekd.errors import WeightsError, did_you_mean
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_BYTES = 5_000_000_000
 """Maximum bytes of weights per file, as on the hub."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -80,10 +71,9 @@ class TensorFiles(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor, from the file's header where it has one."""
         source = self._sources[name]
-        if isinstance(source, dict):
-            dtype: torch.dtype = source[name].dtype
-            return dtype
-        return _DTYPES.get(source.get_slice(name).get_dtype()) or self[name].dtype
+        has_header = not isinstance(source, dict) and bool(self.shape(name))
+        tensor: Tensor = source.get_slice(name)[:0] if has_header else self[name]
+        return tensor.dtype
 
 
 def open_checkpoint(directory: Path) -> TensorFiles:
@@ -168,6 +158,26 @@ def write_shards(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (directory / INDEX_FILES[0]).write_text(text, encoding="utf-8")
+
+
+def describe_difference(found: Shapes, expected: Shapes) -> str:
+    """Return how names and shapes differ, for an error; empty if they are the same."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    shapes = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+    said = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if shapes:
+        first = shapes[0]
+        said.append(
+            f"{len(shapes)} of another shape ({first} is {list(found[first])}, expected "
+            f"{list(expected[first])})"
+        )
+    near = did_you_mean(unexpected[0], missing, cutoff=0.9) if unexpected else ""
+    return "; ".join(said) + (near and f" ({near.strip()})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Conversations as tokens and labels: the one way by which training and answering get them.
+"""Turn conversations into tokens and labels, for training and for answering.
 
 Input: a conversation and a tokenizer of ``load_tokenizer``. Output: ``input_ids``, in which each
 ``<image>`` is as many tokens as the projector gives, and ``labels``. What the model must generate
-is labelled, nothing else: the tokens of the question and the labelled ones are all tokens.
+is labelled, nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -167,7 +167,7 @@ def _encode_behind(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int
 def _without_rest(
     tokens: list[int], is_answer: list[bool], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Leave out what follows the last answer, from which nothing is learned, unless an image is."""
+    """Leave out what follows the last answer, unless it holds an image."""
     if True not in is_answer:
         return tokens, is_answer
     end = len(is_answer) - is_answer[::-1].index(True)
@@ -239,10 +239,10 @@ def _copies(
 
 
 def _require_images(conversation: Conversation, tokens: list[int], tokenizer: Any) -> int:
-    """Return the id of ``<image>`` after checking that there is one for each image.
+    """Return the id of ``<image>``, after checking that the tokens hold one per image.
 
     Raises:
-        ConfigError: there are more or fewer.
+        ConfigError: the tokens hold more or fewer.
     """
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     require_image_count(conversation, tokens.count(image_id))

@@ -24,23 +24,23 @@ from movekd.student.sentencepiece_tokenizer import (
 from movekd.student.tensor_files import read_json
 
 IMAGE_TOKEN = "<image>"
-"""Stands in a text where an image's tokens go; one token of the vocabulary."""
+"""Placeholder of an image in a text; one token of the vocabulary."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja"),
 )
-"""What a Llama's tokenizer may be written in."""
+"""Files that a Llama's tokenizer may consist of."""
 
 _VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
 )
-"""Files of which a directory with a tokenizer holds one."""
+"""A directory with a tokenizer holds one of these files."""
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LLAMA_MODELS = (None, "llama", "mistral", "llava_llama", "move_llava_llama")
-"""Kinds of model whose `tokenizer.model` is a Llama's where nothing names the tokenizer's class."""
+"""Model types whose `tokenizer.model` is a Llama's, if no file names the tokenizer's class."""
 
 
 def load_tokenizer(
@@ -48,17 +48,17 @@ def load_tokenizer(
 ) -> Any:
     """Return a language model's tokenizer, as training, evaluation and exports use it.
 
-    A Llama's `tokenizer.model` is read as LLaVA reads it (slow tokenizer, `legacy` true where
-    tokenizer_config.json does not say). ``<image>`` and a padding token are added where they lack.
+    A Llama's `tokenizer.model` is read as LLaVA reads it (slow tokenizer; default of `legacy`:
+    true). ``<image>`` and a padding token are added where they are missing.
 
     Args:
         source: hub id or directory with `tokenizer.model` or `tokenizer.json`.
         model_config: the language model's config, where ``source`` has one that transformers does
             not know.
-        key: what ``source`` is called in an error.
+        key: the name of ``source`` in an error.
 
     Raises:
-        WeightsError: there is no tokenizer, it cannot be read, or its conversion cuts texts
+        WeightsError: the tokenizer is missing or cannot be read, or its conversion cuts texts
             otherwise than sentencepiece does.
         ConfigError: the tokenizer gives no character offsets.
     """
@@ -95,9 +95,9 @@ def load_tokenizer(
 
 
 def copy_tokenizer_files(source: str, directory: Path) -> None:
-    """Copy a tokenizer's own files, without ``<image>``.
+    """Copy the original files of a tokenizer, without ``<image>``.
 
-    The released code reads `tokenizer.model`, which a saved fast tokenizer has no more.
+    The released code reads `tokenizer.model`, which a saved fast tokenizer does not have.
     """
     for name in TOKENIZER_FILES:
         path = _find_file(source, name)

@@ -1,9 +1,8 @@
-"""LLaVA-1.5 or LLaVA-NeXT on transformers, with the student as its vision tower.
+"""Build the student: a LLaVA-1.5 or LLaVA-NeXT whose vision tower has LoRA experts.
 
-Comes in: a StudentConfig (hub ids or directories). Goes out: a LlavaForConditionalGeneration or
-LlavaNextForConditionalGeneration whose tower has a Mixture of LoRA Experts in its MLPs, its
-tokenizer, and what its images look like; or that tower alone, under the names that it has in there.
-Used by training, evaluation and ``ask``; knows nothing of teachers.
+Input: a StudentConfig (hub ids or directories). Output: a ``Student``: the model, its tokenizer and
+the mean and deviation of its pixels. ``build_encoder`` gives only the tower, under the names that
+it has inside a LLaVA. Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
 import json
@@ -49,9 +48,9 @@ from movekd.student.towers import num_prefix_tokens, tower_type
 
 @dataclass(frozen=True)
 class Student:
-    """A vision-language model and what feeds it.
+    """A vision-language model, its tokenizer and the statistics of its pixels.
 
-    A student of stage distill has an ``VisionEncoderOnly`` as its ``vlm`` and no tokenizer.
+    A student of stage distill has a ``VisionEncoderOnly`` as its ``vlm`` and no tokenizer.
     """
 
     vlm: Any
@@ -67,17 +66,17 @@ class Student:
 
     @property
     def image_size(self) -> int:
-        """Side of the input in pixels."""
+        """Side length of the input in pixels."""
         return int(self.vlm.config.vision_config.image_size)
 
     @property
     def grid(self) -> int:
-        """Side of the grid of patch tokens."""
+        """Side length of the grid of patch tokens."""
         return self.image_size // int(self.vlm.config.vision_config.patch_size)
 
     @property
     def num_image_tokens(self) -> int:
-        """Patch tokens a view."""
+        """Patch tokens per view."""
         return self.grid**2
 
     @property
@@ -100,7 +99,7 @@ class Student:
         return int(self.vlm.config.vision_config.hidden_size)
 
     def image_transform(self, geometry: Geometry) -> ImageTransform:
-        """Return what turns image bytes into the tower's input."""
+        """Return the transform from image bytes to the tower's input."""
         return ImageTransform(
             image_size=self.image_size,
             geometry=geometry,
@@ -117,8 +116,8 @@ def count_image_tokens(
     """Return how many tokens each image has in the prompt, (N,).
 
     Args:
-        views: those that the model looks at.
-        grid: patches along a side of a view.
+        views: the views of an image that the model looks at.
+        grid: patches per side of a view.
         widths: (N,), in pixels.
         heights: (N,).
     """
@@ -130,7 +129,7 @@ def count_image_tokens(
 def image_token_counter(
     config: StudentConfig,
 ) -> Callable[[ArrayLike, ArrayLike], NDArray[np.int64]]:
-    """Return what counts the tokens of images, from the tower's config: no weights are loaded.
+    """Return a function that counts the tokens of images; loads only the tower's config.
 
     Raises:
         WeightsError: the tower's config cannot be found.
@@ -147,9 +146,9 @@ def build_vlm(config: StudentConfig) -> Student:
     The projector and the experts take their random numbers from torch's current seed.
 
     Raises:
-        WeightsError: a tower or a language model cannot be found; says which and what to do.
-        ConfigError: the tower is not one that experts fit into, or of an unknown kind, or there is
-            no language model.
+        WeightsError: a tower or a language model cannot be found.
+        ConfigError: experts do not fit into the tower, its type is unknown, or the config names no
+            language model.
     """
     if config.language_model is None:
         raise ConfigError(
@@ -200,7 +199,7 @@ def build_encoder(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: the tower cannot be found.
-        ConfigError: the tower is not one that experts fit into, or of an unknown kind.
+        ConfigError: experts do not fit into the tower, or its type is unknown.
     """
     tower = _load_tower(config)
     _add_experts(tower, config)
@@ -213,11 +212,11 @@ def build_encoder(config: StudentConfig) -> Student:
 class VisionEncoderOnly(nn.Module):
     """A vision tower under the names that it has inside a LLaVA.
 
-    So the files of its parts, its checkpoints and its routers' records fit either.
+    Files of parts and checkpoints fit both.
 
     Args:
-        tower: the tower.
-        layer: the hidden state that is read.
+        tower: the vision tower.
+        layer: index of the hidden state that is read.
     """
 
     def __init__(self, tower: nn.Module, layer: int) -> None:
@@ -228,7 +227,7 @@ class VisionEncoderOnly(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return next(self.parameters()).dtype
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
@@ -278,12 +277,12 @@ def image_features(
 ) -> tuple[Any, Tensor]:
     """Return transformers' image output and the student's patch tokens (B, N, D).
 
-    For LLaVA-NeXT B counts the views of all images, an image's one after the other, and
-    ``image_sizes`` holds height and width of each image in pixels.
+    For LLaVA-NeXT, B counts the views of all images, in order, and ``image_sizes`` holds height and
+    width of each image in pixels.
 
-    The output goes to the model as ``mm_encoder_outputs={"image": output}``, so that the tower
-    runs once for both the projector and the distillation. It is None for an ``VisionEncoderOnly``.
-    LLaVA drops [CLS] by itself; registers it does not know, so their projections are dropped here.
+    Pass the output to the model as ``mm_encoder_outputs={"image": output}``, so that the tower runs
+    only once. It is None for a ``VisionEncoderOnly``. LLaVA drops [CLS] but does not know
+    registers, so their projections are dropped here.
     """
     if isinstance(vlm, VisionEncoderOnly):
         return None, vlm(pixels_BCHW)
@@ -303,7 +302,7 @@ def image_features(
 
 
 def recompute_activations(vlm: Any) -> None:
-    """Trade time for memory: activations of every block are computed again in backward."""
+    """Save memory: compute the activations of every block again in backward."""
     model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -316,7 +315,7 @@ def _frame(model: Any, config: Any) -> Any:
 
 
 def _load_tower(config: StudentConfig) -> Any:
-    """Return the vision tower of any checkpoint that has one, without experts."""
+    """Return the vision tower of a checkpoint, without experts."""
     tower_config = _tower_config(config)
     with loading(config.vision_tower, "student.vision_tower"):
         tower = AutoModel.from_pretrained(
@@ -327,7 +326,7 @@ def _load_tower(config: StudentConfig) -> Any:
         )
     tower_type(tower.config)  # refuses unknown types
     layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
-    if -layer >= num_states:  # the first is what goes into the first block: nothing learns there
+    if -layer >= num_states:  # the first is the input of the first block: nothing learns there
         raise ConfigError(
             f"student.vision_feature_layer is {layer}, but {config.vision_tower} has {num_states} "
             f"hidden states; expected -1 to -{num_states - 1}."
@@ -348,7 +347,7 @@ def _add_experts(tower: Any, config: StudentConfig) -> None:
 
 
 def _untied(language_model: Any) -> nn.Module:
-    """Return the output layer with weights of its own: a stage may train one and not the other."""
+    """Return the output layer, untied: a stage may train it and not the input embeddings."""
     head: nn.Module = language_model.get_output_embeddings()
     if head.weight is language_model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())

@@ -41,7 +41,7 @@ def test_code_of_a_part_is_not_run(exported, tmp_path, part):
         "auto_map": {"AutoModel": f"{exported}--theirs.Theirs"},
     }
     change(exported / "config.json", **{f"{part}_config": keys})
-    with pytest.raises(WeightsError, match=r"out' brings Python code of its own"):
+    with pytest.raises(WeightsError, match=r"out' brings its own Python code"):
         load_student(exported)
     assert not (tmp_path / "was_run").exists()
 

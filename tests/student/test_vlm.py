@@ -282,7 +282,7 @@ def test_code_of_a_directory_is_never_run_nor_asked_about(tmp_path, monkeypatch,
 def test_code_is_refused_by_name_and_a_stock_class_goes_before_it(tmp_path):
     keys = {"model_type": "theirs", "auto_map": OF_MODEL}
     folder = with_code(tmp_path / "theirs", WEIGHTS / "clip", config=keys)
-    with pytest.raises(WeightsError, match=r"brings Python code of its own \(auto_map\), which"):
+    with pytest.raises(WeightsError, match=r"brings its own Python code \(auto_map\), which"):
         build_encoder(config(vision_tower=str(folder)))
     stock = with_code(tmp_path / "stock", WEIGHTS / "clip", config={"auto_map": OF_MODEL})
     tower = build_encoder(config(None, vision_tower=str(stock))).vision_tower

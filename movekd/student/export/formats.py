@@ -1,7 +1,7 @@
-"""One export, from a loaded student to a directory that is there whole or not at all.
+"""Export a loaded student in one of the formats, into a directory that is complete or missing.
 
-Used by ``movekd export``; ``movekd import`` writes its directory here, too. Formats:
-``hub.export`` (hf, encoder), ``hub.onnx`` and ``official_files``; the card is ``hub.card``'s.
+Used by ``movekd export``; ``movekd import`` uses ``new_directory``. Formats: ``hugging_face`` (hf,
+encoder), ``onnx`` and ``official.export_checkpoint``. ``model_card`` writes the card.
 """
 
 import shutil
@@ -27,19 +27,18 @@ def export(
     overwrite: bool = False,
     source: Path | None = None,
 ) -> str:
-    """Write an export with its model card; return what was checked, as a sentence.
+    """Write an export with its model card; return what was checked, for the user.
 
     Args:
         trained: the student.
         kind: the format.
-        out: where to.
+        out: the directory to write.
         overwrite: replace an earlier export in ``out``.
-        source: where the student came from, if that is more than its own folder: the whole run.
+        source: the whole run, if the student came from one; it is not deleted either.
 
     Raises:
-        ConfigError: ``out`` holds something, or what the student consists of, or the format has no
-            place for this student.
-        WeightsError: the written encoder computes something else.
+        ConfigError: ``out`` holds files, or the student, or the format cannot hold this student.
+        WeightsError: the written encoder gives other tokens.
     """
     if trained.student.tokenizer is None and kind not in ("encoder", "onnx"):
         raise ConfigError(
@@ -72,15 +71,15 @@ def export(
 def new_directory(
     out: Path, *, overwrite: bool = False, kept: Iterable[Path] = ()
 ) -> Iterator[Path]:
-    """Yield a directory beside ``out`` that takes its place when all went well.
+    """Yield a new directory, which becomes ``out`` if no error is raised.
 
     Args:
-        out: where to.
-        overwrite: replace what an earlier export or import wrote there; nothing else is deleted.
-        kept: directories that are read; ``out`` may be none of them, nor around or inside one.
+        out: the directory to write.
+        overwrite: replace an earlier export or import in ``out``; nothing else is deleted.
+        kept: directories that are read; ``out`` may not be, hold or lie in any of them.
 
     Raises:
-        ConfigError: ``out`` is a file, a directory that holds something, or not to be written.
+        ConfigError: ``out`` is a file, or a directory that holds files.
     """
     _require_free(out, overwrite, kept)
     out = out.resolve()

@@ -1,4 +1,4 @@
-"""A student as a directory that stock transformers loads: ``hf`` and ``encoder``.
+"""Export a student as a directory that stock transformers loads: ``hf`` and ``encoder``.
 
     hf                                        encoder
       config.json, model*.safetensors           config.json, model*.safetensors
@@ -7,8 +7,8 @@
       movekd.json                               modeling_movekd.py
       modeling_movekd.py
 
-Comes in: a loaded student. ``movekd.json`` says how it is to be asked, for ``read``. Nothing is
-merged: the experts stay experts, since each token chooses its own.
+Input: a loaded student. ``movekd.json`` holds its prompt format and how its images become pixels,
+for ``checkpoint.load_export``. Experts are not merged, because each token chooses its expert.
 """
 
 import copy
@@ -63,19 +63,19 @@ empty turn, no greeting before the first question. END is what ends an answer.""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
-    """Write what ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor`` load.
+    """Write files for ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor``.
 
     Raises:
-        ConfigError: no processor of transformers makes images square as the training did, or its
-            LLaVA would take registers for patches.
+        ConfigError: transformers has no processor that makes images square as the training did, or
+            its LLaVA would take registers for patches.
     """
     student = trained.student
     vision_config = student.vlm.config.vision_config
     if num_prefix_tokens(vision_config) > 1:
         raise ConfigError(
             f"the vision tower is a '{vision_config.model_type}' with registers, which "
-            "transformers' LLaVA takes for patches of the image; --format hf takes towers "
-            "without. Use --format encoder or onnx, or ask the model directory itself."
+            "transformers' LLaVA takes for patches of the image; --format hf takes only towers "
+            "without registers. Use --format encoder or onnx, or ask the model directory itself."
         )
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
@@ -106,7 +106,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
 
 
 def export_encoder(trained: TrainedStudent, directory: Path) -> None:
-    """Write the vision tower alone, as ``AutoModel`` and ``AutoImageProcessor`` load it.
+    """Write only the vision tower, as ``AutoModel`` and ``AutoImageProcessor`` load it.
 
     Raises:
         ConfigError: as ``export_hf``.
@@ -136,7 +136,7 @@ def tower_config(vlm: Any) -> Any:
     """Return the config of the tower with its experts; a tower without keeps its own.
 
     Raises:
-        ConfigError: the experts stand in a tower that is no CLIP.
+        ConfigError: the tower has experts and is not a CLIP.
     """
     config = copy.deepcopy(vlm.config.vision_config)
     layers = mole_layers(vlm)
@@ -145,8 +145,8 @@ def tower_config(vlm: Any) -> Any:
         return config
     if config.model_type not in ("clip_vision_model", MovekdClipVisionConfig.model_type):
         raise ConfigError(
-            f"the experts stand in a tower of type '{config.model_type}'; exports know experts in "
-            "a CLIP ('clip_vision_model') alone. Use the model directory itself."
+            f"the experts stand in a tower of type '{config.model_type}'; exports know experts "
+            "only in a CLIP ('clip_vision_model'). Use the model directory itself."
         )
     first = next(iter(layers.values()))
     keys = config.to_dict()
@@ -167,7 +167,7 @@ def image_processor(trained: TrainedStudent) -> Any:
     """Return transformers' processor that makes images square as the training did.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: transformers has none.
     """
     size = trained.student.image_size
     square = {"height": size, "width": size}
@@ -224,7 +224,7 @@ def _copy_code(directory: Path) -> None:
 
 
 def write_about(trained: TrainedStudent, directory: Path) -> None:
-    """Write how the student is asked and fed, which the formats themselves do not say."""
+    """Write ``movekd.json``: the prompt format and how images become pixels."""
     about = {
         "format": 1,
         "prompt": None if trained.student.tokenizer is None else trained.prompt,

@@ -1,4 +1,4 @@
-"""The model card, README.md of every export: what it is, what it was made of, how it is loaded."""
+"""Write the model card, README.md of every export: what it is, made of, and how to load it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +19,7 @@ LICENCES = {
     "lmsys/vicuna-7b-v1.5": "Llama 2 Community License.",
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License.",
 }
-"""Base models whose licence is known here; others say it on their own cards."""
+"""Base models whose licence is known here; see the cards of other models."""
 
 _LIBRARY = {"hf": "transformers", "encoder": "transformers", "onnx": "onnx", "official": "pytorch"}
 _TASK = {"hf": "image-text-to-text", "official": "image-text-to-text"}
@@ -123,12 +123,11 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
 def random_parts(vlm: Any) -> list[str]:
     """Return the parts of a model that were never trained.
 
-    A network that has learned anything has moved the weights of its normalisations away from
-    exactly one.
+    Training moves the weights of normalisations away from exactly one.
     """
     towers = {
         "vision tower": vlm.model.vision_tower,
-        "language model": getattr(vlm.model, "language_model", None),  # none of an encoder alone
+        "language model": getattr(vlm.model, "language_model", None),  # an encoder has none
     }
     return [n for n, tower in towers.items() if tower is not None and _is_untouched(tower)]
 
@@ -186,7 +185,7 @@ def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
         teachers = "none: trained without distillation"
     language_model = _shown(bases.get("language_model"))
     if run.get("stage") == "distill":
-        language_model = "none: the encoder learned from its teachers alone"
+        language_model = "none: the encoder learned only from its teachers"
     lines = [
         f"| vision tower started from | {_shown(bases.get('vision_tower'))} |",
         f"| language model started from | {language_model} |",
@@ -213,5 +212,5 @@ def _licences(bases: Mapping[str, str]) -> str:
     return (
         "## Licence\n\nmovekd and the code beside the weights are Apache-2.0. The weights derive "
         "from those of their base models, of the teachers and of the training data, each with "
-        "terms of its own; check them before you publish or deploy.\n\n" + "\n".join(said) + "\n"
+        "its own terms; check them before you publish or deploy.\n\n" + "\n".join(said) + "\n"
     )

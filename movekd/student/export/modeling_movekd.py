@@ -8,7 +8,8 @@ router sends every token to one expert, which adds a low-rank term to both linea
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
     y =     W_2 h + b_2 + s g (B2_e (A2_e h + a2_e) + c2_e)
 
-Dimensions: X tokens, E experts, R rank, I features in, O features out, J = E (R + 1).
+Dimensions: X tokens, E experts, R rank, I features in, O features out, K = E R,
+J = K + E.
 
 Source: MoVE-KD (arXiv 2501.01709).
 """
@@ -87,11 +88,19 @@ class MovekdExperts(nn.Module):
         self.lora_B_bias = nn.Parameter(torch.zeros(num_experts, out_features))
 
     def forward(self, inputs_XI: Tensor, base_XO: Tensor, mask_XE: Tensor, scale: float) -> Tensor:
-        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``."""
-        low = F.linear(inputs_XI, self.lora_A.flatten(0, 1), self.lora_A_bias.flatten())
-        masked_XER = low.view(-1, *self.lora_A_bias.shape) * mask_XE.unsqueeze(-1)
+        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``.
+
+        The product runs in the dtype of ``base_XO``, so half-precision towers and autocast never
+        make a float32 copy of the activations.
+        """
+        dtype = base_XO.dtype
+        low_XK = F.linear(
+            inputs_XI, self.lora_A.flatten(0, 1).to(dtype), self.lora_A_bias.flatten().to(dtype)
+        )
+        masked_XER = low_XK.view(-1, *self.lora_A_bias.shape) * mask_XE.unsqueeze(-1)
+        # The second bias is E more rows of B, which the mask itself multiplies.
         wide_XJ = torch.cat([masked_XER.flatten(1), mask_XE], dim=1)
-        rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0)
+        rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0).to(dtype)
         return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 

@@ -1,7 +1,8 @@
-"""The vision encoder as ONNX: normalised pixels in, the tokens that LLaVA reads out.
+"""Export the vision encoder as ONNX.
 
-Only the blocks before the hidden state that is read are written. Every operator is standard, and
-the batch is free. Needs the extra ``onnx``.
+Input: normalised pixels. Output: the tokens that LLaVA reads. Only the blocks before the hidden
+state that is read are written. Every operator is standard, and the batch is free. Needs the extra
+``onnx``.
 """
 
 import copy
@@ -44,7 +45,7 @@ class EncoderTokens(nn.Module):
         self.num_prefix = num_prefix_tokens(tower.config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Return patch tokens (B, N, D) and, where there is one, the [CLS] embedding (B, D)."""
+        """Return patch tokens (B, N, D) and, if the tower has one, the [CLS] embedding (B, D)."""
         hidden_states = self.first_norm(self.embeddings(pixel_values))
         for block in self.blocks:
             hidden_states = block(hidden_states, **self.mask)
@@ -69,7 +70,7 @@ def export_onnx(trained: TrainedStudent, directory: Path) -> float:
 
     Raises:
         ConfigError: the extra ``onnx`` is not installed.
-        WeightsError: onnxruntime computes something else.
+        WeightsError: onnxruntime's tokens differ from PyTorch's.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -108,7 +109,7 @@ def export_onnx(trained: TrainedStudent, directory: Path) -> float:
 
 
 def largest_difference(path: Path, encoder: nn.Module, pixels_BCHW: Tensor) -> float:
-    """Return the largest difference between a written encoder and the one that it was made of."""
+    """Return the largest difference between a written encoder and its PyTorch original."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

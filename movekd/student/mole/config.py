@@ -1,6 +1,6 @@
-"""MoleConfig: what a Mixture of LoRA Experts looks like, as PEFT keeps it in adapter_config.json.
+"""Configure a Mixture of LoRA Experts: the config that PEFT saves in adapter_config.json.
 
-Comes in from the student's YAML (or from a saved adapter), goes to ``layer.MoleLayer``.
+Made from the student's YAML or from a saved adapter; read by ``layer.MoleLayer``.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from peft import PeftConfig
 from movekd.errors import ConfigError, did_you_mean
 
 LoraInit = Literal["kaiming", "zero"]
-"""How the experts begin.
+"""Initial values of the experts.
 
 kaiming: both factors Kaiming-uniform, so the student differs from its base at step 0 (official).
 zero: the second factor is zero, so the student is its base at step 0 (revised).
@@ -20,7 +20,7 @@ zero: the second factor is zero, so the student is its base at step 0 (revised).
 
 
 class MolePeftType(StrEnum):
-    """The name under which PEFT knows the tuner; name and value must agree, as in PEFT's enum."""
+    """PEFT's name for the tuner; name and value must agree, as in PEFT's enum."""
 
     MOLE = "MOLE"
 
@@ -33,7 +33,7 @@ class MoleConfig(PeftConfig):
     ``MoleConfig(lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming")``.
 
     Attributes:
-        num_experts: Experts a layer.
+        num_experts: Experts per layer.
         r: Rank of each expert.
         lora_alpha: The experts' output is scaled by ``lora_alpha / r``; None means ``r``.
         lora_dropout: Dropout on the input of both LoRA pairs (fc1's and fc2's).
@@ -41,14 +41,14 @@ class MoleConfig(PeftConfig):
             reaches the router.
         init_lora_weights: ``"kaiming"`` or ``"zero"``, see ``LoraInit``.
         target_modules: Names of the MLP modules, or one regular expression.
-        exclude_modules: Names (or one regular expression) of modules to leave alone.
+        exclude_modules: Names (or one regular expression) of modules to leave out.
         layers_to_transform: Indices of the blocks that get experts, at least one; None means all. A
             student that is read at hidden state -2 leaves the last block out.
-        layers_pattern: Name of the list of blocks, where PEFT cannot tell.
+        layers_pattern: Name of the list of blocks, if PEFT cannot find it.
         modules_to_save: Other modules to train and save whole with the adapter.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is out of range, or two contradict each other.
     """
 
     num_experts: int = 3

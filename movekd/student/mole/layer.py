@@ -1,15 +1,15 @@
-"""One MLP of a vision tower with a Mixture of LoRA Experts around it.
+"""Compute one MLP of a vision tower with its LoRA experts and their router.
 
-In comes the MLP's input, out goes the MLP's output; on the way a router sends every token to one
-expert, which adds a low-rank term to both ``fc1`` and ``fc2``:
+Input and output are those of the MLP. The router sends every token to one expert, which adds a
+low-rank term to both ``fc1`` and ``fc2``:
 
     p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
     y =     W_2 h + b_2 + s g (B2_e (A2_e h + a2_e) + c2_e)
 
 All experts are computed at once, as one wide low-rank product whose columns are masked with the
-one-hot choice. This is exact, needs no gather and no wait for the device, and every expert gets a
-gradient in every step (zeros where no token chose it), as distributed training wants.
+one-hot choice. This is exact, needs no gather and no wait for the device. Every expert gets a
+gradient in every step (zeros where no token chose it), as distributed training needs.
 
 ``model.MoleModel`` puts these layers into a tower; the trainer reads ``routing(model)``.
 
@@ -31,11 +31,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from movekd.errors import ConfigError, TrainingError
+from movekd.student.export.modeling_movekd import MovekdExperts
 from movekd.student.mole.config import LoraInit, MoleConfig
 
 
 class Routing(NamedTuple):
-    """What one layer's router did in its last forward pass, [CLS] included.
+    """The choices of one layer's router in its last forward pass, [CLS] included.
 
     Attributes:
         probabilities_BNE: float32, rows sum to 1, with gradient.
@@ -46,43 +47,17 @@ class Routing(NamedTuple):
     choice_BNE: Tensor
 
 
-class StackedLora(nn.Module):
-    """The low-rank terms of all experts on one linear layer, stacked.
-
-    Attributes:
-        lora_A: (E, R, I), first factors.
-        lora_A_bias: (E, R).
-        lora_B: (E, R, O), second factors, transposed.
-        lora_B_bias: (E, O).
-    """
+class StackedLora(MovekdExperts):
+    """The low-rank terms of all experts on one linear layer, stacked, with initial values."""
 
     def __init__(self, base: nn.Linear, num_experts: int, r: int, init: LoraInit) -> None:
-        super().__init__()
-        zeros = base.weight.new_zeros
-        self.lora_A = nn.Parameter(zeros(num_experts, r, base.in_features))
-        self.lora_A_bias = nn.Parameter(zeros(num_experts, r))
-        self.lora_B = nn.Parameter(zeros(num_experts, r, base.out_features))
-        self.lora_B_bias = nn.Parameter(zeros(num_experts, base.out_features))
+        with base.weight.device:
+            super().__init__(num_experts, r, base.in_features, base.out_features)
+        self.to(base.weight.dtype)
         for expert in range(num_experts):
             nn.init.kaiming_uniform_(self.lora_A.data[expert], nonlinearity="relu")
             if init == "kaiming":
                 nn.init.kaiming_uniform_(self.lora_B.data[expert].T, nonlinearity="relu")
-
-    def forward(self, inputs_XI: Tensor, base_XO: Tensor, mask_XE: Tensor, scale: float) -> Tensor:
-        """Return ``base_XO + scale * sum_e mask_e (B_e (A_e x + a_e) + c_e)``.
-
-        The product runs in the dtype of ``base_XO``, so half-precision towers and autocast never
-        make a float32 copy of the activations.
-        """
-        dtype = base_XO.dtype
-        low_XK = F.linear(
-            inputs_XI, self.lora_A.flatten(0, 1).to(dtype), self.lora_A_bias.flatten().to(dtype)
-        )
-        masked_XER = low_XK.view(-1, *self.lora_A_bias.shape) * mask_XE.unsqueeze(-1)
-        # The second bias is E more rows of B, which the mask itself multiplies.
-        wide_XJ = torch.cat([masked_XER.flatten(1), mask_XE], dim=1)
-        rows_JO = torch.cat([self.lora_B.flatten(0, 1), self.lora_B_bias], dim=0).to(dtype)
-        return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 
 class MoleLayer(nn.Module, BaseTunerLayer):
@@ -94,7 +69,7 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         records_evaluation: Keep the routing of passes that do not train, too.
 
     Raises:
-        ConfigError: the module is no such MLP.
+        ConfigError: the module is another kind of MLP.
     """
 
     adapter_layer_names = ("mole_fc1", "mole_fc2", "mole_router")
@@ -133,7 +108,7 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         """Make one adapter the active one.
 
         Raises:
-            ConfigError: several at once; each would bring its own router.
+            ConfigError: several were given; each has its own router.
         """
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ConfigError(
@@ -195,11 +170,10 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         return F.dropout(inputs_XI, config.lora_dropout, training=self.training)
 
     def _record(self, probabilities: Tensor, choice: Tensor) -> None:
-        """Keep the routing of a pass that trains, or of any pass where that was asked for.
+        """Keep the routing of a pass that trains, or of any pass inside ``recorded_routing``.
 
-        A recomputation by gradient checkpointing is the same pass again, inside backward: its
-        record would be used by nobody and would hold the recomputed activations until the next
-        step, so the first one stays.
+        Gradient checkpointing runs the pass again inside backward. That record is unused and would
+        hold the recomputed activations until the next step, so the first record stays.
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
@@ -215,10 +189,10 @@ class MoleLayer(nn.Module, BaseTunerLayer):
 
 
 def routing(model: nn.Module) -> list[Routing]:
-    """Return what each MoLE layer's router did in the last forward pass, in depth order.
+    """Return the choices of each MoLE layer's router in the last forward pass, in depth order.
 
     Raises:
-        TrainingError: no layer has a record: no forward pass that trains went before.
+        TrainingError: no forward pass was recorded.
     """
     layers = [module for module in model.modules() if isinstance(module, MoleLayer)]
     records = [layer.routing for layer in layers if layer.routing is not None]
@@ -243,14 +217,14 @@ def clear_routing(model: nn.Module) -> None:
 def recorded_routing(model: nn.Module) -> Iterator[None]:
     """Keep the routing of every forward pass inside the block, also of those that do not train.
 
-    Evaluation keeps none otherwise, because nobody would free it. After
+    Outside of the block, evaluation keeps none, because nothing would free it. After
 
         with recorded_routing(model), torch.no_grad():
             model(pixel_values=pixels)
             records = routing(model)
 
-    ``records[layer].choice_BNE`` says for each token which expert it chose, to be drawn as a map
-    over the image, and ``distill.routing_statistics(records)`` how busy each expert was.
+    ``records[layer].choice_BNE`` says for each token which expert it chose, and
+    ``distill.routing_statistics(records)`` how busy each expert was.
     """
     layers = [module for module in model.modules() if isinstance(module, MoleLayer)]
     before = [layer.records_evaluation for layer in layers]
@@ -266,7 +240,7 @@ def recorded_routing(model: nn.Module) -> Iterator[None]:
 
 
 def merge_refusal() -> ConfigError:
-    """Return the error that says why experts cannot be merged into their base."""
+    """Return the error for merging experts into their base."""
     return ConfigError(
         "a MoLE adapter was to be merged into its base model; every token chooses its own expert, "
         "so no single weight matrix equals them. Save the adapter with save_pretrained, or drop "

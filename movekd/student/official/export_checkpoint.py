@@ -1,4 +1,4 @@
-"""Files of the released code: out, from a run of ours.
+"""Export a run as files of the released code.
 
     stage 1                                   stage 2
       mm_projector.bin                          config.json      model_type move_llava_llama
@@ -6,7 +6,7 @@
       encoder_adapter.bin                       tokenizer files
       config.json
 
-``official_import`` is the way back. Names are those of ``official``; docs/compatibility.md prints
+``import_checkpoint`` is the inverse. ``state_dict`` has the names; docs/compatibility.md prints
 them.
 """
 
@@ -46,19 +46,17 @@ from movekd.student.tensor_files import read_json, write_bin, write_shards
 from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
 
 EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
-"""What a key of ``mole_encoder.bin`` holds one of."""
+"""Each key of ``mole_encoder.bin`` holds one of these."""
 
 
 def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
-    """Write a run as the released code would have; return the names of the files.
+    """Write a run in the format of the released code; return the names of the files.
 
-    A run that trained no base weights gives the three files of stage 1, every other one a whole
-    checkpoint. An imported checkpoint comes back bit for bit, with its own config.json and
-    tokenizer.
+    A run that trained no base weights gives the three files of stage 1; any other run gives a whole
+    checkpoint. An imported checkpoint is restored bit for bit, with its config.json and tokenizer.
 
     Raises:
-        ConfigError: the released code could not compute what the student computes, or has no
-            place for it.
+        ConfigError: the released code cannot compute or hold this student.
         WeightsError: the run's files are damaged.
     """
     vlm = trained.student.vlm
@@ -89,8 +87,9 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
 
 
 def has_base_weights(trained: TrainedStudent) -> bool:
-    """Return whether a student has base weights of its own, so that experts alone are not the
-    whole of what was learned: it trained them, or went on from an imported checkpoint.
+    """Return whether the student's base weights differ from the hub's.
+
+    They do after training them, or if the run started from an imported checkpoint.
     """
     files = (PART_FILES["vision_tower"], PART_FILES["language_model"], "base")
     is_there = any((trained.directory / name).exists() for name in files)
@@ -123,7 +122,7 @@ def _adapters(model_dir: Path) -> dict[str, Tensor]:
 
 
 def _as_released(state: Mapping[str, Tensor], originals: Path) -> dict[str, Tensor]:
-    """Return the weights with the dtypes and the buffers of the checkpoint they came from."""
+    """Return the weights with the dtypes and buffers of the imported checkpoint."""
     result = dict(state)
     if (originals / DTYPES_FILE).exists():
         for name, dtype in read_json(originals / DTYPES_FILE).items():
@@ -143,7 +142,7 @@ def _write_small_files(
         return
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    # the base's own: ours has <image>, for which the released code would grow the vocabulary
+    # the base's files: the student's have <image>, which would enlarge the vocabulary there
     source = str(trained.run["student"]["language_model"])
     imported = Path(source).parent.parent / ORIGINALS  # of model/base/language_model
     if imported.is_dir():
@@ -152,7 +151,7 @@ def _write_small_files(
 
 
 def _config(trained: TrainedStudent) -> dict[str, Any]:
-    """Return the config.json of a run of ours."""
+    """Return the config.json of a run that did not start from an imported checkpoint."""
     student, run = trained.student, trained.run
     vlm = student.vlm
     text = vlm.config.text_config
@@ -167,7 +166,7 @@ def _config(trained: TrainedStudent) -> dict[str, Any]:
     if vlm.config.projector_hidden_act != "gelu":
         raise ConfigError(
             f"the projector's activation is '{vlm.config.projector_hidden_act}'; the official "
-            "format knows gelu alone. Export it as --format hf."
+            "format knows only gelu. Export it as --format hf."
         )
     rope = dict(getattr(text, "rope_parameters", None) or {})
     rope_theta, rope_type = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")

@@ -1,4 +1,4 @@
-"""Files of the released code, in: a directory that movekd can ask, evaluate, train and export.
+"""Import a released checkpoint: write a model directory for ask, evaluate, train and export.
 
     OUT/model/
       config.yaml                  as of a run; the base models are those below
@@ -7,10 +7,10 @@
       mole_encoder.safetensors     experts and routers, stacked
       mm_projector.safetensors
       encoder_adapter.safetensors  where the checkpoint holds adapters
-      official/                    its config.json and tokenizer as they were, for the way back
+      official/                    its config.json and tokenizer, unchanged, for an export
 
-Every name and shape is checked before anything is written; values are copied as they are, one
-tensor at a time. ``official_files`` is the way back.
+Every name and shape is checked before anything is written. Values are copied unchanged, one tensor
+at a time. ``export_checkpoint`` is the inverse.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ from movekd.student.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Imported:
-    """What was found."""
+    """What the import found."""
 
     directory: Path
     stage: str
@@ -78,13 +78,13 @@ def import_official(
     language_model: str | None = None,
     tokenizer: str | None = None,
 ) -> Imported:
-    """Turn a released checkpoint, or the files of stage 1, into a model directory of ours.
+    """Turn a released checkpoint, or the files of stage 1, into a model directory of movekd.
 
     Args:
         source: directory of a ``move_llava_llama`` checkpoint, or with the files of stage 1.
-        out: where to; ``out/model`` is written.
+        out: the directory; ``out/model`` is written.
         vision_tower: hub id or directory of the CLIP, instead of the one that config.json names.
-        language_model: hub id or directory of the language model; stage 1 alone needs one.
+        language_model: hub id or directory of the language model; only stage 1 needs it.
         tokenizer: hub id or directory of a fast tokenizer, where the checkpoint has none.
 
     Raises:
@@ -175,12 +175,13 @@ def _import_stage_1(
 
 
 def _as_it_was_fed(source: Path, student: StudentConfig) -> StudentConfig:
-    """Return the config with prompt and pixel statistics of an export of ours, which says them.
+    """Return the config with the prompt and pixel statistics of movekd.json, if an export wrote
+    one.
 
-    A released checkpoint does not, and is LLaVA's: Vicuna's prompt, the tower's statistics.
+    A released checkpoint has none: Vicuna's prompt, and the tower's statistics.
 
     Raises:
-        ConfigError: the file says what cannot be.
+        ConfigError: movekd.json holds a wrong value.
     """
     if not (source / ABOUT_FILE).is_file():
         return student

@@ -1,7 +1,7 @@
-"""The parts of an imported model, written: the tower's base, the language model, what was learned.
+"""Write the parts of an imported model: the tower's base, the language model, what was trained.
 
-Names and shapes have been checked (``official_import``). Values are copied as they are, one tensor
-at a time: ``parameters`` has the names of a student of ours, ``tensors`` the official ones.
+``import_checkpoint`` has checked names and shapes. Values are copied unchanged, one tensor at a
+time: ``parameters`` has movekd's names, ``tensors`` the official ones.
 """
 
 import json
@@ -42,7 +42,7 @@ def write_tower(
     parameters: Mapping[str, Tensor],
     tensors: TensorFiles,
 ) -> None:
-    """Write the tower's base weights, its config and how its pixels are made.
+    """Write the tower's base weights, its config and its preprocessor_config.json.
 
     ``source``, a hub id or directory, may hold a preprocessor_config.json; CLIP's stands in for it.
     """
@@ -80,8 +80,8 @@ def write_language_model(
 ) -> None:
     """Write the language model, with a row of zeros for each token that is new.
 
-    An image's tokens are replaced before they are read, and may not be generated, so that no
-    answer depends on those rows.
+    No answer depends on those rows: the model replaces an image's tokens before it reads them, and
+    may not generate them.
     """
     names = {
         official_name(name, False): official_name(name, False)
@@ -106,7 +106,7 @@ def write_language_model(
 def _write_base(
     directory: Path, names: Mapping[str, str], tensors: TensorFiles, num_new_rows: int = 0
 ) -> None:
-    """Write tensors under other names; the vocabulary's get some more rows."""
+    """Write tensors under other names, with more rows in the vocabulary's."""
 
     def rows(name: str) -> int:
         return num_new_rows if name in ("model.embed_tokens.weight", "lm_head.weight") else 0
@@ -127,7 +127,7 @@ def _write_base(
 def write_part(
     path: Path, part: str, parameters: Mapping[str, Tensor], tensors: TensorFiles
 ) -> None:
-    """Write the experts, or the projector, as a run of ours does."""
+    """Write the experts, or the projector, as a run does."""
     named = {name: plain_name(name) for name in parameters if part_of(name) == part}
     found = official_views({plain: parameters[name].data for name, plain in named.items()})
     dtypes = {tensors.dtype(name) for name in found}
@@ -142,7 +142,7 @@ def write_part(
 
 
 def write_adapters(model_dir: Path, official: Mapping[str, Tensor]) -> None:
-    """Write the teachers' adapters under our names, if there are any."""
+    """Write the teachers' adapters under movekd's names, if the checkpoint has any."""
     if official:
         ours = {n: t.contiguous() for n, t in adapters_from_official(official).items()}
         save_file(ours, model_dir / ADAPTERS_FILE, metadata={"format": "pt"})
@@ -151,7 +151,7 @@ def write_adapters(model_dir: Path, official: Mapping[str, Tensor]) -> None:
 def write_originals(
     directory: Path, source: Path, tensors: TensorFiles, buffers: list[str], dtype: str
 ) -> None:
-    """Keep what the way back needs: small files, old buffers, other dtypes than ``dtype``."""
+    """Keep what an export needs: small files, old buffers, other dtypes than ``dtype``."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in SMALL_FILES:
         if (source / name).is_file():

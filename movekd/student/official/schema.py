@@ -1,7 +1,7 @@
-"""What a released checkpoint must hold, from its config.json: every name and every shape.
+"""Describe released checkpoints, and check one: its config.json, every name and every shape.
 
-Comes in: a config.json and the headers of weight files. Goes out: the configs of the parts, a
-student without values, or a refusal that names what does not fit. ``official_import`` asks here
+Input: a config.json and the headers of weight files. Output: the configs of the parts, a student
+without values, or an error that names what does not fit. ``import_checkpoint`` calls this module
 before it writes anything.
 """
 
@@ -42,7 +42,7 @@ STAGE_1_FILES = {
 }
 
 ORIGINALS = "official"
-"""Folder of an imported model: the released directory's small files, as they were."""
+"""Folder of an imported model with the released small files, unchanged."""
 DTYPES_FILE = "dtypes.json"
 BUFFERS_FILE = "buffers.safetensors"
 ASPECT_RATIOS = {"pad": "pad", "crop": "square"}
@@ -54,7 +54,7 @@ TEXT_KEYS = (
     *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
     *("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "tie_word_embeddings"),
 )
-"""What a Llama's config.json says of the language model, beside its rotary embedding."""
+"""Keys of a Llama's config.json, without its rotary embedding."""
 
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 CLIP_L_336_KEYS = {
@@ -67,10 +67,10 @@ CLIP_L_336_KEYS = {
     "projection_dim": 768,
     "hidden_act": "quick_gelu",
 }
-"""The tower of every released model, so that importing one needs no network."""
+"""The tower of every released model, so that an import needs no network."""
 
 OLD_BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")
-"""Ends of the names that older versions of transformers saved and newer ones compute."""
+"""Ends of the names of buffers that older transformers saved and newer ones compute."""
 
 
 def require_supported(keys: Mapping[str, Any], path: Path) -> None:
@@ -134,7 +134,7 @@ def experts_of(tensors: TensorFiles) -> dict[str, Any]:
 
 
 def clip_config(source: str) -> Any:
-    """Return the config of a vision tower; the one of every released model needs no network.
+    """Return the config of a vision tower; that of the released models needs no network.
 
     Raises:
         WeightsError: it cannot be found.
@@ -163,7 +163,7 @@ def text_config(keys: Mapping[str, Any]) -> Any:
 
 
 def skeleton(vision_config: Any, text_config: Any, student: StudentConfig) -> Any:
-    """Return the student without values: names and shapes of all it consists of."""
+    """Return the student without values: only names and shapes."""
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,

@@ -1,11 +1,11 @@
-"""The student's weights under the names of the released code, and back.
+"""Rename the student's weights to the names of the released code, and back.
 
-Comes in: a vision-language model of ``vlm.build_vlm`` (or of ``hub``), whose experts are stacked,
-one tensor a layer. Goes out: one tensor an expert, named as the released ``move_llava_llama``
-names them, with the tower under the names of transformers 4. ``official_files`` writes them.
+Input: a student of ``vlm.build_vlm`` or of an export, with all experts of a layer in one tensor.
+Output: one tensor per expert, named as in the released ``move_llava_llama``, with the tower under
+the names of transformers 4. ``export_checkpoint`` writes them.
 
-Both directions go over one table: official name -> a view into our parameter. Reading is a copy of
-the views, loading a copy into them, so the one is exactly the inverse of the other.
+Both directions use one table: official name -> a view into our parameter. Reading copies the views
+and loading copies into them, so each is exactly the inverse of the other.
 
 Dimensions: E experts, R rank, I features in, O features out.
 """
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from movekd.errors import ConfigError, WeightsError, did_you_mean
 from movekd.student.parameters import mole_layers, plain_parameters
+from movekd.student.tensor_files import Shapes, describe_difference
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
 ADAPTERS = {"eva02": "eva", "convnext": "convnext", "sam": "sam", "pix2struct": "pix2struct"}
-"""Name of a teacher here -> what its adapters are called there."""
+"""Name of a teacher in movekd -> prefix of its adapters in the released code."""
 
 _EXPERTS = re.compile(r"^(.*\.mlp)\.mole_(fc1|fc2)\.(lora_A|lora_B)(_bias)?$")
 _ROUTER = re.compile(r"^(.*\.mlp)\.mole_router\.(weight|bias)$")
@@ -35,12 +36,11 @@ _LAYER = {"linear_1": "0", "linear_2": "2"}
 def official_state_dict(vlm: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a student under their official names.
 
-    A renaming, and no more: whether the released code would compute the same function from them
-    says ``require_official``.
+    Only renames. ``require_official`` checks whether the released code computes the same function.
 
     Args:
         vlm: a LLaVA with the student as its tower, from ``build_vlm`` or ``from_pretrained``; or
-            that tower alone, as ``get_peft_model`` returns it.
+            only that tower, as ``get_peft_model`` returns it.
 
     Raises:
         ConfigError: another kind of model, or one with several adapters.
@@ -53,7 +53,7 @@ def official_state_dict(vlm: nn.Module) -> dict[str, Tensor]:
 
 
 def load_official_state_dict(vlm: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy weights under their official names into a student, or into its tower alone.
+    """Copy weights under their official names into a student, or into only its tower.
 
     Raises:
         ConfigError: as ``official_state_dict``.
@@ -158,9 +158,7 @@ def is_adapter(name: str) -> bool:
     )
 
 
-def adapter_shapes(
-    found: Mapping[str, tuple[int, ...]], width: int, num_tokens: int
-) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(found: Shapes, width: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes that the adapters among ``found`` must have, all four of each teacher.
 
     The teacher's own width and number of tokens are taken as they are.
@@ -175,37 +173,17 @@ def adapter_shapes(
     return expected
 
 
-def require_exact(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    source: str,
-) -> None:
+def require_exact(found: Shapes, expected: Shapes, source: str) -> None:
     """Check that names and shapes are exactly the expected ones.
 
     Raises:
         WeightsError: names what is missing, unexpected and of another shape.
     """
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
-    if not (missing or unexpected or shapes):
-        return
-    said = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if shapes:
-        first = shapes[0]
-        said.append(
-            f"{len(shapes)} of another shape ({first} is {list(found[first])}, expected "
-            f"{list(expected[first])})"
+    if difference := describe_difference(found, expected):
+        raise WeightsError(
+            f"{source} does not hold the weights that were expected: {difference}. "
+            "docs/compatibility.md lists every name; compare the config.json beside the weights."
         )
-    near = did_you_mean(unexpected[0], missing, cutoff=0.9) if unexpected else ""
-    raise WeightsError(
-        f"{source} does not hold the weights that were expected: {'; '.join(said)}.{near} "
-        "docs/compatibility.md lists every name; compare the config.json beside the weights."
-    )
 
 
 def require_official(vlm: Any, num_layers: int) -> None:
@@ -219,7 +197,7 @@ def require_official(vlm: Any, num_layers: int) -> None:
     way_out = "Export it as --format hf, which holds any student."
     if not layers:
         raise ConfigError(
-            f"the student has no experts, and the official format is one of experts. {way_out}"
+            f"the student has no experts, and the official format needs them. {way_out}"
         )
     if any(shape["use_gate"] for shape in layers.values()):
         raise ConfigError(
@@ -239,7 +217,7 @@ def require_official(vlm: Any, num_layers: int) -> None:
         if config.model_type not in known:
             raise ConfigError(
                 f"the {what} is of type '{config.model_type}'; the released code knows "
-                f"'{known[0]}' alone. {way_out}"
+                f"only '{known[0]}'. {way_out}"
             )
 
 
@@ -252,8 +230,8 @@ def _adapter_name(name: str) -> tuple[str, str, str]:
     part, _, kind = rest.partition(".")
     if part not in ("channels", "tokens"):
         raise ConfigError(
-            f"'{name}' belongs to a head of the revised recipe; the official format has adapters "
-            "of teachers alone."
+            f"'{name}' belongs to a head of the revised recipe; the official format has only "
+            "adapters of teachers. Export it as --format hf."
         )
     known = ADAPTERS | {there: there for there in ADAPTERS.values()}
     if teacher not in known:
