@@ -183,7 +183,7 @@ def load_student(
             "by movekd, or was edited since."
         )
     build = build_encoder if takes_encoder and config.language_model is None else build_vlm
-    student = build(_beside(config, model_dir))
+    student = build(_with_local_bases(config, model_dir))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
     if (mark := imported_from(student.vlm)) is not None:
@@ -236,7 +236,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)
 
 
-def _beside(config: StudentConfig, model_dir: Path) -> StudentConfig:
+def _with_local_bases(config: StudentConfig, model_dir: Path) -> StudentConfig:
     """Return the config with absolute paths of base models that lie in the model's folder."""
     update = {}
     for key in ("vision_tower", "language_model"):

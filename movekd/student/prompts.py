@@ -1,4 +1,4 @@
-"""Conversations as text: what the model reads, and which parts of it are answers.
+"""Render conversations as text, and find the answers in it.
 
 Input: a conversation and a prompt format. Output: the text with one ``<image>`` per image, and
 the ranges of characters that a model must generate. ``tokenization`` makes tokens and labels of it.
@@ -113,7 +113,7 @@ def turn_end(tokenizer: Any) -> str:
 
 
 def _render_plain(conversation: Conversation) -> Prompt:
-    """The image, then the caption and a line break.
+    """Render the image, then the caption and a line break.
 
     Source: haotian-liu/LLaVA llava/train/train.py, preprocess_plain.
     """
@@ -125,7 +125,7 @@ def _render_plain(conversation: Conversation) -> Prompt:
 
 
 def _render_v1(conversation: Conversation, tokenizer: Any) -> Prompt:
-    """Vicuna's chat.
+    """Render Vicuna's chat.
 
     An answer starts at the colon, so the blank behind it is the model's to generate. An empty turn
     is only its role, as LLaVA writes it: nothing is learned from an empty answer.
@@ -152,7 +152,7 @@ def _without_greeting(conversation: Conversation) -> tuple[tuple[Role, str], ...
 
 
 def _render_template(conversation: Conversation, tokenizer: Any) -> Prompt:
-    """Whatever chat template the tokenizer brings.
+    """Render with the tokenizer's chat template.
 
     Answers are what the template marks, or else what an assistant's turn adds to the text. The
     last one starts where a question ends, so that the model learns all that it must generate.

@@ -123,7 +123,7 @@ def convert_sentencepiece(
 
 
 def start_pieces_with_blank(tokenizer: Tokenizer, special_tokens: list[str]) -> bool | None:
-    """Give a tokenizer.json whose blank stands before the first piece one before every piece.
+    """Put a blank before every piece, if a tokenizer.json has one only before the first.
 
     Files of tokenizers that were converted with `legacy: false` say so with a Metaspace; others
     stay as they are. Returns `legacy`; None for a tokenizer that is no SentencePiece one.
@@ -144,7 +144,7 @@ def start_pieces_with_blank(tokenizer: Tokenizer, special_tokens: list[str]) -> 
 
 
 def require_sentencepiece_tokens(tokenizer: Any, model: SentencePieceModel, source: str) -> None:
-    """Refuse a converted tokenizer that cuts texts otherwise than the model that it came from.
+    """Refuse a converted tokenizer that gives other tokens than sentencepiece.
 
     Raises:
         WeightsError: names the tokenizer, a text, and what either makes of it.
@@ -163,7 +163,7 @@ def require_sentencepiece_tokens(tokenizer: Any, model: SentencePieceModel, sour
 def _add_tokens(
     tokenizer: Tokenizer, tokens: Mapping[int, AddedToken], are_piece_ends: bool
 ) -> None:
-    """Add tokens, behind which a new piece starts or does not.
+    """Add tokens; ``are_piece_ends`` says whether a new piece starts behind them.
 
     tokenizers takes tokens with ``normalized=False`` out of the raw text, and each of the pieces
     between them is normalised, so gets its blank. It looks for the others after that.
@@ -182,7 +182,7 @@ def _add_tokens(
 
 
 def _blanks(special_tokens: list[str], legacy: bool) -> normalizers.Normalizer:
-    """Return what puts a blank before each piece and writes blanks as SentencePiece does.
+    """Return the normalizer that puts a blank before each piece, as SentencePiece does.
 
     Slow tokenizers drop the blank in front of a special token. The same pattern keeps the special
     tokens themselves, which tokenizers normalises as well, as they are.

@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shards(index: Path) -> dict[Path, list[str]]:
-    """Return file -> names of an index; its files lie beside it and nowhere else."""
+    """Return the names in each file of an index; the files must lie beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} has no weight_map; download it again.")

@@ -165,6 +165,7 @@ def build_vlm(config: StudentConfig) -> Student:
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lm_head = _untied(language_model)  # before the config is made, which copies what it says
     keys = {
         "vision_config": tower.config,
         "text_config": language_model.config,
@@ -178,15 +179,15 @@ def build_vlm(config: StudentConfig) -> Student:
     if config.architecture == "llava_next":
         require_tile(tower, config.vision_tower)
         keys["image_grid_pinpoints"] = GRID_PINPOINTS
-        vlm = _frame(LlavaNextForConditionalGeneration, LlavaNextConfig(**keys))
+        vlm = _llava_without_weights(LlavaNextForConditionalGeneration, LlavaNextConfig(**keys))
         vlm.model.multi_modal_projector = LlavaNextMultiModalProjector(vlm.config).to(dtype)
         vlm.model.image_newline = new_line_end(vlm.config.text_config.hidden_size, dtype)
     else:
-        vlm = _frame(LlavaForConditionalGeneration, LlavaConfig(**keys))
+        vlm = _llava_without_weights(LlavaForConditionalGeneration, LlavaConfig(**keys))
         vlm.model.multi_modal_projector = LlavaMultiModalProjector(vlm.config).to(dtype)
     vlm.model.vision_tower = tower
     vlm.model.language_model = language_model.model
-    vlm.lm_head = _untied(language_model)
+    vlm.lm_head = lm_head
     vlm.generation_config = language_model.generation_config
     _add_experts(tower, config)
     mean, std = _mean_and_std(config)
@@ -308,8 +309,8 @@ def recompute_activations(vlm: Any) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _frame(model: Any, config: Any) -> Any:
-    """Return a LLaVA without weights: its parts are loaded already."""
+def _llava_without_weights(model: Any, config: Any) -> Any:
+    """Return a LLaVA on the meta device; its parts are loaded by themselves."""
     with torch.device("meta"):
         return model(config)
 

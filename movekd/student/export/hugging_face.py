@@ -33,7 +33,7 @@ from movekd.student.export.modeling_movekd import MovekdClipVisionConfig
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
 from movekd.student.prompts import V1_SYSTEM, turn_end
-from movekd.student.provenance import made_of
+from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
 from movekd.student.towers import num_prefix_tokens
 
@@ -84,6 +84,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     config.architectures = [f"{name}ForConditionalGeneration"]
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
+        part.name_or_path = public_name(part.name_or_path)  # no path of this machine
     if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
         config.auto_map = {
             "AutoConfig": f"modeling_movekd.Movekd{name}Config",

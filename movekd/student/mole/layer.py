@@ -151,18 +151,18 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         return output.view(hidden_states.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
+        """Refuse to merge.
 
         Raises:
-            ConfigError: always, with the reason.
+            ConfigError: always.
         """
         raise merge_refusal()
 
     def unmerge(self) -> None:
-        """Refuse, as nothing was ever merged.
+        """Refuse to unmerge: experts are never merged.
 
         Raises:
-            ConfigError: always, with the reason.
+            ConfigError: always.
         """
         raise merge_refusal()
 
@@ -249,7 +249,7 @@ def merge_refusal() -> ConfigError:
 
 
 def _activation_name(mlp: nn.Module) -> str:
-    """Return the name of the activation, after checking that ``fc1`` and ``fc2`` are all else.
+    """Return the name of the activation of an MLP that holds only it, ``fc1`` and ``fc2``.
 
     Raises:
         ConfigError: another kind of module.

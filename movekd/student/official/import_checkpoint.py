@@ -114,7 +114,7 @@ def _import_checkpoint(
     tower_source = vision_tower or str(keys.get("mm_vision_tower"))
     vision_config = clip_config(tower_source)
     language = text_config(keys)
-    student = _as_it_was_fed(source, student_config(keys, common_dtype(tensors), "v1"))
+    student = _with_export_settings(source, student_config(keys, common_dtype(tensors), "v1"))
     parameters = dict(skeleton(vision_config, language, student).named_parameters())
     buffers = [name for name in tensors if name.endswith(OLD_BUFFERS)]
     adapters = check_weights(tensors, parameters, buffers, vision_config, source)
@@ -160,7 +160,7 @@ def _import_stage_1(
     student = student_config(keys, common_dtype(tensors), "plain").model_copy(
         update={"vision_tower": tower_source, "language_model": language_model}
     )
-    student = _as_it_was_fed(source, student)
+    student = _with_export_settings(source, student)
     learned = {
         name: parameter
         for name, parameter in skeleton(vision_config, language, student).named_parameters()
@@ -174,7 +174,7 @@ def _import_stage_1(
     return Imported(model_dir.parent, "1", len(tensors), _teachers(adapters), student.dtype)
 
 
-def _as_it_was_fed(source: Path, student: StudentConfig) -> StudentConfig:
+def _with_export_settings(source: Path, student: StudentConfig) -> StudentConfig:
     """Return the config with the prompt and pixel statistics of movekd.json, if an export wrote
     one.
 

@@ -89,7 +89,7 @@ def _parameters_of_student(model: nn.Module) -> dict[str, Tensor]:
 
 
 def official_views(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return official name -> a view into our tensor, for ``plain_parameters`` or some of them."""
+    """Return official name -> a view into one of ``plain`` (all or some of a student's)."""
     with_experts = {match[1] for name in plain if (match := _ROUTER.match(name))}
     views: dict[str, Tensor] = {}
     for name, tensor in plain.items():
@@ -139,7 +139,7 @@ def official_adapters(adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapters_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return official adapters under our names, the inverse of ``official_adapters``."""
+    """Return official adapters under movekd's names, the inverse of ``official_adapters``."""
     teachers = {there: here for here, there in ADAPTERS.items()}
     adapters = {}
     for name, tensor in state.items():

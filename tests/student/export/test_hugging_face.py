@@ -1,6 +1,7 @@
 """Tests of movekd.student.export.hugging_face: what stock transformers loads is the student."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,9 @@ def test_transformers_loads_the_whole_model(kit, trained, tmp_path, text_and_ima
 
 def test_an_export_is_a_student_again_and_can_be_exported(kit, trained, tmp_path):
     export(trained, "hf", tmp_path / "one")
+    keys = json.loads((tmp_path / "one/config.json").read_text())
+    assert not keys["tie_word_embeddings"]  # the head was trained by itself
+    assert str(kit.WEIGHTS) not in str(keys)
     again = load_student(tmp_path / "one")
     assert (again.prompt, again.geometry) == (trained.prompt, trained.geometry)
     assert again.student.image_std == trained.student.image_std
