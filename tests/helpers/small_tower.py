@@ -1,10 +1,19 @@
-"""A small CLIP, with random weights, and MoLE configs for it."""
+"""Small vision towers with random weights, and MoLE configs for them."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -23,9 +32,29 @@ OFFICIAL: dict[str, Any] = {
 }
 
 
-def clip() -> CLIPVisionModel:
+TOWERS: dict[str, tuple[type, type, dict[str, int], int]] = {
+    "clip": (CLIPVisionModel, CLIPVisionConfig, {"intermediate_size": 32}, 1),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 32}, 0),
+    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}, 1),
+    "dinov2 with registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
+}
+"""Name -> model, its config, further keys, and the tokens before the patches."""
+
+
+def build_tower(name: str, image_size: int = 16) -> Any:
+    """Return a tower of three blocks; equal calls return equal weights."""
     torch.manual_seed(0)
-    return CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL))
+    model, config, keys, _ = TOWERS[name]
+    return model(config(**(SMALL | keys | {"image_size": image_size})))
+
+
+def clip() -> Any:
+    return build_tower("clip")
 
 
 def pixels(batch: int = 2) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from movekd.cli.main import app
 from movekd.resources import resource_dir
+from movekd.student import register_auto_classes
 from movekd.student.checkpoint import load_student
 
 PIPELINES = resource_dir("pipelines")
@@ -86,6 +87,7 @@ def test_the_encoder_alone_and_a_pretrain_from_it(run: Any) -> None:
     assert len(words) == 6
     for command in words:
         run(command)
+    register_auto_classes()
     assert AutoModel.from_pretrained("my-encoder").config.model_type == "movekd_clip_vision"
     assert Path("my-encoder-onnx/encoder.onnx").exists()
     check_run(Path("runs/distill"), ["clip", "eva02", "convnext"], has_text=False)

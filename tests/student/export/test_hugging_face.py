@@ -12,13 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     LlavaForConditionalGeneration,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from movekd.corpus.conversations import Conversation
@@ -30,6 +24,7 @@ from movekd.student.export.formats import export
 from movekd.student.export.onnx import encoder_tokens
 from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import build_vlm, image_features
+from small_tower import build_tower
 
 
 def test_transformers_loads_the_whole_model(kit, trained, tmp_path, text_and_image):
@@ -153,10 +148,7 @@ def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
 
 
 def test_registers_do_not_go_into_a_llava_of_transformers(kit, tmp_path):
-    config = Dinov2WithRegistersConfig(
-        hidden_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=48, patch_size=8
-    )
-    Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "tower")
+    build_tower("dinov2 with registers", 48).save_pretrained(tmp_path / "tower")
     mean = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
     student = build_vlm(
         StudentConfig(
@@ -183,14 +175,7 @@ def test_a_geometry_without_a_processor_is_refused(official, tmp_path):
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip"])
 def test_experts_in_another_tower_are_refused_and_never_dropped(kit, tmp_path, name):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    tower = {
-        "dinov2": lambda: Dinov2Model(Dinov2Config(image_size=48, patch_size=8, **sizes)),
-        "siglip": lambda: SiglipVisionModel(
-            SiglipVisionConfig(image_size=48, patch_size=8, intermediate_size=48, **sizes)
-        ),
-    }[name]()
-    tower.save_pretrained(tmp_path / "tower")
+    build_tower(name, 48).save_pretrained(tmp_path / "tower")
     run = kit.make_encoder_run(tmp_path / "run", kit.REVISED, tmp_path / "tower")
     trained = load_student(run, takes_encoder=True)
     with pytest.raises(ConfigError, match=rf"experts stand in a tower of type '{name}"):

@@ -1,6 +1,5 @@
 """Tests of movekd.student.mole.model: where the experts stand, and several adapters."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +7,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from movekd.errors import ConfigError
 from movekd.student.mole import MoleConfig, MoleLayer, clear_routing, routing
-from small_tower import OFFICIAL, REVISED, SMALL, clip, pixels, shake, tokens
+from small_tower import OFFICIAL, REVISED, TOWERS, build_tower, clip, pixels, shake, tokens
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; nothing here can change that.
 # The old name of the switch is the only one that transformers 5.17 has too.
@@ -53,31 +42,19 @@ def test_experts_stand_where_asked_and_the_base_is_frozen() -> None:
     assert all(layer.mlp.routing is None for layer in layers[:2])
 
 
-TOWERS: dict[str, Callable[[], nn.Module]] = {
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=32, **SMALL)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, **SMALL)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)),
-    "dinov2 with registers": lambda: Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=4, **SMALL)
-    ),
-}
-
-
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("recipe", [OFFICIAL, REVISED], ids=["official", "revised"])
 def test_every_tower_is_a_student(name: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     """Experts in its blocks and nowhere else; it learns, is saved, loaded and disabled."""
 
-    def tower() -> nn.Module:
-        torch.manual_seed(0)
-        return TOWERS[name]()
-
     def tokens(model: nn.Module) -> torch.Tensor:
         hidden: torch.Tensor = model(pixel_values=pixels()).last_hidden_state
         return hidden
 
-    expected = tokens(tower().eval())
-    model = get_peft_model(tower(), MoleConfig(**(recipe | {"layers_to_transform": [0, 1, 2]})))
+    expected = tokens(build_tower(name).eval())
+    model = get_peft_model(
+        build_tower(name), MoleConfig(**(recipe | {"layers_to_transform": [0, 1, 2]}))
+    )
     names = [name for name, module in model.named_modules() if isinstance(module, MoleLayer)]
     assert len(names) == 3
     assert not any("head" in name for name in names)
@@ -95,7 +72,7 @@ def test_every_tower_is_a_student(name: str, recipe: dict[str, Any], tmp_path: P
     with model.disable_adapter():
         assert torch.equal(tokens(model), expected)
     model.save_pretrained(str(tmp_path))
-    again = PeftModel.from_pretrained(tower(), str(tmp_path)).eval()
+    again = PeftModel.from_pretrained(build_tower(name), str(tmp_path)).eval()
     assert torch.equal(tokens(again), found)
 
 
