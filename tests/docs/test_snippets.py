@@ -49,7 +49,7 @@ def test_every_way_of_inspecting_works(folder) -> None:
 
 
 def test_the_reader_of_the_format_page_reads_what_movekd_reads(folder, cache_dir) -> None:
-    (code,) = snippets("cache-format.md")
+    *_, code = snippets("cache-format.md")
     assert run(code, folder) == "(16, 144)\n"
     cache = open_cache(cache_dir)
     for teacher in cache:
