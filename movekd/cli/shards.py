@@ -62,6 +62,7 @@ def pack(
             "pack needs one source; expected --images DIR (with --llava-json FILE for "
             "conversations, and --out DIR), or --webdataset DIR alone."
         )
+    from movekd.corpus import index_webdataset
     from movekd.corpus import pack as packer
 
     workers = num_workers or packer.DEFAULT_WORKERS
@@ -73,7 +74,7 @@ def pack(
             show("index tars" if webdataset else "pack images", done, total)
 
         if webdataset is not None:
-            report = packer.index_webdataset(
+            report = index_webdataset(
                 webdataset, num_workers=workers, overwrite=overwrite, progress=progress
             )
         elif images is not None and llava_json:

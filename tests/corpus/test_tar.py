@@ -1,5 +1,6 @@
 """Tests of movekd.corpus.tar."""
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -21,7 +22,7 @@ def test_members_lie_where_the_writer_says(tmp_path_factory, sizes, max_bytes):
     folder = tmp_path_factory.mktemp("tars")
     contents = [hashlib.sha256(bytes([n])).digest() * 100 for n in range(len(sizes))]
     contents = [data[:size] for data, size in zip(contents, sizes, strict=True)]
-    with ShardWriter(folder, max_bytes) as writer:
+    with contextlib.closing(ShardWriter(folder, max_bytes)) as writer:
         places = [writer.add(f"{n}.jpg", data) for n, data in enumerate(contents)]
     for data, (shard, offset) in zip(contents, places, strict=True):
         assert (folder / shard).read_bytes()[offset : offset + len(data)] == data
