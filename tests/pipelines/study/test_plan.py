@@ -57,7 +57,7 @@ def test_contrasts_are_of_arms_and_the_study_has_its_own():
         assert {contrast.first, contrast.second} <= study
     for longer, base in TIME_BASE.items():
         assert {longer, base} <= study
-    with pytest.raises(SystemExit, match="there is no arm 'revized'; known are none_mole"):
+    with pytest.raises(SystemExit, match="no arm is named 'revized'; known are none_mole"):
         find_arm("revized")
 
 
