@@ -21,7 +21,7 @@ from movekd.errors import ConfigError, CorpusError
 
 @pytest.fixture
 def source(tmp_path):
-    """Six image files (two of one content), and an entry for every kind of trouble."""
+    """Six image files, two of them equal, and an entry for every kind of problem."""
     images = tmp_path / "images"
     (images / "coco").mkdir(parents=True)
     exif = Image.Exif()

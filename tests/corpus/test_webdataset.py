@@ -26,7 +26,7 @@ def write_tar(path, members):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three tars of samples, and four that are not whole."""
+    """Three tars of samples, and tars that are damaged, empty or compressed."""
     folder = tmp_path / "wds"
     as_json = lambda content: json.dumps(content).encode()  # noqa: E731
     write_tar(

@@ -1,4 +1,4 @@
-"""Every pipeline runs end to end: the commands of its README and its YAML, with small models.
+"""Every pipeline runs from start to end: its README's commands and its YAML, with small models.
 
 ``conftest.run`` says what is replaced.
 """

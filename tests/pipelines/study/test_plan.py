@@ -1,4 +1,4 @@
-"""Every arm of the plan is a run that `movekd train` takes, and every contrast is of such arms."""
+"""`movekd train` accepts every arm of the plan, and every contrast is between such arms."""
 
 from pathlib import Path
 
