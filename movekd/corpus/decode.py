@@ -136,23 +136,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a decoded image of any mode as RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
-        raise ValueError("32 bits per pixel, of a range that the file does not say")
-    if image.mode.startswith("I"):
-        levels_HW = np.asarray(image).astype(np.uint32)
-        grey = Image.fromarray(((levels_HW + 128) // 257).astype(np.uint8))
+    if image.mode[0] in "FI":  # mode I holds the 16 bits of a PGM, or 32 bits
+        levels_HW = np.asarray(image)
+        if image.mode == "F" or levels_HW.min() < 0 or levels_HW.max() > 65535:
+            raise ValueError("32 bits per pixel, of a range that the file does not say")
+        grey = Image.fromarray(((levels_HW.astype(np.uint32) + 128) // 257).astype(np.uint8))
         return grey.convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, coloured).convert("RGB")
     return image.convert("RGB")
-
-
-def _is_16_bit(image: Image.Image) -> bool:
-    """Return whether the 32-bit integers hold 16-bit values, as those of a PGM do."""
-    levels_HW = np.asarray(image)
-    return bool(levels_HW.min() >= 0 and levels_HW.max() <= 65535)
 
 
 _quiet_lock = threading.Lock()

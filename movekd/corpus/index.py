@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet, write_parquet
+from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet
 from movekd.errors import CorpusError, UnknownKeyError
 
 INDEX_FILE = "index.parquet"
@@ -169,7 +169,7 @@ def open_corpus(data_dir: Path | str) -> Corpus:
             "Make one with `movekd shards pack`."
         )
     index, names = (
-        _open_table(data_dir / name, schema)
+        open_table(data_dir / name, schema)
         for name, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
     )
     corpus = Corpus(data_dir, index, names)
@@ -221,23 +221,12 @@ def require_known(
     )
 
 
-def read_tables(data_dir: Path) -> tuple[pa.Table, pa.Table]:
-    """Return index and names of a corpus in memory, without checking its shards.
+def open_table(path: Path, schema: pa.Schema) -> ParquetTable:
+    """Open a Parquet file; require the columns of ``schema`` without nulls.
 
     Raises:
-        CorpusError: a file is missing, damaged, or has other columns.
+        CorpusError: the file is missing, damaged, or has other columns.
     """
-    index = _open_table(data_dir / INDEX_FILE, INDEX_SCHEMA).read()
-    return index, _open_table(data_dir / NAMES_FILE, NAMES_SCHEMA).read()
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow table as Parquet: the same table gives the same bytes."""
-    write_parquet(path, [table], table.schema)
-
-
-def _open_table(path: Path, schema: pa.Schema) -> ParquetTable:
-    """Open a Parquet file; require the columns of ``schema`` without nulls."""
 
     def damaged(reason: str) -> CorpusError:
         return CorpusError(

@@ -34,7 +34,7 @@ class ShardWriter:
     def __init__(self, out_dir: Path, max_shard_bytes: int):
         self._out_dir = out_dir
         self._max_bytes = max_shard_bytes
-        self._num_shards = 0
+        self._num_shards, self._shard = 0, ""
         self._file: BinaryIO | None = None
         self._position = 0
 
@@ -47,14 +47,15 @@ class ShardWriter:
         length = len(header) + len(data) + len(padding)
         if self._file is None or self._position + length + _END > self._max_bytes:
             self.close()
-            self._file = (self._out_dir / shard_name(self._num_shards)).open("wb")
+            self._shard = f"shard-{self._num_shards:05d}.tar"
+            self._file = (self._out_dir / self._shard).open("wb")
             self._num_shards += 1
         self._file.write(header)
         self._file.write(data)
         self._file.write(padding)
         offset = self._position + len(header)
         self._position += length
-        return shard_name(self._num_shards - 1), offset
+        return self._shard, offset
 
     def close(self) -> None:
         """End the open shard."""
@@ -62,11 +63,6 @@ class ShardWriter:
         if file is not None:
             with file:
                 file.write(bytes(_END))
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.tar"
 
 
 def read_members(path: Path) -> Iterator[TarMember]:

@@ -8,7 +8,7 @@ Dimensions: B images, C channels (3, RGB), H height, W width, S side of the squa
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -128,10 +128,15 @@ class ImageTransform:
         """Red, green, blue in 0..1."""
         return self.mean if self.fill is None else self.fill
 
-    @property
+    @cached_property
     def normalisation_table(self) -> NDArray[np.float32]:
-        """The model's input for each channel and each of the 256 levels, float32 (3, 256)."""
-        return _normalisation_table(self.mean, self.std)
+        """The model's input for each channel and each of the 256 levels, float32 (3, 256).
+
+        Order of operations and dtypes are those of the Hugging Face processors: bit-equal results.
+        """
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        centred = levels[None, :] - np.array(self.mean, np.float32)[:, None]
+        return np.asarray(centred / np.array(self.std, np.float32)[:, None], np.float32)
 
     @property
     def padding_C(self) -> NDArray[np.float32]:
@@ -229,14 +234,3 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     scale = side / max(size)
     width, height = (max(1, int(length * scale + 0.5)) for length in size)
     return width, height
-
-
-@lru_cache(maxsize=32)
-def _normalisation_table(mean: Colour, std: Colour) -> NDArray[np.float32]:
-    """Return the model's input for each channel and each of the 256 levels, float32 (3, 256).
-
-    Order of operations and dtypes are those of the Hugging Face processors: bit-equal results.
-    """
-    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    centred = levels[None, :] - np.array(mean, np.float32)[:, None]
-    return np.asarray(centred / np.array(std, np.float32)[:, None], np.float32)

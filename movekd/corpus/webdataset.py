@@ -74,7 +74,14 @@ def index_webdataset(
         seen: set[str] = set()
         for done, path in enumerate(tars):
             shard = path.relative_to(shards_dir).as_posix()
-            samples = [s for s in _read_samples(builder, path, shard) if _is_new(builder, s, seen)]
+            samples = []
+            for sample in _read_samples(builder, path, shard):
+                if sample.key in seen:  # a name must mean one image
+                    reason = f"a sample of this key came before the one in {shard}"
+                    builder.note("duplicate_samples", printable(sample.key), reason)
+                else:
+                    seen.add(sample.key)
+                    samples.append(sample)
             _index_samples(builder, samples, path, shard, num_workers)
             if progress is not None:
                 progress(done + 1, len(tars))
@@ -104,16 +111,6 @@ def _read_samples(builder: CorpusBuilder, path: Path, shard: str) -> list[_Sampl
         if not any(sample.images for sample in samples):
             builder.note("damaged_shards", shard, "it holds no image")
     return samples
-
-
-def _is_new(builder: CorpusBuilder, sample: _Sample, seen: set[str]) -> bool:
-    """Return whether this key is new: a name must mean one image."""
-    if sample.key in seen:
-        reason = f"a sample of this key came before the one in {sample.shard}"
-        builder.note("duplicate_samples", printable(sample.key), reason)
-        return False
-    seen.add(sample.key)
-    return True
 
 
 def _index_samples(

@@ -23,9 +23,9 @@ from movekd.corpus.index import (
     INDEX_SCHEMA,
     NAMES_FILE,
     NAMES_SCHEMA,
-    read_tables,
-    write_table,
+    open_table,
 )
+from movekd.corpus.parquet_table import write_parquet
 from movekd.corpus.report import PackReport, Problem, ProblemKind
 from movekd.corpus.tar import ShardWriter
 from movekd.errors import CorpusError
@@ -49,7 +49,10 @@ class CorpusBuilder:
         self._out_dir, self._staging = out_dir, staging
         self._shards = None if max_shard_bytes is None else ShardWriter(staging, max_shard_bytes)
         self._is_guarded = (out_dir / INDEX_FILE).is_file() and not overwrite
-        index, names = read_tables(out_dir) if self._is_guarded else (None, None)
+        index, names = (
+            open_table(out_dir / file, schema).read() if self._is_guarded else None
+            for file, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
+        )
         self._index = _TableBuilder(INDEX_SCHEMA, index)
         self._names = _TableBuilder(NAMES_SCHEMA, names)
         self._first_name: dict[bytes, str] = {}  # digest -> name of the first file with these bytes
@@ -153,7 +156,8 @@ class CorpusBuilder:
         if len(self._index) == 0:
             raise self._no_image()
         for file, table in ((INDEX_FILE, self._index), (NAMES_FILE, self._names)):
-            write_table(self._staging / file, table.finish())
+            rows = table.finish()
+            write_parquet(self._staging / file, [rows], rows.schema)
         if self._is_guarded:
             old, new = (folder / CONVERSATIONS_FILE for folder in (self._out_dir, self._staging))
             is_equal = old.is_file() == new.is_file()
