@@ -37,6 +37,16 @@ def test_members_lie_where_the_writer_says(tmp_path_factory, sizes, max_bytes):
     assert members == places
 
 
+def test_a_full_disk_is_an_error_once(tmp_path):
+    """The corpus builder closes its writer again when it cleans up."""
+    (tmp_path / "shard-00000.tar").symlink_to("/dev/full")
+    writer = ShardWriter(tmp_path, 2**20)
+    writer.add("a.jpg", b"1")
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    writer.close()
+
+
 def make_tar(path, num_members=3):
     with tarfile.open(path, "w") as tar:
         for number in range(num_members):
