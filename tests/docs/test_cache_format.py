@@ -15,11 +15,10 @@ import pytest
 import xxhash
 import zarr
 
+from builds import build
 from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
-from movekd.extract.options import BuildOptions
-from movekd.extract.run import build_cache
 
 PAGE = Path(__file__).parents[2] / "docs" / "cache-format.md"
 ROWS_PER_SHARD, ALIGNMENT = 8, 32
@@ -43,9 +42,7 @@ def cache(tmp_path, crops, tiny_specs, monkeypatch) -> Path:
         with (tmp_path / "data" / place["shard"]).open("r+b") as shard:
             shard.seek(place["offset"])
             shard.write(bytes(place["size"]))
-        options = BuildOptions(batch_size=5, num_workers=0)
-        for _ in build_cache(tmp_path / "cache", corpus, specs, geometry="crop", options=options):
-            pass
+        build(tmp_path / "cache", tmp_path / "data", specs)
     return tmp_path / "cache"
 
 
