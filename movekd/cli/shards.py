@@ -62,8 +62,7 @@ def pack(
             "pack needs one source; expected --images DIR (with --llava-json FILE for "
             "conversations, and --out DIR), or --webdataset DIR alone."
         )
-    from movekd.corpus import index_webdataset
-    from movekd.corpus import pack as packer
+    from movekd import corpus as packer
 
     workers = num_workers or packer.DEFAULT_WORKERS
     target = webdataset or out or _DEFAULT_OUT
@@ -74,7 +73,7 @@ def pack(
             show("index tars" if webdataset else "pack images", done, total)
 
         if webdataset is not None:
-            report = index_webdataset(
+            report = packer.index_webdataset(
                 webdataset, num_workers=workers, overwrite=overwrite, progress=progress
             )
         elif images is not None and llava_json:

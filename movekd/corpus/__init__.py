@@ -7,12 +7,13 @@
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import Corpus, open_corpus
-from movekd.corpus.pack import pack_folder, pack_llava
+from movekd.corpus.pack import DEFAULT_WORKERS, pack_folder, pack_llava
 from movekd.corpus.report import PackReport
 from movekd.corpus.transforms import ImageTransform
 from movekd.corpus.webdataset import index_webdataset
 
 __all__ = [
+    "DEFAULT_WORKERS",
     "Conversation",
     "Corpus",
     "ImageTransform",

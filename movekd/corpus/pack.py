@@ -26,6 +26,7 @@ from movekd.corpus.writer import CorpusBuilder, build_corpus
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that decode images: one per core, at most 8."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total): images of a pack, tars of an existing WebDataset."""
