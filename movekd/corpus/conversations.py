@@ -83,9 +83,14 @@ def iter_conversations(path: Path | str) -> Iterator[Conversation]:
                 return
             entries = parse_json(file.read(), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; expected LLaVA conversations there.") from None
+        raise ConfigError(
+            f"{path} does not exist; expected LLaVA conversations. Correct the path."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); expected JSON in UTF-8.") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); expected JSON in UTF-8. Convert the file, or "
+            "correct its permissions."
+        ) from None
     if not isinstance(entries, list):
         raise ConfigError(
             f"{path} holds {_describe(entries)}; expected an array of LLaVA entries. "

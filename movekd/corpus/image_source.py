@@ -86,7 +86,7 @@ def printable(name: str) -> str:
 def require_folder(path: Path) -> None:
     """Raise CorpusError unless ``path`` is a folder."""
     if not path.is_dir():
-        raise CorpusError(f"{path} is no folder; expected one of images. Correct the path.")
+        raise CorpusError(f"{path} is no folder; expected a folder of images. Correct the path.")
 
 
 def _examine(source: ImageSource) -> UsableImage | RejectedImage:

@@ -165,7 +165,7 @@ def open_corpus(data_dir: Path | str) -> Corpus:
     data_dir = Path(data_dir)
     if not (data_dir / INDEX_FILE).is_file():
         raise CorpusError(
-            f"{data_dir} holds no {INDEX_FILE}; expected a corpus. "
+            f"{data_dir} holds no {INDEX_FILE}; expected a corpus folder. "
             "Make one with `movekd shards pack`."
         )
     index, names = (

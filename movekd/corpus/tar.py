@@ -85,8 +85,8 @@ def read_members(path: Path) -> Iterator[TarMember]:
                 raise tarfile.ReadError(f"no valid header at byte {stopped_at}")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise CorpusError(
-            f"{path} is not a whole, uncompressed tar ({error}). "
-            "Copy it again, or unpack it if it is compressed."
+            f"{path} is damaged or compressed ({error}); expected a whole, plain tar. "
+            "Copy it again, or decompress it."
         ) from None
 
 

@@ -228,7 +228,7 @@ def build_corpus(
     except OSError as error:
         raise CorpusError(
             f"{out_dir} cannot be written ({error.strerror or error}); expected a folder with "
-            "free space and the right to write. Mend that and run the same command again."
+            "free space and write permission. Correct that and run the same command again."
         ) from None
 
 

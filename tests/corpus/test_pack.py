@@ -221,7 +221,7 @@ def test_foreign_tars_are_not_overwritten(source, snapshot):
 
 
 def test_hopeless_input_is_refused_in_a_sentence(source, snapshot):
-    with pytest.raises(CorpusError, match="is no folder; expected one of images"):
+    with pytest.raises(CorpusError, match="is no folder; expected a folder of images"):
         pack_llava([source / "llava.json"], source / "nowhere", source / "data")
     with pytest.raises(ConfigError, match=r"none\.json does not exist"):
         pack_llava([source / "none.json"], source / "images", source / "data")

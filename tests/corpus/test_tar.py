@@ -81,7 +81,9 @@ def test_damage_is_told_after_the_whole_members(tmp_path):
         members = read_members(path)
         for _ in range(num_members):
             next(members)
-        with pytest.raises(CorpusError, match=r"damaged.tar is not a whole.*Copy it again"):
+        with pytest.raises(
+            CorpusError, match=r"damaged.tar is damaged or compressed.*Copy it again"
+        ):
             next(members)
 
 
