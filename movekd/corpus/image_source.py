@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from movekd.corpus.decode import FILE_EXTENSIONS, ImageInfo, probe_image
 from movekd.corpus.report import ProblemKind
-from movekd.corpus.tar import TarMember
+from movekd.corpus.tar import TarMember, read_member
 from movekd.errors import CorpusError, UnreadableImageError
 
 IMAGE_EXTENSIONS = {*FILE_EXTENSIONS.values(), "jpeg", "tif"}
@@ -69,15 +69,6 @@ def examine_images(
             yield pending.popleft().result()
 
 
-def read_source(source: ImageSource) -> bytes:
-    """Return the bytes of a source."""
-    if source.member is None:
-        return source.path.read_bytes()
-    with source.path.open("rb") as file:
-        file.seek(source.member.offset)
-        return file.read(source.member.size)
-
-
 def printable(name: str) -> str:
     """Return a name with question marks for bytes that are not Unicode."""
     return name.encode("utf-8", "replace").decode("utf-8")
@@ -99,7 +90,8 @@ def _examine(source: ImageSource) -> UsableImage | RejectedImage:
     if source.member is None and (path.is_absolute() or ".." in path.parts):
         return RejectedImage(source, "refused_paths", f"{name} leads out of the image folder")
     try:
-        data = read_source(source)
+        member = source.member
+        data = source.path.read_bytes() if member is None else read_member(source.path, member)
     except (FileNotFoundError, NotADirectoryError):
         reason = f"{name} does not exist in the image folder"
         return RejectedImage(source, "missing_files", reason)

@@ -90,6 +90,13 @@ def read_members(path: Path) -> Iterator[TarMember]:
         ) from None
 
 
+def read_member(path: Path, member: TarMember) -> bytes:
+    """Return the bytes of a member of a tar."""
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
 def split_member(name: str) -> tuple[str, str] | None:
     """Return sample key and extension of a member as WebDataset does, None if it has neither.
 

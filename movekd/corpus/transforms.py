@@ -167,7 +167,13 @@ class ImageViews:
         """
         transform, size = self._transform, self._transform.image_size
         if view:
-            self._require(view)
+            width, height = self._image.size
+            count = int(num_views([width], [height])[0])
+            if not 0 <= view < count:
+                raise UnreadableImageError(
+                    f"view {view} was asked for, but the image is {width} x {height} pixels and "
+                    f"has the views 0 to {count - 1}; the index gives another size. Pack it again."
+                )
             return Square(np.asarray(cut_tile(self._canvas, size, view)), size, size)
         square = apply_geometry(
             self._image, size, transform.geometry, transform.resample, transform.padding_colour
@@ -181,15 +187,6 @@ class ImageViews:
     def _canvas(self) -> Image.Image:
         transform = self._transform
         return anyres_canvas(self._image, transform.image_size, _FILTERS[transform.resample])
-
-    def _require(self, view: int) -> None:
-        width, height = self._image.size
-        count = int(num_views([width], [height])[0])
-        if not 0 <= view < count:
-            raise UnreadableImageError(
-                f"view {view} was asked for, but the image is {width} x {height} pixels and has "
-                f"the views 0 to {count - 1}; the index gives another size. Pack it again."
-            )
 
 
 def apply_geometry(

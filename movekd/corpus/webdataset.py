@@ -21,12 +21,11 @@ from movekd.corpus.image_source import (
     RejectedImage,
     examine_images,
     printable,
-    read_source,
     require_folder,
 )
 from movekd.corpus.pack import DEFAULT_WORKERS, Progress
 from movekd.corpus.report import PackReport
-from movekd.corpus.tar import TarMember, read_members, split_member
+from movekd.corpus.tar import TarMember, read_member, read_members, split_member
 from movekd.corpus.writer import STAGING_DIR, CorpusBuilder, build_corpus
 from movekd.errors import ConfigError, CorpusError
 
@@ -149,7 +148,7 @@ def _sample_conversations(
         if "json" in sample.texts:
             member = sample.texts["json"]
             where = f"{sample.shard}/{member.name}"
-            content = parse_json(read_source(ImageSource([], path, member)), where)
+            content = parse_json(read_member(path, member), where)
         entries = content if isinstance(content, list) else [content]
         entries = [e for e in entries if isinstance(e, dict) and "conversations" in e]
         for entry in entries:
@@ -164,7 +163,6 @@ def _sample_conversations(
         builder.note("malformed_entries", key, str(error))
         return
     if not entries and "txt" in sample.texts and images:
-        text = read_source(ImageSource([], path, sample.texts["txt"]))
-        caption = text.decode("utf-8", "replace").strip()
+        caption = read_member(path, sample.texts["txt"]).decode("utf-8", "replace").strip()
         question = "\n".join([IMAGE_PLACEHOLDER] * len(images))
         yield Conversation(key, images, (("human", question), ("gpt", caption)))
