@@ -1,4 +1,4 @@
-"""README and docs/study.md say of the study what its report says, and nothing else."""
+"""Every figure on the study in README and docs/study.md is in its report."""
 
 import json
 import re
@@ -31,7 +31,7 @@ README_ROWS = (  # contrast; the arms whose accuracy the row names
     ("official_mole - none_mole", "official_mole", "none_mole"),
 )
 SETTINGS = {"0.5", "12.5"}
-"""Decimals of `In words` that no run has given: a KD weight; a share that test_start holds."""
+"""Decimals of `In words` that are not results: a KD weight, and a share of test_start."""
 INTERVAL = re.compile(r"([+-]?\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)\)")
 
 
@@ -40,7 +40,7 @@ def points(share: float) -> str:
 
 
 def ends(found: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """Difference and bounds as pages write them, in either order of the arms."""
+    """Return difference and bounds as pages write them, for both orders of the arms."""
     if found["low"] is None:
         return set()
     mean, low, high = (found[key] for key in ("difference", "low", "high"))
@@ -96,7 +96,7 @@ def test_the_table_of_the_readme_is_the_report() -> None:
 @pytest.mark.parametrize("text", [said()[0], evidence()], ids=["study.md", "README"])
 def test_every_figure_in_words_is_in_the_report(text: str) -> None:
     found = intervals(text)
-    # over pairs there is one interval, of the contrast whose worlds lie closer than its seeds
+    # one interval is over pairs: that of the contrast whose worlds lie closer than its seeds
     assert set(found) <= OVER_WORLDS
     assert len(found) > 7
     allowed = {figure.lstrip("-") for e in OVER_WORLDS for figure in e} | SETTINGS
