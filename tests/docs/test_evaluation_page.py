@@ -1,4 +1,4 @@
-"""docs/evaluation.md names the benchmarks that there are, and which of them are uploaded."""
+"""docs/evaluation.md names every benchmark, and which of them write a submission file."""
 
 import re
 from pathlib import Path

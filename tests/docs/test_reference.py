@@ -1,4 +1,4 @@
-"""The generated pages leave nothing out: every command, every key, every public name."""
+"""The generated pages hold every command, every key and every public name."""
 
 import json
 import pkgutil
@@ -20,12 +20,12 @@ from reference import ROOMS, pages
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "pipelines/llava15_v1.0/pretrain.yaml"
 INSIDE = {"cli", "view"}
-"""Rooms that are used by way of the commands alone."""
+"""Rooms that users reach only through commands."""
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, str]]:
-    """Key -> column -> cell, over all tables of the config page."""
+    """Return key -> column -> cell for all tables of the config page."""
     found: dict[str, dict[str, str]] = {}
     head: list[str] = []
     for line in config_page().splitlines():

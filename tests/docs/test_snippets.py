@@ -1,6 +1,6 @@
-"""The Python of the docs' pages runs as it is printed.
+"""The Python code of the docs runs as it is printed.
 
-That of the pages on the cache runs without movekd and without a warning.
+Code of the pages on the cache runs without movekd and without a warning.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The YAML of docs/training.md, and commands around it, are ones that `movekd train` takes."""
+"""`movekd train` accepts the YAML and the commands of docs/training.md."""
 
 import json
 import re
