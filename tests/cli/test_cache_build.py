@@ -36,7 +36,7 @@ def run(tmp_path, corpus_dir, tiny_specs):
         (["--engine", "ray", "--partition", "0/2"], r"leave one of the two out"),
         (["--engine", "ray", "--address", "there"], r"--address is 'there'; expected auto, local"),
         (["--partition", "2/2"], r"the 2 parts are numbered 0 to 1"),
-        (["--partition", "0/2", "--replace"], r"--replace deletes them all"),
+        (["--partition", "0/2", "--overwrite"], r"--overwrite deletes them all"),
     ],
 )
 def test_what_contradicts_itself_is_a_sentence(run, tmp_path, options, sentence) -> None:

@@ -91,7 +91,7 @@ def test_a_search_finds_names_and_keys(page: Page, world: Path) -> None:
 
 
 def test_teachers_come_and_go(page: Page) -> None:
-    page.get_by_role("button", name="Any image").click()
+    page.get_by_role("button", name="Random image").click()
     expect(teachers(page)).to_have_count(4)
     page.get_by_role("checkbox", name="convnext").uncheck()
     expect(teachers(page)).to_have_count(3)
@@ -112,7 +112,7 @@ def test_a_place_is_marked_in_every_teacher(page: Page, world: Path) -> None:
     row, column = 4, 1
     pane.hover(position={"x": box["width"] * 1.5 / 6, "y": box["height"] * 4.5 / 6})
     for panel in Browser(str(world / "cache")).panels(NAME, TEACHERS):
-        teacher = page.locator(f"[data-teacher={panel.look.teacher}]")
+        teacher = page.locator(f"[data-teacher={panel.features.teacher}]")
         expect(teacher.locator(".movekd-said")).to_contain_text(f"token {6 * row + column}:")
         assert panel.nearest_NK is not None
         near = panel.nearest_NK[6 * row + column]
@@ -207,7 +207,7 @@ def test_the_student_answers_and_shows_its_experts(
     expect(chat.get_by_test_id("bot")).to_have_count(2)
     again = expected_answer(student, image, first, said.text, second)
     expect(chat.get_by_test_id("bot").last).to_have_text(again.text)
-    page.get_by_role("button", name="Begin anew").click()
+    page.get_by_role("button", name="New chat").click()
     expect(chat.get_by_test_id("bot")).to_have_count(0)
     expect(experts.locator("img")).to_have_count(0)
 
