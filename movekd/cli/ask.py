@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from movekd.cli.options import Device, Run, resolve_device
-from movekd.cli.output import quiet_libraries
+from movekd.cli.output import print_json, quiet_libraries
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.corpus.conversations import Role
@@ -43,7 +44,6 @@ def ask(
 
     movekd ask my-model cat.jpg --chat
     """
-    from movekd.errors import ConfigError
     from movekd.evaluate.chat import answer
     from movekd.student.checkpoint import load_student
 
@@ -64,7 +64,7 @@ def ask(
         said = answer(trained, image.read_bytes(), turns, max_new_tokens).text
         turns.append(("gpt", said))
         if json:
-            _print_line({"question": asked, "answer": said})
+            print_json({"question": asked, "answer": said}, indent=None)
         else:
             typer.echo(said)
 
@@ -80,9 +80,3 @@ def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _print_line(value: dict[str, str]) -> None:
-    import json
-
-    typer.echo(json.dumps(value, ensure_ascii=False))

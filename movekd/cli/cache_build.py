@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,7 @@ from movekd.cli.output import (
     progress_bar,
     size,
 )
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.extract.executor import Executor
@@ -149,21 +150,25 @@ def build(
     )
     part = None if partition is None else parse_partition(partition)
     corpus, summaries = open_corpus(shards), []
-    _check_engine(
-        engine,
-        part is not None,
-        {
-            "--address": address,
-            "--num-gpus-per-worker": num_gpus_per_worker,
-            "--num-decoders": num_decoders,
-        },
-    )
-    with (
-        _cluster(
-            engine, address, num_workers, num_gpus_per_worker, num_decoders, device
-        ) as cluster,
-        progress_bar() as progress,
-    ):
+    of_ray = {
+        "--address": address,
+        "--num-gpus-per-worker": num_gpus_per_worker,
+        "--num-decoders": num_decoders,
+    }
+    _check_engine(engine, part is not None, of_ray)
+    place: AbstractContextManager[Any] = nullcontext()
+    if engine == "ray":
+        from movekd.extract.ray.cluster import RayCluster
+
+        place = RayCluster(
+            address or "auto",
+            num_workers=num_workers,
+            num_gpus_per_worker=num_gpus_per_worker,
+            num_decoders=num_decoders,
+            device=device,
+            is_verbose=is_verbose(),
+        )
+    with place as cluster, progress_bar() as progress:
         options = build_options(
             device if cluster is None else cluster.device,
             dtype,
@@ -221,7 +226,6 @@ def build(
 
 def _check_engine(engine: str, is_part: bool, of_ray: Mapping[str, object]) -> None:
     """Refuse an unknown engine, and options of Ray without it."""
-    from movekd.errors import ConfigError
 
     check_one_of("--engine", engine, ("local", "ray"))
     given = [option for option, value in of_ray.items() if value is not None]
@@ -235,29 +239,6 @@ def _check_engine(engine: str, is_part: bool, of_ray: Mapping[str, object]) -> N
             "--partition divides the work by hand, --engine ray divides it among its workers; "
             "leave one of the two out."
         )
-
-
-def _cluster(
-    engine: str,
-    address: str | None,
-    num_workers: int | None,
-    num_gpus_per_worker: float | None,
-    num_decoders: int | None,
-    device: str,
-) -> "AbstractContextManager[RayCluster | None]":
-    """Return the cluster to build in, or None for this machine."""
-    if engine == "local":
-        return nullcontext()
-    from movekd.extract.ray.cluster import RayCluster
-
-    return RayCluster(
-        address or "auto",
-        num_workers=num_workers,
-        num_gpus_per_worker=num_gpus_per_worker,
-        num_decoders=num_decoders,
-        device=device,
-        is_verbose=is_verbose(),
-    )
 
 
 def _engine(cluster: "RayCluster | None") -> "Executor | None":

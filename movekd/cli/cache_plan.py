@@ -26,6 +26,7 @@ from movekd.cli.options import (
     read_specs,
 )
 from movekd.cli.output import print_json, print_table, progress_bar, size
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.analysis.plan import CachePlan
@@ -115,7 +116,6 @@ def plan(
 
 
 def _rates(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    from movekd.errors import ConfigError
 
     rates = {}
     for name, value in named_values(given, names, "--assume-rate").items():

@@ -15,6 +15,7 @@ from movekd.cli.options import (
     named_weights,
 )
 from movekd.cli.output import print_json, progress_bar
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.cache.reader import FeatureCache
@@ -60,7 +61,6 @@ def show(
     """
     from movekd.cache.reader import open_cache
     from movekd.corpus.index import open_corpus
-    from movekd.errors import ConfigError
     from movekd.view.contact_sheet import draw_sheet, save_sheet
     from movekd.view.features import FeatureViewer
 

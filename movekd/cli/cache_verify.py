@@ -17,6 +17,7 @@ from movekd.cli.options import (
     named_weights,
 )
 from movekd.cli.output import Progress, print_json, progress_bar, size
+from movekd.errors import ConfigError
 
 
 def verify(
@@ -51,7 +52,6 @@ def verify(
     """
     from movekd.cache.storage import open_storage
     from movekd.cache.verify import verify as verify_cache
-    from movekd.errors import ConfigError
 
     if recompute and shards is None:
         raise ConfigError(
@@ -107,7 +107,6 @@ def recompute_problems(
     from movekd.cache.reader import open_cache
     from movekd.cache.spec import load_spec
     from movekd.corpus.index import open_corpus
-    from movekd.errors import ConfigError
 
     opened = open_cache(cache)
     files = [teacher for teacher in teachers if teacher.endswith((".yaml", ".yml"))]

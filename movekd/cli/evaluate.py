@@ -7,6 +7,7 @@ import typer
 
 from movekd.cli.options import Device, Json, Run, resolve_device
 from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.evaluate.benchmarks.run import BenchmarkRun
@@ -81,7 +82,11 @@ def evaluate(
             "--submission-split": submission_split,
             "--partition": partition or part,
         }.items():
-            _refuse_without_benchmark(option, value)
+            if value is not None:
+                raise ConfigError(
+                    f"{option} goes with --benchmark, which is not given; name one, or leave "
+                    f"{option} out for exact match."
+                )
         _exact_match(
             run, questions, images, batch_size, max_new_tokens or 32, answers, device, is_json=json
         )
@@ -103,16 +108,6 @@ def evaluate(
         max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
     )
     _benchmark(todo, device, is_json=json)
-
-
-def _refuse_without_benchmark(option: str, value: object) -> None:
-    from movekd.errors import ConfigError
-
-    if value is not None:
-        raise ConfigError(
-            f"{option} goes with --benchmark, which is not given; name one, or leave {option} out "
-            "for exact match."
-        )
 
 
 def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
@@ -174,7 +169,6 @@ def _exact_match(
     is_json: bool,
 ) -> None:
     from movekd.corpus.conversations import load_conversations
-    from movekd.errors import ConfigError
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
     from movekd.student.checkpoint import load_student

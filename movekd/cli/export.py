@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from movekd.cli.options import Json, Run
+from movekd.cli.options import Json, Run, check_one_of
 from movekd.cli.output import print_json, quiet_libraries
 
 FORMATS = ("hf", "encoder", "onnx", "official")
@@ -34,13 +34,8 @@ def export(
 
     movekd export runs/finetune --format official --output released
     """
-    from movekd.errors import ConfigError, did_you_mean
 
-    if format not in FORMATS:
-        raise ConfigError(
-            f"--format '{format}' is unknown; expected one of {', '.join(FORMATS)}."
-            f"{did_you_mean(format, FORMATS)}"
-        )
+    check_one_of("--format", format, FORMATS)
     from movekd.student.checkpoint import load_student
     from movekd.student.export.formats import export as write
     from movekd.student.export.model_card import random_parts

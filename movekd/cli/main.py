@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -38,19 +39,16 @@ app = typer.Typer(
 )
 app.add_typer(shards.app, name="shards", help="Pipeline 1: image corpora, packed into tar shards.")
 app.add_typer(cache.app, name="cache", help="Pipeline 1: teacher features on disk.")
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train.train,
-    "evaluate": evaluate.evaluate,
-    "ask": ask.ask,
-    "export": export.export,
-    "import": export.import_,
-    "report": report.report,
-    "view": view.view,
-    "doctor": doctor.doctor,
-    "demo": demo.demo,
-}
-for _name, _function in _COMMANDS.items():
-    app.command(_name, cls=Command)(_function)
+command = partial(app.command, cls=Command)
+command("train")(train.train)
+command("evaluate")(evaluate.evaluate)
+command("ask")(ask.ask)
+command("export")(export.export)
+command("import")(export.import_)
+command("report")(report.report)
+command("view")(view.view)
+command("doctor")(doctor.doctor)
+command("demo")(demo.demo)
 
 
 def _version(is_asked: bool) -> None:

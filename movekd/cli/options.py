@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from movekd.errors import ConfigError, did_you_mean
+
 if TYPE_CHECKING:
     from movekd.cache.spec import CacheSpec
     from movekd.corpus.anyres import Views
@@ -98,7 +100,6 @@ def read_specs(
         ConfigError: a value is unknown, or one teacher is given twice.
     """
     from movekd.cache.spec import load_spec
-    from movekd.errors import ConfigError
 
     if recipe not in (None, "official", "revised"):
         raise ConfigError(f"--recipe is '{recipe}'; expected official or revised.")
@@ -155,7 +156,6 @@ def build_options(
 
     import torch
 
-    from movekd.errors import ConfigError
     from movekd.extract.options import BuildOptions
 
     device = resolve_device(device)
@@ -185,8 +185,6 @@ def build_options(
 
 def _try_device(device: str) -> None:
     import torch
-
-    from movekd.errors import ConfigError
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device is {device}, but torch sees no GPU; use cpu.")
@@ -225,7 +223,6 @@ def check_resize_mode(mode: str | None, tiles: str = "base") -> "Geometry":
 
 def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
     """Refuse an unknown value and name the nearest known one."""
-    from movekd.errors import ConfigError, did_you_mean
 
     if given not in known:
         raise ConfigError(
@@ -236,7 +233,6 @@ def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
 
 def named_values(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
     """Return the value for each name, from ``VALUE`` (for all) or repeated ``NAME=VALUE``."""
-    from movekd.errors import ConfigError, did_you_mean
 
     found: dict[str, str] = {}
     for text in given:

@@ -38,9 +38,9 @@ def quiet_libraries() -> None:
         hf_loading.quiet_libraries()
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON on standard output."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print a value as JSON on standard output; without indent, on one line."""
+    typer.echo(json.dumps(value, indent=indent, default=str, ensure_ascii=indent is not None))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

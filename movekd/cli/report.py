@@ -7,6 +7,7 @@ import typer
 
 from movekd.cli.options import Device, Json, resolve_device
 from movekd.cli.output import print_json, quiet_libraries
+from movekd.errors import ConfigError
 
 
 def report(
@@ -35,7 +36,6 @@ def report(
 
     movekd report runs/finetune --questions test.json --images images/
     """
-    from movekd.errors import ConfigError
     from movekd.view.report import ask_samples, stored_answers, write_report
     from movekd.view.run_log import read_run
 

@@ -7,6 +7,7 @@ import typer
 
 from movekd.cli.options import Cache, CacheShards, Device, resolve_device
 from movekd.cli.output import quiet_libraries
+from movekd.errors import ConfigError
 
 
 def view(
@@ -33,7 +34,6 @@ def view(
     from importlib.util import find_spec
 
     from movekd.corpus.index import open_corpus
-    from movekd.errors import ConfigError
     from movekd.student.checkpoint import TrainedStudent, load_student
     from movekd.view.browser import Browser
     from movekd.view.run_log import read_run

@@ -96,7 +96,7 @@ def test_what_cannot_be_asked_is_a_sentence(folder):
         run("ask", folder / "plain", image, "--chat", stdin="a\n")
     with pytest.raises(ConfigError, match=r"tokens; the language model holds 256"):
         run("ask", folder / "hf", image, "Is there a 3? " * 200)
-    with pytest.raises(ConfigError, match=r"'hff' is unknown.*Did you mean 'hf'"):
+    with pytest.raises(ConfigError, match=r"--format is 'hff'.*Did you mean 'hf'"):
         run("export", folder / "hf", "--format", "hff", "--output", folder / "x")
 
 

@@ -8,18 +8,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache import app
 from movekd.cli.main import main
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError, MovekdError
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache import app
 from movekd.errors import ConfigError
 
@@ -17,13 +17,7 @@ def run(tmp_path, corpus_dir, tiny_specs):
     command = ["build", "--teacher", str(tmp_path / "clip.yaml"), "--shards", str(corpus_dir)]
     command += ["--cache", str(tmp_path / "cache"), "--batch-size", "5", "--json"]
 
-    def invoke(*more):
-        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=True)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
+    return lambda *more: invoke(app, *command, *more)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import json
 import pytest
 import typer
 import yaml
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache_fidelity import fidelity
 from movekd.cli.cache_plan import plan
 from movekd.cli.cache_verify import recompute_problems
@@ -17,12 +17,8 @@ app.command()(plan)
 app.command()(fidelity)
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture(autouse=True)

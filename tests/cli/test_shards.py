@@ -7,18 +7,14 @@ import sys
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.shards import app
 from movekd.errors import ConfigError, CorpusError
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture

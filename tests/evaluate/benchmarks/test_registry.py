@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 import scenes
+from command import invoke
 from movekd.cli.main import app
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks import Benchmark, Question, Report, register_benchmark
@@ -48,10 +48,7 @@ def test_a_benchmark_from_outside_runs_through_the_command(mine, tmp_path, crops
     words += ["--images", tmp_path, "--max-new-tokens", 4, "--device", "cpu"]
 
     def evaluate(*more):
-        result = CliRunner().invoke(app, [str(word) for word in (*words, *more)])
-        if result.exception is not None:
-            raise result.exception
-        return result.stdout
+        return invoke(app, *words, *more).stdout
 
     assert "give --annotations: a text file with one answer per line" in evaluate()
     given = ("--annotations", tmp_path / "right.txt", "--submission", tmp_path / "s.json")
