@@ -60,4 +60,4 @@ def view(
         if (run / "model").is_dir() and log.config.get("stage") != "distill":
             student = load_student(run, resolve_device(device))
     page = build_page(browser, run, student)
-    serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C to stop)"))
+    serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C ends it)"))

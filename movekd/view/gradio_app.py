@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from movekd.corpus.conversations import Role
+from movekd.corpus.decode import decode_image
 from movekd.corpus.index import find_rows
 from movekd.errors import MovekdError
 from movekd.evaluate.chat import Answer, answer
@@ -221,8 +222,6 @@ def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: floa
 
 def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
     """Return the pixels of an image of the corpus."""
-    from movekd.corpus.decode import decode_image
-
     if browser.corpus is None:
         raise MovekdError("The cache holds no pictures; upload an image, or start with --shards.")
     if not name or not name.strip():
