@@ -35,13 +35,7 @@ def doctor(
             f"Python {found.python}, {found.system}",
             ["package", "installed", "needed", "extra", ""],
             [
-                [
-                    p.name,
-                    p.version or "-",
-                    p.needs,
-                    p.extra,
-                    "" if p.is_fit else "does not fit",
-                ]
+                [p.name, p.version or "-", p.needs, p.extra, "" if p.is_fit else "does not fit"]
                 for p in found.packages
             ],
         )
@@ -53,16 +47,11 @@ def doctor(
                 for d in found.devices
             ],
         )
+        rates = (found.disk.write_bytes_per_s, found.disk.read_bytes_per_s)
         print_table(
             f"disk of {found.cache}",
             ["free", "writes per second", "random reads per second"],
-            [
-                [
-                    _size(found.free_bytes),
-                    _size(found.disk.write_bytes_per_s),
-                    _size(found.disk.read_bytes_per_s),
-                ]
-            ],
+            [[_size(found.free_bytes), *map(_size, rates)]],
         )
         if found.disk.reason:
             typer.echo(f"not measured: {found.disk.reason}")

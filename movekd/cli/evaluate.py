@@ -1,5 +1,6 @@
 """`movekd evaluate`: score a trained student by exact match or on a benchmark."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,19 +124,17 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
         outcome = run_benchmark(todo, load, progress)
     report = outcome.report
     if is_json:
-        print_json(
-            {
-                "benchmark": todo.benchmark,
-                "figure": None
-                if report is None
-                else {"name": report.figure, "value": report.value},
-                "rows": None if report is None else report.rows,
-                "answers": str(outcome.answers),
-                "questions": outcome.num_questions,
-                "asked": outcome.num_asked,
-                "upload": None if todo.submission is None else str(todo.submission),
-            }
-        )
+        figure = None if report is None else {"name": report.figure, "value": report.value}
+        facts: dict[str, object] = {
+            "benchmark": todo.benchmark,
+            "figure": figure,
+            "rows": None if report is None else report.rows,
+            "answers": outcome.answers,
+            "questions": outcome.num_questions,
+            "asked": outcome.num_asked,
+            "upload": todo.submission,
+        }
+        print_json(facts)
         return
     if report is not None:
         print_table(
@@ -198,12 +197,7 @@ def _exact_match(
     if is_json:
         print_json(
             {
-                name: {
-                    "accuracy": s.accuracy,
-                    "correct": s.correct,
-                    "total": s.total,
-                    "interval": s.interval,
-                }
+                name: asdict(s) | {"accuracy": s.accuracy, "interval": s.interval}
                 for name, s in scores.items()
             }
         )

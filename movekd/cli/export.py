@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Json, Run, check_one_of
-from movekd.cli.output import print_json, quiet_libraries
+from movekd.cli.output import print_json, quiet_libraries, size
 
 FORMATS = ("hf", "encoder", "onnx", "official")
 
@@ -50,8 +50,6 @@ def export(
             {"format": format, "out": output, "files": files, "random": random, "check": said}
         )
         return
-    from movekd.cli.output import size
-
     for name, num_bytes in files.items():
         typer.echo(f"{output / name}  {size(num_bytes)}")
     if said:
@@ -97,26 +95,17 @@ def import_(
     from movekd.student.official.import_checkpoint import import_official
 
     quiet_libraries()
-    named = (vision_tower, language_model, tokenizer)
-    kept = [source, *(Path(value) for value in named if value is not None)]
+    named = {
+        "vision_tower": vision_tower,
+        "language_model": language_model,
+        "tokenizer": tokenizer,
+    }
+    kept = [source, *(Path(value) for value in named.values() if value is not None)]
     with new_directory(output, overwrite=overwrite, kept=kept) as directory:
-        found = import_official(
-            source,
-            directory,
-            vision_tower=vision_tower,
-            language_model=language_model,
-            tokenizer=tokenizer,
-        )
+        found = import_official(source, directory, **named)
     if json:
-        print_json(
-            {
-                "out": output,
-                "stage": int(found.stage),
-                "tensors": found.num_tensors,
-                "dtype": found.dtype,
-                "adapters": list(found.adapters),
-            }
-        )
+        facts = {"out": output, "stage": int(found.stage), "tensors": found.num_tensors}
+        print_json(facts | {"dtype": found.dtype, "adapters": list(found.adapters)})
         return
     adapters = f", adapters of {', '.join(found.adapters)}" if found.adapters else ""
     typer.echo(

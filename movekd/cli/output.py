@@ -86,27 +86,15 @@ def progress_bar() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _plain_progress()
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import (
-        Progress as RichProgress,
-    )
 
-    with RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bars:
-        tasks: dict[str, tuple[TaskID, float]] = {}
+    columns = (
+        *(rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        *(rich.TextColumn("{task.fields[rate]}"), rich.TimeRemainingColumn()),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, tuple[rich.TaskID, float]] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:

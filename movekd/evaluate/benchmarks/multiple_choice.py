@@ -12,7 +12,7 @@ from movekd.corpus.conversations import IMAGE_PLACEHOLDER
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.json_files import read_json
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+from movekd.evaluate.benchmarks.report import Report, accuracy_report, accuracy_rows
 
 LETTERS = "ABCDE"
 _COPIES = 1_000_000
@@ -48,8 +48,7 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
         kind = entry.get("types", {}).get("structural")
         categories = () if kind is None else ("open" if kind == "query" else "binary",)
         scores.append((categories, float(gqa_answer(answer) == entry["answer"])))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def read_letter(answer: str, num_choices: int) -> str | None:

@@ -42,5 +42,11 @@ def accuracy_rows(scores: Iterable[tuple[Sequence[str], float]]) -> dict[str, Ro
     return rows | {"all": _row(whole)}
 
 
+def accuracy_report(scores: Iterable[tuple[Sequence[str], float]]) -> Report:
+    """Return the accuracy of all questions, with the rows of ``accuracy_rows``."""
+    rows = accuracy_rows(scores)
+    return Report("accuracy", rows["all"]["accuracy"], rows)
+
+
 def _row(scores: Sequence[float]) -> Row:
     return {"accuracy": 100 * sum(scores) / len(scores), "questions": len(scores)}

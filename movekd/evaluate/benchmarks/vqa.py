@@ -11,7 +11,7 @@ from typing import Any
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.json_files import read_json
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+from movekd.evaluate.benchmarks.report import Report, accuracy_report
 from movekd.evaluate.benchmarks.vqa_normalize import normalise, normalise_evalai
 
 _TEXTVQA_PEOPLE = 10
@@ -119,8 +119,7 @@ def score_textvqa(
                 f"{_TEXTVQA_PEOPLE}. Give the annotations of a split with answers."
             )
         scores.append(((), textvqa_accuracy(answer, people)))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def asked_question(prompt: str) -> str:
@@ -154,8 +153,7 @@ def _score_people(
         kind = entry.get("answer_type")
         score = accuracy(normalise_evalai(answer), people)
         scores.append(((kind,) if isinstance(kind, str) else (), score))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def _find(known: dict[Any, Any], key: Any, what: str, annotations: Path) -> Any:
