@@ -92,6 +92,8 @@ def evaluate(
             run, questions, images, batch_size, max_new_tokens or 32, answers, device, is_json=json
         )
         return
+    if part is not None and partition is not None:
+        raise ConfigError("--part is the old form of --partition; give only --partition.")
     chosen = None if partition is None else Part.parse(partition)
     if part is not None:
         chosen = Part.parse(part, option="--part", first=1)

@@ -51,7 +51,7 @@ def pack(
 ) -> None:
     """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: everything was kept. 1: done, but images were dropped; report.json lists them.
+    Exit code 0: everything was kept. 1: done, but entries were dropped; report.json lists them.
 
     Examples:
 

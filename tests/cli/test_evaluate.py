@@ -93,9 +93,8 @@ def test_interrupted_or_in_parts_the_answers_are_those_of_one_run(model, files, 
     assert again["asked"] == 1
     assert torn.read_bytes() == whole.read_bytes()
     for number in (0, 1, 2):
-        part = evaluate(
-            model, "vqav2", files["vqav2"], "--answers", parts, "--partition", f"{number}/3"
-        )
+        words = ("--part", "3/3") if number == 2 else ("--partition", f"{number}/3")
+        part = evaluate(model, "vqav2", files["vqav2"], "--answers", parts, *words)
         assert part["figure"] is None
         assert part["asked"] == (2 if number == 0 else 1)
     assert not parts.exists()
@@ -146,6 +145,8 @@ def test_what_cannot_be_evaluated_is_a_sentence(model, files, tmp_path):
         evaluate(
             model, "gqa", files["gqa"], "--submission", tmp_path / "u.json", "--partition", "1/2"
         )
+    with pytest.raises(ConfigError, match="--part is the old form of --partition"):
+        evaluate(model, "gqa", files["gqa"], "--part", "1/2", "--partition", "0/2")
     with pytest.raises(ConfigError, match="--submission-split goes with --benchmark vqav2"):
         evaluate(model, "gqa", files["gqa"], "--submission-split", tmp_path / "u.json")
     with pytest.raises(ConfigError, match=r"none does not exist; expected the folder of coco_pope"):
