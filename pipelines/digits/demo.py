@@ -60,7 +60,7 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
     pipeline = retrained_pipeline(output, seed) if retrain else HERE
     source, data, cache = output / "source", output / "data", output / "cache"
     with timed("scenes", steps):
-        print(f"\n$ python {HERE.name}/scenes.py --out {source} --seed {seed}", flush=True)
+        print(f"\n$ python {HERE.name}/scenes.py --output {source} --seed {seed}", flush=True)
         scenes.write_corpus(
             source,
             num_pretrain=2560 * size,
@@ -76,7 +76,14 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
             for part in ("--llava-json", source / f"{s}.json")
         ]
         movekd(
-            "shards", "pack", *stages, "--images", source / "images", "--out", data, "--overwrite"
+            "shards",
+            "pack",
+            *stages,
+            "--images",
+            source / "images",
+            "--output",
+            data,
+            "--overwrite",
         )
     teachers = [
         part for t in TEACHERS for part in ("--teacher", pipeline / "teachers" / f"{t}.yaml")

@@ -5,7 +5,7 @@ folder per model with float16 ``model.safetensors`` and ``config.json`` (and the
 language model), ``training.json`` with the accuracies, and ``SHA256SUMS``. The files are committed,
 so that the demo need not train them; ``movekd demo --retrain`` calls :func:`pretrain`.
 
-    python pipelines/digits/pretrain.py --out weights [--only NAME] [--seed 0]
+    python pipelines/digits/pretrain.py --output weights [--only NAME] [--seed 0]
 
 The four teachers are of the method's four kinds: ``clip``, a contrastive ViT, from which the
 student starts; ``eva``, a ViT that names the digit of each patch; ``convnext``, a convolutional
@@ -371,13 +371,13 @@ def record_training(out: Path, name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the teachers and the language model.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pretrain(args.out, args.only, args.seed)
+    pretrain(args.output, args.only, args.seed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ questions per image), ``val.json`` and ``test.json`` (one question per entry, it
 ``question_type``). ``movekd demo`` calls :func:`write_corpus`; ``pretrain.py`` trains the teachers
 on new training scenes and their ground truth.
 
-    python pipelines/digits/scenes.py --out DIR
+    python pipelines/digits/scenes.py --output DIR
 
 Dimensions: B scenes, C the four cells (row by row), K strokes, H and W pixels, G grid side,
 S pixels of a cell's side, R a scan's side (8).
@@ -342,7 +342,7 @@ def _entry(
 def main() -> None:
     """Parse the command line, write the corpus, print its figures."""
     parser = argparse.ArgumentParser(description="Write the scenes of the embedded corpus.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train-pretrain", type=int, default=4096)
     parser.add_argument("--train-finetune", type=int, default=2048)
     parser.add_argument("--val", type=int, default=512)
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     figures = write_corpus(
-        args.out, args.train_pretrain, args.train_finetune, args.val, args.test, args.seed
+        args.output, args.train_pretrain, args.train_finetune, args.val, args.test, args.seed
     )
     for name, value in figures.items():
         print(f"{name:14s} {value:.3f}" if name.startswith("majority") else f"{name:14s} {value}")

@@ -76,17 +76,17 @@ def test_the_cli_page_has_every_command_with_its_options() -> None:
     assert set(parts) == set(groups) | names
     for path, command in commands():
         for parameter in command.params:
-            for option in parameter.opts:
+            for option in () if parameter.hidden else parameter.opts:
                 shown = option if option.startswith("-") else parameter.metavar or option
                 assert re.search(rf"[` ]{re.escape(shown)}[` ,]", parts[path]), (path, option)
 
 
 def test_defaults_and_examples_are_on_the_cli_page() -> None:
     page = cli_page()
-    assert "| `--batch-size <str>` | `32` | Images a forward pass, or `auto`" in page
+    assert "| `--batch-size <str>` | `32` | Images per forward pass, or auto" in page
     assert "| `--config <path>` | needed |" in page
-    assert "| `--out <path>` | `data/` |" in page
-    assert "```sh\nmovekd cache ls cache/\n```" in page
+    assert "| `--output <path>` | `data/` |" in page
+    assert "```sh\nmovekd cache ls --cache cache/\n```" in page
     assert "[default" not in page
     assert "[required" not in page
 
