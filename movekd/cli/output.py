@@ -80,7 +80,7 @@ def progress_bar() -> Iterator[Progress]:
 
     Of several processes, the first shows it; with ``-q`` none does.
     """
-    if _verbosity < 0 or not distributed.is_first():
+    if _verbosity < 0 or not distributed.is_main_process():
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():

@@ -14,8 +14,10 @@ from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry
-from movekd.distill.weighting import ANCHOR_SHARE, TeacherWeighting, TokenWeighting
-from movekd.errors import ConfigError, did_you_mean
+from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
+from movekd.distill.objective import read_loss_terms
+from movekd.distill.weighting import ANCHOR_SHARE
+from movekd.errors import ConfigError
 from movekd.student.config import Recipe, StudentConfig
 
 Stage = Literal["distill", "pretrain", "finetune"]
@@ -66,74 +68,8 @@ TRAINED: dict[Stage, tuple[Part, ...]] = {
 }
 """Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
 
-WITH_ANCHOR_SHARE: tuple[TeacherWeighting, ...] = ("anchor", "anchor_equal")
-"""Teacher weightings that give the anchor a fixed share."""
-
 ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 """Parts that a student without a language model has."""
-
-
-class DistillConfig(FrozenModel):
-    """What is learned from the teachers. Null keys take the recipe's value."""
-
-    teachers: list[str] = Field(min_length=1, description="Groups of the cache, by name.")
-    anchor: str = Field(
-        default="clip", description="The teacher whose [CLS] weighs tokens and teachers."
-    )
-    kd_weight: float | None = Field(
-        default=None, ge=0, description="Of the KD loss. official: 0.5; revised: 2."
-    )
-    adapters: Literal["teacher", "student"] | None = Field(
-        default=None,
-        description="teacher: adapted teacher tokens against the student's (official). student: a "
-        "head a teacher predicts its tokens (revised).",
-    )
-    targets: Literal["raw", "standardised", "scaled"] | None = Field(
-        default=None,
-        description="raw features (official), standardised by the cache's channel statistics "
-        "(revised), or scaled: less the channel means, over one number a teacher.",
-    )
-    grid: Literal["native", "student"] | None = Field(
-        default=None,
-        description="native: the cache's own grid, mixed over tokens by the adapter (official). "
-        "student: area-averaged to the student's grid (revised).",
-    )
-    token_weighting: TokenWeighting | None = Field(
-        default=None, description="softmax (official), blend (revised) or none."
-    )
-    token_blend: float = Field(
-        default=0.5, ge=0, le=1, description="Share of attention in `blend`."
-    )
-    teacher_weighting: TeacherWeighting | None = Field(
-        default=None,
-        description="anchor (official), anchor_equal, equal (revised), similarity to the anchor, "
-        "or balanced by the losses.",
-    )
-    anchor_share: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Weight of the anchor in `anchor` and `anchor_equal`; the other teachers share "
-        "the rest. Null: 0.8, as released (`--kd_memory_w`).",
-    )
-    sam_layout: Literal["plain", "released"] = Field(
-        default="plain",
-        description="Order of the tokens of teacher 'sam' on the way to its adapter. released: as "
-        "the released code scrambles them, which the adapters of its checkpoints expect; with "
-        "adapters: teacher on the native grid alone.",
-    )
-    views: Literal["base", "all"] = Field(
-        default="base",
-        description="base: only the whole image is distilled. all: its tiles as well (llava_next, "
-        "or stage distill), from a cache of views anyres.",
-    )
-
-    @field_validator("teachers")
-    @classmethod
-    def _no_teacher_twice(cls, teachers: list[str]) -> list[str]:
-        if len(set(teachers)) < len(teachers):
-            raise ValueError("a teacher is named twice")
-        return teachers
 
 
 class DataConfig(FrozenModel):
@@ -170,6 +106,11 @@ class TrainConfig(FrozenModel):
     distill: DistillConfig | None = Field(
         default=None, description="Null trains without distillation."
     )
+    loss_terms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further loss terms, by the name they were registered under: "
+        "`{name: {weight: 0.1}}`.",
+    )
     data: DataConfig
     init_from: Path | None = Field(
         default=None, description="Output of an earlier stage, to go on from."
@@ -196,14 +137,14 @@ class TrainConfig(FrozenModel):
         defaults = RECIPES[self.recipe]
         student, distill = self.student, self.distill
         if student.mole is not None:
-            student = student.model_copy(update={"mole": _fill(student.mole, defaults["mole"])})
+            student = student.model_copy(update={"mole": fill(student.mole, defaults["mole"])})
             if student.mole is not None and student.mole.lora_alpha is None:
                 alpha = {"lora_alpha": float(student.mole.r)}
                 student = student.model_copy(update={"mole": student.mole.model_copy(update=alpha)})
         if distill is not None:
-            distill = _fill(distill, defaults["distill"])
+            distill = fill(distill, defaults["distill"])
             if distill.teacher_weighting in WITH_ANCHOR_SHARE:
-                distill = _fill(distill, {"anchor_share": ANCHOR_SHARE})
+                distill = fill(distill, {"anchor_share": ANCHOR_SHARE})
         if student.prompt is None:
             prompt = "v1" if self.stage == "finetune" else "plain"
             student = student.model_copy(update={"prompt": prompt})
@@ -220,7 +161,14 @@ class TrainConfig(FrozenModel):
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
             trained = trained or ["vision_tower"]
-        update = {"student": student, "distill": distill, "data": data, "trained": trained}
+        terms = read_loss_terms(self.loss_terms)
+        update = {
+            "student": student,
+            "distill": distill,
+            "loss_terms": {name: keys.model_dump(mode="json") for name, keys in terms.items()},
+            "data": data,
+            "trained": trained,
+        }
         return self.model_copy(update=update)
 
     def to_yaml(self) -> str:
@@ -283,37 +231,7 @@ def _check(config: TrainConfig) -> None:
             "distill.views is 'all', but student.architecture: llava looks at the whole image "
             "alone. Set architecture: llava_next, or views: base."
         )
-    if distill.anchor not in distill.teachers and (
-        distill.token_weighting != "none" or distill.teacher_weighting not in ("equal", "balanced")
-    ):
-        raise ConfigError(
-            f"distill.anchor '{distill.anchor}' is not among distill.teachers "
-            f"({', '.join(distill.teachers)}).{did_you_mean(distill.anchor, distill.teachers)} "
-            "Add it, or set token_weighting: none and teacher_weighting: equal (or balanced)."
-        )
-    if distill.anchor_share is not None and distill.teacher_weighting not in WITH_ANCHOR_SHARE:
-        raise ConfigError(
-            f"distill.anchor_share is {distill.anchor_share}, but teacher_weighting: "
-            f"{distill.teacher_weighting} gives the anchor no share of its own. Leave it out, or "
-            "set teacher_weighting: anchor (or anchor_equal)."
-        )
-    if distill.teacher_weighting == "similarity" and distill.grid == "native":
-        raise ConfigError(
-            "distill.teacher_weighting: similarity compares teachers token by token and needs "
-            "distill.grid: student."
-        )
-    if distill.sam_layout == "released" and (
-        distill.adapters != "teacher" or distill.grid != "native" or "sam" not in distill.teachers
-    ):
-        raise ConfigError(
-            "distill.sam_layout: released is for adapters: teacher, grid: native and a teacher "
-            "'sam', as in recipe official with sam; set it to plain, or set those."
-        )
-    if distill.adapters == "student" and distill.grid == "native":
-        raise ConfigError(
-            "distill.adapters: student predicts token by token and needs distill.grid: student; "
-            "only adapters: teacher can mix a native grid."
-        )
+    check_distill(distill)
 
 
 def _check_encoder_alone(config: TrainConfig) -> None:
@@ -349,12 +267,6 @@ def _number(value: Any) -> Any:
     """Return `2e-5` as a number: YAML 1.1 takes it for text, because it has no dot."""
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*\d[eE][-+]?\d+", value)
     return float(value) if is_number else value
-
-
-def _fill(keys: Any, defaults: dict[str, Any]) -> Any:
-    """Return ``keys`` with every null taken from ``defaults``."""
-    missing = {key: value for key, value in defaults.items() if getattr(keys, key) is None}
-    return keys.model_copy(update=missing)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

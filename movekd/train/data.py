@@ -26,7 +26,7 @@ from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import check_conversation
 from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.train.config import DataConfig
-from movekd.train.encoder_data import naming_image
+from movekd.train.encoder_data import name_bad_image
 from movekd.train.sampler import EMPTY
 
 
@@ -211,7 +211,7 @@ class Collator:
         """Return pixel_values, image_sizes and target_views of some images."""
         seen = []
         for image in images:
-            with naming_image(self.corpus, image):
+            with name_bad_image(self.corpus, image):
                 seen.append(self.transform.see(self.corpus.read_image(image), self.views))
         inputs: dict[str, Any] = dict.fromkeys(("pixel_values", "image_sizes", "target_views"))
         if not seen:

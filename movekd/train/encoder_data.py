@@ -23,7 +23,7 @@ from movekd.errors import CacheError, UnreadableImageError
 from movekd.train.sampler import EMPTY
 
 
-class View(NamedTuple):
+class EncoderSample(NamedTuple):
     """One view of an image and where its targets lie."""
 
     key: str
@@ -35,7 +35,7 @@ class View(NamedTuple):
     """Row of the cache."""
 
 
-class ViewDataset(Dataset[View]):
+class EncoderDataset(Dataset[EncoderSample]):
     """The images of a corpus that every teacher has features of.
 
     Args:
@@ -76,16 +76,16 @@ class ViewDataset(Dataset[View]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, position: int) -> View:
+    def __getitem__(self, position: int) -> EncoderSample:
         if position == EMPTY:
-            return View("(filled up)", EMPTY, 0, 0)
+            return EncoderSample("(filled up)", EMPTY, 0, 0)
         image = int(self._images[position])
         view, row = int(self._views[position]), int(self._rows[position])
-        return View(self._keys[image].as_py(), image, view, row)
+        return EncoderSample(self._keys[image].as_py(), image, view, row)
 
 
 @dataclass(frozen=True)
-class ViewCollator:
+class EncoderCollator:
     """Views -> one batch of model input, with the teachers' targets as they are stored."""
 
     corpus: Corpus
@@ -93,7 +93,7 @@ class ViewCollator:
     cache: FeatureCache
     teachers: tuple[str, ...]
 
-    def __call__(self, samples: Sequence[View]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[EncoderSample]) -> dict[str, Any]:
         """Return the keyword arguments of ``DistillModel.forward``.
 
         Keys: keys (for error messages); pixel_values float32 (I, C, H, W); targets: teacher ->
@@ -105,7 +105,7 @@ class ViewCollator:
         rows = [sample.row for sample in samples]
         pixels = []
         for sample in samples:
-            with naming_image(self.corpus, sample.image):
+            with name_bad_image(self.corpus, sample.image):
                 pixels.append(self.transform(self.corpus.read_image(sample.image), sample.view))
         return {
             "keys": [sample.key for sample in samples],
@@ -115,7 +115,7 @@ class ViewCollator:
 
 
 @contextmanager
-def naming_image(corpus: Corpus, image: int) -> Iterator[None]:
+def name_bad_image(corpus: Corpus, image: int) -> Iterator[None]:
     """Say which image of the corpus it is that cannot be decoded."""
     try:
         yield

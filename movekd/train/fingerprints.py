@@ -1,7 +1,8 @@
-"""What a run reads, in checksums: a resume, and every process, must read the same.
+"""Checksums of what a run reads: a resume, and every rank, must read the same.
 
-OUTPUT/inputs.json holds what ``inputs_of`` returns: corpus, conversations, each teacher's features,
-the samples of a step, and the order of grouped samples. Paths are not in it: data may move.
+``input_fingerprints`` returns what OUTPUT/inputs.json holds: checksums of corpus, conversations and
+each teacher's features, the samples per step, and the order of grouped samples. Paths are not part
+of it: data may move.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ GROUPED_ORDER = "grouped per step"
 """Name of the order in which grouped samples train; another name is another order."""
 
 
-def inputs_of(
+def input_fingerprints(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, global_batch_size: int
 ) -> dict[str, Any]:
     """Return what tells this run's input from any other, wherever it lies."""
@@ -56,7 +57,7 @@ def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
+def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
     """Refuse to go on with other data than a run was begun with.
 
     Raises:

@@ -26,7 +26,7 @@ from movekd.train.config import ENCODER_PARTS, TrainConfig
 _MOLE_KEYS = ("num_experts", "r", "lora_alpha", "use_gate")
 
 
-def load_earlier(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
+def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
     """Load what ``config.init_from`` learned; return the parts that it had files of.
 
     Raises:

@@ -14,11 +14,12 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from movekd import distributed
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
+from movekd.distill.objective import Objective, read_loss_terms
+from movekd.distributed import broadcast_decision, gather, is_dead_peer_error, launch_id
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import (
     CONFIG_FILE,
@@ -30,15 +31,18 @@ from movekd.student.checkpoint import (
 from movekd.student.vlm import Student, build_encoder, build_vlm
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
-from movekd.train.encoder_data import ViewCollator, ViewDataset
-from movekd.train.fingerprints import check_inputs, inputs_of, require_same_inputs
+from movekd.train.encoder_data import EncoderCollator, EncoderDataset
+from movekd.train.fingerprints import (
+    input_fingerprints,
+    require_same_inputs,
+    require_unchanged_inputs,
+)
 from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
-from movekd.train.group import decide, gather, is_of_a_lost_process
-from movekd.train.init_from import load_earlier
+from movekd.train.init_from import load_init_from
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.run_dir import LOG_FILE, begin_output, delete_run, prepare_output
+from movekd.train.run_dir import LOG_FILE, delete_run, plan_start, write_run_files
 from movekd.train.trainer import DistillTrainer
-from movekd.train.training_args import divide_step, samples_a_step, training_arguments
+from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,7 +75,7 @@ def _in_words() -> Iterator[None]:
             raise
         raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
     except RuntimeError as error:
-        if not is_of_a_lost_process(error):
+        if not is_dead_peer_error(error):
             raise
         raise TrainingError(
             f"another process of this run has ended ({str(error).splitlines()[0]}); expected all "
@@ -113,18 +117,18 @@ def train(
     """
     arguments = training_arguments(config, output_dir)  # from here on the processes are connected
     refuse_fsdp_on_cpu(arguments)
-    launches = gather(distributed.launch_id())
-    start = decide(
-        lambda: prepare_output(config, output_dir, launches, resume=resume, overwrite=overwrite)
+    launches = gather(launch_id())
+    start = broadcast_decision(
+        lambda: plan_start(config, output_dir, launches, resume=resume, overwrite=overwrite)
     )
-    if start.samples not in (None, samples_a_step(arguments)):
+    if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
     corpus = open_corpus(config.data.shards)
     cache = _open_targets(config, cache_url, allow_random_teachers)
-    inputs = inputs_of(config, corpus, cache, samples_a_step(arguments))
+    inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
     require_same_inputs(gather(inputs))
     if start.checkpoint is not None:
-        decide(lambda: check_inputs(output_dir, inputs))
+        broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
@@ -135,7 +139,7 @@ def train(
             delete_run(output_dir)
         names = config.distill.teachers if config.distill is not None else ()
         teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
-        begin_output(output_dir, config, inputs, launches, teachers)
+        write_run_files(output_dir, config, inputs, launches, teachers)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
@@ -167,8 +171,8 @@ class _ShowProgress(TrainerCallback):
 def _trainer(
     config: TrainConfig,
     model: DistillModel,
-    dataset: ConversationDataset | ViewDataset,
-    collator: Collator | ViewCollator,
+    dataset: ConversationDataset | EncoderDataset,
+    collator: Collator | EncoderCollator,
     arguments: TrainingArguments,
 ) -> DistillTrainer:
     try:
@@ -216,7 +220,7 @@ def _open_targets(
 
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
-) -> tuple[ConversationDataset, Collator] | tuple[ViewDataset, ViewCollator]:
+) -> tuple[ConversationDataset, Collator] | tuple[EncoderDataset, EncoderCollator]:
     """Return the samples of a run, and what makes batches of them."""
     teachers = () if config.distill is None else tuple(config.distill.teachers)
     assert config.data.geometry is not None
@@ -226,8 +230,8 @@ def build_data(
         target_views = "anyres"
     if config.stage == "distill":
         assert cache is not None
-        dataset = ViewDataset(corpus, cache, teachers, target_views)
-        return dataset, ViewCollator(corpus, transform, cache, teachers)
+        dataset = EncoderDataset(corpus, cache, teachers, target_views)
+        return dataset, EncoderCollator(corpus, transform, cache, teachers)
     assert config.student.prompt is not None
     conversations = ConversationDataset(
         read_conversations(config.data, corpus),
@@ -258,15 +262,22 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
-    mole = config.student.mole
-    balance = mole.balance if mole is not None and mole.balance is not None else "batch"
-    model = DistillModel(student, config.distill, shapes, balance)
+    model = DistillModel(student, objective_of(config), shapes)
     if config.init_from is not None:
-        model.loaded_parts = load_earlier(config, student, model.adapters)
+        model.loaded_parts = load_init_from(config, student, model.adapters)
     trained = config.trained or []
     for name, parameter in student.vlm.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
     return model, student
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """Return the loss that a resolved config asks for."""
+    mole, terms = config.student.mole, read_loss_terms(config.loss_terms)
+    if mole is None:
+        return Objective(config.distill, extra_terms=terms)
+    assert mole.balance is not None
+    return Objective(config.distill, mole.balance, mole.balance_weight, terms)
 
 
 def _save_model(

@@ -34,7 +34,7 @@ from movekd.train.trainer import CHECKPOINT_FILE
 LAUNCHES_FILE = "launches.json"
 LOG_FILE = "log.json"
 TARGETS_FILE = "targets.json"
-_OF_A_RUN = (
+_RUN_FILES = (
     CONFIG_FILE,
     INPUTS_FILE,
     LAUNCHES_FILE,
@@ -45,7 +45,7 @@ _OF_A_RUN = (
     "checkpoint-*",
 )
 
-_FREE_TO_CHANGE = (
+_CHANGEABLE_KEYS = (
     "training.dataloader_num_workers",
     "training.dataloader_pin_memory",
     "training.dataloader_prefetch_factor",
@@ -58,10 +58,10 @@ _FREE_TO_CHANGE = (
     "training.per_device_train_batch_size",
 )
 """Keys, or how they begin, that do not change what a run ends with."""
-_OF_A_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class Start(NamedTuple):
+class RunStart(NamedTuple):
     """How a run begins."""
 
     checkpoint: Path | None
@@ -72,14 +72,14 @@ class Start(NamedTuple):
     """Whether files of an earlier run are to be deleted first."""
 
 
-def prepare_output(
+def plan_start(
     config: TrainConfig,
     output_dir: Path,
     launches: Sequence[str | None] = (),
     *,
     resume: bool,
     overwrite: bool,
-) -> Start:
+) -> RunStart:
     """Return how the run in a folder begins or goes on; deletes nothing yet.
 
     Args:
@@ -99,7 +99,7 @@ def prepare_output(
     if overwrite:
         _refuse_to_delete(config, output_dir)
     if overwrite or not (output_dir / CONFIG_FILE).exists():
-        return Start(None, None, overwrite)
+        return RunStart(None, None, overwrite)
     if not resume:
         raise ConfigError(
             f"{output_dir} holds a run already; give --resume to go on with it, --overwrite to "
@@ -107,13 +107,13 @@ def prepare_output(
         )
     old = _with_new_keys(read_yaml(output_dir / CONFIG_FILE))
     new = yaml.safe_load(config.to_yaml())
-    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_FREE_TO_CHANGE)]
+    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_CHANGEABLE_KEYS)]
     if changed:
         raise ConfigError(
             f"{output_dir} was begun with another config: {', '.join(changed)} differ. Give the "
             f"old values (in {output_dir / CONFIG_FILE}), or another --output."
         )
-    return Start(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
+    return RunStart(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
 
 
 def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
@@ -129,7 +129,7 @@ def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
 
 def delete_run(output_dir: Path) -> None:
     """Delete the files of an earlier run, and no others."""
-    for pattern in _OF_A_RUN:
+    for pattern in _RUN_FILES:
         for path in output_dir.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -137,7 +137,7 @@ def delete_run(output_dir: Path) -> None:
                 path.unlink()
 
 
-def begin_output(
+def write_run_files(
     output_dir: Path,
     config: TrainConfig,
     inputs: dict[str, Any],
@@ -172,7 +172,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 def _samples_to_keep(old: dict[str, Any], config: TrainConfig, output_dir: Path) -> int | None:
     """Return the samples a step that a run was begun with, unless the config divides it anew."""
     before = old.get("training") or {}
-    if any(before.get(key) != config.training.get(key) for key in _OF_A_BATCH):
+    if any(before.get(key) != config.training.get(key) for key in _BATCH_KEYS):
         return None
     try:
         inputs = json.loads((output_dir / INPUTS_FILE).read_text(encoding="utf-8"))

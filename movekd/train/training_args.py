@@ -82,7 +82,7 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         raise ConfigError(f"training: {_first_line(error)}") from None
 
 
-def samples_a_step(arguments: TrainingArguments) -> int:
+def global_batch_size(arguments: TrainingArguments) -> int:
     """Return the samples of one optimizer step, over all processes."""
     at_once: int = arguments.train_batch_size * arguments.world_size
     return at_once * int(arguments.gradient_accumulation_steps)

@@ -13,6 +13,7 @@ from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.distill.objective import kd_terms
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from movekd.student.hf_loading import quiet_libraries
@@ -62,6 +63,20 @@ class Digits:
         model, student = build_model(config, cache)
         dataset, collator = build_data(config, open_corpus(config.data.shards), cache, student)
         return model, student, dataset, collator
+
+    @staticmethod
+    def terms(model, batch):
+        """Return the sum of each loss term of a batch, and the mean of each statistic, by name."""
+        terms = model.objective.terms(model(**batch), measures_rank=True)
+        means = {name: total / max(count, 1) for name, total, count in terms.statistics}
+        sums = {term.name: term.sum for term in terms.losses}
+        return means | sums | {"unused": terms.unused}
+
+    @staticmethod
+    def kd(model, student_IND, targets):
+        """Return the KD loss of some tokens of the student, and that of each teacher."""
+        terms = kd_terms(model.objective.distill, model.compare(student_IND, targets))
+        return {term.name: term.sum for term in terms.losses}
 
     @staticmethod
     def weights(output):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from movekd.errors import ConfigError
 from movekd.train.config import TrainConfig
-from movekd.train.training_args import divide_step, samples_a_step
+from movekd.train.training_args import divide_step, global_batch_size
 
 
 def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
@@ -62,7 +62,7 @@ def test_samples_a_step_stay_the_same_in_any_number_of_processes(size, steps, be
         world_size=now,
         gradient_accumulation_steps=found["gradient_accumulation_steps"],
     )
-    assert samples_a_step(divided) == samples
+    assert global_batch_size(divided) == samples
     assert found["per_device_train_batch_size"] <= size  # no process needs more memory
     assert found["learning_rate"] == 1
     if now == before:
