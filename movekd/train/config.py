@@ -1,8 +1,8 @@
-"""student.yaml: one training run, checked and resolved.
+"""Read student.yaml, which describes one training run, check it and fill in its defaults.
 
-Comes in from YAML and ``--set a.b=c``; goes to every part of pipeline 2, and is written beside
-the output with every default filled in. ``recipe`` sets the defaults of the keys in which the
-released code (``official``) and this project (``revised``) differ; each is a key of its own.
+Input: YAML and ``--set a.b=c``. Output: a ``TrainConfig`` for all of pipeline 2, which is also
+written beside the results. ``recipe`` sets the defaults of the keys in which the released code
+(``official``) and this project (``revised``) differ.
 """
 
 import re
@@ -59,17 +59,17 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""What `recipe` decides, unless student.yaml gives the key itself."""
+"""Defaults that `recipe` sets; a key in student.yaml overrides its default."""
 
 TRAINED: dict[Stage, tuple[Part, ...]] = {
     "distill": ("mole",),
     "pretrain": ("mole", "projector"),
     "finetune": ("mole", "projector", "vision_tower", "language_model"),
 }
-"""Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
+"""Default of `trained`: the parts that learn in each stage. Adapters and heads always learn."""
 
 ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
-"""Parts that a student without a language model has."""
+"""The parts of a student without a language model."""
 
 
 class DataConfig(FrozenModel):
@@ -78,29 +78,31 @@ class DataConfig(FrozenModel):
     shards: Path = Field(description="Folder that `movekd shards pack` wrote.")
     conversations: list[Path] = Field(
         default_factory=list,
-        description="LLaVA JSON files; empty: those packed with the images. Stage distill needs "
+        description="LLaVA JSON files; empty: those packed with the images. Stage distill takes "
         "none: it sees every image of the corpus.",
     )
     geometry: Geometry | None = Field(
         default=None,
-        description="Must be the cache's, so that all see the same field. Null: crop; for "
-        "llava_next stretch.",
+        description="Must be the cache's, so that student and teachers see the same pixels. Null: "
+        "crop; for llava_next stretch.",
     )
     group_by_modality_length: bool | None = Field(
         default=None,
-        description="Each step holds samples with images, or text-only ones, and its micro-batches "
+        description="A step holds only samples with images or only text, and its micro-batches "
         "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
     )
-    model_max_length: int = Field(default=2048, gt=0, description="Longer samples are cut.")
+    model_max_length: int = Field(default=2048, gt=0, description="Cut longer samples, in tokens.")
 
 
 class TrainConfig(FrozenModel):
     """One run."""
 
-    recipe: Recipe = Field(description="Sets defaults: `official` as released, `revised` as ours.")
+    recipe: Recipe = Field(
+        description="Set of defaults: official as released, revised as this project's."
+    )
     stage: Stage = Field(
-        description="pretrain (stage 1) or finetune (stage 2); distill trains the encoder on "
-        "cached targets alone, without a language model."
+        description="pretrain (stage 1) or finetune (stage 2); distill trains only the encoder, on "
+        "cached targets, without a language model."
     )
     student: StudentConfig
     distill: DistillConfig | None = Field(
@@ -113,12 +115,12 @@ class TrainConfig(FrozenModel):
     )
     data: DataConfig
     init_from: Path | None = Field(
-        default=None, description="Output of an earlier stage, to go on from."
+        default=None, description="Output of an earlier stage, whose weights to start from."
     )
     trained: list[Part] | None = Field(
         default=None,
         description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
-        "in distill (the vision tower where there is no mole).",
+        "in distill (vision_tower if mole is null).",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of transformers.TrainingArguments."
@@ -177,13 +179,13 @@ class TrainConfig(FrozenModel):
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Return the resolved run that a YAML file and ``a.b=c`` overrides describe.
+    """Return the resolved run of a YAML file and ``a.b=c`` overrides.
 
-    Relative paths that exist beside the YAML file are taken from there, others from the working
-    directory; hub ids stay as they are.
+    A relative path may start beside the YAML file or in the working directory; hub ids stay as
+    they are.
 
     Raises:
-        ConfigError: a wrong key or value; names the key and the nearest right one.
+        ConfigError: a wrong key or value, named with the nearest right one.
     """
     content = read_yaml(path)
     for override in overrides or []:
@@ -207,16 +209,16 @@ def _check(config: TrainConfig) -> None:
             "training.bf16: true to compute in bfloat16), or bfloat16."
         )
     if config.stage == "distill":
-        _check_encoder_alone(config)
+        _check_encoder_only(config)
     elif student.language_model is None:
         raise ConfigError(
             f"key 'student.language_model' is missing; stage {config.stage} needs a hub id or a "
-            "directory there. Only stage: distill does without."
+            "directory there. Only stage: distill needs none."
         )
     if "mole" in (config.trained or []) and student.mole is None:
         raise ConfigError(
-            "trained names 'mole', but student.mole is null; give student.mole its keys, or take "
-            "'mole' out of trained."
+            "trained names 'mole', but student.mole is null; set student.mole, or take 'mole' out "
+            "of trained."
         )
     if student.architecture == "llava_next" and config.data.geometry != "stretch":
         raise ConfigError(
@@ -228,13 +230,13 @@ def _check(config: TrainConfig) -> None:
         return
     if distill.views == "all" and student.architecture == "llava" and config.stage != "distill":
         raise ConfigError(
-            "distill.views is 'all', but student.architecture: llava looks at the whole image "
-            "alone. Set architecture: llava_next, or views: base."
+            "distill.views is 'all', but student.architecture: llava looks only at "
+            "the whole image. Set architecture: llava_next, or views: base."
         )
     check_distill(distill)
 
 
-def _check_encoder_alone(config: TrainConfig) -> None:
+def _check_encoder_only(config: TrainConfig) -> None:
     """Refuse keys that mean nothing without a language model.
 
     Raises:
@@ -242,7 +244,7 @@ def _check_encoder_alone(config: TrainConfig) -> None:
     """
     if config.distill is None:
         raise ConfigError(
-            "stage: distill learns from cached targets alone, but distill is null; name "
+            "stage: distill learns only from cached targets, but distill is null; name "
             "distill.teachers, or choose stage: pretrain."
         )
     others = [part for part in config.trained or [] if part not in ENCODER_PARTS]
@@ -254,17 +256,17 @@ def _check_encoder_alone(config: TrainConfig) -> None:
     if config.data.conversations:
         raise ConfigError(
             "data.conversations is given, but stage: distill takes every image of data.shards and "
-            "reads no text; leave it out, or pack those images into shards of their own."
+            "reads no text; leave it out, or pack those images into other shards."
         )
     if config.data.group_by_modality_length:
         raise ConfigError(
-            "data.group_by_modality_length sorts by text, and stage: distill has none; leave it "
-            "out."
+            "data.group_by_modality_length groups samples by their text, and stage: distill reads "
+            "none; leave it out."
         )
 
 
 def _number(value: Any) -> Any:
-    """Return `2e-5` as a number: YAML 1.1 takes it for text, because it has no dot."""
+    """Return `2e-5` as a number; YAML 1.1 reads it as text, because it has no dot."""
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*\d[eE][-+]?\d+", value)
     return float(value) if is_number else value
 
@@ -287,7 +289,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Make paths that exist beside the YAML file, or from here, absolute; leave hub ids alone."""
+    """Make paths absolute that exist beside the YAML file or in the working directory."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, list):

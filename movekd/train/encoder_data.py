@@ -1,9 +1,9 @@
-"""What stage distill learns from: every view of a corpus and its targets, without text.
+"""Read the data of stage distill: every view of a corpus with its targets, without text.
 
-A sample is one view of one image; image and targets are read when its batch is collated, in the
-DataLoader's workers. Images that a teacher could not read are left out.
+A sample is one view of one image. The DataLoader's workers read image and targets when they collate
+a batch. Images that a teacher could not read are left out.
 
-Legend: I samples of a batch, C H W an image.
+Legend: I samples of a batch, C H W the pixels of a view.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from movekd.train.sampler import EMPTY
 
 
 class EncoderSample(NamedTuple):
-    """One view of an image and where its targets lie."""
+    """One view of an image and the position of its targets."""
 
     key: str
     image: int
@@ -36,16 +36,16 @@ class EncoderSample(NamedTuple):
 
 
 class EncoderDataset(Dataset[EncoderSample]):
-    """The images of a corpus that every teacher has features of.
+    """The images of a corpus for which every teacher has features.
 
     Args:
         corpus: the images.
-        cache: holds all of them, or it is an error.
-        teachers: whose targets are needed.
-        views: anyres makes every tile a sample, too; the cache must hold them.
+        cache: holds the targets of all of them.
+        teachers: the teachers to read targets of.
+        views: anyres: every tile is a sample, too; the cache must hold the tiles.
 
     Raises:
-        UnknownKeyError: an image is not in the cache; names some.
+        UnknownKeyError: an image is missing from the cache; names some.
         CacheError: no image is left, or a teacher was sealed for other images.
     """
 
@@ -59,7 +59,7 @@ class EncoderDataset(Dataset[EncoderSample]):
         self._keys = corpus.index["key"]
         base_rows = cache.rows(self._keys.combine_chunks())
         images, numbers = list_views(corpus.index["width"], corpus.index["height"], views)
-        rows = base_rows[images] + numbers  # an image's views stand one after the other
+        rows = base_rows[images] + numbers  # the views of an image are consecutive rows
         skipped: set[int] = set()
         for teacher in teachers:
             cache[teacher].require_images(cache.catalog)
@@ -86,7 +86,7 @@ class EncoderDataset(Dataset[EncoderSample]):
 
 @dataclass(frozen=True)
 class EncoderCollator:
-    """Views -> one batch of model input, with the teachers' targets as they are stored."""
+    """Turn samples into one batch of model input, with targets as the cache stores them."""
 
     corpus: Corpus
     transform: ImageTransform
@@ -116,7 +116,7 @@ class EncoderCollator:
 
 @contextmanager
 def name_bad_image(corpus: Corpus, image: int) -> Iterator[None]:
-    """Say which image of the corpus it is that cannot be decoded."""
+    """Add the image's key and its corpus to the error of an image that cannot be decoded."""
     try:
         yield
     except UnreadableImageError as error:

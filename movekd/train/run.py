@@ -1,7 +1,7 @@
-"""One training run, from a resolved config to a model that `evaluate` and `ask` load.
+"""Train one run, from a resolved config to a model that `evaluate` and `ask` load.
 
-Where it goes is said in ``output``. No teacher is loaded here, and no teacher code imported:
-targets come from the cache.
+Input: config, corpus and cache. Output: a run directory (see ``run_dir``). No teacher is loaded
+and no teacher code imported: the targets are read from the cache.
 """
 
 import json
@@ -49,12 +49,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
-        output_dir: where everything went.
-        steps: optimizer steps in all, those before a resume included.
-        seconds: of the training, since it began or was resumed.
+        output_dir: the run directory.
+        steps: all optimizer steps, also those before a resume.
+        seconds: training time since the run started or was resumed.
         log: every logged step, in order.
     """
 
@@ -65,8 +65,8 @@ class TrainSummary:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
-    """Raise what a DataLoader's worker or another process has met without its traceback."""
+def _short_errors() -> Iterator[None]:
+    """Raise errors of DataLoader workers and dead ranks again, without their tracebacks."""
     try:
         yield
     except MovekdError as error:
@@ -79,13 +79,13 @@ def _in_words() -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process of this run has ended ({str(error).splitlines()[0]}); expected all "
-            "to stay until the end. If it said nothing, it was killed, for want of memory perhaps. "
-            "Give --resume to go on from the last checkpoint; torchrun --max-restarts does so by "
-            "itself."
+            "to stay until the end. If it printed no error, it was killed, perhaps for lack of "
+            "memory. Give --resume to continue from the last checkpoint; torchrun --max-restarts "
+            "does so by itself."
         ) from None
 
 
-@_in_words()
+@_short_errors()
 def train(
     config: TrainConfig,
     output_dir: Path,
@@ -98,24 +98,24 @@ def train(
 ) -> TrainSummary:
     """Train to the end, and save the model.
 
-    Interrupted and resumed, a run ends with the weights of an uninterrupted one, bit for bit on
-    CPU. What torchrun starts again goes on with the run as if ``resume`` were given, and with the
-    samples of each step, in as many processes as there are then.
+    A run that was interrupted and resumed ends with the weights of an uninterrupted one, bit for
+    bit on CPU. A restart by torchrun resumes the run without ``resume``, with the same samples in
+    each step, also in another number of processes.
 
     Args:
         config: the resolved run.
-        output_dir: where everything goes.
-        cache_url: the feature cache, a folder or URL; needed where the config distils.
-        resume: go on from the last checkpoint in ``output_dir``.
+        output_dir: the run directory.
+        cache_url: the feature cache, a folder or URL; needed if the config distils.
+        resume: continue from the last checkpoint in ``output_dir``.
         overwrite: delete an earlier run in ``output_dir``.
-        allow_random_teachers: take targets of teachers with random weights (tests, benchmarks).
-        progress: called with what is being done, steps done, steps in all.
+        allow_random_teachers: accept targets of teachers with random weights (tests, benchmarks).
+        progress: called with the name of the stage, the steps done and all steps.
 
     Raises:
-        MovekdError: config, corpus and cache do not fit each other; says which key differs.
-        TrainingError: the loss is no longer a number, or another process has ended.
+        MovekdError: config, corpus and cache do not match; names the key that differs.
+        TrainingError: the loss is NaN or infinite, or another process has ended.
     """
-    arguments = training_arguments(config, output_dir)  # from here on the processes are connected
+    arguments = training_arguments(config, output_dir)  # this connects the ranks
     refuse_fsdp_on_cpu(arguments)
     launches = gather(launch_id())
     start = broadcast_decision(
@@ -135,7 +135,7 @@ def train(
     trainer = _trainer(config, model, dataset, collator, arguments)
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
-        if start.is_overwriting:  # not before all the rest was found to fit
+        if start.is_overwriting:  # only now: all checks have passed
             delete_run(output_dir)
         names = config.distill.teachers if config.distill is not None else ()
         teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
@@ -158,13 +158,13 @@ def train(
 
 
 class _ShowProgress(TrainerCallback):
-    """Hands the Trainer's steps to the command line's progress."""
+    """Reports the Trainer's steps to the command line's progress bar."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what, self._progress = what, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show one more step."""
+        """Report one more step."""
         self._progress(f"train {self._what}", state.global_step, state.max_steps)
 
 
@@ -177,14 +177,14 @@ def _trainer(
 ) -> DistillTrainer:
     try:
         return DistillTrainer(config, model, dataset, collator, args=arguments)
-    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is not installed
+    except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
         raise ConfigError(f"training: {error}") from None
 
 
 def _open_targets(
     config: TrainConfig, cache_url: str | Path | None, allow_random_teachers: bool
 ) -> FeatureCache | None:
-    """Return the cache that a run distils from, checked against the config."""
+    """Return the cache that a run distils from, after checking it against the config."""
     if config.distill is None:
         return None
     if cache_url is None:
@@ -221,7 +221,7 @@ def _open_targets(
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
 ) -> tuple[ConversationDataset, Collator] | tuple[EncoderDataset, EncoderCollator]:
-    """Return the samples of a run, and what makes batches of them."""
+    """Return the data set and the collator of a run."""
     teachers = () if config.distill is None else tuple(config.distill.teachers)
     assert config.data.geometry is not None
     transform = student.image_transform(config.data.geometry)
@@ -256,9 +256,9 @@ def build_data(
 
 
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
-    """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
-    is_encoder_alone = config.stage == "distill"
-    student = build_encoder(config.student) if is_encoder_alone else build_vlm(config.student)
+    """Return the model with the weights of ``init_from``; only `trained` parts have gradients."""
+    is_encoder_only = config.stage == "distill"
+    student = build_encoder(config.student) if is_encoder_only else build_vlm(config.student)
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
@@ -283,7 +283,7 @@ def objective_of(config: TrainConfig) -> Objective:
 def _save_model(
     config: TrainConfig, directory: Path, model: DistillModel, student: Student
 ) -> None:
-    """Write every part that learned, in this stage or in one before it."""
+    """Write every part that learned, in this stage or an earlier one."""
     parts = {*(config.trained or []), *model.loaded_parts}
     if config.stage == "distill":
         parts &= set(ENCODER_PARTS)

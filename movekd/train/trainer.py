@@ -38,7 +38,7 @@ class DistillTrainer(Trainer):
         model: the model; parameters that do not learn have ``requires_grad`` off.
         dataset: the conversations, or in stage distill the images.
         collator: reads images and targets.
-        kwargs: further arguments of transformers.Trainer, ``args`` among them.
+        kwargs: further arguments of transformers.Trainer, ``args`` included.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
         self.config = config
         self._objective = model.objective
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
+        self.loss_is_scaled_for_ga = True  # step_loss divides by the counts of the whole step
         self._log = LossLog()  # since the last log, or since the resume
         self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
@@ -72,7 +72,7 @@ class DistillTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        # A dataloader that skips to a resumed step does not hand set_epoch down to the sampler.
+        # A dataloader that skips to a resumed step does not pass set_epoch to the sampler.
         assert self._sampler is not None
         self._sampler.set_epoch(epoch)
         return super()._run_epoch(model, epoch, *args, **kwargs)
@@ -95,7 +95,9 @@ class DistillTrainer(Trainer):
         keys = inputs.pop("keys")
         is_logged = (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
         output = model(**inputs)
-        terms = self._objective.terms(output, measures_rank=is_logged)  # too dear for every step
+        terms = self._objective.terms(
+            output, measures_rank=is_logged
+        )  # rank: too slow for every step
         loss, parts = step_loss(terms, num_items_in_batch, self.args.world_size)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -134,12 +136,12 @@ class DistillTrainer(Trainer):
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:  # under FSDP every process comes here
+        if not self.args.should_save:  # FSDP calls this in every rank
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        whole = state_dict or parameters  # gathered, where the model is in pieces
+        whole = state_dict or parameters  # gathered, if FSDP shards the model
         tensors = {
             name: whole[name].detach().cpu().contiguous()
             for name, parameter in parameters.items()
@@ -149,11 +151,11 @@ class DistillTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The state is written next, and says that the checkpoint is whole: no process may lag.
+        # Trainer writes the state next, which marks the checkpoint as complete: wait for all ranks.
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:  # from the files that accelerate wrote beside ours
+        if self.is_fsdp_enabled:  # from the files that accelerate wrote
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         module = self.model if model is None else model

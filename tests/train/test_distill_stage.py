@@ -1,4 +1,4 @@
-"""Tests of stage distill: the encoder learns from cached targets alone."""
+"""Tests of stage distill: the encoder learns only from cached targets."""
 
 from dataclasses import replace
 

@@ -23,7 +23,7 @@ def test_fsdp_on_a_cpu_is_refused_before_anything_is_written(digits, tmp_path, m
     with pytest.raises(ConfigError, match=r"FSDP2 was asked for, but this run is on a CPU"):
         digits.train(tmp_path / "run", "pretrain", "training.fsdp=true")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"accelerators only and would quietly train with DDP"):
+    with pytest.raises(ConfigError, match=r"accelerators only and would silently train with DDP"):
         digits.train(tmp_path / "run", "pretrain")
     assert not (tmp_path / "run").exists()
 

@@ -244,7 +244,7 @@ def test_stage_distill_takes_every_view(digits, next_digits, tmp_path):
         (
             ("distill.views=all", "student.architecture=llava"),
             "anyres",
-            r"views is 'all', but .*architecture: llava looks at the whole image alone",
+            r"views is 'all', but .*architecture: llava looks only at the whole image",
         ),
     ],
 )

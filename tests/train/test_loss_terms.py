@@ -1,5 +1,8 @@
 """A loss term that is registered outside of movekd trains like movekd's own."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -101,3 +104,15 @@ def test_it_works_without_distillation(digits, tmp_path):
 def test_an_unregistered_name_is_refused(digits):
     with pytest.raises(ConfigError, match=r"loss_terms names 'token_nrm'.*'token_norm'"):
         digits.config("pretrain", "loss_terms={token_nrm: {weight: 1}}")
+
+
+def test_the_example_of_the_docs_runs(digits, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if "register_loss_term" in block]
+    config = digits.config("pretrain", "training.max_steps=1")
+    (tmp_path / "student.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (tmp_path / "cache").symlink_to(digits.cache)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "training.md", "exec"), {})
+    assert float(capsys.readouterr().out) > 0

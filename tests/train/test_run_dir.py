@@ -52,7 +52,7 @@ def test_overwrite_leaves_alone_what_is_no_run(digits, tmp_path):
     thesis = tmp_path / "precious/thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years")
-    with pytest.raises(ConfigError, match=r"holds files but no config\.yaml.*leaves it alone"):
+    with pytest.raises(ConfigError, match=r"holds files but no config\.yaml.*does not delete it"):
         digits.train(thesis.parent, "pretrain", overwrite=True)
     digits.train(tmp_path / "run", "pretrain", "training.max_steps=1")
     (tmp_path / "run/notes.txt").write_text("mine")
@@ -107,7 +107,7 @@ def test_workers_and_the_division_of_a_batch_may_change_at_a_resume(digits, tmp_
 
 def test_another_batch_size_is_refused_at_a_resume(digits, tmp_path):
     interrupted(digits, tmp_path)
-    with pytest.raises(ConfigError, match=r"begun with 4 samples a step, and this is 2 "):
+    with pytest.raises(ConfigError, match=r"begun with 4 samples per step, and this is 2 "):
         digits.train(
             tmp_path, "pretrain", *SAVING, "training.per_device_train_batch_size=2", resume=True
         )
@@ -151,7 +151,7 @@ def test_a_restart_is_of_the_run_that_this_start_of_torchrun_has_begun(digits, t
     assert not plan_start(config, tmp_path, ["c:1"], **started).is_overwriting
 
 
-def test_samples_a_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
+def test_samples_per_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
     write_run_files(tmp_path, digits.config(), {"global_batch_size": 24})
     for keys, samples in (
         ((), 24),
