@@ -174,7 +174,7 @@ class Bench:
         student_BND = student_BND.float().clone().requires_grad_()
         output = self.model.compare(student_BND, targets)
         assert self.model.objective.distill is not None
-        loss = kd_terms(self.model.objective.distill, output).losses[0].sum
+        _, loss, *_ = kd_terms(self.model.objective.distill, output)[0]
         (gradient_BND,) = torch.autograd.grad(loss, student_BND)
         return gradient_BND.flatten(1).double(), loss.item()
 

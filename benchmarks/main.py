@@ -115,7 +115,7 @@ def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
     def step(batch: dict[str, Any]) -> None:
         batch.pop("keys")
         counts = count_units(batch)
-        loss, _ = step_loss(model.objective.terms(model(**batch)), counts, world_size=1)
+        loss, _ = step_loss(model(**batch), counts, world_size=1)
         model.zero_grad()
         torch.autograd.backward(loss)
 

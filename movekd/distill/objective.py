@@ -12,14 +12,14 @@ Each mean runs over one whole optimizer step: all ranks and all accumulation ste
 therefore returns sums (``LossTerm``), and ``step_loss`` divides them by the counts of the step.
 
 Input: the student's forward pass (``StudentOutput``). Output: a scalar with gradient, and what to
-log. ``train.model`` makes the first; ``train.trainer`` calls ``terms``, ``step_loss`` and
-``LossLog``.
+log. ``train.model`` calls ``terms`` at the end of its forward pass; ``train.trainer`` calls
+``count_units``, ``step_loss`` and ``LossLog``.
 
 Legend: B samples, L text tokens, V views, I views with targets, N student tokens, M teacher
 tokens, D channels, T teachers, E experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import isqrt
@@ -46,8 +46,6 @@ Unit = Literal["answer_tokens", "images", "views"]
 """What a term is the mean over."""
 
 
-# NamedTuples and not dataclasses: FSDP2 and accelerate look for tensors inside of tuples, but not
-# of dataclasses.
 class StudentOutput(NamedTuple):
     """One forward pass of the student, as the objective needs it."""
 
@@ -65,14 +63,13 @@ class StudentOutput(NamedTuple):
     """Per layer with experts, the router's (probabilities, choices) of the V views."""
     labels: Tensor | None = None
     """int64 (B, L), -100 where nothing is learned; None without a language model."""
-    text_sum: Tensor | None = None
-    """Cross entropy, summed over the answer tokens; None without a language model."""
     text_output: Any = None
-    """The language model's output (logits, ...); only in a run with extra terms."""
+    """The language model's output (logits, ...); its ``loss`` is the cross entropy, summed over
+    the answer tokens. None without a language model."""
     has_images: bool = True
     unused: Tensor | float = 0.0
-    """Zero. Its gradient is zero for parameters that this batch does not use, where DDP needs
-    one."""
+    """Zero, to be added to a loss: it gives parameters that this batch does not use a zero
+    gradient, because DDP waits for one."""
 
     @property
     def num_images(self) -> int:
@@ -85,6 +82,8 @@ class StudentOutput(NamedTuple):
         return len(self.student_VND) if self.has_images else 0
 
 
+# The records are NamedTuples: the model returns them, and FSDP2 and accelerate look for tensors
+# inside of tuples, but accelerate does not inside of dataclasses.
 class LossTerm(NamedTuple):
     """One part of the loss, of one micro-batch; logged as ``loss_<name>``."""
 
@@ -98,22 +97,16 @@ class LossTerm(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """A figure that is only logged: all sums since the last log over all denominators."""
+    """A figure that is only logged, as its weighted mean since the last log."""
 
     name: str
-    sum: Tensor
+    value: Tensor
     """No gradient. A matrix is logged as ``name_row_column``."""
-    denominator: float
-    """Mostly a number of images or views; what has none is not logged."""
+    weight: float
+    """Number of images or views that the value is of; without any it is not logged."""
 
 
-class Terms(NamedTuple):
-    """All that a micro-batch adds to the loss and to the log."""
-
-    losses: list[LossTerm]
-    statistics: list[Statistic]
-    unused: Tensor | float = 0.0
-    """Of ``StudentOutput``: zero, but the loss must depend on it."""
+Terms = list[LossTerm | Statistic]
 
 
 @dataclass(frozen=True)
@@ -133,48 +126,40 @@ class Objective:
     extra_terms: Mapping[str, LossTermConfig] = field(default_factory=dict)
 
     def terms(self, output: StudentOutput, *, measures_rank: bool = False) -> Terms:
-        """Return the terms and statistics of a micro-batch.
+        """Return the loss terms and statistics of a micro-batch.
 
-        Their names depend on the run only: ranks with and without images log the same ones.
+        Their names depend only on the run: ranks with and without images log the same ones.
 
         Args:
             output: the forward pass.
             measures_rank: also measure ``token_rank``, which costs an SVD.
         """
-        num_images = output.num_images
-        token_std = token_statistics(output.student_VND) * num_images
-        terms = Terms([], [Statistic("token_std", token_std, num_images)], output.unused)
-        if measures_rank:
-            count = int(output.has_images)
-            rank = effective_rank(output.student_VND) * count
-            terms.statistics.append(Statistic("token_rank", rank, count))
-        if output.text_sum is not None:
-            terms.losses.append(LossTerm("text", output.text_sum, "answer_tokens", 1.0))
-        parts = []
+        terms: Terms = []
+        if output.text_output is not None:
+            text_sum = output.text_output.loss + output.unused
+            terms.append(LossTerm("text", text_sum, "answer_tokens", 1.0))
         if self.distill is not None:
-            parts.append(kd_terms(self.distill, output))
+            terms += kd_terms(self.distill, output)
         if output.routings:
-            parts.append(self._balance_terms(output))
-        for part in parts:
-            terms.losses.extend(part.losses)
-            terms.statistics.extend(part.statistics)
-        terms.losses.extend(_extra_term(n, keys, output) for n, keys in self.extra_terms.items())
+            terms += self._balance_terms(output)
+        terms += [_extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
+        tokens_VND = output.student_VND
+        terms.append(Statistic("token_std", token_statistics(tokens_VND), output.num_images))
+        if measures_rank:
+            terms.append(Statistic("token_rank", effective_rank(tokens_VND), output.has_images))
         return terms
 
     def _balance_terms(self, output: StudentOutput) -> Terms:
-        """Return the balance loss and how busy the experts were; zeros without images."""
+        """Return the balance loss and how busy the experts were."""
         statistics, num_views = routing_statistics(output.routings), output.num_views
         share_LE = mean_over_ranks(statistics.share_LE, num_views)  # the loss's F is of all ranks
         balance = balance_loss(output.routings, self.balance, share_LE=share_LE)
-        logged = {
-            "routing_entropy": statistics.entropy_L.mean(),
-            "routing_max_share": statistics.share_LE.max(),
-            "routing_share": statistics.share_LE,
-        }
-        return Terms(
-            [LossTerm("balance", balance * num_views, "views", self.balance_weight)],
-            [Statistic(name, value * num_views, num_views) for name, value in logged.items()],
-        )
+        return [
+            LossTerm("balance", balance * num_views, "views", self.balance_weight),
+            Statistic("routing_entropy", statistics.entropy_L.mean(), num_views),
+            Statistic("routing_max_share", statistics.share_LE.max(), num_views),
+            Statistic("routing_share", statistics.share_LE, num_views),
+        ]
 
 
 def target_tokens(targets: TeacherTargets, name: str, distill: DistillConfig, side: int) -> Tensor:
@@ -189,22 +174,50 @@ def target_tokens(targets: TeacherTargets, name: str, distill: DistillConfig, si
 
 
 def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
-    """Return the KD loss, each teacher's loss before its weight, and the weights."""
-    if output.targets is None:
-        zero = output.student_IND.new_zeros((), dtype=torch.float32)
-        zero_T = zero.expand(len(distill.teachers))
-        return _kd_record(distill, 0, zero, zero_T, zero_T, zero)
-    anchor = output.targets.get(distill.anchor)
-    weights_IN = _token_weights(distill, anchor, side=isqrt(output.student_IND.shape[1]))
-    num_images, device = len(output.goals[0]), output.goals[0].device
+    """Return the KD loss, then each teacher's loss before its weight, and the weights."""
+    num_images = len(output.student_IND) if output.targets is not None else 0
+    if num_images:
+        losses_IT, weights_IT, entropy = _kd(distill, output)
+    else:  # the same names, with zeros
+        losses_IT = weights_IT = output.student_IND.new_zeros(
+            (1, len(distill.teachers)), dtype=torch.float32
+        )
+        entropy = losses_IT.sum()
+    kd_sum = (weights_IT * losses_IT).sum() + output.unused
+    terms: Terms = [LossTerm("kd", kd_sum, "images", distill.kd_weight)]
+    for at, name in enumerate(distill.teachers):
+        terms.append(LossTerm(f"kd_{name}", losses_IT[:, at].sum().detach(), "images", None))
+        weight = weights_IT[:, at].mean().detach()
+        terms.append(Statistic(f"teacher_weight_{name}", weight, num_images))
+    if distill.token_weighting != "none":
+        terms.append(Statistic("token_weight_entropy", entropy, num_images))
+    return terms
+
+
+def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses (I, T), teacher weights (I, T), and the mean entropy of the token weights."""
+    assert output.targets is not None
+    assert distill.token_weighting is not None
+    assert distill.teacher_weighting is not None
+    anchor, weights_IN = output.targets.get(distill.anchor), None
+    entropy = torch.zeros((), device=output.student_IND.device)
+    if distill.token_weighting != "none":
+        assert anchor is not None  # checked when the run was set up, like its attention
+        assert anchor.cls_attention_BHN is not None
+        side = isqrt(output.student_IND.shape[1])
+        attention_IHN = resize_attention(anchor.cls_attention_BHN, side)
+        weights_IN = token_weights(
+            attention_IHN, distill.token_weighting, blend=distill.token_blend
+        )
+        share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
+        entropy = torch.special.entr(share_IN).sum(1).mean()
     losses_IT = kd_loss(  # before the teachers' weights, which may depend on them
         output.predictions,
         output.goals,
-        torch.ones(num_images, len(distill.teachers), device=device),
+        entropy.new_ones(len(output.student_IND), len(distill.teachers)),
         weights_IN,
         combine="sum" if distill.token_weighting == "softmax" else "mean",
     ).per_teacher_BT
-    assert distill.teacher_weighting is not None
     share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
     weights_IT = teacher_weights(
         output.goals,
@@ -214,44 +227,7 @@ def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
         anchor_share=ANCHOR_SHARE if share is None else share,
         losses_BT=losses_IT,
     )
-    entropy = torch.zeros((), device=device)
-    if weights_IN is not None:
-        share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
-        entropy = torch.special.entr(share_IN).sum(1).mean()
-    kd = (weights_IT * losses_IT).sum()
-    return _kd_record(distill, num_images, kd, losses_IT.sum(0), weights_IT.mean(0), entropy)
-
-
-def _kd_record(
-    distill: DistillConfig,
-    num_images: int,
-    kd: Tensor,
-    losses_T: Tensor,
-    weights_T: Tensor,
-    entropy: Tensor,
-) -> Terms:
-    """Return the record of a KD loss: sums of losses, means of weights and of their entropy."""
-    terms = Terms([LossTerm("kd", kd, "images", distill.kd_weight)], [])
-    for name, loss, weight in zip(distill.teachers, losses_T, weights_T, strict=True):
-        terms.losses.append(LossTerm(f"kd_{name}", loss.detach(), "images", None))
-        sum_of_weights = weight.detach() * num_images
-        terms.statistics.append(Statistic(f"teacher_weight_{name}", sum_of_weights, num_images))
-    if distill.token_weighting != "none":
-        statistic = Statistic("token_weight_entropy", entropy * num_images, num_images)
-        terms.statistics.append(statistic)
-    return terms
-
-
-def _token_weights(
-    distill: DistillConfig, anchor: TeacherTargets | None, side: int
-) -> Tensor | None:
-    """Return the weight of each of the student's tokens (I, N); None where all count the same."""
-    if distill.token_weighting in (None, "none") or anchor is None:
-        return None
-    attention_IHM = anchor.cls_attention_BHN
-    assert attention_IHM is not None  # checked when the run was set up
-    attention_IHN = resize_attention(attention_IHM, side)
-    return token_weights(attention_IHN, distill.token_weighting, blend=distill.token_blend)
+    return losses_IT, weights_IT, entropy
 
 
 # Normalisation ------------------------------------------------------------------------------------
@@ -283,52 +259,47 @@ def step_loss(terms: Terms, counts: Tensor, world_size: int) -> tuple[Tensor, di
             this factor.
     """
     count_of = dict(zip(get_args(Unit), counts.clamp(min=1), strict=True))
-    parts = {term.name: term.sum * world_size / count_of[term.unit] for term in terms.losses}
-    loss = torch.zeros((), device=counts.device) + terms.unused
-    for term in terms.losses:
-        if term.weight is not None:
-            loss = loss + term.weight * parts[term.name]
+    loss, parts = torch.zeros((), device=counts.device), {}
+    for term in terms:
+        if isinstance(term, LossTerm):
+            part = parts[term.name] = term.sum * world_size / count_of[term.unit]
+            loss = loss if term.weight is None else loss + term.weight * part
     return loss, parts
 
 
 class LossLog:
-    """Adds up what micro-batches log, until it is written.
+    """Collects what micro-batches log, until it is written.
 
-    A term's part is averaged over the optimizer steps, a statistic over its own count.
+    A part of the loss is averaged over the optimizer steps, a statistic over its weights.
     """
 
     def __init__(self) -> None:
         self.num_steps = 0
         self._sums: dict[str, Tensor] = {}
-        self._denominators: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
 
-    def add(self, parts: Mapping[str, Tensor], statistics: Sequence[Statistic]) -> None:
-        """Add a micro-batch: the parts of ``step_loss`` and the statistics."""
-        for name, part in parts.items():
-            self._add(f"loss_{name}", part)
-        for name, total, denominator in statistics:
-            self._add(name, total)
-            self._denominators[name] = self._denominators.get(name, 0) + denominator
-
-    def _add(self, name: str, value: Tensor) -> None:
-        added = value.detach().float().cpu()
-        self._sums[name] = self._sums[name] + added if name in self._sums else added
+    def add(self, parts: Mapping[str, Tensor], terms: Terms) -> None:
+        """Add a micro-batch: the parts of ``step_loss``, and the statistics among the terms."""
+        found = {f"loss_{name}": part for name, part in parts.items()}
+        for term in terms:
+            if isinstance(term, Statistic):
+                found[term.name] = term.value * term.weight
+                self._weights[term.name] = self._weights.get(term.name, 0) + term.weight
+        for name, value in found.items():
+            self._sums[name] = value.detach().float().cpu() + self._sums.get(name, 0.0)
 
     def take(self, device: torch.device) -> dict[str, float]:
-        """Return every mean over all ranks, and start again; every rank must call this.
-
-        A statistic without a count, as of images in steps of text, is left out.
-        """
-        names, sums, counts = [], [], []
+        """Return every mean over all ranks, and start again; every rank must call this."""
+        names, sums, weights = [], [], []
         for name, total in sorted(self._sums.items()):
             for place in product(*map(range, total.shape)):
                 names.append("_".join([name, *map(str, place)]))
                 sums.append(total[place])
-                counts.append(float(self._denominators.get(name, self.num_steps)))
-        both = torch.stack([torch.stack(sums), torch.tensor(counts)]).to(device)
-        self._sums, self._denominators, self.num_steps = {}, {}, 0
+                weights.append(float(self._weights.get(name, self.num_steps)))
+        both = torch.stack([torch.stack(sums), torch.tensor(weights)]).to(device)
+        self._sums, self._weights, self.num_steps = {}, {}, 0
         found = zip(names, *sum_over_ranks(both).tolist(), strict=True)
-        return {name: total / count for name, total, count in found if count}
+        return {name: total / weight for name, total, weight in found if weight}
 
 
 # Extra terms --------------------------------------------------------------------------------------
@@ -397,19 +368,17 @@ def read_loss_terms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, LossT
 
 
 def _extra_term(name: str, keys: LossTermConfig, output: StudentOutput) -> LossTerm:
-    term = LOSS_TERMS[name]
-    if term.unit == "answer_tokens":
+    function, unit, _ = LOSS_TERMS[name]
+    has_units = output.has_images
+    if unit == "answer_tokens":
         has_units = output.labels is not None and bool(count_answer_tokens(output.labels))
-    else:
-        has_units = output.has_images
-    if not has_units:
-        zero = output.student_VND.new_zeros((), dtype=torch.float32)
-        return LossTerm(name, zero, term.unit, keys.weight)
-    value = term.function(output, keys)
-    if not isinstance(value, Tensor) or value.shape != ():
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+    total = output.student_VND.new_zeros((), dtype=torch.float32)
+    if has_units:
+        total = function(output, keys)
+    if not isinstance(total, Tensor) or total.shape != ():
+        found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
         raise ConfigError(
             f"loss term '{name}' returned {found}; expected a scalar tensor, the sum over the "
-            f"{term.unit} of the batch. Sum it in its function."
+            f"{unit} of the batch. Sum it in its function."
         )
-    return LossTerm(name, value, term.unit, keys.weight)
+    return LossTerm(name, total, unit, keys.weight)

@@ -1,7 +1,8 @@
 """The student with its adapters or heads: everything that learns, in one module.
 
-Input: a collated batch, with targets as the cache stores them. Output: what ``distill.objective``
-makes the loss of. DDP and FSDP wrap this module.
+Input: a collated batch, with targets as the cache stores them. Output: the terms of
+``distill.objective``, for the trainer to normalise. DDP and FSDP wrap this module, so its output
+holds scalars only, apart from the routers' shares.
 
 Legend: B samples, V views of images (LLaVA-1.5: one per image), I views with targets, N student
 tokens, D student width, M teacher tokens, T teachers.
@@ -19,7 +20,7 @@ from movekd.cache.targets import TeacherTargets
 from movekd.corpus.anyres import num_views
 from movekd.distill import released_sam_tokens
 from movekd.distill.config import DistillConfig
-from movekd.distill.objective import Objective, StudentOutput, target_tokens
+from movekd.distill.objective import Objective, StudentOutput, Terms, target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.vlm import Student, image_features, recompute_activations
@@ -51,6 +52,7 @@ class DistillModel(nn.Module):
         self.has_tiles = student.has_tiles
         self.side = student.grid
         self.objective = objective
+        self.measures_rank = False  # the trainer sets it in steps that are logged
         self.has_experts = any(".mole_" in name for name, _ in self.vlm.named_parameters())
         self.adapters = nn.ModuleDict()
         self.loaded_parts: list[str] = []  # those that an earlier stage trained
@@ -66,8 +68,8 @@ class DistillModel(nn.Module):
         attention_mask: Tensor | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         target_views: Tensor | None = None,
-    ) -> StudentOutput:
-        """Return what the objective needs; a batch without images sees a black one."""
+    ) -> Terms:
+        """Return the terms of a batch; without images the student sees a black one."""
         clear_routing(self.vlm)
         has_images = pixel_values is not None
         if pixel_values is None:  # every rank needs a gradient for every parameter, in each step
@@ -95,16 +97,15 @@ class DistillModel(nn.Module):
             output = self.compare(student_IND, targets)
         elif self.objective.distill is not None:
             unused = unused + 0.0 * self._touch_adapters(student_IND.float())
-        return output._replace(
+        output = output._replace(
             student_VND=student_VND,
-            routings=tuple(routing(self.vlm)) if self.has_experts else (),
+            routings=routing(self.vlm) if self.has_experts else (),
             labels=labels,
-            text_sum=None if text is None else text.loss,
-            # Only where it is needed: under autocast accelerate copies outputs to float32.
-            text_output=text if self.objective.extra_terms else None,
+            text_output=text,
             has_images=has_images,
             unused=unused,
         )
+        return self.objective.terms(output, measures_rank=self.measures_rank)
 
     def compare(self, student_IND: Tensor, targets: Mapping[str, TeacherTargets]) -> StudentOutput:
         """Return what the KD loss compares: predictions and goals, (I, N, D_t) per teacher."""

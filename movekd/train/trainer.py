@@ -51,7 +51,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
         self.config = config
-        self._objective = model.objective
+        self._distill_model = model  # without what wraps it
         self.loss_is_scaled_for_ga = True  # step_loss divides by the counts of the whole step
         self._log = LossLog()  # since the last log, or since the resume
         self._last_log: float | None = None
@@ -94,10 +94,8 @@ class DistillTrainer(Trainer):
         assert num_items_in_batch is not None
         keys = inputs.pop("keys")
         is_logged = (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
-        output = model(**inputs)
-        terms = self._objective.terms(
-            output, measures_rank=is_logged
-        )  # rank: too slow for every step
+        self._distill_model.measures_rank = is_logged  # too slow for every step
+        terms = model(**inputs)
         loss, parts = step_loss(terms, num_items_in_batch, self.args.world_size)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -107,8 +105,8 @@ class DistillTrainer(Trainer):
                 "Lower training.learning_rate, or look at those samples; --resume continues from "
                 "the last checkpoint."
             )
-        self._log.add(parts, terms.statistics)
-        return (loss, output) if return_outputs else loss
+        self._log.add(parts, terms)
+        return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the means since the last log (``LossLog``), beside Trainer's own."""

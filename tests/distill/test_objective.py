@@ -5,7 +5,6 @@ Training with a registered term is in tests/train/test_loss_terms.py.
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from movekd.distill.config import LossTermConfig
 from movekd.distill.objective import (
@@ -15,7 +14,6 @@ from movekd.distill.objective import (
     Objective,
     Statistic,
     StudentOutput,
-    Terms,
     count_units,
     read_loss_terms,
     register_loss_term,
@@ -32,7 +30,7 @@ def registry(monkeypatch):
 
 
 def terms_of(*losses):
-    return Terms([LossTerm(*loss) for loss in losses], [])
+    return [LossTerm(*loss) for loss in losses]
 
 
 def test_the_loss_is_the_weighted_sum_of_means_over_the_step():
@@ -70,14 +68,14 @@ def test_units_are_counted_from_the_batch():
     assert count_units({"pixel_values": None}).tolist() == [0, 0, 0]
 
 
-def test_a_loss_is_averaged_over_steps_and_a_statistic_over_its_denominator():
+def test_a_loss_is_averaged_over_steps_and_a_statistic_over_its_weights():
     log = LossLog()
     share = torch.tensor([[0.25, 0.75]])
     for part, num_images in ((1.0, 3), (2.0, 0), (6.0, 1)):
         log.num_steps += 1
         statistics = [
-            Statistic("token_std", torch.tensor(2.0 * part) * num_images, num_images),
-            Statistic("share", share * num_images, num_images),
+            Statistic("token_std", torch.tensor(2.0 * part), num_images),
+            Statistic("share", share, num_images),
         ]
         log.add({"kd": torch.tensor(part, requires_grad=True)}, statistics)
     assert log.take(CPU) == {
@@ -87,15 +85,8 @@ def test_a_loss_is_averaged_over_steps_and_a_statistic_over_its_denominator():
         "share_0_1": 0.75,
     }
     log.num_steps += 1
-    log.add({"kd": torch.tensor(5.0)}, [Statistic("token_std", torch.tensor(0.0), 0)])
+    log.add({"kd": torch.tensor(5.0)}, [Statistic("token_std", torch.tensor(7.0), 0)])
     assert log.take(CPU) == {"loss_kd": 5}
-
-
-def test_the_tensors_of_an_output_are_seen_by_what_wraps_the_model():
-    """FSDP2 hooks the gradients of the tensors that it finds in the output of a module."""
-    tensor = torch.zeros(2, 3, 4, requires_grad=True)
-    output = StudentOutput(tensor, tensor, (tensor,), (tensor,), text_sum=tensor, unused=tensor)
-    assert sum(leaf is tensor for leaf in tree_leaves(output)) == 6
 
 
 class MarginConfig(LossTermConfig):
@@ -138,7 +129,7 @@ def test_a_term_is_not_asked_about_a_batch_without_its_unit(registry):
     objective = Objective(extra_terms=read_loss_terms(keys))
     blank = torch.zeros(1, 3, 4)
     output = StudentOutput(blank, blank, labels=torch.full((2, 5), -100), has_images=False)
-    assert [(t.name, t.sum.item()) for t in objective.terms(output).losses] == [
+    assert [(t.name, t.sum.item()) for t in objective.terms(output)[:2]] == [
         ("of_images", 0),
         ("of_tokens", 0),
     ]

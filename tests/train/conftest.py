@@ -66,17 +66,15 @@ class Digits:
 
     @staticmethod
     def terms(model, batch):
-        """Return the sum of each loss term of a batch, and the mean of each statistic, by name."""
-        terms = model.objective.terms(model(**batch), measures_rank=True)
-        means = {name: total / max(count, 1) for name, total, count in terms.statistics}
-        sums = {term.name: term.sum for term in terms.losses}
-        return means | sums | {"unused": terms.unused}
+        """Return the sum of each loss term of a batch, and each statistic, by name."""
+        model.measures_rank = True
+        return {name: value for name, value, *_ in model(**batch)}
 
     @staticmethod
     def kd(model, student_IND, targets):
         """Return the KD loss of some tokens of the student, and that of each teacher."""
         terms = kd_terms(model.objective.distill, model.compare(student_IND, targets))
-        return {term.name: term.sum for term in terms.losses}
+        return {name: value for name, value, *_ in terms}
 
     @staticmethod
     def weights(output):

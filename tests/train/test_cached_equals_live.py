@@ -78,7 +78,7 @@ def kd_gradients(model, pixels_ICHW, targets):
         _, student_IND = image_features(model.vlm, pixels_ICHW)
     student_IND = student_IND.clone().requires_grad_()
     terms = kd_terms(model.objective.distill, model.compare(student_IND, targets))
-    terms.losses[0].sum.backward()
+    terms[0].sum.backward()
     return student_IND.grad.flatten(1)
 
 
