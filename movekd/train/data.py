@@ -205,10 +205,10 @@ class Collator:
             "attention_mask": attention_mask,
             "keys": [sample.key for sample in samples],
             "targets": targets,
-            **self._see(images),
+            **self._image_inputs(images),
         }
 
-    def _see(self, images: list[int]) -> dict[str, Any]:
+    def _image_inputs(self, images: list[int]) -> dict[str, Any]:
         """Return pixel_values, image_sizes and target_views of the given images."""
         seen = []
         for image in images:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
@@ -132,7 +132,10 @@ def train(
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
-    trainer = _trainer(config, model, dataset, collator, arguments)
+    try:
+        trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+    except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
+        raise ConfigError(f"training: {error}") from None
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
         if start.is_overwriting:  # only now: all checks have passed
@@ -166,19 +169,6 @@ class _ShowProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report one more step."""
         self._progress(f"train {self._what}", state.global_step, state.max_steps)
-
-
-def _trainer(
-    config: TrainConfig,
-    model: DistillModel,
-    dataset: ConversationDataset | EncoderDataset,
-    collator: Collator | EncoderCollator,
-    arguments: TrainingArguments,
-) -> DistillTrainer:
-    try:
-        return DistillTrainer(config, model, dataset, collator, args=arguments)
-    except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
-        raise ConfigError(f"training: {error}") from None
 
 
 def _open_targets(
