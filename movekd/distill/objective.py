@@ -59,7 +59,7 @@ class StudentOutput(NamedTuple):
     """(I, N, D_t) per teacher, compared with ``predictions``."""
     targets: Mapping[str, TeacherTargets] | None = None
     """The cached features of the I views, by teacher; None without targets."""
-    routings: Routings = ()
+    routings: Routings | None = None
     """Per layer with experts, the router's (probabilities, choices) of the V views."""
     labels: Tensor | None = None
     """int64 (B, L), -100 where nothing is learned; None without a language model."""
@@ -82,8 +82,8 @@ class StudentOutput(NamedTuple):
         return len(self.student_VND) if self.has_images else 0
 
 
-# The records are NamedTuples: the model returns them, and FSDP2 and accelerate look for tensors
-# inside of tuples, but accelerate does not inside of dataclasses.
+# NamedTuples, not dataclasses: the model returns them, and accelerate looks for tensors only inside
+# of tuples, lists and mappings.
 class LossTerm(NamedTuple):
     """One part of the loss, of one micro-batch; logged as ``loss_<name>``."""
 
@@ -140,8 +140,8 @@ class Objective:
             terms.append(LossTerm("text", text_sum, "answer_tokens", 1.0))
         if self.distill is not None:
             terms += kd_terms(self.distill, output)
-        if output.routings:
-            terms += self._balance_terms(output)
+        if output.routings is not None:
+            terms += self._balance_terms(output.routings, output.num_views)
         terms += [_extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
         tokens_VND = output.student_VND
         terms.append(Statistic("token_std", token_statistics(tokens_VND), output.num_images))
@@ -149,11 +149,11 @@ class Objective:
             terms.append(Statistic("token_rank", effective_rank(tokens_VND), output.has_images))
         return terms
 
-    def _balance_terms(self, output: StudentOutput) -> Terms:
+    def _balance_terms(self, routings: Routings, num_views: int) -> Terms:
         """Return the balance loss and how busy the experts were."""
-        statistics, num_views = routing_statistics(output.routings), output.num_views
+        statistics = routing_statistics(routings)
         share_LE = mean_over_ranks(statistics.share_LE, num_views)  # the loss's F is of all ranks
-        balance = balance_loss(output.routings, self.balance, share_LE=share_LE)
+        balance = balance_loss(routings, self.balance, share_LE=share_LE)
         return [
             LossTerm("balance", balance * num_views, "views", self.balance_weight),
             Statistic("routing_entropy", statistics.entropy_L.mean(), num_views),

@@ -99,7 +99,7 @@ class DistillModel(nn.Module):
             unused = unused + 0.0 * self._touch_adapters(student_IND.float())
         output = output._replace(
             student_VND=student_VND,
-            routings=routing(self.vlm) if self.has_experts else (),
+            routings=routing(self.vlm) if self.has_experts else None,
             labels=labels,
             text_output=text,
             has_images=has_images,
