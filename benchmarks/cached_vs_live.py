@@ -40,6 +40,7 @@ from transformers import TrainingArguments
 from movekd.cache import open_cache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import open_corpus
+from movekd.distill.objective import kd_terms
 from movekd.extract.run_teacher import live_features
 from movekd.student.hf_loading import quiet_libraries
 from movekd.student.vlm import image_features
@@ -171,7 +172,9 @@ class Bench:
         with torch.no_grad():
             _, student_BND = image_features(self.model.vlm, pixels)
         student_BND = student_BND.float().clone().requires_grad_()
-        loss = self.model.kd_terms(student_BND, targets)["kd_sum"]
+        output = self.model.compare(student_BND, targets)
+        assert self.model.objective.distill is not None
+        _, loss, *_ = kd_terms(self.model.objective.distill, output)[0]
         (gradient_BND,) = torch.autograd.grad(loss, student_BND)
         return gradient_BND.flatten(1).double(), loss.item()
 

@@ -18,6 +18,7 @@ import torch
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
+from movekd.distill.objective import count_units, step_loss
 from movekd.extract.image_loader import image_transform, pixel_batches
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
@@ -113,9 +114,10 @@ def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
 
     def step(batch: dict[str, Any]) -> None:
         batch.pop("keys")
-        terms = model(**batch)
+        counts = count_units(batch)
+        loss, _ = step_loss(model(**batch), counts, world_size=1)
         model.zero_grad()
-        (terms["text_sum"] / 100 + terms["kd_sum"] / 16 + terms["balance_sum"] / 16).backward()
+        torch.autograd.backward(loss)
 
     def cached() -> None:
         step(collator(fixed))

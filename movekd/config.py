@@ -1,4 +1,4 @@
-"""YAML in, frozen pydantic models out, and a sentence for whatever is wrong with it."""
+"""Read YAML files into frozen pydantic models, with a clear error for each wrong key."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ def validate(model: type[ModelT], content: dict[str, Any], source: str) -> Model
 
 
 def _problem(model: type[BaseModel], detail: Any) -> str:
-    """Say one pydantic error as `path: what was found, what to do`."""
+    """Return one pydantic error as `path: what was found, what to do`."""
     where = [str(part) for part in detail["loc"]]
     path = ".".join(where)
     if detail["type"] == "extra_forbidden":

@@ -1,57 +1,148 @@
-"""What a process knows of the ones beside it before torch is loaded: torchrun's environment.
+"""The ranks of a run: who prints, what torchrun says, and what ranks exchange.
 
-Used by the command line, so that one process speaks for all, and by ``train``, which goes on with a
-run that torchrun started again.
+The first half reads torchrun's environment. The second half talks to the other ranks and imports
+torch inside its functions, so that the command line loads none. Every function is right for a
+single process, too.
 """
 
+import gc
 import hashlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from movekd.errors import MovekdError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
-def is_first() -> bool:
-    """Return whether this is the process that speaks for all; alone, it is."""
+def is_main_process() -> bool:
+    """Return whether this process has rank 0; a single process has."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def num_restarts() -> int:
-    """Return how often torchrun has started these processes again after one had failed."""
+    """Return how often torchrun has restarted these processes after one failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch_id() -> str | None:
-    """Return what tells this start of torchrun on this machine from any other, or None.
+    """Return a name of this launch of torchrun on this machine; None without torchrun.
 
-    The same after each of its restarts, those for nodes that come and go included.
+    It stays the same over restarts, also those for nodes that join or leave.
     """
-    folder = _attempt_folder()
+    folder = _attempt_dir()
     return None if folder is None else f"{socket.gethostname()}:{folder.parent}"
 
 
-def should_print(sentence: str) -> bool:
-    """Return whether nobody beside this process has said so; then it counts as said.
+def should_print(message: str) -> bool:
+    """Return whether this process should print an error; that counts as printed.
 
-    Under torchrun one process of a machine speaks in an attempt, and none repeats an earlier one.
+    Under torchrun only one process per machine prints in an attempt, and no attempt repeats the
+    message of an earlier one.
     """
-    folder = _attempt_folder()
+    folder = _attempt_dir()
     if folder is None:
         return True
-    digest = hashlib.sha256(sentence.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(message.encode()).hexdigest()[:16]
     try:
         (folder / "movekd-has-failed").touch(exist_ok=False)
         (folder.parent / f"movekd-said-{digest}").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # rather twice than not at all
+    except OSError:  # printing twice is better than not at all
         return True
     return True
 
 
-def _attempt_folder() -> Path | None:
-    """Return where torchrun keeps what this attempt's processes of this machine leave behind."""
+def _attempt_dir() -> Path | None:
+    """Return torchrun's folder for this attempt of this machine's processes."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/1/error.json
     if not error_file:
         return None
     folder = Path(error_file).parent.parent
     return folder if folder.name.startswith("attempt_") and folder.is_dir() else None
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, in order; every rank must call this."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast_decision(decide: Callable[[], T]) -> T:
+    """Return in every rank what ``decide`` returns in rank 0; every rank must call this.
+
+    For decisions that depend on files that rank 0 is about to write.
+
+    Raises:
+        MovekdError, OSError: in every rank, what ``decide`` raised.
+    """
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return decide()
+    message: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            message = [decide()]
+        except (MovekdError, OSError) as error:
+            message = [error]
+    distributed.broadcast_object_list(message, src=0)
+    if isinstance(message[0], MovekdError | OSError):
+        raise message[0]
+    decision: T = message[0]
+    return decision
+
+
+def sum_over_ranks(tensor: "Tensor") -> "Tensor":
+    """Return the sum of every rank's tensor, without gradient; every rank must call this."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return tensor
+    total = tensor.detach().clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: "Tensor", weight: float) -> "Tensor":
+    """Return the mean of every rank's tensor, weighted by ``weight``; zero if all weigh nothing."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return tensor
+    total = sum_over_ranks(tensor.new_tensor(weight))
+    return sum_over_ranks(tensor * weight) / total.clamp(min=1)
+
+
+def destroy_process_group() -> None:
+    """Close the connection to the other ranks, when a run has ended well.
+
+    Without this its threads may abort a process at the interpreter's exit after the run is
+    complete, and torchrun reports the whole run as failed.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        gc.collect()  # the model's wrapper holds the connection in reference cycles
+        distributed.destroy_process_group()
+
+
+def is_dead_peer_error(error: RuntimeError) -> bool:
+    """Return whether an error says that another rank has ended."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return False
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)

@@ -1,14 +1,14 @@
-"""Every error a user can cause, as one tree.
+"""The errors that a user can cause, as one tree.
 
-    MovekdError                 what the command line prints as a sentence, exit code 2
-    ├── ConfigError             a YAML file, a flag or a JSON file says what cannot be
+    MovekdError                 the command line prints the message and exits with code 2
+    ├── ConfigError             a YAML file, a flag or a JSON file has a wrong key or value
     ├── CorpusError             shards or their index are missing or damaged
     │   └── UnreadableImageError  one image cannot be decoded
-    ├── CacheError              a cache is missing, incomplete or does not fit
+    ├── CacheError              a cache is missing, incomplete or does not match
     │   ├── UnknownKeyError     a name or key that the cache does not hold (also a KeyError)
     │   └── CorruptCacheError   bytes differ from what their seal says
     ├── WeightsError            weights are missing, or not the ones expected
-    └── TrainingError           a run cannot go on, a loss that is not a number for one
+    └── TrainingError           a run cannot continue, for example because its loss is NaN
 
 A message carries three facts: what was found, what was expected, what to do.
 """
@@ -18,11 +18,11 @@ from difflib import get_close_matches
 
 
 class MovekdError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
 
 class ConfigError(MovekdError):
-    """A YAML file, a flag or a JSON file says what cannot be."""
+    """A YAML file, a flag or a JSON file has a wrong key or value."""
 
 
 class CorpusError(MovekdError):
@@ -34,7 +34,7 @@ class UnreadableImageError(CorpusError):
 
 
 class CacheError(MovekdError):
-    """A cache is missing, incomplete, or does not fit what is asked of it."""
+    """A cache is missing, incomplete, or does not match the request."""
 
 
 class UnknownKeyError(CacheError, KeyError):
@@ -53,13 +53,13 @@ class WeightsError(MovekdError):
 
 
 class TrainingError(MovekdError):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
 
-    ``cutoff`` is how alike they must be, 0 to 1; long names that share a prefix need more.
+    ``cutoff`` is the least similarity, 0 to 1; long names that share a prefix need more.
     """
     near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""

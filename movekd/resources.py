@@ -1,7 +1,6 @@
-"""Files that ship beside the code: cache_specs/ and pipelines/.
+"""Find the files that ship with the code: cache_specs/ and pipelines/.
 
-In a checkout they lie at its top level, where people look for them; in a wheel they lie
-under ``movekd/_resources``. ``resource_dir`` finds either.
+A checkout has them at its top level, a wheel under ``movekd/_resources``.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ def resource_dir(name: str) -> Path:
     """Return the folder ``name`` ("cache_specs" or "pipelines").
 
     Raises:
-        MovekdError: neither the checkout nor the wheel holds it.
+        MovekdError: the folder is missing.
     """
     for candidate in (_PACKAGE / "_resources" / name, _PACKAGE.parent / name):
         if candidate.is_dir():

@@ -1,8 +1,8 @@
-"""Draw random numbers at a seed without disturbing anybody, or being disturbed.
+"""Run code at a fixed random seed, then restore PyTorch's CPU generator.
 
-Libraries draw initial weights from PyTorch's CPU generator, of which a process has one. Whoever
-needs numbers that depend on a seed alone takes it through ``seeded``. All other code of movekd that
-may run beside that, in another thread, draws from generators of its own.
+Libraries draw initial weights from that generator, and a process has only one. Code whose numbers
+must depend only on a seed runs inside ``seeded``. All other code of movekd that may run meanwhile
+in another thread uses its own generator.
 """
 
 import threading
@@ -16,10 +16,10 @@ _drawing = threading.RLock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with PyTorch's CPU generator at ``seed`` and put its state back in the end.
+    """Run with PyTorch's CPU generator at ``seed``, and restore its state at the end.
 
-    One thread at a time does so; others wait. Equal numbers for equal seeds are promised as long as
-    no thread outside of movekd draws from the generator meanwhile: nothing can keep it from that.
+    Only one thread at a time does so; others wait. Equal seeds give equal numbers as long as no
+    thread outside of movekd draws from the generator meanwhile, which movekd cannot prevent.
     """
     with _drawing:
         state = torch.random.get_rng_state()

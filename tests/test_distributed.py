@@ -1,11 +1,13 @@
-"""Tests of movekd.distributed: which process speaks, and what a restart is."""
+"""Tests of movekd.distributed: which process prints, what a restart is, what ranks exchange."""
 
 import sys
 
 import pytest
+import torch
 
 from movekd import distributed
 from movekd.cli.main import main
+from movekd.errors import ConfigError
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_alone_and_without_torchruns_folder_everything_is_said(monkeypatch, tmp_
         for _ in range(2):
             assert distributed.should_print("the same")
         assert distributed.launch_id() is None
-    assert distributed.is_first()
+    assert distributed.is_main_process()
 
 
 def test_a_launch_stays_the_same_over_its_restarts_and_processes(be):
@@ -51,7 +53,7 @@ def test_a_launch_stays_the_same_over_its_restarts_and_processes(be):
             for local_rank in (0, 1):
                 be(attempt, local_rank, launch)
                 names.add(distributed.launch_id())
-                assert distributed.is_first() == (local_rank == 0)
+                assert distributed.is_main_process() == (local_rank == 0)
     assert len(names) == 2
 
 
@@ -62,3 +64,27 @@ def test_wrong_words_are_shown_once(be, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             main()
     assert capsys.readouterr().err.count("No such option") == 1
+
+
+def test_a_single_process_needs_no_connection():
+    assert distributed.gather("a") == ["a"]
+    assert distributed.broadcast_decision(lambda: "b") == "b"
+    assert distributed.sum_over_ranks(torch.tensor(3.0)) == 3
+    assert distributed.mean_over_ranks(torch.tensor(3.0), 0) == 3
+    distributed.destroy_process_group()
+
+
+def test_the_connection_is_closed():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert distributed.gather("a") == ["a"]
+    assert distributed.sum_over_ranks(torch.tensor(3.0)) == 3
+    assert distributed.mean_over_ranks(torch.tensor(3.0), 5) == 3
+    with pytest.raises(ConfigError, match="no"):
+        distributed.broadcast_decision(refuse)
+    distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
+
+
+def refuse():
+    raise ConfigError("no")

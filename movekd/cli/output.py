@@ -80,7 +80,7 @@ def progress_bar() -> Iterator[Progress]:
 
     Only rank 0 shows it; with ``-q`` no process does.
     """
-    if _verbosity < 0 or not distributed.is_first():
+    if _verbosity < 0 or not distributed.is_main_process():
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():

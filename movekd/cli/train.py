@@ -47,16 +47,15 @@ def train(
 
     resolved = load_config(config, override)
     if dry_run:
-        if distributed.is_first() and json:
+        if distributed.is_main_process() and json:
             print_json(resolved.model_dump(mode="json"))
-        elif distributed.is_first():
+        elif distributed.is_main_process():
             typer.echo(resolved.to_yaml())
         return
     quiet_libraries()
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
         return
-    from movekd.train.group import leave
     from movekd.train.run import train as run
 
     with progress_bar() as progress:
@@ -69,8 +68,8 @@ def train(
             allow_random_teachers=allow_random_teachers,
             progress=progress,
         )
-    leave()
-    if not distributed.is_first():
+    distributed.destroy_process_group()
+    if not distributed.is_main_process():
         return
     if json:
         facts = {"steps": summary.steps, "seconds": summary.seconds, "model": output / "model"}
@@ -86,7 +85,7 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
     from movekd.train.show_samples import show_samples
 
     shown = show_samples(config, number)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     if json:
         print_json([asdict(sample) for sample in shown])

@@ -1,8 +1,8 @@
-"""The losses of multi-teacher distillation, as pure functions on tensors.
+"""The losses of multi-teacher distillation, as functions on tensors.
 
-Features of teachers, tokens of the student and records of the routers come in; scalars and
-per-sample vectors go out. Nothing here reads a file or a config, or knows what a teacher is. Used
-by the trainer; every name below is also meant for outsiders.
+Input: teacher features, student tokens and the routers' records. Output: losses and what to log.
+Nothing here reads a file. ``objective`` holds the whole training loss; the names below are also
+for outsiders.
 """
 
 from movekd.distill.balance import (
@@ -11,17 +11,22 @@ from movekd.distill.balance import (
     choice_share,
     routing_statistics,
 )
-from movekd.distill.loss import KDTerms, effective_rank, kd_loss, token_statistics
+from movekd.distill.config import LossTermConfig
+from movekd.distill.kd import KDTerms, effective_rank, kd_loss, token_statistics
+from movekd.distill.objective import StudentOutput, register_loss_term
 from movekd.distill.sam_layout import released_sam_tokens
 from movekd.distill.weighting import teacher_weights, token_weights
 
 __all__ = [
     "KDTerms",
+    "LossTermConfig",
     "RoutingStatistics",
+    "StudentOutput",
     "balance_loss",
     "choice_share",
     "effective_rank",
     "kd_loss",
+    "register_loss_term",
     "released_sam_tokens",
     "routing_statistics",
     "teacher_weights",

@@ -1,8 +1,8 @@
-"""The loss that keeps the experts equally busy, and what to log about them.
+"""The balance loss, which keeps the experts equally busy, and how busy they are.
 
-A list of routings comes in, one a layer in depth order, each a pair of the router's probabilities
-and its one-hot choices (``student.routing(model)``, or any such pairs); a scalar or the shares of
-the experts go out. Used by the trainer.
+Input: one routing per layer, in depth order: the router's probabilities and its one-hot choices
+(``student.routing(model)``, or any such pairs). Output: a scalar, or the experts' shares. Used by
+``objective``.
 
 Dimensions: L layers with experts, B batch, N tokens with [CLS], E experts.
 """
@@ -18,7 +18,7 @@ from movekd.errors import ConfigError
 
 BalanceKind = Literal["batch", "sample"]
 Routings = Sequence[tuple[Tensor, Tensor]]
-"""One (probabilities_BNE, choice_BNE) a layer; B, N and E are the same in all."""
+"""One (probabilities_BNE, choice_BNE) per layer; B, N and E are the same in all."""
 
 
 class RoutingStatistics(NamedTuple):
@@ -26,7 +26,8 @@ class RoutingStatistics(NamedTuple):
 
     Attributes:
         share_LE: float32, share of the tokens that each expert of each layer got.
-        entropy_L: float32, entropy of these shares over log E: 1 equally busy, 0 one expert alone.
+        entropy_L: float32, entropy of these shares over log E: 1 if all are equally busy, 0 if
+            one expert gets every token.
     """
 
     share_LE: Tensor
@@ -47,12 +48,12 @@ def balance_loss(
       because two layers that collapsed onto different experts look balanced when pooled.
 
     Args:
-        routings: One a layer.
-        kind: One of the two.
-        share_LE: F of ``batch`` over all processes, i.e. the all-reduced mean of
-            ``choice_share(routings)``; None uses this process's own. F carries no gradient, so
-            with it the average of the processes' losses and gradients is exactly that of the
-            whole batch, as long as all hold equally many tokens.
+        routings: One per layer.
+        kind: ``sample`` or ``batch``.
+        share_LE: F of ``batch`` over all ranks, i.e. the all-reduced mean of
+            ``choice_share(routings)``; None: this rank's F. F carries no gradient, so
+            the average of the ranks' losses and gradients is exactly that of the whole batch, if
+            all ranks hold equally many tokens.
 
     Raises:
         ConfigError: an unknown kind, or no layer.

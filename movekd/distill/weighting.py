@@ -1,8 +1,7 @@
-"""Which tokens and which teachers count how much.
+"""Token and teacher weights for the KD loss.
 
-The anchor's [CLS] attention comes in and a weight a token goes out; teacher tokens and the
-anchor's [CLS] embedding come in and a weight a teacher goes out. Both go to ``loss.kd_loss``.
-Everything is computed in float32.
+Input: the anchor's [CLS] attention and [CLS] embedding, and teacher tokens. Output: a weight for
+each token and for each teacher, which ``kd.kd_loss`` takes. All arithmetic is float32.
 
 Dimensions: B batch, H heads, N patch tokens, D channels, T teachers, O = T - 1 teachers other
 than the anchor.
@@ -36,13 +35,13 @@ def token_weights(
     - ``softmax`` (official): softmax(a). **Sums** to 1 over the tokens, and is nearly uniform
       because a is a softmax already. Goes with ``kd_loss(combine="sum")``.
     - ``blend`` (revised): (1 - blend) + blend * min(N a / sum a, cap), renormalised to **mean** 1,
-      so that attention sinks cannot own the loss. Goes with ``kd_loss(combine="mean")``.
+      so that attention sinks cannot dominate the loss. Goes with ``kd_loss(combine="mean")``.
     - ``none``: ones. Goes with ``kd_loss(combine="mean")``; for the official sum pass no weights.
 
     Args:
         cls_attention_BHN: Attention of [CLS] to the patches, not negative, its own column dropped.
-        kind: One of the three.
-        blend: Share of the attention in ``blend``, 0..1.
+        kind: ``softmax``, ``blend`` or ``none``.
+        blend: Share of the attention in ``blend``, 0 to 1.
         cap: Largest multiple of the mean attention that ``blend`` lets a token have.
 
     Raises:
@@ -80,28 +79,28 @@ def teacher_weights(
       maximum above 0.8, softmax is applied a second time to the whole batch, which flattens it.
     - ``anchor_equal``: the anchor gets ``anchor_share``, the others equal parts of the rest.
     - ``equal``: every teacher gets 1 / T.
-    - ``similarity``: a teacher that sees the image as the anchor does counts more:
-      k_t / sum_s k_s, a sample, with k_t the linear CKA between the teacher's tokens and the
-      anchor's (1 for the anchor itself). It compares which tokens are alike, so that widths may
-      differ, and needs no adapter: made for heads on the student's side. No gradient.
-    - ``balanced``: a teacher whose loss is small is not drowned by the others:
-      (1 / L_t) / sum_s (1 / L_s), with L_t the mean of ``losses_BT`` over the batch; without
-      gradient. That is the direction of the gradient of sum_t log L_t, i.e. uncertainty weighting
-      with every variance at its optimum.
+    - ``similarity``: a teacher whose tokens are similar to the anchor's counts more:
+      k_t / sum_s k_s per sample, with k_t the linear CKA between the teacher's tokens and the
+      anchor's (1 for the anchor itself). CKA compares the similarity of token pairs, so widths may
+      differ and no adapter is needed: made for ``adapters: student``. No gradient.
+    - ``balanced``: a teacher with a small loss counts more:
+      (1 / L_t) / sum_s (1 / L_s), with L_t the mean of ``losses_BT`` over the batch. No gradient.
+      That is the direction of the gradient of sum_t log L_t, i.e. uncertainty weighting with
+      every variance at its optimum.
 
-    A lone anchor gets 1.
+    A single teacher gets 1.
 
     Args:
-        tokens_BND: One tensor a teacher, in the order of the result: the adapted tokens
-            (``anchor``), the targets on one grid (``similarity``). The others need the batch size
-            and the device alone.
-        kind: One of the five.
+        tokens_BND: One tensor per teacher, in the order of the result: the adapted tokens
+            (``anchor``), the targets on one grid (``similarity``). The others need only the batch
+            size and the device.
+        kind: One of the above.
         cls_BD: The anchor's [CLS] embedding; needed by ``anchor``.
         anchor: Position of the anchor.
         anchor_share: Weight of the anchor.
         losses_BT: Each teacher's loss before its weight; needed by ``balanced``.
-        has_targets_B: bool; samples without targets stay out of the mean over the batch, and
-            what they hold is not looked at.
+        has_targets_B: bool; False leaves a sample out of the mean over the batch, whatever it
+            holds.
 
     Raises:
         ConfigError: an unknown kind, ``anchor`` without ``cls_BD``, ``similarity`` with tokens on

@@ -1,8 +1,8 @@
-"""student.yaml: one training run, checked and resolved.
+"""Read student.yaml, which describes one training run, check it and fill in its defaults.
 
-Comes in from YAML and ``--set a.b=c``; goes to every part of pipeline 2, and is written beside
-the output with every default filled in. ``recipe`` sets the defaults of the keys in which the
-released code (``official``) and this project (``revised``) differ; each is a key of its own.
+Input: YAML and ``--set a.b=c``. Output: a ``TrainConfig`` for all of pipeline 2, which is also
+written beside the results. ``recipe`` sets the defaults of the keys in which the released code
+(``official``) and this project (``revised``) differ.
 """
 
 import re
@@ -14,8 +14,10 @@ from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry
-from movekd.distill.weighting import ANCHOR_SHARE, TeacherWeighting, TokenWeighting
-from movekd.errors import ConfigError, did_you_mean
+from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
+from movekd.distill.objective import read_loss_terms
+from movekd.distill.weighting import ANCHOR_SHARE
+from movekd.errors import ConfigError
 from movekd.student.config import Recipe, StudentConfig
 
 Stage = Literal["distill", "pretrain", "finetune"]
@@ -57,83 +59,17 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""What `recipe` decides, unless student.yaml gives the key itself."""
+"""Defaults that `recipe` sets; a key in student.yaml overrides its default."""
 
 TRAINED: dict[Stage, tuple[Part, ...]] = {
     "distill": ("mole",),
     "pretrain": ("mole", "projector"),
     "finetune": ("mole", "projector", "vision_tower", "language_model"),
 }
-"""Parts that learn in each stage, unless `trained` says otherwise. Adapters and heads always do."""
-
-WITH_ANCHOR_SHARE: tuple[TeacherWeighting, ...] = ("anchor", "anchor_equal")
-"""Teacher weightings that give the anchor a fixed share."""
+"""Default of `trained`: the parts that learn in each stage. Adapters and heads always learn."""
 
 ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
-"""Parts that a student without a language model has."""
-
-
-class DistillConfig(FrozenModel):
-    """What is learned from the teachers. Null keys take the recipe's value."""
-
-    teachers: list[str] = Field(min_length=1, description="Groups of the cache, by name.")
-    anchor: str = Field(
-        default="clip", description="The teacher whose [CLS] weighs tokens and teachers."
-    )
-    kd_weight: float | None = Field(
-        default=None, ge=0, description="Of the KD loss. official: 0.5; revised: 2."
-    )
-    adapters: Literal["teacher", "student"] | None = Field(
-        default=None,
-        description="teacher: adapted teacher tokens against the student's (official). student: a "
-        "head a teacher predicts its tokens (revised).",
-    )
-    targets: Literal["raw", "standardised", "scaled"] | None = Field(
-        default=None,
-        description="raw features (official), standardised by the cache's channel statistics "
-        "(revised), or scaled: less the channel means, over one number a teacher.",
-    )
-    grid: Literal["native", "student"] | None = Field(
-        default=None,
-        description="native: the cache's own grid, mixed over tokens by the adapter (official). "
-        "student: area-averaged to the student's grid (revised).",
-    )
-    token_weighting: TokenWeighting | None = Field(
-        default=None, description="softmax (official), blend (revised) or none."
-    )
-    token_blend: float = Field(
-        default=0.5, ge=0, le=1, description="Share of attention in `blend`."
-    )
-    teacher_weighting: TeacherWeighting | None = Field(
-        default=None,
-        description="anchor (official), anchor_equal, equal (revised), similarity to the anchor, "
-        "or balanced by the losses.",
-    )
-    anchor_share: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Weight of the anchor in `anchor` and `anchor_equal`; the other teachers share "
-        "the rest. Null: 0.8, as released (`--kd_memory_w`).",
-    )
-    sam_layout: Literal["plain", "released"] = Field(
-        default="plain",
-        description="Order of the tokens of teacher 'sam' on the way to its adapter. released: as "
-        "the released code scrambles them, which the adapters of its checkpoints expect; with "
-        "adapters: teacher on the native grid alone.",
-    )
-    views: Literal["base", "all"] = Field(
-        default="base",
-        description="base: only the whole image is distilled. all: its tiles as well (llava_next, "
-        "or stage distill), from a cache of views anyres.",
-    )
-
-    @field_validator("teachers")
-    @classmethod
-    def _no_teacher_twice(cls, teachers: list[str]) -> list[str]:
-        if len(set(teachers)) < len(teachers):
-            raise ValueError("a teacher is named twice")
-        return teachers
+"""The parts of a student without a language model."""
 
 
 class DataConfig(FrozenModel):
@@ -142,42 +78,49 @@ class DataConfig(FrozenModel):
     shards: Path = Field(description="Folder that `movekd shards pack` wrote.")
     conversations: list[Path] = Field(
         default_factory=list,
-        description="LLaVA JSON files; empty: those packed with the images. Stage distill needs "
+        description="LLaVA JSON files; empty: those packed with the images. Stage distill takes "
         "none: it sees every image of the corpus.",
     )
     geometry: Geometry | None = Field(
         default=None,
-        description="Must be the cache's, so that all see the same field. Null: crop; for "
-        "llava_next stretch.",
+        description="Must be the cache's, so that student and teachers see the same pixels. Null: "
+        "crop; for llava_next stretch.",
     )
     group_by_modality_length: bool | None = Field(
         default=None,
-        description="Each step holds samples with images, or text-only ones, and its micro-batches "
+        description="A step holds only samples with images or only text, and its micro-batches "
         "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
     )
-    model_max_length: int = Field(default=2048, gt=0, description="Longer samples are cut.")
+    model_max_length: int = Field(default=2048, gt=0, description="Cut longer samples, in tokens.")
 
 
 class TrainConfig(FrozenModel):
     """One run."""
 
-    recipe: Recipe = Field(description="Sets defaults: `official` as released, `revised` as ours.")
+    recipe: Recipe = Field(
+        description="Set of defaults: official as released, revised as this project's."
+    )
     stage: Stage = Field(
-        description="pretrain (stage 1) or finetune (stage 2); distill trains the encoder on "
-        "cached targets alone, without a language model."
+        description="pretrain (stage 1) or finetune (stage 2); distill trains only the encoder, on "
+        "cached targets, without a language model."
     )
     student: StudentConfig
     distill: DistillConfig | None = Field(
         default=None, description="Null trains without distillation."
     )
+    loss_terms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further loss terms, by the name they were registered under: "
+        "`{name: {weight: 0.1}}`.",
+    )
     data: DataConfig
     init_from: Path | None = Field(
-        default=None, description="Output of an earlier stage, to go on from."
+        default=None, description="Output of an earlier stage, whose weights to start from."
     )
     trained: list[Part] | None = Field(
         default=None,
         description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
-        "in distill (the vision tower where there is no mole).",
+        "in distill (vision_tower if mole is null).",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of transformers.TrainingArguments."
@@ -196,14 +139,14 @@ class TrainConfig(FrozenModel):
         defaults = RECIPES[self.recipe]
         student, distill = self.student, self.distill
         if student.mole is not None:
-            student = student.model_copy(update={"mole": _fill(student.mole, defaults["mole"])})
+            student = student.model_copy(update={"mole": fill(student.mole, defaults["mole"])})
             if student.mole is not None and student.mole.lora_alpha is None:
                 alpha = {"lora_alpha": float(student.mole.r)}
                 student = student.model_copy(update={"mole": student.mole.model_copy(update=alpha)})
         if distill is not None:
-            distill = _fill(distill, defaults["distill"])
+            distill = fill(distill, defaults["distill"])
             if distill.teacher_weighting in WITH_ANCHOR_SHARE:
-                distill = _fill(distill, {"anchor_share": ANCHOR_SHARE})
+                distill = fill(distill, {"anchor_share": ANCHOR_SHARE})
         if student.prompt is None:
             prompt = "v1" if self.stage == "finetune" else "plain"
             student = student.model_copy(update={"prompt": prompt})
@@ -220,7 +163,14 @@ class TrainConfig(FrozenModel):
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
             trained = trained or ["vision_tower"]
-        update = {"student": student, "distill": distill, "data": data, "trained": trained}
+        terms = read_loss_terms(self.loss_terms)
+        update = {
+            "student": student,
+            "distill": distill,
+            "loss_terms": {name: keys.model_dump(mode="json") for name, keys in terms.items()},
+            "data": data,
+            "trained": trained,
+        }
         return self.model_copy(update=update)
 
     def to_yaml(self) -> str:
@@ -229,13 +179,13 @@ class TrainConfig(FrozenModel):
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Return the resolved run that a YAML file and ``a.b=c`` overrides describe.
+    """Return the resolved run of a YAML file and ``a.b=c`` overrides.
 
-    Relative paths that exist beside the YAML file are taken from there, others from the working
-    directory; hub ids stay as they are.
+    A relative path may start beside the YAML file or in the working directory; hub ids stay as
+    they are.
 
     Raises:
-        ConfigError: a wrong key or value; names the key and the nearest right one.
+        ConfigError: a wrong key or value, named with the nearest right one.
     """
     content = read_yaml(path)
     for override in overrides or []:
@@ -259,16 +209,16 @@ def _check(config: TrainConfig) -> None:
             "training.bf16: true to compute in bfloat16), or bfloat16."
         )
     if config.stage == "distill":
-        _check_encoder_alone(config)
+        _check_encoder_only(config)
     elif student.language_model is None:
         raise ConfigError(
             f"key 'student.language_model' is missing; stage {config.stage} needs a hub id or a "
-            "directory there. Only stage: distill does without."
+            "directory there. Only stage: distill needs none."
         )
     if "mole" in (config.trained or []) and student.mole is None:
         raise ConfigError(
-            "trained names 'mole', but student.mole is null; give student.mole its keys, or take "
-            "'mole' out of trained."
+            "trained names 'mole', but student.mole is null; set student.mole, or take 'mole' out "
+            "of trained."
         )
     if student.architecture == "llava_next" and config.data.geometry != "stretch":
         raise ConfigError(
@@ -280,43 +230,13 @@ def _check(config: TrainConfig) -> None:
         return
     if distill.views == "all" and student.architecture == "llava" and config.stage != "distill":
         raise ConfigError(
-            "distill.views is 'all', but student.architecture: llava looks at the whole image "
-            "alone. Set architecture: llava_next, or views: base."
+            "distill.views is 'all', but student.architecture: llava looks only at "
+            "the whole image. Set architecture: llava_next, or views: base."
         )
-    if distill.anchor not in distill.teachers and (
-        distill.token_weighting != "none" or distill.teacher_weighting not in ("equal", "balanced")
-    ):
-        raise ConfigError(
-            f"distill.anchor '{distill.anchor}' is not among distill.teachers "
-            f"({', '.join(distill.teachers)}).{did_you_mean(distill.anchor, distill.teachers)} "
-            "Add it, or set token_weighting: none and teacher_weighting: equal (or balanced)."
-        )
-    if distill.anchor_share is not None and distill.teacher_weighting not in WITH_ANCHOR_SHARE:
-        raise ConfigError(
-            f"distill.anchor_share is {distill.anchor_share}, but teacher_weighting: "
-            f"{distill.teacher_weighting} gives the anchor no share of its own. Leave it out, or "
-            "set teacher_weighting: anchor (or anchor_equal)."
-        )
-    if distill.teacher_weighting == "similarity" and distill.grid == "native":
-        raise ConfigError(
-            "distill.teacher_weighting: similarity compares teachers token by token and needs "
-            "distill.grid: student."
-        )
-    if distill.sam_layout == "released" and (
-        distill.adapters != "teacher" or distill.grid != "native" or "sam" not in distill.teachers
-    ):
-        raise ConfigError(
-            "distill.sam_layout: released is for adapters: teacher, grid: native and a teacher "
-            "'sam', as in recipe official with sam; set it to plain, or set those."
-        )
-    if distill.adapters == "student" and distill.grid == "native":
-        raise ConfigError(
-            "distill.adapters: student predicts token by token and needs distill.grid: student; "
-            "only adapters: teacher can mix a native grid."
-        )
+    check_distill(distill)
 
 
-def _check_encoder_alone(config: TrainConfig) -> None:
+def _check_encoder_only(config: TrainConfig) -> None:
     """Refuse keys that mean nothing without a language model.
 
     Raises:
@@ -324,7 +244,7 @@ def _check_encoder_alone(config: TrainConfig) -> None:
     """
     if config.distill is None:
         raise ConfigError(
-            "stage: distill learns from cached targets alone, but distill is null; name "
+            "stage: distill learns only from cached targets, but distill is null; name "
             "distill.teachers, or choose stage: pretrain."
         )
     others = [part for part in config.trained or [] if part not in ENCODER_PARTS]
@@ -336,25 +256,19 @@ def _check_encoder_alone(config: TrainConfig) -> None:
     if config.data.conversations:
         raise ConfigError(
             "data.conversations is given, but stage: distill takes every image of data.shards and "
-            "reads no text; leave it out, or pack those images into shards of their own."
+            "reads no text; leave it out, or pack those images into other shards."
         )
     if config.data.group_by_modality_length:
         raise ConfigError(
-            "data.group_by_modality_length sorts by text, and stage: distill has none; leave it "
-            "out."
+            "data.group_by_modality_length groups samples by their text, and stage: distill reads "
+            "none; leave it out."
         )
 
 
 def _number(value: Any) -> Any:
-    """Return `2e-5` as a number: YAML 1.1 takes it for text, because it has no dot."""
+    """Return `2e-5` as a number; YAML 1.1 reads it as text, because it has no dot."""
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*\d[eE][-+]?\d+", value)
     return float(value) if is_number else value
-
-
-def _fill(keys: Any, defaults: dict[str, Any]) -> Any:
-    """Return ``keys`` with every null taken from ``defaults``."""
-    missing = {key: value for key, value in defaults.items() if getattr(keys, key) is None}
-    return keys.model_copy(update=missing)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -375,7 +289,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Make paths that exist beside the YAML file, or from here, absolute; leave hub ids alone."""
+    """Make paths absolute that exist beside the YAML file or in the working directory."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, list):

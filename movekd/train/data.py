@@ -1,10 +1,11 @@
-"""The join: conversations -> image bytes (by offset, from the tar) and targets (by row).
+"""Join conversations with their images and cached targets, and collate batches of them.
 
-Samples are joined by key, never by order. A sample is a conversation; its images and their targets
-are read when its batch is collated, in the DataLoader's workers: one batched read a teacher.
+A sample is a conversation. Its images (by offset, from the tar) and their targets (by row) are
+joined by key, never by order. The DataLoader's workers read them when they collate a batch: one
+batched read per teacher.
 
-Legend: B samples, L tokens of text, V views of the batch's images (LLaVA-1.5: one an image), I
-views with targets, C H W a view.
+Legend: B samples, L tokens of text, V views of the batch's images (LLaVA-1.5: one per image), I
+views with targets, C H W the pixels of a view.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,12 @@ from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import check_conversation
 from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.train.config import DataConfig
-from movekd.train.encoder_data import naming_image
+from movekd.train.encoder_data import name_bad_image
 from movekd.train.sampler import EMPTY
 
 
 class TokenSource(Protocol):
-    """What a conversation needs of a student to become tokens."""
+    """The part of a student that turns a conversation into tokens."""
 
     @property
     def tokenizer(self) -> Any:
@@ -43,7 +44,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised conversation and where its images and targets lie."""
+    """One tokenised conversation and the positions of its images and targets."""
 
     key: str
     input_ids: list[int]
@@ -51,28 +52,28 @@ class Sample:
     images: list[int]
     """Positions in the corpus."""
     rows: list[int]
-    """Rows of the cache, an image's one after the other; empty without distillation."""
+    """Rows of the cache, image after image; empty without distillation."""
 
 
 class ConversationDataset(Dataset[Sample]):
     """Conversations of a corpus, every image of which is present in corpus and cache.
 
     Args:
-        conversations: what is said about images.
+        conversations: the texts, with the names of their images.
         corpus: holds the images.
         cache: holds their targets; None without distillation.
-        teachers: whose targets.
-        student: what tokenises, and says how many tokens an image has.
-        prompt: how conversations become text.
-        recipe: whose labels.
-        max_length: longer samples are cut.
-        target_views: which views of an image have targets.
+        teachers: the teachers to read targets of.
+        student: tokenises, and counts the tokens of an image.
+        prompt: the format that turns conversations into text.
+        recipe: decides which tokens have labels.
+        max_length: cut longer samples, in tokens.
+        target_views: the views of an image that have targets.
 
     Raises:
-        ConfigError: there is no conversation, or one whose images do not fit its text or
+        ConfigError: no conversation was given, or the images of one do not match its text or
             ``max_length``; names it.
-        UnknownKeyError: an image is in no shard, or not in the cache; names some.
-        CacheError: the cache has skipped an image that is needed; names some.
+        UnknownKeyError: an image is missing from the shards or the cache; names some.
+        CacheError: the cache has skipped an image that a conversation uses; names some.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class ConversationDataset(Dataset[Sample]):
         self._num_tokens = student.count_tokens(widths, heights)
         self._num_rows = num_views(widths, heights, target_views)
         self._check_images()
-        self._rows: NDArray[np.int64] | None = None  # of the base views; the tiles' follow them
+        self._rows: NDArray[np.int64] | None = None  # of the base views; the rows of tiles follow
         if cache is not None:
             self._rows = cache.rows(names) if names else np.empty(0, np.int64)
             for teacher in teachers:
@@ -111,7 +112,7 @@ class ConversationDataset(Dataset[Sample]):
             _refuse_skipped(cache, teachers, names, self._rows, self._num_rows)
 
     def _check_images(self) -> None:
-        """Find now what would stop the run at some later step."""
+        """Check all images now, so that none stops the run at a later step."""
         for position, conversation in enumerate(self.conversations):
             images = slice(self._starts[position], self._starts[position + 1])
             num_tokens = int(self._num_tokens[images].sum())
@@ -164,7 +165,7 @@ class ConversationDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples -> one batch of model input, with the teachers' targets as they are stored."""
+    """Turn samples into one batch of model input, with targets as the cache stores them."""
 
     corpus: Corpus
     transform: ImageTransform
@@ -172,9 +173,9 @@ class Collator:
     teachers: tuple[str, ...]
     pad_token_id: int
     views: Views = "base"
-    """The views that the student looks at."""
+    """The views that the student sees."""
     target_views: Views = "base"
-    """Those of them that have targets."""
+    """The views that have targets."""
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return the keyword arguments of ``DistillModel.forward``.
@@ -204,14 +205,14 @@ class Collator:
             "attention_mask": attention_mask,
             "keys": [sample.key for sample in samples],
             "targets": targets,
-            **self._see(images),
+            **self._image_inputs(images),
         }
 
-    def _see(self, images: list[int]) -> dict[str, Any]:
-        """Return pixel_values, image_sizes and target_views of some images."""
+    def _image_inputs(self, images: list[int]) -> dict[str, Any]:
+        """Return pixel_values, image_sizes and target_views of the given images."""
         seen = []
         for image in images:
-            with naming_image(self.corpus, image):
+            with name_bad_image(self.corpus, image):
                 seen.append(self.transform.see(self.corpus.read_image(image), self.views))
         inputs: dict[str, Any] = dict.fromkeys(("pixel_values", "image_sizes", "target_views"))
         if not seen:
@@ -221,7 +222,7 @@ class Collator:
             inputs["image_sizes"] = [(image.height, image.width) for image in seen]
         if self.views != self.target_views:
             counts = torch.tensor([len(image.pixels_VCHW) for image in seen])
-            inputs["target_views"] = counts.cumsum(0) - counts  # where each base view stands
+            inputs["target_views"] = counts.cumsum(0) - counts  # position of each base view
         return inputs
 
 
@@ -229,7 +230,7 @@ def read_conversations(data: DataConfig, corpus: Corpus) -> list[Conversation]:
     """Return the conversations of the given files, or those packed with the images.
 
     Raises:
-        ConfigError: there are none, or a file is malformed.
+        ConfigError: the corpus has none, or a file is malformed.
     """
     paths = list(data.conversations)
     if not paths and corpus.conversations_path is not None:
@@ -259,5 +260,5 @@ def _refuse_skipped(
             raise CacheError(
                 f"teacher '{teacher}' has no features of {len(np.unique(rows[images]))} images "
                 f"that the conversations use, '{names[images[0]]}' first ({skipped[row]}). Take "
-                "them out of data.conversations, or mend the images and build the cache anew."
+                "them out of data.conversations, or repair the images and build the cache again."
             )

@@ -1,9 +1,9 @@
-"""What stage distill learns from: every view of a corpus and its targets, without text.
+"""Read the data of stage distill: every view of a corpus with its targets, without text.
 
-A sample is one view of one image; image and targets are read when its batch is collated, in the
-DataLoader's workers. Images that a teacher could not read are left out.
+A sample is one view of one image. The DataLoader's workers read image and targets when they collate
+a batch. Images that a teacher could not read are left out.
 
-Legend: I samples of a batch, C H W an image.
+Legend: I samples of a batch, C H W the pixels of a view.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ from movekd.errors import CacheError, UnreadableImageError
 from movekd.train.sampler import EMPTY
 
 
-class View(NamedTuple):
-    """One view of an image and where its targets lie."""
+class EncoderSample(NamedTuple):
+    """One view of an image and the position of its targets."""
 
     key: str
     image: int
@@ -35,17 +35,17 @@ class View(NamedTuple):
     """Row of the cache."""
 
 
-class ViewDataset(Dataset[View]):
-    """The images of a corpus that every teacher has features of.
+class EncoderDataset(Dataset[EncoderSample]):
+    """The images of a corpus for which every teacher has features.
 
     Args:
         corpus: the images.
-        cache: holds all of them, or it is an error.
-        teachers: whose targets are needed.
-        views: anyres makes every tile a sample, too; the cache must hold them.
+        cache: holds the targets of all of them.
+        teachers: the teachers to read targets of.
+        views: anyres: every tile is a sample, too; the cache must hold the tiles.
 
     Raises:
-        UnknownKeyError: an image is not in the cache; names some.
+        UnknownKeyError: an image is missing from the cache; names some.
         CacheError: no image is left, or a teacher was sealed for other images.
     """
 
@@ -59,7 +59,7 @@ class ViewDataset(Dataset[View]):
         self._keys = corpus.index["key"]
         base_rows = cache.rows(self._keys.combine_chunks())
         images, numbers = list_views(corpus.index["width"], corpus.index["height"], views)
-        rows = base_rows[images] + numbers  # an image's views stand one after the other
+        rows = base_rows[images] + numbers  # the views of an image are consecutive rows
         skipped: set[int] = set()
         for teacher in teachers:
             cache[teacher].require_images(cache.catalog)
@@ -76,24 +76,24 @@ class ViewDataset(Dataset[View]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, position: int) -> View:
+    def __getitem__(self, position: int) -> EncoderSample:
         if position == EMPTY:
-            return View("(filled up)", EMPTY, 0, 0)
+            return EncoderSample("(filled up)", EMPTY, 0, 0)
         image = int(self._images[position])
         view, row = int(self._views[position]), int(self._rows[position])
-        return View(self._keys[image].as_py(), image, view, row)
+        return EncoderSample(self._keys[image].as_py(), image, view, row)
 
 
 @dataclass(frozen=True)
-class ViewCollator:
-    """Views -> one batch of model input, with the teachers' targets as they are stored."""
+class EncoderCollator:
+    """Turn samples into one batch of model input, with targets as the cache stores them."""
 
     corpus: Corpus
     transform: ImageTransform
     cache: FeatureCache
     teachers: tuple[str, ...]
 
-    def __call__(self, samples: Sequence[View]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[EncoderSample]) -> dict[str, Any]:
         """Return the keyword arguments of ``DistillModel.forward``.
 
         Keys: keys (for error messages); pixel_values float32 (I, C, H, W); targets: teacher ->
@@ -105,7 +105,7 @@ class ViewCollator:
         rows = [sample.row for sample in samples]
         pixels = []
         for sample in samples:
-            with naming_image(self.corpus, sample.image):
+            with name_bad_image(self.corpus, sample.image):
                 pixels.append(self.transform(self.corpus.read_image(sample.image), sample.view))
         return {
             "keys": [sample.key for sample in samples],
@@ -115,8 +115,8 @@ class ViewCollator:
 
 
 @contextmanager
-def naming_image(corpus: Corpus, image: int) -> Iterator[None]:
-    """Say which image of the corpus it is that cannot be decoded."""
+def name_bad_image(corpus: Corpus, image: int) -> Iterator[None]:
+    """Add the image's key and its corpus to the error of an image that cannot be decoded."""
     try:
         yield
     except UnreadableImageError as error:

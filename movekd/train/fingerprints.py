@@ -1,7 +1,8 @@
-"""What a run reads, in checksums: a resume, and every process, must read the same.
+"""Checksums of what a run reads: a resume, and every rank, must read the same.
 
-OUTPUT/inputs.json holds what ``inputs_of`` returns: corpus, conversations, each teacher's features,
-the samples of a step, and the order of grouped samples. Paths are not in it: data may move.
+``input_fingerprints`` returns what OUTPUT/inputs.json holds: checksums of corpus, conversations and
+each teacher's features, the samples per step, and the order of grouped samples. Paths are not part
+of it: data may move.
 """
 
 import hashlib
@@ -20,10 +21,10 @@ GROUPED_ORDER = "grouped per step"
 """Name of the order in which grouped samples train; another name is another order."""
 
 
-def inputs_of(
+def input_fingerprints(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, global_batch_size: int
 ) -> dict[str, Any]:
-    """Return what tells this run's input from any other, wherever it lies."""
+    """Return checksums of a run's input; the same input elsewhere has the same ones."""
     paths = list(config.data.conversations)
     if not paths and corpus.conversations_path is not None and config.stage != "distill":
         paths = [corpus.conversations_path]
@@ -42,10 +43,10 @@ def inputs_of(
 
 
 def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
-    """Refuse processes that read other data than the first one, as a node with an old copy would.
+    """Refuse ranks that read other data than rank 0, for example from an old copy on their node.
 
     Raises:
-        ConfigError: says what differs, and where.
+        ConfigError: names the rank and what differs.
     """
     for number, found in enumerate(inputs):
         changed = [key for key in found if found[key] != inputs[0].get(key)]
@@ -56,31 +57,31 @@ def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
-    """Refuse to go on with other data than a run was begun with.
+def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to resume a run with other data than it was started with.
 
     Raises:
         ConfigError: says what differs.
     """
     path = output_dir / INPUTS_FILE
-    if not path.exists():  # begun before there was such a file
+    if not path.exists():  # a run of an older version
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
     except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; begin anew in another --output.") from None
+        raise ConfigError(f"{path} is damaged; start again in another --output.") from None
     if "global_batch_size" in changed:
         raise ConfigError(
-            f"{output_dir} was begun with {old.get('global_batch_size')} samples a step, and this "
-            f"is {inputs['global_batch_size']} (processes x per_device_train_batch_size x "
+            f"{output_dir} was begun with {old.get('global_batch_size')} samples per step, and "
+            f"this is {inputs['global_batch_size']} (processes x per_device_train_batch_size x "
             "gradient_accumulation_steps). Choose the last two so that the product is the old one."
         )
     if "order" in changed:
         raise ConfigError(
             f"{output_dir} was begun with another order of samples "
             f"({old.get('order', 'grouped over many steps')}; now: {inputs.get('order')}), and a "
-            "resume would see some samples twice and others never. Begin anew in another --output."
+            "resume would see some samples twice and others never. Start again in another --output."
         )
     if changed:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""FSDP2: a run whose model lies in pieces on several GPUs, asked for and checked.
+"""Check that FSDP2 shards the model if the config asks for it, and gather its parameters.
 
-Used by ``run``. Not run on GPUs yet; the files for it are in pipelines/accelerate.
+Used by ``run``. FSDP2 has not been run on several GPUs yet; its files are in pipelines/accelerate.
 """
 
 import os
@@ -14,13 +14,13 @@ from movekd.errors import ConfigError
 
 
 def is_fsdp_asked_for(arguments: TrainingArguments) -> bool:
-    """Return whether `training.fsdp` or `accelerate launch` wants the model in pieces."""
+    """Return whether `training.fsdp` or `accelerate launch` asks to shard the model."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return launched or bool(arguments.fsdp)
 
 
 def refuse_fsdp_on_cpu(arguments: TrainingArguments) -> None:
-    """Refuse what would quietly be another run.
+    """Refuse FSDP on a CPU, where accelerate would silently use DDP instead.
 
     Raises:
         ConfigError: FSDP is asked for on a CPU.
@@ -28,16 +28,16 @@ def refuse_fsdp_on_cpu(arguments: TrainingArguments) -> None:
     if is_fsdp_asked_for(arguments) and arguments.device.type == "cpu":
         raise ConfigError(
             "FSDP2 was asked for, but this run is on a CPU: accelerate enables FSDP on "
-            "accelerators only and would quietly train with DDP. Run it on GPUs, or with torchrun "
+            "accelerators only and would silently train with DDP. Run it on GPUs, or with torchrun "
             "and without training.fsdp."
         )
 
 
 def require_fsdp2(arguments: TrainingArguments, accelerator: Any) -> None:
-    """Refuse a run whose model is not in pieces although it should be.
+    """Refuse a run that asks for FSDP and whose model is not sharded by FSDP2.
 
     Raises:
-        ConfigError: says what accelerate chose instead.
+        ConfigError: names what accelerate chose instead.
     """
     if is_fsdp_asked_for(arguments) and not accelerator.is_fsdp2:
         raise ConfigError(
@@ -48,7 +48,7 @@ def require_fsdp2(arguments: TrainingArguments, accelerator: Any) -> None:
 
 
 def gather_parameters(model: nn.Module) -> None:
-    """Make every parameter whole again where FSDP2 has cut it; every process must come here."""
+    """Gather the parameters that FSDP2 has sharded; every rank must call this."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()

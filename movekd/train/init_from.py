@@ -1,7 +1,7 @@
-"""`init_from`: what an earlier stage learned, loaded into the model that goes on with it.
+"""Load what an earlier stage learned (`init_from`) into the model of this run.
 
-Only what an earlier run learned lies in its folder. The rest is its base models, and experts that
-grew on one base are another model on another: so the earlier run's own config must agree.
+The folder of a run holds only the parts that learned. They fit only the base models that they were
+trained on, so the earlier run's config must name the same ones.
 """
 
 import filecmp
@@ -26,12 +26,12 @@ from movekd.train.config import ENCODER_PARTS, TrainConfig
 _MOLE_KEYS = ("num_experts", "r", "lora_alpha", "use_gate")
 
 
-def load_earlier(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
-    """Load what ``config.init_from`` learned; return the parts that it had files of.
+def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
+    """Load what ``config.init_from`` learned; return the parts that were loaded.
 
     Raises:
-        ConfigError: that run stood on another base, or its experts computed something else.
-        WeightsError: there is no finished run, or its parts do not fit.
+        ConfigError: that run has another base model, or experts of another kind.
+        WeightsError: the folder holds no finished run, or its parts do not fit.
     """
     assert config.init_from is not None
     directory = config.init_from / "model"
@@ -50,13 +50,13 @@ def load_earlier(config: TrainConfig, student: Student, adapters: nn.Module) -> 
 
 
 def check_same_base(config: TrainConfig, directory: Path) -> None:
-    """Refuse to put what was learned on one model onto another.
+    """Refuse to load parts that were trained on another base model.
 
     Raises:
-        ConfigError: names the key, its value there and here.
+        ConfigError: names the key, and its value in both runs.
     """
     if not (directory / CONFIG_FILE).exists():
-        raise WeightsError(f"{directory} holds no {CONFIG_FILE}; it is no finished run.")
+        raise WeightsError(f"{directory} holds no {CONFIG_FILE}; it is not a finished run.")
     earlier: dict[str, Any] = read_yaml(directory / CONFIG_FILE).get("student") or {}
     now = config.student.model_dump(mode="json")
     bases = {
@@ -79,20 +79,20 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
             continue
         raise ConfigError(
             f"init_from {config.init_from} was trained with student.{key} '{then}', and this run "
-            f"has '{found}': what was learned there would be put onto another model. Set "
+            f"has '{found}': its weights do not fit this model. Set "
             f"student.{key}: {then}."
         )
 
 
 def _in_folder(base: Any, directory: Path) -> Any:
-    """Return where a base model lies: those of an import are in its own folder."""
+    """Return the path of a base model; an import holds its base models in its own folder."""
     if isinstance(base, str) and base.startswith("base/") and (directory / base).is_dir():
         return str((directory / base).resolve())
     return base
 
 
 def _is_same_folder(one: str, other: str) -> bool:
-    """Return whether two paths are one folder, or copies with files of equal names and bytes."""
+    """Return whether two paths are the same folder, or folders with identical weight files."""
     first, second = Path(one), Path(other)
     if not first.is_dir() or not second.is_dir():
         return False
@@ -105,7 +105,7 @@ def _is_same_folder(one: str, other: str) -> bool:
 
 
 def _load_encoder(directory: Path, student: Student) -> list[str]:
-    """Load what an earlier stage learned in the tower; its other parts are not for an encoder."""
+    """Load what an earlier stage learned in the vision tower, and no other part."""
     files = {part: directory / PART_FILES[part] for part in ENCODER_PARTS}
     found = {part: path for part, path in files.items() if path.exists()}
     if not found:

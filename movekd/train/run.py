@@ -1,7 +1,7 @@
-"""One training run, from a resolved config to a model that `evaluate` and `ask` load.
+"""Train one run, from a resolved config to a model that `evaluate` and `ask` load.
 
-Where it goes is said in ``output``. No teacher is loaded here, and no teacher code imported:
-targets come from the cache.
+Input: config, corpus and cache. Output: a run directory (see ``run_dir``). No teacher is loaded
+and no teacher code imported: the targets are read from the cache.
 """
 
 import json
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from movekd import distributed
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
+from movekd.distill.objective import Objective, read_loss_terms
+from movekd.distributed import broadcast_decision, gather, is_dead_peer_error, launch_id
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import (
     CONFIG_FILE,
@@ -30,27 +31,30 @@ from movekd.student.checkpoint import (
 from movekd.student.vlm import Student, build_encoder, build_vlm
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
-from movekd.train.encoder_data import ViewCollator, ViewDataset
-from movekd.train.fingerprints import check_inputs, inputs_of, require_same_inputs
+from movekd.train.encoder_data import EncoderCollator, EncoderDataset
+from movekd.train.fingerprints import (
+    input_fingerprints,
+    require_same_inputs,
+    require_unchanged_inputs,
+)
 from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
-from movekd.train.group import decide, gather, is_of_a_lost_process
-from movekd.train.init_from import load_earlier
+from movekd.train.init_from import load_init_from
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.run_dir import LOG_FILE, begin_output, delete_run, prepare_output
+from movekd.train.run_dir import LOG_FILE, delete_run, plan_start, write_run_files
 from movekd.train.trainer import DistillTrainer
-from movekd.train.training_args import divide_step, samples_a_step, training_arguments
+from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
-        output_dir: where everything went.
-        steps: optimizer steps in all, those before a resume included.
-        seconds: of the training, since it began or was resumed.
+        output_dir: the run directory.
+        steps: all optimizer steps, also those before a resume.
+        seconds: training time since the run started or was resumed.
         log: every logged step, in order.
     """
 
@@ -61,8 +65,8 @@ class TrainSummary:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
-    """Raise what a DataLoader's worker or another process has met without its traceback."""
+def _short_errors() -> Iterator[None]:
+    """Raise errors of DataLoader workers and dead ranks again, without their tracebacks."""
     try:
         yield
     except MovekdError as error:
@@ -71,17 +75,17 @@ def _in_words() -> Iterator[None]:
             raise
         raise type(error)(re.sub(r"^[\w.]+: ", "", last)) from None
     except RuntimeError as error:
-        if not is_of_a_lost_process(error):
+        if not is_dead_peer_error(error):
             raise
         raise TrainingError(
             f"another process of this run has ended ({str(error).splitlines()[0]}); expected all "
-            "to stay until the end. If it said nothing, it was killed, for want of memory perhaps. "
-            "Give --resume to go on from the last checkpoint; torchrun --max-restarts does so by "
-            "itself."
+            "to stay until the end. If it printed no error, it was killed, perhaps for lack of "
+            "memory. Give --resume to continue from the last checkpoint; torchrun --max-restarts "
+            "does so by itself."
         ) from None
 
 
-@_in_words()
+@_short_errors()
 def train(
     config: TrainConfig,
     output_dir: Path,
@@ -94,48 +98,51 @@ def train(
 ) -> TrainSummary:
     """Train to the end, and save the model.
 
-    Interrupted and resumed, a run ends with the weights of an uninterrupted one, bit for bit on
-    CPU. What torchrun starts again goes on with the run as if ``resume`` were given, and with the
-    samples of each step, in as many processes as there are then.
+    A run that was interrupted and resumed ends with the weights of an uninterrupted one, bit for
+    bit on CPU. A restart by torchrun resumes the run without ``resume``, with the same samples in
+    each step, also in another number of processes.
 
     Args:
         config: the resolved run.
-        output_dir: where everything goes.
-        cache_url: the feature cache, a folder or URL; needed where the config distils.
-        resume: go on from the last checkpoint in ``output_dir``.
+        output_dir: the run directory.
+        cache_url: the feature cache, a folder or URL; needed if the config distils.
+        resume: continue from the last checkpoint in ``output_dir``.
         overwrite: delete an earlier run in ``output_dir``.
-        allow_random_teachers: take targets of teachers with random weights (tests, benchmarks).
-        progress: called with what is being done, steps done, steps in all.
+        allow_random_teachers: accept targets of teachers with random weights (tests, benchmarks).
+        progress: called with the name of the stage, the steps done and all steps.
 
     Raises:
-        MovekdError: config, corpus and cache do not fit each other; says which key differs.
-        TrainingError: the loss is no longer a number, or another process has ended.
+        MovekdError: config, corpus and cache do not match; names the key that differs.
+        TrainingError: the loss is NaN or infinite, or another process has ended.
     """
-    arguments = training_arguments(config, output_dir)  # from here on the processes are connected
+    arguments = training_arguments(config, output_dir)  # this connects the ranks
     refuse_fsdp_on_cpu(arguments)
-    launches = gather(distributed.launch_id())
-    start = decide(
-        lambda: prepare_output(config, output_dir, launches, resume=resume, overwrite=overwrite)
+    launches = gather(launch_id())
+    start = broadcast_decision(
+        lambda: plan_start(config, output_dir, launches, resume=resume, overwrite=overwrite)
     )
-    if start.samples not in (None, samples_a_step(arguments)):
+    if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
     corpus = open_corpus(config.data.shards)
     cache = _open_targets(config, cache_url, allow_random_teachers)
-    inputs = inputs_of(config, corpus, cache, samples_a_step(arguments))
+    inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
     require_same_inputs(gather(inputs))
     if start.checkpoint is not None:
-        decide(lambda: check_inputs(output_dir, inputs))
+        broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
-    trainer = _trainer(config, model, dataset, collator, arguments)
+    try:
+        trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+    except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
+        raise ConfigError(f"training: {error}") from None
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
-        if start.is_overwriting:  # not before all the rest was found to fit
+        if start.is_overwriting:  # only now: all checks have passed
             delete_run(output_dir)
         names = config.distill.teachers if config.distill is not None else ()
         teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
-        begin_output(output_dir, config, inputs, launches, teachers)
+        write_run_files(output_dir, config, inputs, launches, teachers)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
@@ -154,33 +161,20 @@ def train(
 
 
 class _ShowProgress(TrainerCallback):
-    """Hands the Trainer's steps to the command line's progress."""
+    """Reports the Trainer's steps to the command line's progress bar."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what, self._progress = what, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show one more step."""
+        """Report one more step."""
         self._progress(f"train {self._what}", state.global_step, state.max_steps)
-
-
-def _trainer(
-    config: TrainConfig,
-    model: DistillModel,
-    dataset: ConversationDataset | ViewDataset,
-    collator: Collator | ViewCollator,
-    arguments: TrainingArguments,
-) -> DistillTrainer:
-    try:
-        return DistillTrainer(config, model, dataset, collator, args=arguments)
-    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is not installed
-        raise ConfigError(f"training: {error}") from None
 
 
 def _open_targets(
     config: TrainConfig, cache_url: str | Path | None, allow_random_teachers: bool
 ) -> FeatureCache | None:
-    """Return the cache that a run distils from, checked against the config."""
+    """Return the cache that a run distils from, after checking it against the config."""
     if config.distill is None:
         return None
     if cache_url is None:
@@ -216,8 +210,8 @@ def _open_targets(
 
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
-) -> tuple[ConversationDataset, Collator] | tuple[ViewDataset, ViewCollator]:
-    """Return the samples of a run, and what makes batches of them."""
+) -> tuple[ConversationDataset, Collator] | tuple[EncoderDataset, EncoderCollator]:
+    """Return the data set and the collator of a run."""
     teachers = () if config.distill is None else tuple(config.distill.teachers)
     assert config.data.geometry is not None
     transform = student.image_transform(config.data.geometry)
@@ -226,8 +220,8 @@ def build_data(
         target_views = "anyres"
     if config.stage == "distill":
         assert cache is not None
-        dataset = ViewDataset(corpus, cache, teachers, target_views)
-        return dataset, ViewCollator(corpus, transform, cache, teachers)
+        dataset = EncoderDataset(corpus, cache, teachers, target_views)
+        return dataset, EncoderCollator(corpus, transform, cache, teachers)
     assert config.student.prompt is not None
     conversations = ConversationDataset(
         read_conversations(config.data, corpus),
@@ -252,27 +246,34 @@ def build_data(
 
 
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
-    """Return the model with what an earlier stage learned, and only what is to learn unfrozen."""
-    is_encoder_alone = config.stage == "distill"
-    student = build_encoder(config.student) if is_encoder_alone else build_vlm(config.student)
+    """Return the model with the weights of ``init_from``; only `trained` parts have gradients."""
+    is_encoder_only = config.stage == "distill"
+    student = build_encoder(config.student) if is_encoder_only else build_vlm(config.student)
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
-    mole = config.student.mole
-    balance = mole.balance if mole is not None and mole.balance is not None else "batch"
-    model = DistillModel(student, config.distill, shapes, balance)
+    model = DistillModel(student, objective_of(config), shapes)
     if config.init_from is not None:
-        model.loaded_parts = load_earlier(config, student, model.adapters)
+        model.loaded_parts = load_init_from(config, student, model.adapters)
     trained = config.trained or []
     for name, parameter in student.vlm.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
     return model, student
 
 
+def objective_of(config: TrainConfig) -> Objective:
+    """Return the loss that a resolved config asks for."""
+    mole, terms = config.student.mole, read_loss_terms(config.loss_terms)
+    if mole is None:
+        return Objective(config.distill, extra_terms=terms)
+    assert mole.balance is not None
+    return Objective(config.distill, mole.balance, mole.balance_weight, terms)
+
+
 def _save_model(
     config: TrainConfig, directory: Path, model: DistillModel, student: Student
 ) -> None:
-    """Write every part that learned, in this stage or in one before it."""
+    """Write every part that learned, in this stage or an earlier one."""
     parts = {*(config.trained or []), *model.loaded_parts}
     if config.stage == "distill":
         parts &= set(ENCODER_PARTS)

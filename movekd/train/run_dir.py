@@ -1,14 +1,14 @@
-"""The output folder of a run: begun, gone on with, replaced, and never lost unasked.
+"""Create, resume or overwrite a run directory.
 
 OUTPUT/
-  config.yaml       the run, every default filled in
-  inputs.json       what it reads: checksums of corpus, conversations and each teacher's features
-  launches.json     the starts of torchrun that have worked on it, if any
+  config.yaml       the run, with every default filled in
+  inputs.json       checksums of corpus, conversations and each teacher's features
+  launches.json     the launches of torchrun that have worked on the run
   targets.json      the teachers that it distils from, as `movekd cache ls --json` lists them
   log.json          every logged step, when the run has ended
-  checkpoint-N/     Trainer's, for --resume
+  checkpoint-N/     checkpoints of transformers' Trainer, for --resume
   runs/             TensorBoard
-  model/            what this run ends with (see student.files)
+  model/            the trained parts (see student.checkpoint)
 """
 
 import json
@@ -34,7 +34,7 @@ from movekd.train.trainer import CHECKPOINT_FILE
 LAUNCHES_FILE = "launches.json"
 LOG_FILE = "log.json"
 TARGETS_FILE = "targets.json"
-_OF_A_RUN = (
+_RUN_FILES = (
     CONFIG_FILE,
     INPUTS_FILE,
     LAUNCHES_FILE,
@@ -45,7 +45,7 @@ _OF_A_RUN = (
     "checkpoint-*",
 )
 
-_FREE_TO_CHANGE = (
+_CHANGEABLE_KEYS = (
     "training.dataloader_num_workers",
     "training.dataloader_pin_memory",
     "training.dataloader_prefetch_factor",
@@ -54,73 +54,73 @@ _FREE_TO_CHANGE = (
     "training.report_to",
     "training.run_name",
     "training.save_",
-    "training.gradient_accumulation_steps",  # these two by way of global_batch_size
+    "training.gradient_accumulation_steps",  # these two: global_batch_size is compared
     "training.per_device_train_batch_size",
 )
-"""Keys, or how they begin, that do not change what a run ends with."""
-_OF_A_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys, or prefixes of keys, that a resume may change: the trained model stays the same."""
+_BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class Start(NamedTuple):
-    """How a run begins."""
+class RunStart(NamedTuple):
+    """How a run starts."""
 
     checkpoint: Path | None
-    """What to go on from; None begins anew."""
+    """Checkpoint to resume from; None: start from the beginning."""
     samples: int | None
-    """Samples a step that the run was begun with, where only the processes may differ since."""
+    """Samples per step to keep, of a resumed run; None: as the config says."""
     is_overwriting: bool
-    """Whether files of an earlier run are to be deleted first."""
+    """Whether to delete the files of an earlier run first."""
 
 
-def prepare_output(
+def plan_start(
     config: TrainConfig,
     output_dir: Path,
     launches: Sequence[str | None] = (),
     *,
     resume: bool,
     overwrite: bool,
-) -> Start:
-    """Return how the run in a folder begins or goes on; deletes nothing yet.
+) -> RunStart:
+    """Return how the run in a folder starts; this deletes nothing yet.
 
     Args:
         config: the resolved run.
         output_dir: its folder.
-        launches: the start of torchrun that each process is of. One that the run was begun under
-            goes on with it, whatever the next two say.
-        resume: go on with the run that is there.
+        launches: the ``launch_id`` of every rank. A restart by torchrun resumes the run, whatever
+            the next two say.
+        resume: continue the run in the folder.
         overwrite: replace it.
 
     Raises:
-        ConfigError: there is a run here already, or another one than the config describes, or
-            something that is no run and would be overwritten.
+        ConfigError: the folder holds a run and neither flag is given, or a run of another config,
+            or files that are not a run's and would be overwritten.
     """
     if is_restart(output_dir, launches):
         resume, overwrite = True, False
     if overwrite:
         _refuse_to_delete(config, output_dir)
     if overwrite or not (output_dir / CONFIG_FILE).exists():
-        return Start(None, None, overwrite)
+        return RunStart(None, None, overwrite)
     if not resume:
         raise ConfigError(
-            f"{output_dir} holds a run already; give --resume to go on with it, --overwrite to "
+            f"{output_dir} holds a run already; give --resume to continue it, --overwrite to "
             "delete it, or another --output."
         )
     old = _with_new_keys(read_yaml(output_dir / CONFIG_FILE))
     new = yaml.safe_load(config.to_yaml())
-    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_FREE_TO_CHANGE)]
+    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_CHANGEABLE_KEYS)]
     if changed:
         raise ConfigError(
             f"{output_dir} was begun with another config: {', '.join(changed)} differ. Give the "
             f"old values (in {output_dir / CONFIG_FILE}), or another --output."
         )
-    return Start(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
+    return RunStart(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
 
 
 def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
-    """Return whether torchrun has begun the run in a folder and now starts its processes again.
+    """Return whether torchrun started the run in a folder and now restarts its processes.
 
-    Nodes may come and go, but one start of torchrun that has worked on the run is still among
-    ``launches``, those of all distributed. Where torchrun keeps no folder, its count says.
+    Nodes may join and leave, but ``launches`` of all ranks still holds one launch that has worked
+    on the run. Without torchrun's folder, its restart count decides.
     """
     if not any(launches):
         return distributed.num_restarts() > 0
@@ -129,7 +129,7 @@ def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
 
 def delete_run(output_dir: Path) -> None:
     """Delete the files of an earlier run, and no others."""
-    for pattern in _OF_A_RUN:
+    for pattern in _RUN_FILES:
         for path in output_dir.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -137,17 +137,17 @@ def delete_run(output_dir: Path) -> None:
                 path.unlink()
 
 
-def begin_output(
+def write_run_files(
     output_dir: Path,
     config: TrainConfig,
     inputs: dict[str, Any],
     launches: Sequence[str | None] = (),
     teachers: Sequence[TeacherStatus] = (),
 ) -> None:
-    """Note what this run is, what it distils from, and which starts of torchrun worked on it."""
+    """Write the files that describe a run: config, inputs, teachers and launches."""
     output_dir.mkdir(parents=True, exist_ok=True)
     known = sorted({name for name in launches if name} | _launches(output_dir))
-    if known:  # first, so that a restart finds it with whatever else is there
+    if known:  # first: a restart must find it, if it finds anything
         _write(output_dir / LAUNCHES_FILE, json.dumps(known) + "\n")
     _write(output_dir / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
     table = json.dumps([asdict(teacher) for teacher in teachers], indent=1)
@@ -156,40 +156,40 @@ def begin_output(
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None."""
+    """Return the newest complete checkpoint, or None."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # the state is written last
+            continue  # not complete: Trainer writes the state last
         if number and (path / CHECKPOINT_FILE).exists():
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
 
 
 def _samples_to_keep(old: dict[str, Any], config: TrainConfig, output_dir: Path) -> int | None:
-    """Return the samples a step that a run was begun with, unless the config divides it anew."""
+    """Return the samples per step of a run so far; None if the config's batch keys changed."""
     before = old.get("training") or {}
-    if any(before.get(key) != config.training.get(key) for key in _OF_A_BATCH):
+    if any(before.get(key) != config.training.get(key) for key in _BATCH_KEYS):
         return None
     try:
         inputs = json.loads((output_dir / INPUTS_FILE).read_text(encoding="utf-8"))
         return int(inputs["global_batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):  # of an older run, or cut off at its start
+    except (OSError, ValueError, KeyError, TypeError):  # an older run, or one killed at its start
         return None
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all: a process may be killed meanwhile."""
+    """Write a file atomically: a process that is killed meanwhile leaves no half of it."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def _launches(output_dir: Path) -> set[str]:
-    """Return the starts of torchrun that have worked on the run in a folder."""
+    """Return the launches of torchrun that have worked on the run in a folder."""
     try:
         return set(json.loads((output_dir / LAUNCHES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -197,16 +197,16 @@ def _launches(output_dir: Path) -> set[str]:
 
 
 def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
-    """Refuse to overwrite what is no run, or what this run stands on.
+    """Refuse to overwrite a folder that is not a run, or the run that ``init_from`` names.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: names the folder.
     """
     if output_dir.is_dir() and any(output_dir.iterdir()):
         if not (output_dir / CONFIG_FILE).exists():
             raise ConfigError(
-                f"{output_dir} holds files but no {CONFIG_FILE} of a run, so --overwrite leaves it "
-                "alone. Give another --output, or empty it yourself."
+                f"{output_dir} holds files but no {CONFIG_FILE} of a run, so --overwrite does not "
+                "delete it. Give another --output, or empty it yourself."
             )
         if config.init_from is not None and output_dir.resolve() in (
             config.init_from.resolve(),
@@ -219,11 +219,11 @@ def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
 
 
 def _with_new_keys(old: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config with the defaults of keys that are younger than the run."""
+    """Return a run's config with defaults for keys that are newer than the run."""
     try:
         resolved = validate(TrainConfig, old, CONFIG_FILE).resolved()
     except ConfigError:
-        return old  # the keys that differ are named to the user
+        return old  # the caller names the keys that differ
     return dict(yaml.safe_load(resolved.to_yaml()))
 
 

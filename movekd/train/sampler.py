@@ -1,7 +1,7 @@
-"""The order of samples: `(seed, epoch)` fixes one global order, and the processes slice it.
+"""Order the samples of an epoch: seed and epoch fix one global order, which the ranks slice.
 
-A sampler yields positions in the data set. Which samples make up a step depends on nothing but the
-seed, the epoch and the samples per step, so a run can resume with another number of processes.
+A sampler yields positions in the data set. The samples of a step depend only on the seed, the epoch
+and the samples per step, so a run can resume with another number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,24 +11,24 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 EMPTY = -1
-"""Position of a sample that holds nothing."""
+"""Position of an empty sample, which fills a batch."""
 Order = npt.NDArray[np.int64]
 
 
 class GlobalOrderSampler(Sampler[int]):
-    """Every sample once per epoch, shuffled, and ``EMPTY`` until all processes have full batches.
+    """Yield every sample once per epoch, shuffled, then ``EMPTY`` until all batches are full.
 
-    accelerate would fill up with samples that were seen already, and some would count twice.
+    Without it accelerate repeats samples to fill the last batches, and some count twice.
 
     Args:
         num_samples: length of the data set.
         seed: of the order, together with the epoch.
         global_batch_size: samples per optimizer step, over all processes.
-        lengths: words per sample, negative for text-only ones. The samples of a step are then of
-            one modality. None shuffles plainly.
-        micro_batch_size: samples that one process takes at once. With ``lengths``, the
-            micro-batches of a step hold about as many words each. Default: the whole step.
-        multiple_of: samples of a micro-batch over all processes.
+        lengths: words per sample, negative for text-only ones. The samples of a step then have
+            one modality. None: a plain shuffle.
+        micro_batch_size: samples per rank and forward pass. With ``lengths``, the micro-batches
+            of a step hold about equally many words. Default: the whole step.
+        multiple_of: samples of a micro-batch over all ranks.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GlobalOrderSampler(Sampler[int]):
         self._lengths = None if lengths is None else np.asarray(lengths, np.int64)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is of."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -72,13 +72,13 @@ def modality_length_order(
 
     The samples of a step are drawn at random from one modality. Length only decides which
     micro-batch of the step a sample goes to, so a step keeps the mixture of tasks and of lengths.
-    The last draw of each modality comes at the end, in the order of the data set; up to two steps
-    are therefore mixed.
+    The last draw of each modality is put at the end, in the order of the data set, so up to two
+    steps mix modalities.
 
     Args:
         lengths: words per sample, not 0; negative for text-only samples.
         batch_size: samples per optimizer step.
-        micro_batch_size: samples that one process takes at once; divides ``batch_size``.
+        micro_batch_size: samples per rank and forward pass; divides ``batch_size``.
         random: draws three permutations, or one where all samples are of one modality: of the
             samples with images, of those without, and of the steps.
 
@@ -100,10 +100,10 @@ def modality_length_order(
 
 
 def _balance(step: Order, lengths: Order, micro_batch_size: int, batch_size: int) -> Order:
-    """Return the samples of a step, so divided into micro-batches that each has as many words.
+    """Return the samples of a step, divided into micro-batches with about equally many words.
 
     From the longest sample to the shortest, each goes to the micro-batch with the fewest words that
-    still has room. What cannot be divided evenly is dealt out in turn instead.
+    still has room. If the sizes are uneven, the samples are dealt out in turn instead.
     """
     num_parts = batch_size // micro_batch_size
     descending = step[np.argsort(-lengths[step], kind="stable")]

@@ -1,7 +1,7 @@
-"""Training samples as people can check them: their tokens, and which of them are learned.
+"""Show training samples as tokens, with the learned tokens marked, for people to check.
 
-Input: a resolved run. Output: some of its samples. Used by `movekd train --show-samples`; loads the
-tokenizer and the vision tower's config, no weights.
+Input: a resolved run. Output: some of its samples. Used by `movekd train --show-samples`. It loads
+the tokenizer and the vision tower's config, but no weights.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class ShownSample:
     """One training sample.
 
     Attributes:
-        id: of the conversation.
+        id: id of the conversation.
         images: names of its images.
-        input_ids: as the model gets them.
+        input_ids: the model's input.
         labels: -100 for tokens that are not learned.
         pieces: the tokens as the tokenizer writes them.
-        num_samples: of the whole run.
+        num_samples: number of samples of the whole run.
     """
 
     id: str
@@ -58,7 +58,7 @@ class ShownSample:
 
 
 def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
-    """Return ``number`` samples at equal distances in the conversations; all, if there are fewer.
+    """Return ``number`` samples at equal distances in the conversations, or all if that is fewer.
 
     Raises:
         ConfigError: the run reads no text, or a conversation cannot be tokenised.

@@ -1,4 +1,4 @@
-"""`training:` of a config -> transformers.TrainingArguments, with this project's defaults."""
+"""Turn `training:` of a config into transformers.TrainingArguments, with movekd's defaults."""
 
 from dataclasses import MISSING
 from pathlib import Path
@@ -12,8 +12,8 @@ from movekd.errors import ConfigError, did_you_mean
 from movekd.train.config import TrainConfig
 
 OLDEST_TRANSFORMERS = "5.19"
-"""Before it, Trainer divides by the accumulation steps once more, and LLaVA drops the image
-features that it is handed; neither says so."""
+"""Older versions silently divide the loss by the accumulation steps once more, and their LLaVA
+drops the image features that it is given."""
 
 _DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
@@ -26,27 +26,27 @@ _DEFAULTS: dict[str, Any] = {
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
 }
-"""What `training:` leaves out. As in LLaVA's scripts where those say something."""
+"""Defaults of `training:`, from LLaVA's scripts where these set a value."""
 
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Names until transformers 5.22 or so; where the new ones exist, the old ones warn."""
+"""Old name -> new name, since about transformers 5.23, where the old names warn."""
 
 
 def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
     """Return the arguments of a run.
 
     Raises:
-        ConfigError: a key or value that transformers does not take, or a version of it that would
-            train something else.
+        ConfigError: transformers does not take a key or value, or its version computes another
+            loss.
     """
     found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if found < tuple(int(part) for part in OLDEST_TRANSFORMERS.split(".")):
         raise ConfigError(
             f"transformers is {transformers.__version__}; expected {OLDEST_TRANSFORMERS} or newer, "
-            "because older ones scale losses differently without a word. Upgrade it."
+            "because older ones silently scale losses differently. Upgrade it."
         )
     fields = TrainingArguments.__dataclass_fields__
     keys = _DEFAULTS | config.training
@@ -58,7 +58,7 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         if key not in fields:
             near = did_you_mean(key, fields)
             raise ConfigError(
-                f"training.{key} is no argument of transformers.TrainingArguments.{near}"
+                f"training.{key} is not an argument of transformers.TrainingArguments.{near}"
             )
         default = fields[key].default
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
@@ -74,40 +74,43 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
             output_dir=str(output_dir),
             remove_unused_columns=False,
             dataloader_pin_memory=keys.pop("dataloader_pin_memory", has_accelerator),
-            use_cpu=keys.pop("use_cpu", not has_accelerator),  # or torchrun runs P runs of one
-            logging_nan_inf_filter=False,  # compute_loss stops at such a loss and says where
+            use_cpu=keys.pop(
+                "use_cpu", not has_accelerator
+            ),  # else torchrun would start P separate runs
+            logging_nan_inf_filter=False,  # compute_loss stops at NaN and names the samples
             **keys,
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"training: {_first_line(error)}") from None
 
 
-def samples_a_step(arguments: TrainingArguments) -> int:
-    """Return the samples of one optimizer step, over all processes."""
+def global_batch_size(arguments: TrainingArguments) -> int:
+    """Return the samples per optimizer step, over all ranks."""
     at_once: int = arguments.train_batch_size * arguments.world_size
     return at_once * int(arguments.gradient_accumulation_steps)
 
 
 def divide_step(config: TrainConfig, arguments: TrainingArguments, samples: int) -> TrainConfig:
-    """Return the config with ``samples`` a step, divided over the processes that there are now.
+    """Return the config with ``samples`` per step, divided over the present number of ranks.
 
-    No process sees more at once than the config says; what is over becomes accumulation steps.
+    The batch of a rank grows no larger than the config says; accumulation steps take the rest.
 
     Args:
         config: the resolved run.
-        arguments: what it is in this number of processes.
-        samples: of one optimizer step, over all processes.
+        arguments: its arguments in this number of ranks.
+        samples: samples per optimizer step, over all ranks.
 
     Raises:
-        ConfigError: the processes cannot share them evenly.
+        ConfigError: the ranks cannot share the samples evenly.
     """
     most = int(arguments.per_device_train_batch_size)
     num_shares = arguments.world_size * int(arguments.train_batch_size) // most
     share, rest = divmod(samples, num_shares)
     if rest:
         raise ConfigError(
-            f"the run was begun with {samples} samples a step, which {num_shares} processes cannot "
-            f"share evenly. Go on with a number of processes that divides {samples}."
+            f"the run was begun with {samples} samples per step, which {num_shares} "
+            f"processes cannot share evenly. Resume it with a number of processes that divides "
+            f"{samples}."
         )
     size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
     keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}

@@ -61,7 +61,7 @@ def test_its_commands_are_understood(student_yaml: Path) -> None:
 def test_the_tokens_of_the_page_are_those_that_are_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    code, _ = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     write_mistral(tmp_path / "lmsys/vicuna-7b-v1.5")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "training.md", "exec"), {})

@@ -13,6 +13,7 @@ from movekd.cache import open_cache
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
+from movekd.distill.objective import kd_terms
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from movekd.student.hf_loading import quiet_libraries
@@ -62,6 +63,18 @@ class Digits:
         model, student = build_model(config, cache)
         dataset, collator = build_data(config, open_corpus(config.data.shards), cache, student)
         return model, student, dataset, collator
+
+    @staticmethod
+    def terms(model, batch):
+        """Return the sum of each loss term of a batch, and each statistic, by name."""
+        model.measures_rank = True
+        return {name: value for name, value, *_ in model(**batch)}
+
+    @staticmethod
+    def kd(model, student_IND, targets):
+        """Return the KD loss of some tokens of the student, and that of each teacher."""
+        terms = kd_terms(model.objective.distill, model.compare(student_IND, targets))
+        return {name: value for name, value, *_ in terms}
 
     @staticmethod
     def weights(output):

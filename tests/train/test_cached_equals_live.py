@@ -20,6 +20,7 @@ from movekd.cache.grid import resize_tokens
 from movekd.cache.reader import TeacherTargets
 from movekd.cache.spec import load_spec
 from movekd.corpus.index import open_corpus
+from movekd.distill.objective import kd_terms
 from movekd.extract.image_loader import image_transform
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
@@ -76,7 +77,8 @@ def kd_gradients(model, pixels_ICHW, targets):
     with torch.no_grad():
         _, student_IND = image_features(model.vlm, pixels_ICHW)
     student_IND = student_IND.clone().requires_grad_()
-    model.kd_terms(student_IND, targets)["kd_sum"].backward()
+    terms = kd_terms(model.objective.distill, model.compare(student_IND, targets))
+    terms[0].sum.backward()
     return student_IND.grad.flatten(1)
 
 
@@ -90,7 +92,8 @@ def problems(setting, targets):
         if error_IN.max() > 1.05 * sealed[name] + 1e-4:  # another batch size, other last bits
             found.add("targets")
     cosine_I = F.cosine_similarity(
-        kd_gradients(model, pixels_ICHW, targets), kd_gradients(model, pixels_ICHW, live)
+        kd_gradients(model, pixels_ICHW, targets),
+        kd_gradients(model, pixels_ICHW, live),
     )
     if cosine_I.min() < LEAST_COSINE[codec]:
         found.add("gradient")

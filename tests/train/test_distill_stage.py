@@ -1,4 +1,4 @@
-"""Tests of stage distill: the encoder learns from cached targets alone."""
+"""Tests of stage distill: the encoder learns only from cached targets."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError, ConfigError, UnknownKeyError, WeightsError
 from movekd.student.checkpoint import load_student
-from movekd.train.encoder_data import ViewDataset
+from movekd.train.encoder_data import EncoderDataset
 
 
 def test_every_image_of_the_corpus_is_a_sample_with_its_own_targets(digits):
@@ -99,12 +99,12 @@ def test_skipped_images_are_left_out(digits, monkeypatch):
     corpus, cache = open_corpus(digits.data), open_cache(digits.cache)
     skipped = {2: "cannot be decoded", 5: "cannot be decoded"}
     monkeypatch.setattr(type(cache["sam"]), "skipped", skipped)
-    dataset = ViewDataset(corpus, cache, ["clip", "sam"])
+    dataset = EncoderDataset(corpus, cache, ["clip", "sam"])
     rows = {dataset[i].row for i in range(len(dataset))}
     assert rows == set(range(len(corpus))) - {2, 5}
     monkeypatch.setattr(type(cache["sam"]), "skipped", dict.fromkeys(range(len(corpus)), "no"))
     with pytest.raises(CacheError, match=r"of the 33 images .* none has features of all of clip"):
-        ViewDataset(corpus, cache, ["clip", "sam"])
+        EncoderDataset(corpus, cache, ["clip", "sam"])
 
 
 def test_an_encoder_alone_is_neither_asked_nor_made_from_a_projector(digits, tmp_path):

@@ -1,4 +1,4 @@
-"""Tests of movekd.train.fsdp: FSDP2 is asked for or refused, never quietly something else."""
+"""Tests of movekd.train.fsdp: FSDP2 is asked for or refused, never silently something else."""
 
 import json
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
+from movekd.distill.objective import count_units, step_loss
 from movekd.errors import ConfigError
 from movekd.resources import resource_dir
 from movekd.student.checkpoint import save_parts
@@ -23,7 +24,7 @@ def test_fsdp_on_a_cpu_is_refused_before_anything_is_written(digits, tmp_path, m
     with pytest.raises(ConfigError, match=r"FSDP2 was asked for, but this run is on a CPU"):
         digits.train(tmp_path / "run", "pretrain", "training.fsdp=true")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"accelerators only and would quietly train with DDP"):
+    with pytest.raises(ConfigError, match=r"accelerators only and would silently train with DDP"):
         digits.train(tmp_path / "run", "pretrain")
     assert not (tmp_path / "run").exists()
 
@@ -36,6 +37,34 @@ def test_what_accelerate_chose_instead_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"accelerate chose MULTI_GPU; expected FSDP of version"):
         require_fsdp2(arguments, chosen)
     require_fsdp2(arguments, SimpleNamespace(is_fsdp2=True, distributed_type="FSDP"))
+
+
+def test_a_sharded_model_learns_as_a_whole_one(digits, tmp_path):
+    """FSDP2 gathers the pieces again in backward only for tensors that it finds in the output."""
+    config = digits.config("distill")
+    gradients = {}
+    for kind in ("whole", "sharded"):
+        model, _, dataset, collator = digits.parts(config)
+        batch = collator([dataset[at] for at in range(3)])
+        batch.pop("keys")
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / kind}", rank=0, world_size=1
+        )
+        try:
+            if kind == "sharded":
+                fully_shard(model)
+            loss, _ = step_loss(model(**batch), count_units(batch), world_size=1)
+            loss.backward()
+        finally:
+            distributed.destroy_process_group()
+        gradients[kind] = {
+            name: getattr(p.grad, "_local_tensor", p.grad)
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.grad is not None
+        }
+    assert gradients["whole"].keys() == gradients["sharded"].keys()
+    for name, gradient in gradients["whole"].items():
+        torch.testing.assert_close(gradients["sharded"][name], gradient)
 
 
 def test_a_model_in_pieces_is_saved_whole(digits, tmp_path):

@@ -48,7 +48,7 @@ def test_experts_that_compute_something_else_are_refused(digits, tmp_path, first
 def test_another_base_is_refused_and_a_copy_of_the_same_is_not(digits, tmp_path, first):
     other = another_tower(digits, tmp_path / "other")
     begin = [f"init_from={first}", "training.max_steps=1"]
-    with pytest.raises(ConfigError, match=r"student\.vision_tower .* put onto another model"):
+    with pytest.raises(ConfigError, match=r"student\.vision_tower .* do not fit this model"):
         digits.train(tmp_path / "run", "finetune", *begin, f"student.vision_tower={other}")
     copied = tmp_path / "copied"
     shutil.copytree(digits.config().student.vision_tower, copied)

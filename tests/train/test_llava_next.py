@@ -12,6 +12,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
+from movekd.distill.objective import count_units
 from movekd.errors import ConfigError
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
@@ -95,16 +96,16 @@ def test_the_base_view_is_distilled_and_all_views_are_seen(digits, next_digits):
     assert len(batch["pixel_values"]) == 5 + 3 + 4
     assert batch["target_views"].tolist() == [0, 5, 8]
     assert [sample.rows for sample in samples] == [[3], [0], [8]]
-    terms = model(**batch)
-    assert terms["num_images"] == 3
+    terms = digits.terms(model, batch)
+    assert count_units(batch)[1] == 3
     with torch.no_grad():
         base_IND = torch.cat(
             [image_features_of_a_view(model, batch["pixel_values"][v]) for v in (0, 5, 8)]
         )
     names = [f"{number}.png" for number in (1, 0, 2)]
     targets = {name: cache[name].read(cache.rows(names)) for name in ("clip", "conv")}
-    expected = model.kd_terms(base_IND, targets)["kd_sum"]
-    torch.testing.assert_close(terms["kd_sum"], expected, rtol=1e-4, atol=1e-5)
+    expected = digits.kd(model, base_IND, targets)["kd"]
+    torch.testing.assert_close(terms["kd"], expected, rtol=1e-4, atol=1e-5)
 
 
 def image_features_of_a_view(model, pixels_CHW):
@@ -118,8 +119,8 @@ def test_all_views_are_distilled_where_the_cache_has_them(digits, next_digits):
     batch = collator([dataset[position] for position in (1, 7, 0)])  # 7 has no image
     batch.pop("keys")
     assert batch["target_views"] is None
-    terms = model(**batch)
-    assert terms["num_images"] == 8
+    terms = digits.terms(model, batch)
+    assert count_units(batch)[1] == 8
     rows = [int(cache.rows([f"{n}.png"], v)[0]) for n in (1, 0) for v in range(NUM_VIEWS[n])]
     assert rows == [3, 4, 5, 6, 7, 0, 1, 2]
     targets = {name: cache[name].read(rows) for name in ("clip", "conv")}
@@ -127,8 +128,8 @@ def test_all_views_are_distilled_where_the_cache_has_them(digits, next_digits):
         views_VND = torch.cat(
             [image_features_of_a_view(model, pixels) for pixels in batch["pixel_values"]]
         )
-    expected = model.kd_terms(views_VND, targets)["kd_sum"]
-    torch.testing.assert_close(terms["kd_sum"], expected, rtol=1e-4, atol=1e-5)
+    expected = digits.kd(model, views_VND, targets)["kd"]
+    torch.testing.assert_close(terms["kd"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_the_loss_of_transformers_own_way_in(digits, next_digits):
@@ -140,7 +141,9 @@ def test_text_is_the_loss_of_transformers_own_way_in(digits, next_digits):
     mean = model.vlm(**ids, **padded, labels=labels).loss
     batch.pop("keys")
     count = (labels[:, 1:] != -100).sum()
-    torch.testing.assert_close(model(**batch)["text_sum"] / count, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        digits.terms(model, batch)["text"] / count, mean, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_text_only_batches_give_zero_gradients_not_none(digits, next_digits):
@@ -148,8 +151,8 @@ def test_text_only_batches_give_zero_gradients_not_none(digits, next_digits):
     batch = collator([dataset[7]])
     batch.pop("keys")
     assert batch["pixel_values"] is None
-    terms = model(**batch)
-    (terms["text_sum"] + terms["kd_sum"]).backward()
+    terms = digits.terms(model, batch)
+    (terms["text"] + terms["kd"]).backward()
     newline = model.vlm.model.image_newline
     for parameter in (newline, *model.vlm.model.multi_modal_projector.parameters()):
         assert parameter.grad is not None
@@ -241,7 +244,7 @@ def test_stage_distill_takes_every_view(digits, next_digits, tmp_path):
         (
             ("distill.views=all", "student.architecture=llava"),
             "anyres",
-            r"views is 'all', but .*architecture: llava looks at the whole image alone",
+            r"views is 'all', but .*architecture: llava looks only at the whole image",
         ),
     ],
 )

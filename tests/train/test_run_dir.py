@@ -15,7 +15,7 @@ from movekd.errors import ConfigError
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from movekd.train.fingerprints import require_same_inputs
-from movekd.train.run_dir import Start, begin_output, prepare_output
+from movekd.train.run_dir import RunStart, plan_start, write_run_files
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=null")
 
@@ -52,7 +52,7 @@ def test_overwrite_leaves_alone_what_is_no_run(digits, tmp_path):
     thesis = tmp_path / "precious/thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years")
-    with pytest.raises(ConfigError, match=r"holds files but no config\.yaml.*leaves it alone"):
+    with pytest.raises(ConfigError, match=r"holds files but no config\.yaml.*does not delete it"):
         digits.train(thesis.parent, "pretrain", overwrite=True)
     digits.train(tmp_path / "run", "pretrain", "training.max_steps=1")
     (tmp_path / "run/notes.txt").write_text("mine")
@@ -107,7 +107,7 @@ def test_workers_and_the_division_of_a_batch_may_change_at_a_resume(digits, tmp_
 
 def test_another_batch_size_is_refused_at_a_resume(digits, tmp_path):
     interrupted(digits, tmp_path)
-    with pytest.raises(ConfigError, match=r"begun with 4 samples a step, and this is 2 "):
+    with pytest.raises(ConfigError, match=r"begun with 4 samples per step, and this is 2 "):
         digits.train(
             tmp_path, "pretrain", *SAVING, "training.per_device_train_batch_size=2", resume=True
         )
@@ -136,21 +136,23 @@ def test_a_restart_is_of_the_run_that_this_start_of_torchrun_has_begun(digits, t
     """Not of one that lay there before: that one is refused again, or overwritten if asked."""
     config = digits.config()
     started = {"resume": False, "overwrite": False}
-    begin_output(tmp_path, config, {"global_batch_size": 4}, ["a:1", "b:1"])
+    write_run_files(tmp_path, config, {"global_batch_size": 4}, ["a:1", "b:1"])
     for launches in (["a:1"], ["c:1", "b:1"], ["b:1", None]):  # nodes have gone and come
-        start = prepare_output(config, tmp_path, launches, resume=False, overwrite=True)
-        assert start == Start(None, 4, False)
+        start = plan_start(config, tmp_path, launches, resume=False, overwrite=True)
+        assert start == RunStart(None, 4, False)
     for launches in (["a:2", "b:2"], []):
         with pytest.raises(ConfigError, match="holds a run already"):
-            prepare_output(config, tmp_path, launches, **started)
-        start = prepare_output(config, tmp_path, launches, resume=False, overwrite=True)
+            plan_start(config, tmp_path, launches, **started)
+        start = plan_start(config, tmp_path, launches, resume=False, overwrite=True)
         assert start.is_overwriting
-    begin_output(tmp_path, config, {"global_batch_size": 4}, ["c:1", "b:1"])  # a has gone, b next
-    assert not prepare_output(config, tmp_path, ["c:1"], **started).is_overwriting
+    write_run_files(
+        tmp_path, config, {"global_batch_size": 4}, ["c:1", "b:1"]
+    )  # a has gone, b next
+    assert not plan_start(config, tmp_path, ["c:1"], **started).is_overwriting
 
 
-def test_samples_a_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
-    begin_output(tmp_path, digits.config(), {"global_batch_size": 24})
+def test_samples_per_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
+    write_run_files(tmp_path, digits.config(), {"global_batch_size": 24})
     for keys, samples in (
         ((), 24),
         (("training.dataloader_num_workers=1",), 24),
@@ -158,7 +160,7 @@ def test_samples_a_step_stay_unless_the_config_divides_them_anew(digits, tmp_pat
         (("training.gradient_accumulation_steps=6",), None),
     ):
         config = digits.config("pretrain", *keys)
-        assert prepare_output(config, tmp_path, resume=True, overwrite=False).samples == samples
+        assert plan_start(config, tmp_path, resume=True, overwrite=False).samples == samples
 
 
 def test_processes_that_read_other_data_are_refused():

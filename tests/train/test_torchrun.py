@@ -134,7 +134,7 @@ def test_who_loses_a_process_says_so_in_one_sentence(digits, tmp_path):
     assert [process.returncode for process in done] == [2, -signal.SIGKILL]
     (sentence,) = sentences(done[0])
     assert "another process of this run has ended" in sentence
-    assert "Give --resume to go on from the last checkpoint" in sentence
+    assert "Give --resume to continue from the last checkpoint" in sentence
     assert "Traceback" not in done[0].stderr
     assert sentences(done[1]) == []
 
@@ -225,7 +225,7 @@ def test_what_all_processes_must_refuse_is_one_sentence(digits, undisturbed):
     done = torchrun(*training(config, whole, digits.cache))
     assert done.returncode == 1
     assert sentences(done) == [
-        f"movekd: {whole} holds a run already; give --resume to go on with it, --overwrite to "
+        f"movekd: {whole} holds a run already; give --resume to continue it, --overwrite to "
         "delete it, or another --output."
     ]
     assert done.stderr.count("Traceback") == 1  # torchrun's own

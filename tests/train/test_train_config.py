@@ -140,10 +140,13 @@ def test_distill_trains_the_encoder_and_needs_no_language_model(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distill=null", r"learns from cached targets alone, but distill is null"),
+        ("distill=null", r"learns only from cached targets, but distill is null"),
         ("trained=[mole, projector]", r"trained names projector, which stage: distill does not"),
         ("data.conversations=[a.json]", r"takes every image of data\.shards and reads no text"),
-        ("data.group_by_modality_length=true", r"sorts by text, and stage: distill has none"),
+        (
+            "data.group_by_modality_length=true",
+            r"groups samples by their text, and stage: distill reads none",
+        ),
     ],
 )
 def test_distill_refuses_what_belongs_to_text(write, override, message):

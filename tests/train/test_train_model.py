@@ -11,11 +11,12 @@ from movekd.cache import open_cache
 from movekd.cache.codec import ChannelStats
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.targets import TeacherTargets
-from movekd.distill import released_sam_tokens, teacher_weights
+from movekd.distill import released_sam_tokens, teacher_weights, token_weights
+from movekd.distill.objective import Objective, count_answer_tokens, count_units
 from movekd.errors import ConfigError
 from movekd.student import TeacherAdapter, routing
 from movekd.student.vlm import image_features
-from movekd.train.model import DistillModel, TargetShape, check_targets, count_answer_tokens
+from movekd.train.model import DistillModel, TargetShape, check_targets
 
 REVISED = ()
 OFFICIAL = ("recipe=official",)
@@ -51,15 +52,15 @@ def text_by_hand(model, batch):
     return total, count
 
 
-def test_text_is_summed_over_answer_tokens(batch_of):
+def test_text_is_summed_over_answer_tokens(digits, batch_of):
     _, model, batch = batch_of()
     expected, count = text_by_hand(model, batch)
-    terms = model(**batch)
+    terms = digits.terms(model, batch)
     assert int(count_answer_tokens(batch["labels"])) == count
-    torch.testing.assert_close(terms["text_sum"], expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(terms["text"], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_revised_kd_is_the_equation(batch_of):
+def test_revised_kd_is_the_equation(digits, batch_of):
     config, model, batch = batch_of(overrides=REVISED)
     _, student_IND = image_features(model.vlm, batch["pixel_values"])
     attention_IN = batch["targets"]["clip"].cls_attention_BHN.mean(1)
@@ -79,12 +80,12 @@ def test_revised_kd_is_the_equation(batch_of):
             hidden_ND = F.gelu(hidden_ND @ head.hidden.weight.T + head.hidden.bias)
             guess_ND = hidden_ND @ head.output.weight.T + head.output.bias
             total += (w * (guess_ND - z_ND).square().mean(1)).mean() / 2
-    terms = model(**batch)
-    torch.testing.assert_close(terms["kd_sum"], total, rtol=1e-4, atol=1e-5)
+    terms = digits.terms(model, batch)
+    torch.testing.assert_close(terms["kd"], total, rtol=1e-4, atol=1e-5)
     assert config.distill.kd_weight == 2
 
 
-def test_official_kd_is_the_equation(batch_of):
+def test_official_kd_is_the_equation(digits, batch_of):
     config, model, batch = batch_of(overrides=OFFICIAL)
     _, student_IND = image_features(model.vlm, batch["pixel_values"])
     clip, sam = batch["targets"]["clip"], batch["targets"]["sam"]
@@ -101,8 +102,8 @@ def test_official_kd_is_the_equation(batch_of):
         for share, goal_ND in ((0.8, clip.tokens_BND[image]), (0.2, adapted_ND)):
             error_N = (student_IND[image] - goal_ND).square().mean(1)
             total += share * (error_N.mean() + (w * error_N).sum())
-    terms = model(**batch)
-    torch.testing.assert_close(terms["kd_sum"], total, rtol=1e-4, atol=1e-4)
+    terms = digits.terms(model, batch)
+    torch.testing.assert_close(terms["kd"], total, rtol=1e-4, atol=1e-4)
     assert config.distill.kd_weight == 0.5
 
 
@@ -112,17 +113,17 @@ def test_the_released_layout_of_sam_is_what_its_adapter_is_given(digits, batch_o
     distill = config.distill.model_copy(update={"sam_layout": "released"})
     _, student, _, _ = digits.parts(config)
     shapes = {"clip": TargetShape(36, 96), "sam": TargetShape(16, 16)}
-    model = DistillModel(student, distill, shapes, "sample").eval()
+    model = DistillModel(student, Objective(distill, "sample"), shapes).eval()
     stats = ChannelStats(torch.zeros(16), torch.ones(16))
     plain_IMD = torch.randn(4, 16, 16)
     plain = batch["targets"] | {"sam": TeacherTargets({"tokens": plain_IMD}, stats)}
     ordered_IMD = released_sam_tokens(plain_IMD)
     ordered = batch["targets"] | {"sam": TeacherTargets({"tokens": ordered_IMD}, stats)}
     student_IND = torch.randn(4, 36, 96)
-    found = model.kd_terms(student_IND, plain)["kd_sam_sum"]
-    model.distill = config.distill
-    torch.testing.assert_close(found, model.kd_terms(student_IND, ordered)["kd_sam_sum"])
-    assert found != model.kd_terms(student_IND, plain)["kd_sam_sum"]
+    found = digits.kd(model, student_IND, plain)["kd_sam"]
+    model.objective = Objective(config.distill, "sample")
+    torch.testing.assert_close(found, digits.kd(model, student_IND, ordered)["kd_sam"])
+    assert found != digits.kd(model, student_IND, plain)["kd_sam"]
 
 
 def test_the_released_layout_is_for_the_official_adapters(digits):
@@ -130,10 +131,10 @@ def test_the_released_layout_is_for_the_official_adapters(digits):
         digits.config("pretrain", "distill.sam_layout=released")
 
 
-def test_balance_of_both_recipes_is_the_equation(batch_of):
+def test_balance_of_both_recipes_is_the_equation(digits, batch_of):
     for overrides, layers in ((REVISED, 5), (OFFICIAL, 6)):
         _, model, batch = batch_of(overrides=overrides)
-        balance = model(**batch)["balance_sum"] / len(batch["pixel_values"])
+        balance = digits.terms(model, batch)["balance"] / len(batch["pixel_values"])
         records = routing(model.vlm)
         assert len(records) == layers
         p_LIE = torch.stack([p.mean(1) for p, _ in records])
@@ -145,27 +146,27 @@ def test_balance_of_both_recipes_is_the_equation(batch_of):
         torch.testing.assert_close(balance, expected)
 
 
-def test_images_without_a_sample_of_their_own_count_too(batch_of):
+def test_images_without_a_sample_of_their_own_count_too(digits, batch_of):
     # finetune's entry 10 has two images, and 11 to 15 have none
     _, model, batch = batch_of("finetune", samples=[0, 10, 11])
     assert len(batch["pixel_values"]) == 3
-    terms = model(**batch)
-    assert terms["num_images"] == 3
+    terms = digits.terms(model, batch)
+    assert count_units(batch)[1] == 3
     alone = [batch_of("finetune", samples=[position])[2] for position in (0, 10)]
-    apart = sum(model(**one)["kd_sum"] for one in alone)
-    torch.testing.assert_close(terms["kd_sum"], apart, rtol=1e-4, atol=1e-5)
+    apart = sum(digits.terms(model, one)["kd"] for one in alone)
+    torch.testing.assert_close(terms["kd"], apart, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("overrides", [REVISED, OFFICIAL])
-def test_text_only_batches_give_zero_gradients_not_none(batch_of, overrides):
+def test_text_only_batches_give_zero_gradients_not_none(digits, batch_of, overrides):
     _, model, batch = batch_of(
         "finetune", [*overrides, "student.mole.layers_to_transform=read"], samples=[11, 12]
     )
     assert batch["pixel_values"] is None
     assert batch["targets"] is None
-    terms = model(**batch)
-    assert terms["kd_sum"] == 0
-    (terms["text_sum"] + terms["kd_sum"]).backward()
+    terms = digits.terms(model, batch)
+    assert terms["kd"] == 0
+    (terms["text"] + terms["kd"]).backward()
     read = [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -178,7 +179,7 @@ def test_text_only_batches_give_zero_gradients_not_none(batch_of, overrides):
     assert model.vlm.lm_head.weight.grad.any()
 
 
-def test_revised_experts_end_where_the_student_is_read(batch_of):
+def test_revised_experts_end_where_the_student_is_read(digits, batch_of):
     _, model, batch = batch_of()
     layers = {
         int(name.split("layers.")[1].split(".")[0])
@@ -186,8 +187,8 @@ def test_revised_experts_end_where_the_student_is_read(batch_of):
         if ".mole_" in name
     }
     assert layers == set(range(5))  # hidden state -2 of 6 blocks
-    terms = model(**batch)
-    terms["kd_sum"].backward()
+    terms = digits.terms(model, batch)
+    terms["kd"].backward()
     assert all(term.isfinite().all() for term in terms.values())
     for name, parameter in model.vlm.named_parameters():
         if ".mole_" in name and "lora_B" in name:
@@ -240,44 +241,45 @@ def test_targets_that_do_not_fit_are_refused(digits, overrides, message):
 
 
 @pytest.mark.parametrize("weighting", ["anchor", "anchor_equal"])
-def test_the_anchor_has_the_share_that_the_config_gives_it(batch_of, weighting):
+def test_the_anchor_has_the_share_that_the_config_gives_it(digits, batch_of, weighting):
     keys = ("recipe=official", f"distill.teacher_weighting={weighting}")
     for override, share in (((), 0.8), (("distill.anchor_share=0.3",), 0.3)):
         _, model, batch = batch_of(overrides=(*keys, *override))
-        terms = model(**batch)
+        terms = digits.terms(model, batch)
         assert terms["teacher_weight_clip"] == pytest.approx(share)
         assert terms["teacher_weight_sam"] == pytest.approx(1 - share)
-        parts = share * terms["kd_clip_sum"] + (1 - share) * terms["kd_sam_sum"]
-        torch.testing.assert_close(terms["kd_sum"].detach(), parts)
+        parts = share * terms["kd_clip"] + (1 - share) * terms["kd_sam"]
+        torch.testing.assert_close(terms["kd"].detach(), parts)
 
 
-def test_balanced_teachers_are_weighed_by_their_losses(batch_of):
+def test_balanced_teachers_are_weighed_by_their_losses(digits, batch_of):
     _, model, batch = batch_of(overrides=("distill.teacher_weighting=balanced",))
-    terms = model(**batch)
-    losses = torch.stack([terms["kd_clip_sum"], terms["kd_sam_sum"]]) / 4
+    terms = digits.terms(model, batch)
+    losses = torch.stack([terms["kd_clip"], terms["kd_sam"]]) / 4
     weights = (1 / losses) / (1 / losses).sum()
-    torch.testing.assert_close(terms["kd_sum"].detach(), 4 * (weights * losses).sum())
+    torch.testing.assert_close(terms["kd"].detach(), 4 * (weights * losses).sum())
     torch.testing.assert_close(terms["teacher_weight_sam"], weights[1])
 
 
-def test_similar_teachers_weigh_more_and_each_by_its_sample(batch_of):
+def test_similar_teachers_weigh_more_and_each_by_its_sample(digits, batch_of):
     _, model, batch = batch_of(overrides=("distill.teacher_weighting=similarity",))
-    terms = model(**batch)
+    terms = digits.terms(model, batch)
     assert terms["teacher_weight_clip"] > 0.5 > terms["teacher_weight_sam"] > 0
     targets = [resize_tokens(batch["targets"][t].standardised_BND, 6) for t in ("clip", "sam")]
     expected = teacher_weights(targets, "similarity").mean(0)
     torch.testing.assert_close(terms["teacher_weight_sam"], expected[1])
 
 
-def test_scaled_targets_are_the_caches(batch_of):
+def test_scaled_targets_are_the_caches(digits, batch_of):
     _, model, batch = batch_of(overrides=("distill.targets=scaled",))
     with torch.no_grad():
         for head in model.adapters.values():
             head.output.weight.zero_()
             head.output.bias.zero_()
-    found = model(**batch)["kd_sum"]
+    found = digits.terms(model, batch)["kd"]
     scaled = [resize_tokens(batch["targets"][t].scaled_BND, 6) for t in ("clip", "sam")]
-    weights_IN = model._token_weights(batch["targets"]["clip"])
+    attention_IHN = resize_attention(batch["targets"]["clip"].cls_attention_BHN, 6)
+    weights_IN = token_weights(attention_IHN, "blend")
     expected = sum((weights_IN * z.square().mean(2)).mean(1).sum() / 2 for z in scaled)
     torch.testing.assert_close(found, expected)
 

@@ -52,14 +52,14 @@ def loss_of(trainer, batches):
 
 
 @pytest.mark.parametrize("recipe", ["official", "revised"])
-def test_the_loss_is_the_weighted_sum_of_means(make, recipe):
+def test_the_loss_is_the_weighted_sum_of_means(digits, make, recipe):
     trainer, batch_of = make("finetune", f"recipe={recipe}")
     batch = batch_of([0, 10, 11, 1])
-    terms = trainer.model(**{k: v for k, v in batch.items() if k != "keys"})
+    terms = digits.terms(trainer.model, _fed(batch))
     num_tokens = (batch["labels"] != -100).sum()
     weight = {"official": 0.5, "revised": 2.0}[recipe]
-    expected = terms["text_sum"] / num_tokens + weight * terms["kd_sum"] / 4
-    expected = expected + 0.01 * terms["balance_sum"] / 4  # images
+    expected = terms["text"] / num_tokens + weight * terms["kd"] / 4
+    expected = expected + 0.01 * terms["balance"] / 4  # images
     assert loss_of(trainer, [batch])[0] == pytest.approx(expected.detach().item(), rel=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_the_share_of_each_expert_of_each_layer_is_logged(make):
     trainer.log(logs)
     expected_LE = 0
     for batch in batches:
-        trainer.model(**{k: v for k, v in batch.items() if k != "keys"})
+        trainer.model(**_fed(batch))
         share_LE = choice_share(routing(trainer.model))
         expected_LE = expected_LE + share_LE * len(batch["pixel_values"]) / 5
     logged = {name: value for name, value in logs.items() if name.startswith("routing_share_")}
@@ -108,6 +108,16 @@ def test_the_share_of_each_expert_of_each_layer_is_logged(make):
     assert 0 <= logs["routing_entropy"] <= 1
 
 
+def test_steps_without_images_do_not_dilute_how_busy_the_experts_are(digits, tmp_path):
+    run = digits.train(tmp_path, "finetune", "training.logging_steps=2")  # some steps are text only
+    with_images = [entry for entry in digits.logged(run) if "token_std" in entry]
+    assert with_images
+    for entry in with_images:
+        for layer in range(5):
+            shares = [entry[f"routing_share_{layer}_{expert}"] for expert in range(3)]
+            assert sum(shares) == pytest.approx(1)
+
+
 def test_the_rank_of_the_tokens_is_measured_in_logged_steps_alone(digits, tmp_path):
     logged = digits.logged(digits.train(tmp_path / "each", "pretrain"))
     assert all(1 <= entry["token_rank"] <= 96 for entry in logged)  # a step is an entry
@@ -116,7 +126,7 @@ def test_the_rank_of_the_tokens_is_measured_in_logged_steps_alone(digits, tmp_pa
     assert [entry["token_rank"] for entry in digits.logged(other)] == pytest.approx(expected)
 
 
-def test_a_batch_without_images_has_no_rank(make):
+def test_a_batch_without_images_has_no_rank(digits, make):
     trainer, batch_of = make("finetune")
     trainer.state.logging_steps = 1
     loss_of(trainer, [batch_of([11])])
@@ -126,7 +136,7 @@ def test_a_batch_without_images_has_no_rank(make):
     loss_of(trainer, [batch_of([0, 1]), batch_of([11])])
     trainer.log(logs)
     assert logs["token_rank"] == pytest.approx(
-        trainer.model(**_fed(batch_of([0, 1])))["token_rank"]
+        digits.terms(trainer.model, _fed(batch_of([0, 1])))["token_rank"]
     )
 
 

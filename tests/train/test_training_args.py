@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from movekd.errors import ConfigError
 from movekd.train.config import TrainConfig
-from movekd.train.training_args import divide_step, samples_a_step
+from movekd.train.training_args import divide_step, global_batch_size
 
 
 def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
@@ -46,14 +46,16 @@ def test_half_precision_weights_train_or_are_refused(digits, tmp_path):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 12))
-def test_samples_a_step_stay_the_same_in_any_number_of_processes(size, steps, before, now):
+def test_samples_per_step_stay_the_same_in_any_number_of_processes(size, steps, before, now):
     """``size`` at once, accumulated ``steps`` times, in ``before`` processes, then in ``now``."""
     keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
     samples = size * steps * before
     config = TrainConfig.model_construct(training=keys | {"learning_rate": 1})
     arguments = SimpleNamespace(train_batch_size=size, world_size=now, **keys)
     if samples % now:
-        with pytest.raises(ConfigError, match=f"{samples} samples a step.*that divides {samples}"):
+        with pytest.raises(
+            ConfigError, match=f"{samples} samples per step.*that divides {samples}"
+        ):
             divide_step(config, arguments, samples)
         return
     found = divide_step(config, arguments, samples).training
@@ -62,7 +64,7 @@ def test_samples_a_step_stay_the_same_in_any_number_of_processes(size, steps, be
         world_size=now,
         gradient_accumulation_steps=found["gradient_accumulation_steps"],
     )
-    assert samples_a_step(divided) == samples
+    assert global_batch_size(divided) == samples
     assert found["per_device_train_batch_size"] <= size  # no process needs more memory
     assert found["learning_rate"] == 1
     if now == before:

@@ -1,8 +1,7 @@
-"""The distillation loss, and the numbers that show whether it means anything.
+"""The distillation (KD) loss, and the statistics that show a collapse of the student's tokens.
 
-Predicted and target tokens of every teacher come in, with the weights of ``weights``; one loss a
-sample goes out. The trainer adds up the samples of a whole optimizer step and divides by the
-number of images that have targets.
+Input: predicted and target tokens per teacher, with the weights of ``weighting``. Output: the loss
+of each sample, which ``objective`` sums and normalises.
 
 Dimensions: B batch, N patch tokens, D channels (may differ between teachers), T teachers.
 """
@@ -39,7 +38,7 @@ def kd_loss(
     combine: Combine,
     has_targets_B: Tensor | None = None,
 ) -> KDTerms:
-    """Return the distillation loss of every sample, for the caller to average.
+    """Return the distillation loss of each sample, for the caller to average.
 
     With l_t[n] = mean_d (prediction_t[n, d] - target_t[n, d])^2, in float32 even under autocast:
 
@@ -48,15 +47,15 @@ def kd_loss(
       to 1.
 
     Both are mean_n l_t[n] without token weights. The total is sum_t weight_t L_t. Rows of samples
-    without targets may hold anything, NaN included: they give zero loss, and the tensors given
-    here get zero gradient. (An adapter that was fed NaN still has NaN gradients: feed it zeros.)
+    without targets may hold anything, even NaN: their loss is zero, and so is their gradient at
+    the given tensors. (Feed zeros to an adapter: NaN at its input gives NaN gradients inside it.)
 
     Args:
-        predictions_BND: One (B, N, D_t) a teacher. Official: the student's tokens, T times.
-        targets_BND: One (B, N, D_t) a teacher. Official: the adapted teacher tokens.
+        predictions_BND: (B, N, D_t) per teacher. Official: the student's tokens, T times.
+        targets_BND: (B, N, D_t) per teacher. Official: the adapted teacher tokens.
         teacher_weights_BT: From ``teacher_weights``.
-        token_weights_BN: From ``token_weights``; None treats all tokens alike.
-        combine: How tokens are added up.
+        token_weights_BN: From ``token_weights``; None: all tokens count the same.
+        combine: How to combine the tokens: ``mean`` or ``sum``.
         has_targets_B: bool, which samples have targets; None means all.
 
     Raises:
@@ -105,13 +104,13 @@ def token_statistics(student_BND: Tensor) -> Tensor:
 def effective_rank(tokens_BND: Tensor, max_tokens: int = 1024) -> Tensor:
     """Return how many directions the tokens really use as a scalar, float32, without gradient.
 
-    exp(entropy of p), with p the singular values of the centred tokens over their sum: 1 where all
-    lie on one line, D where all directions are equally strong. Tokens that keep their standard
-    deviation and lose their rank have collapsed as well.
+    exp(entropy of p), with p the singular values of the centred tokens over their sum: 1 if all
+    lie on one line, D if all directions are equally strong. Tokens can keep their standard
+    deviation and lose their rank: they have collapsed, too.
 
     Args:
         tokens_BND: any tokens, the last dimension their channels.
-        max_tokens: at most so many are looked at, evenly spaced; no rank above it is seen.
+        max_tokens: measure at most this many tokens, evenly spaced. It bounds the result.
 
     NaN where a token is not finite.
 
@@ -120,7 +119,7 @@ def effective_rank(tokens_BND: Tensor, max_tokens: int = 1024) -> Tensor:
     tokens_XD = tokens_BND.detach().flatten(0, -2)
     stride = -(-len(tokens_XD) // max_tokens)
     sample_XD = tokens_XD[::stride].float()
-    if not sample_XD.isfinite().all():  # the loss will say so; a decomposition would raise
+    if not sample_XD.isfinite().all():  # the loss check reports it; svdvals would raise
         return sample_XD.new_tensor(float("nan"))
     values_R = torch.linalg.svdvals(sample_XD - sample_XD.mean(dim=0))
     smallest = torch.finfo(values_R.dtype).tiny
@@ -143,7 +142,7 @@ def _check_shapes(
     if not len(predictions) == len(targets) == teacher_weights_BT.shape[-1] > 0:
         raise ConfigError(
             f"{len(predictions)} predictions, {len(targets)} targets and weights of "
-            f"{teacher_weights_BT.shape[-1]} teachers; expected one of each a teacher, and at "
+            f"{teacher_weights_BT.shape[-1]} teachers; expected one of each per teacher, and at "
             "least one teacher. Pass them in the same order."
         )
     for at, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):

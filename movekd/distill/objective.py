@@ -1,0 +1,384 @@
+"""The whole training loss: its terms, their weights, how each is normalised, what is logged.
+
+    loss = text + kd_weight * kd + balance_weight * balance + sum of weight * extra term
+
+    term      mean over               from
+    text      answer tokens           cross entropy of the language model
+    kd        images with targets     `kd.kd_loss`, weighted over teachers
+    balance   views                   `balance.balance_loss` of the routers
+    extra     as registered           `register_loss_term`, `loss_terms:` in student.yaml
+
+Each mean runs over one whole optimizer step: all ranks and all accumulation steps. A micro-batch
+therefore returns sums (``LossTerm``), and ``step_loss`` divides them by the counts of the step.
+
+Input: the student's forward pass (``StudentOutput``). Output: a scalar with gradient, and what to
+log. ``train.model`` calls ``terms`` at the end of its forward pass; ``train.trainer`` calls
+``count_units``, ``step_loss`` and ``LossLog``.
+
+Legend: B samples, L text tokens, V views, I views with targets, N student tokens, M teacher
+tokens, D channels, T teachers, E experts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from math import isqrt
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.cache.targets import TeacherTargets
+from movekd.config import validate
+from movekd.distill.balance import BalanceKind, Routings, balance_loss, routing_statistics
+from movekd.distill.config import DistillConfig, LossTermConfig
+from movekd.distill.kd import effective_rank, kd_loss, token_statistics
+from movekd.distill.sam_layout import released_sam_tokens
+from movekd.distill.weighting import ANCHOR_SHARE, teacher_weights, token_weights
+from movekd.distributed import mean_over_ranks, sum_over_ranks
+from movekd.errors import ConfigError, did_you_mean
+
+IGNORED = -100
+"""Label of a token that the text loss leaves out; PyTorch's ``ignore_index``."""
+
+Unit = Literal["answer_tokens", "images", "views"]
+"""What a term is the mean over."""
+
+
+class StudentOutput(NamedTuple):
+    """One forward pass of the student, as the objective needs it."""
+
+    student_VND: Tensor
+    """The student's tokens of every view; a black image's where the batch has no image."""
+    student_IND: Tensor
+    """Its tokens of the views with targets."""
+    predictions: tuple[Tensor, ...] = ()
+    """(I, N, D_t) per teacher, float32; empty without targets."""
+    goals: tuple[Tensor, ...] = ()
+    """(I, N, D_t) per teacher, compared with ``predictions``."""
+    targets: Mapping[str, TeacherTargets] | None = None
+    """The cached features of the I views, by teacher; None without targets."""
+    routings: Routings | None = None
+    """Per layer with experts, the router's (probabilities, choices) of the V views."""
+    labels: Tensor | None = None
+    """int64 (B, L), -100 where nothing is learned; None without a language model."""
+    text_output: Any = None
+    """The language model's output (logits, ...); its ``loss`` is the cross entropy, summed over
+    the answer tokens. None without a language model."""
+    has_images: bool = True
+    unused: Tensor | float = 0.0
+    """Zero, to be added to a loss: it gives parameters that this batch does not use a zero
+    gradient, because DDP waits for one."""
+
+    @property
+    def num_images(self) -> int:
+        """Views with targets; without distillation, those that would have them."""
+        return len(self.student_IND) if self.has_images else 0
+
+    @property
+    def num_views(self) -> int:
+        """Views that the student saw."""
+        return len(self.student_VND) if self.has_images else 0
+
+
+# NamedTuples, not dataclasses: the model returns them, and accelerate looks for tensors only inside
+# of tuples, lists and mappings.
+class LossTerm(NamedTuple):
+    """One part of the loss, of one micro-batch; logged as ``loss_<name>``."""
+
+    name: str
+    sum: Tensor
+    """Scalar, float32, with gradient."""
+    unit: Unit
+    """What ``sum`` is summed over."""
+    weight: float | None
+    """Weight in the loss; None: only logged."""
+
+
+class Statistic(NamedTuple):
+    """A figure that is only logged, as its weighted mean since the last log."""
+
+    name: str
+    value: Tensor
+    """No gradient. A matrix is logged as ``name_row_column``."""
+    weight: float
+    """Number of images or views that the value is of; without any it is not logged."""
+
+
+Terms = list[LossTerm | Statistic]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises.
+
+    Attributes:
+        distill: the keys of the KD loss; None: no distillation.
+        balance: form of the balance loss.
+        balance_weight: weight of the balance loss.
+        extra_terms: keys of each registered term that the run uses, by name.
+    """
+
+    distill: DistillConfig | None = None
+    balance: BalanceKind = "batch"
+    balance_weight: float = 0.0
+    extra_terms: Mapping[str, LossTermConfig] = field(default_factory=dict)
+
+    def terms(self, output: StudentOutput, *, measures_rank: bool = False) -> Terms:
+        """Return the loss terms and statistics of a micro-batch.
+
+        Their names depend only on the run: ranks with and without images log the same ones.
+
+        Args:
+            output: the forward pass.
+            measures_rank: also measure ``token_rank``, which costs an SVD.
+        """
+        terms: Terms = []
+        if output.text_output is not None:
+            text_sum = output.text_output.loss + output.unused
+            terms.append(LossTerm("text", text_sum, "answer_tokens", 1.0))
+        if self.distill is not None:
+            terms += kd_terms(self.distill, output)
+        if output.routings is not None:
+            terms += self._balance_terms(output.routings, output.num_views)
+        terms += [_extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
+        tokens_VND = output.student_VND
+        terms.append(Statistic("token_std", token_statistics(tokens_VND), output.num_images))
+        if measures_rank:
+            terms.append(Statistic("token_rank", effective_rank(tokens_VND), output.has_images))
+        return terms
+
+    def _balance_terms(self, routings: Routings, num_views: int) -> Terms:
+        """Return the balance loss and how busy the experts were."""
+        statistics = routing_statistics(routings)
+        share_LE = mean_over_ranks(statistics.share_LE, num_views)  # the loss's F is of all ranks
+        balance = balance_loss(routings, self.balance, share_LE=share_LE)
+        return [
+            LossTerm("balance", balance * num_views, "views", self.balance_weight),
+            Statistic("routing_entropy", statistics.entropy_L.mean(), num_views),
+            Statistic("routing_max_share", statistics.share_LE.max(), num_views),
+            Statistic("routing_share", statistics.share_LE, num_views),
+        ]
+
+
+def target_tokens(targets: TeacherTargets, name: str, distill: DistillConfig, side: int) -> Tensor:
+    """Return what the student learns from a teacher, (I, M, D): decoded, ordered, resized."""
+    if distill.targets == "standardised":
+        tokens_IMD = targets.standardised_BND
+    else:
+        tokens_IMD = targets.scaled_BND if distill.targets == "scaled" else targets.tokens_BND
+    if distill.sam_layout == "released" and name == "sam":
+        tokens_IMD = released_sam_tokens(tokens_IMD)
+    return resize_tokens(tokens_IMD, side) if distill.grid == "student" else tokens_IMD
+
+
+def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
+    """Return the KD loss, then each teacher's loss before its weight, and the weights."""
+    num_images = len(output.student_IND) if output.targets is not None else 0
+    if num_images:
+        losses_IT, weights_IT, entropy = _kd(distill, output)
+    else:  # the same names, with zeros
+        losses_IT = weights_IT = output.student_IND.new_zeros(
+            (1, len(distill.teachers)), dtype=torch.float32
+        )
+        entropy = losses_IT.sum()
+    kd_sum = (weights_IT * losses_IT).sum() + output.unused
+    terms: Terms = [LossTerm("kd", kd_sum, "images", distill.kd_weight)]
+    for at, name in enumerate(distill.teachers):
+        terms.append(LossTerm(f"kd_{name}", losses_IT[:, at].sum().detach(), "images", None))
+        weight = weights_IT[:, at].mean().detach()
+        terms.append(Statistic(f"teacher_weight_{name}", weight, num_images))
+    if distill.token_weighting != "none":
+        terms.append(Statistic("token_weight_entropy", entropy, num_images))
+    return terms
+
+
+def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses (I, T), teacher weights (I, T), and the mean entropy of the token weights."""
+    assert output.targets is not None
+    assert distill.token_weighting is not None
+    assert distill.teacher_weighting is not None
+    anchor, weights_IN = output.targets.get(distill.anchor), None
+    entropy = torch.zeros((), device=output.student_IND.device)
+    if distill.token_weighting != "none":
+        assert anchor is not None  # checked when the run was set up, like its attention
+        assert anchor.cls_attention_BHN is not None
+        side = isqrt(output.student_IND.shape[1])
+        attention_IHN = resize_attention(anchor.cls_attention_BHN, side)
+        weights_IN = token_weights(
+            attention_IHN, distill.token_weighting, blend=distill.token_blend
+        )
+        share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
+        entropy = torch.special.entr(share_IN).sum(1).mean()
+    losses_IT = kd_loss(  # before the teachers' weights, which may depend on them
+        output.predictions,
+        output.goals,
+        entropy.new_ones(len(output.student_IND), len(distill.teachers)),
+        weights_IN,
+        combine="sum" if distill.token_weighting == "softmax" else "mean",
+    ).per_teacher_BT
+    share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
+    weights_IT = teacher_weights(
+        output.goals,
+        distill.teacher_weighting,
+        cls_BD=None if anchor is None else anchor.cls_BD,
+        anchor=distill.teachers.index(distill.anchor) if anchor is not None else 0,
+        anchor_share=ANCHOR_SHARE if share is None else share,
+        losses_BT=losses_IT,
+    )
+    return losses_IT, weights_IT, entropy
+
+
+# Normalisation ------------------------------------------------------------------------------------
+
+
+def count_units(batch: Mapping[str, Any]) -> Tensor:
+    """Return how many units a collated batch holds, int64 (3,), in the order of ``Unit``."""
+    labels, pixels = batch.get("labels"), batch["pixel_values"]
+    num_tokens = 0 if labels is None else int(count_answer_tokens(labels))
+    num_views = 0 if pixels is None else len(pixels)
+    targets_at = batch.get("target_views")
+    return torch.tensor(
+        [num_tokens, num_views if targets_at is None else len(targets_at), num_views]
+    )
+
+
+def count_answer_tokens(labels: Tensor) -> Tensor:
+    """Return the number of labels in the text loss (no token predicts the first one)."""
+    return labels[:, 1:].ne(IGNORED).sum()
+
+
+def step_loss(terms: Terms, counts: Tensor, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's part of the step's loss, and each term's part before its weight.
+
+    Args:
+        terms: of the micro-batch.
+        counts: ``count_units``, summed over the micro-batches and ranks of the step.
+        world_size: number of ranks. DDP averages gradients over ranks, so a sum over ranks needs
+            this factor.
+    """
+    count_of = dict(zip(get_args(Unit), counts.clamp(min=1), strict=True))
+    loss, parts = torch.zeros((), device=counts.device), {}
+    for term in terms:
+        if isinstance(term, LossTerm):
+            part = parts[term.name] = term.sum * world_size / count_of[term.unit]
+            loss = loss if term.weight is None else loss + term.weight * part
+    return loss, parts
+
+
+class LossLog:
+    """Collects what micro-batches log, until it is written.
+
+    A part of the loss is averaged over the optimizer steps, a statistic over its weights.
+    """
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, parts: Mapping[str, Tensor], terms: Terms) -> None:
+        """Add a micro-batch: the parts of ``step_loss``, and the statistics among the terms."""
+        found = {f"loss_{name}": part for name, part in parts.items()}
+        for term in terms:
+            if isinstance(term, Statistic):
+                found[term.name] = term.value * term.weight
+                self._weights[term.name] = self._weights.get(term.name, 0) + term.weight
+        for name, value in found.items():
+            self._sums[name] = value.detach().float().cpu() + self._sums.get(name, 0.0)
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """Return every mean over all ranks, and start again; every rank must call this."""
+        names, sums, weights = [], [], []
+        for name, total in sorted(self._sums.items()):
+            for place in product(*map(range, total.shape)):
+                names.append("_".join([name, *map(str, place)]))
+                sums.append(total[place])
+                weights.append(float(self._weights.get(name, self.num_steps)))
+        both = torch.stack([torch.stack(sums), torch.tensor(weights)]).to(device)
+        self._sums, self._weights, self.num_steps = {}, {}, 0
+        found = zip(names, *sum_over_ranks(both).tolist(), strict=True)
+        return {name: total / weight for name, total, weight in found if weight}
+
+
+# Extra terms --------------------------------------------------------------------------------------
+
+TermFunction = Callable[[StudentOutput, Any], Tensor]
+"""(forward pass, keys of the term) -> its sum over the micro-batch: a scalar with gradient."""
+
+
+class RegisteredTerm(NamedTuple):
+    """A term that ``loss_terms:`` of student.yaml may name."""
+
+    function: TermFunction
+    unit: Unit
+    config: type[LossTermConfig]
+
+
+LOSS_TERMS: dict[str, RegisteredTerm] = {}
+
+
+def register_loss_term(
+    name: str,
+    function: TermFunction,
+    unit: Unit = "images",
+    config: type[LossTermConfig] = LossTermConfig,
+) -> None:
+    """Make a loss term known to student.yaml as ``loss_terms: {name: {weight: 0.1}}``.
+
+    Register it before the config is loaded, in every process of a run.
+
+    Args:
+        name: its key; the log has it as ``loss_<name>``.
+        function: returns the **sum** over the units of a micro-batch. It is only called for a
+            micro-batch that holds such units.
+        unit: what the sum is divided by, over the whole optimizer step.
+        config: the keys of the term; a subclass of ``LossTermConfig`` adds some.
+
+    Raises:
+        ConfigError: the name is one of movekd's own.
+    """
+    if name in ("text", "kd", "balance") or name.startswith("kd_"):
+        raise ConfigError(
+            f"loss term '{name}' has a name that movekd logs itself; expected another than text, "
+            "kd, kd_... and balance. Register it under another name."
+        )
+    LOSS_TERMS[name] = RegisteredTerm(function, unit, config)
+
+
+def read_loss_terms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, LossTermConfig]:
+    """Return the checked keys of `loss_terms`.
+
+    Raises:
+        ConfigError: no such term is registered, or a key of it is wrong.
+    """
+    for name in content:
+        if name not in LOSS_TERMS:
+            known = ", ".join(sorted(LOSS_TERMS)) or "none"
+            raise ConfigError(
+                f"loss_terms names '{name}', and no such term is registered (registered: {known})."
+                f"{did_you_mean(name, LOSS_TERMS)} Call movekd.distill.register_loss_term before "
+                "the config is loaded, or take it out."
+            )
+    return {
+        name: validate(LOSS_TERMS[name].config, dict(keys), f"loss_terms.{name}")
+        for name, keys in content.items()
+    }
+
+
+def _extra_term(name: str, keys: LossTermConfig, output: StudentOutput) -> LossTerm:
+    function, unit, _ = LOSS_TERMS[name]
+    has_units = output.has_images
+    if unit == "answer_tokens":
+        has_units = output.labels is not None and bool(count_answer_tokens(output.labels))
+    total = output.student_VND.new_zeros((), dtype=torch.float32)
+    if has_units:
+        total = function(output, keys)
+    if not isinstance(total, Tensor) or total.shape != ():
+        found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
+        raise ConfigError(
+            f"loss term '{name}' returned {found}; expected a scalar tensor, the sum over the "
+            f"{unit} of the batch. Sum it in its function."
+        )
+    return LossTerm(name, total, unit, keys.weight)
