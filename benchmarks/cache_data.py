@@ -27,7 +27,7 @@ from movekd.cache.reader import TeacherCache, open_cache
 from movekd.cache.schema import Calibration, EncodingError
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import create_group, stats_checksum, write_shard, write_skipped
+from movekd.cache.writer import TeacherWriter, create_group, stats_checksum
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 
@@ -115,7 +115,8 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     for file in files.values():
         file.flush()
     skipped = {"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())}
-    write_skipped(storage, "clip", pa.table(skipped | {"reason": pa.array([], pa.string())}))
+    writer = TeacherWriter(storage, "clip", num_rows)
+    writer.write_skipped(pa.table(skipped | {"reason": pa.array([], pa.string())}))
     return data
 
 
@@ -164,10 +165,7 @@ def write_rows(
     first = shard * calibration.layout(spec).rows_per_shard
     keys = open_catalog(storage).keys_checksum(first, first + len(arrays["tokens"]))
     unmeasured = EncodingError(mean=0.0, max=0.0, num_tokens=1)
-    write_shard(
-        storage,
-        spec,
-        calibration,
+    TeacherWriter(storage, spec.name, 0).write_shard(
         shard,
         arrays,
         keys_xxh3_128=keys,

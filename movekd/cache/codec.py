@@ -34,6 +34,13 @@ class ChannelStats:
     mean_D: Tensor
     std_D: Tensor
 
+    @classmethod
+    def from_numpy(
+        cls, mean_D: npt.NDArray[np.float32], std_D: npt.NDArray[np.float32]
+    ) -> "ChannelStats":
+        """Return statistics that share the arrays' memory."""
+        return cls(torch.from_numpy(mean_D), torch.from_numpy(std_D))
+
     def to(self, device: torch.device) -> "ChannelStats":
         """Return the same statistics on ``device``."""
         return ChannelStats(self.mean_D.to(device), self.std_D.to(device))

@@ -21,7 +21,6 @@ from movekd.cache.schema import Calibration, GroupRecord, ShardSeal
 from movekd.cache.seal import entry, open_record, read_record
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import read_calibration
 from movekd.config import validate
 from movekd.errors import CacheError, CorruptCacheError, did_you_mean
 
@@ -66,6 +65,12 @@ class CacheContents:
                 f"{', '.join(self.teachers) or 'none'}. Add it with "
                 f"`movekd cache build --teacher {teacher}`."
             )
+
+
+def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
+    """Return the sealed calibration, or None when there is none yet."""
+    name = layout.calibration_name(teacher)
+    return read_record(storage, name, Calibration) if storage.exists(name) else None
 
 
 def open_contents(url: str | Path | Storage) -> CacheContents:

@@ -145,9 +145,7 @@ class TeacherCache(TeacherContents):
         """Open one teacher; ``images`` are the rows that stand for one, where not all do."""
         super().__init__(storage, teacher, num_rows)
         self._images = images
-        self.stats = ChannelStats(
-            torch.from_numpy(self.channel_mean), torch.from_numpy(self.channel_std)
-        )
+        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
         self._rows = self._open_rows()
 
     def __getstate__(self) -> dict[str, Any]:

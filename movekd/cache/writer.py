@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -24,6 +24,8 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
+from movekd.cache.codec import ChannelStats
+from movekd.cache.contents import TeacherContents
 from movekd.cache.layout import ArrayLayout, TeacherLayout
 from movekd.cache.schema import (
     Calibration,
@@ -38,15 +40,12 @@ from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Buffer, Storage
 from movekd.errors import CacheError
 
-if TYPE_CHECKING:
-    from movekd.cache.codec import ChannelStats
-
 _ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that is not there."""
 _VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
 
 
-def stats_checksum(stats: "ChannelStats") -> str:
+def stats_checksum(stats: ChannelStats) -> str:
     """Return the checksum that ``Calibration.channel_stats_xxh3_128`` holds."""
     return checksum(
         np.ascontiguousarray(part.cpu().numpy(), "<f4").tobytes()
@@ -58,7 +57,7 @@ def create_group(
     storage: Storage,
     spec: CacheSpec,
     calibration: Calibration,
-    stats: "ChannelStats",
+    stats: ChannelStats,
     num_rows: int,
 ) -> None:
     """Create ``<teacher>.zarr`` with all its arrays, then seal the calibration.
@@ -75,12 +74,6 @@ def create_group(
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
     _write_group_files(storage, spec.name, num_rows, files, {})
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
-
-
-def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
-    """Return the sealed calibration, or None when there is none yet."""
-    name = layout.calibration_name(teacher)
-    return read_record(storage, name, Calibration) if storage.exists(name) else None
 
 
 def resize_group(
@@ -123,7 +116,7 @@ def _group_files(
     compressor: str,
     num_rows: int,
     attributes: Mapping[str, Any],
-    stats: "ChannelStats | None",
+    stats: ChannelStats | None,
 ) -> dict[str, bytes]:
     """Return what zarr writes for an empty group, file name -> content; statistics if given."""
     files: dict[str, Any] = {}
@@ -155,70 +148,75 @@ def _group_files(
     return {name: content.to_bytes() for name, content in sorted(files.items())}
 
 
-def write_shard(
-    storage: Storage,
-    spec: CacheSpec,
-    calibration: Calibration,
-    shard: int,
-    arrays: Mapping[str, npt.NDArray[Any]],
-    *,
-    keys_xxh3_128: str,
-    skipped: Mapping[int, str],
-    error: EncodingError,
-) -> None:
-    """Write one Zarr shard of every array, then its seal.
+class TeacherWriter(TeacherContents):
+    """What a build writes one teacher's Zarr shards through; ``create_group`` comes first.
 
-    Args:
-        storage: the cache.
-        spec: the teacher's spec.
-        calibration: the sealed calibration; its hash goes into the seal.
-        shard: number of the Zarr shard.
-        arrays: each array's rows from the first of the shard on, (k, *row_shape), where k may
-            be smaller than ``rows_per_shard`` in the last shard of a corpus.
-        keys_xxh3_128: of the images' keys, see ``Catalog.keys_checksum``.
-        skipped: rows without features, and why; their values must be NaN in ``arrays``.
-        error: statistics of what was written against what the teacher produced.
-
-    Raises:
-        CacheError: somebody else has sealed it since, with other content.
+    Attributes:
+        stats: channel statistics of the sealed calibration, float32 (D,).
     """
-    teacher = calibration.layout(spec)
-    files = {
-        layout.shard_file(array, shard): shard_buffers(
-            arrays[name], array, teacher.rows_per_shard, spec.compressor
-        )
-        for name, array in teacher.arrays.items()
-    }
-    with ThreadPoolExecutor(1) as beside:  # checksums cost no time beside the disk
-        entries = beside.submit(lambda: {file: entry(content) for file, content in files.items()})
-        group = layout.group_name(spec.name)
-        storage.write_many({f"{group}/{file}": content for file, content in files.items()})
-    first, seal = shard * teacher.rows_per_shard, layout.seal_name(spec.name, shard)
-    record = ShardSeal(
-        rows=[first, first + len(arrays["tokens"])],
-        keys_xxh3_128=keys_xxh3_128,
-        files=entries.result(),
-        skipped={str(row): reason for row, reason in sorted(skipped.items())},
-        error=error,
-        calibration=calibration.hash,
-    )
-    if not storage.create(seal, sealed_bytes(record)):
-        raise CacheError(
-            f"{storage.url}/{seal} was made by another build in the meantime, with other content; "
-            "`movekd cache verify` says what of it is whole."
-        )
 
+    def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
+        super().__init__(storage, teacher, num_rows)
+        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
 
-def write_skipped(storage: Storage, teacher: str, skipped: pa.Table) -> None:
-    """Write skipped.parquet (row, key, reason) and its seal, unless they say so already."""
-    name, seal = layout.skipped_name(teacher), layout.skipped_seal_name(teacher)
-    sink = pa.BufferOutputStream()
-    pq.write_table(skipped, sink)
-    content = bytes(sink.getvalue())
-    sealed = sealed_bytes(SkippedSeal(files={name.rpartition("/")[2]: entry([content])}))
-    if storage.read_many([name, seal]) != {name: content, seal: sealed}:
-        storage.write(name, [content])
-        storage.write(seal, [sealed])
+    def write_shard(
+        self,
+        shard: int,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        *,
+        keys_xxh3_128: str,
+        skipped: Mapping[int, str],
+        error: EncodingError,
+    ) -> None:
+        """Write one Zarr shard of every array, then its seal.
+
+        Args:
+            shard: number of the Zarr shard.
+            arrays: rows of each array, the first row of the shard first: (k, *row_shape). In the
+                last shard of a corpus, k may be smaller than ``rows_per_shard``.
+            keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksum``.
+            skipped: rows without features, and why; their values must be NaN in ``arrays``.
+            error: error of the stored tokens against the teacher's tokens.
+
+        Raises:
+            CacheError: another build has sealed this Zarr shard with other content.
+        """
+        storage, rows_per_shard = self.storage, self.layout.rows_per_shard
+        files = {
+            layout.shard_file(array, shard): shard_buffers(
+                arrays[name], array, rows_per_shard, self.spec.compressor
+            )
+            for name, array in self.layout.arrays.items()
+        }
+        with ThreadPoolExecutor(1) as pool:  # the checksums are ready before the disk is
+            entries = pool.submit(lambda: {file: entry(content) for file, content in files.items()})
+            group = layout.group_name(self.teacher)
+            storage.write_many({f"{group}/{file}": content for file, content in files.items()})
+        first, seal = shard * rows_per_shard, layout.seal_name(self.teacher, shard)
+        record = ShardSeal(
+            rows=[first, first + len(arrays["tokens"])],
+            keys_xxh3_128=keys_xxh3_128,
+            files=entries.result(),
+            skipped={str(row): reason for row, reason in sorted(skipped.items())},
+            error=error,
+            calibration=self.calibration.hash,
+        )
+        if not storage.create(seal, sealed_bytes(record)):
+            raise CacheError(
+                f"{storage.url}/{seal} was made by another build in the meantime, with other "
+                "content; run `movekd cache verify` to see what is whole."
+            )
+
+    def write_skipped(self, skipped: pa.Table) -> None:
+        """Write skipped.parquet (row, key, reason) and its seal, if they say something else."""
+        name, seal = layout.skipped_name(self.teacher), layout.skipped_seal_name(self.teacher)
+        sink = pa.BufferOutputStream()
+        pq.write_table(skipped, sink)
+        content = bytes(sink.getvalue())
+        sealed = sealed_bytes(SkippedSeal(files={name.rpartition("/")[2]: entry([content])}))
+        if self.storage.read_many([name, seal]) != {name: content, seal: sealed}:
+            self.storage.write(name, [content])
+            self.storage.write(seal, [sealed])
 
 
 def shard_buffers(

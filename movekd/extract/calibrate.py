@@ -15,11 +15,11 @@ import torch
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, read_cache_json
 from movekd.cache.codec import ChannelStats, StatsAccumulator
-from movekd.cache.reader import TeacherCache
+from movekd.cache.contents import TeacherContents, read_calibration
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
-from movekd.cache.writer import create_group, read_calibration, stats_checksum
+from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError
@@ -65,7 +65,8 @@ def calibration_of(
             f"{source.url} holds no calibration of '{spec.name}' to take channel statistics from; "
             "build that teacher there first, or leave --channel-stats out."
         )
-    return calibration, TeacherCache(source, spec.name, 0).stats
+    sealed = TeacherContents(source, spec.name, 0)
+    return calibration, ChannelStats.from_numpy(sealed.channel_mean, sealed.channel_std)
 
 
 def begin_with(
@@ -92,7 +93,7 @@ def sealed_calibration(storage: Storage, spec: CacheSpec) -> Calibration | None:
     calibration = read_calibration(storage, spec.name)
     if calibration is None or calibration.spec_fingerprint == spec.fingerprint:
         return calibration
-    stored = TeacherCache(storage, spec.name, 0).spec.model_dump()
+    stored = TeacherContents(storage, spec.name, 0).spec.model_dump()
     asked = spec.model_dump()
     differs = [
         f"{key} is {stored[key]!r} in the cache, {asked[key]!r} asked for"

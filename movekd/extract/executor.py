@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 
 from movekd.cache.catalog import Catalog
-from movekd.cache.reader import TeacherCache
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
+from movekd.cache.writer import TeacherWriter
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
 from movekd.extract.calibrate import calibrate, sealed_calibration, settled
@@ -42,7 +42,7 @@ class TeacherJob:
     """Zarr shards of one teacher that are to be built."""
 
     spec: CacheSpec
-    store: TeacherCache
+    store: TeacherWriter
     shards: Sequence[int]
 
 

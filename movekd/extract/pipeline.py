@@ -18,8 +18,8 @@ import torch
 
 from movekd.cache.catalog import Catalog
 from movekd.cache.layout import TeacherLayout
-from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
+from movekd.cache.writer import TeacherWriter
 from movekd.extract.background_worker import BackgroundWorker
 from movekd.extract.image_loader import ImageLoader, PixelBatch, image_transform
 from movekd.extract.options import BuildOptions, Progress
@@ -82,7 +82,7 @@ class TeacherBuild:
 
     def __init__(
         self,
-        store: TeacherCache,
+        store: TeacherWriter,
         shards: Sequence[int],
         catalog: Catalog,
         teacher: Teacher | None,

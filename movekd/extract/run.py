@@ -17,12 +17,11 @@ import pyarrow as pa
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.codec import ChannelStats
-from movekd.cache.reader import TeacherCache
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.verify import TeacherStatus, teacher_status
-from movekd.cache.writer import resize_group, write_skipped
+from movekd.cache.writer import TeacherWriter, resize_group
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
@@ -186,7 +185,7 @@ def _begin(
 
 def _job(site: BuildContext, spec: CacheSpec, partition: Partition | None) -> TeacherJob:
     """Return what is missing of a teacher, as far as it is of this part of the build."""
-    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
+    store = TeacherWriter(site.storage, spec.name, site.catalog.num_rows)
     store.require_images(site.catalog)
     rows = store.layout.rows_per_shard
     shards = [s for s in store.missing_shards if partition is None or partition.owns(s, rows)]
@@ -196,9 +195,9 @@ def _job(site: BuildContext, spec: CacheSpec, partition: Partition | None) -> Te
 def _summary(
     site: BuildContext, spec: CacheSpec, done: JobResult, calibration_seconds: float
 ) -> BuildSummary:
-    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
+    store = TeacherWriter(site.storage, spec.name, site.catalog.num_rows)
     skipped = _skipped_table(site.catalog, store.skipped)
-    write_skipped(site.storage, spec.name, skipped)
+    store.write_skipped(skipped)
     return BuildSummary(
         status=teacher_status(store, site.catalog),
         images_built=done.num_rows,

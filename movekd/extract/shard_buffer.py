@@ -13,11 +13,11 @@ from torch import Tensor
 
 from movekd.cache import codec, grid, layout
 from movekd.cache.codec import ChannelStats
-from movekd.cache.reader import TeacherCache
+from movekd.cache.contents import read_calibration
 from movekd.cache.schema import EncodingError
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage
-from movekd.cache.writer import read_calibration, write_shard
+from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch
 from movekd.extract.locks import writing
@@ -43,7 +43,7 @@ class ShardTask:
 class ShardBuffer:
     """The rows of one unit while the teacher fills them; NaN until then."""
 
-    def __init__(self, store: TeacherCache, unit: ShardTask, max_error: float | None) -> None:
+    def __init__(self, store: TeacherWriter, unit: ShardTask, max_error: float | None) -> None:
         self._store, self._unit, self._max_error = store, unit, max_error
         self._first = unit.shard * store.layout.rows_per_shard
         length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
@@ -103,10 +103,7 @@ class ShardBuffer:
                     f"teacher '{store.teacher}' in {storage.url} was replaced by another build "
                     "while this one ran; run the same command again to go on with that one."
                 )
-            write_shard(
-                storage,
-                store.spec,
-                store.calibration,
+            store.write_shard(
                 shard,
                 self._arrays,
                 keys_xxh3_128=self._unit.keys_xxh3_128,

@@ -4,10 +4,11 @@ import tensorstore
 import zarr
 
 from movekd.cache import layout
+from movekd.cache.contents import read_calibration
 from movekd.cache.layout import ArrayLayout, shard_file
 from movekd.cache.seal import read_sealed, write_sealed
 from movekd.cache.storage import open_storage
-from movekd.cache.writer import _zarr_compressors, read_calibration, shard_buffers
+from movekd.cache.writer import _zarr_compressors, shard_buffers
 from movekd.errors import CacheError
 
 ARRAYS = [

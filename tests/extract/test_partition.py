@@ -12,6 +12,7 @@ from builds import OPTIONS, build
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.cache.verify import verify
+from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError, ConfigError
 from movekd.extract import calibrate as calibration
 from movekd.extract import executor as engines
@@ -64,18 +65,18 @@ def test_parts_at_the_same_time_calibrate_once_and_equal_a_whole_build(
     tmp_path, corpus_dir, tiny_specs, undisturbed, monkeypatch, place
 ) -> None:
     calibrated, written = [], []
-    original, write = engines.calibrate, shards.write_shard
+    original, write = engines.calibrate, TeacherWriter.write_shard
 
     def counted(*arguments):
         calibrated.append(arguments[3].name)
         return original(*arguments)
 
-    def counted_write(storage, spec, sealed, shard, *arguments, **more):
-        written.append((spec.name, shard))
-        write(storage, spec, sealed, shard, *arguments, **more)
+    def counted_write(writer, shard, *arguments, **more):
+        written.append((writer.teacher, shard))
+        write(writer, shard, *arguments, **more)
 
     monkeypatch.setattr(engines, "calibrate", counted)
-    monkeypatch.setattr(shards, "write_shard", counted_write)
+    monkeypatch.setattr(TeacherWriter, "write_shard", counted_write)
     monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
     out = tmp_path / "cache" if place == "folder" else f"memory://{tmp_path.name}/cache"
     failed = []
@@ -236,9 +237,11 @@ def test_a_zarr_shard_that_another_writes_is_waited_for_and_left_alone(
     out, storage = tmp_path / "cache", open_storage(tmp_path / "cache")
     build(out, corpus_dir, tiny_specs)
     (out / "clip.seals/00001.json").rename(tmp_path / "seal")
-    written, write = [], shards.write_shard
+    written, write = [], TeacherWriter.write_shard
     monkeypatch.setattr(
-        shards, "write_shard", lambda *given, **more: written.append(1) or write(*given, **more)
+        TeacherWriter,
+        "write_shard",
+        lambda *given, **more: written.append(1) or write(*given, **more),
     )
 
     class Slow(LocalExecutor):
@@ -264,13 +267,13 @@ def test_a_seal_that_appeared_meanwhile_is_not_written_over(
 ) -> None:
     """As when the holder of a lock was paused for so long that it counted as dead."""
     out = tmp_path / "cache" if place == "folder" else f"memory://{tmp_path.name}/cache"
-    storage, write = open_storage(out), shards.write_shard
+    storage, write = open_storage(out), TeacherWriter.write_shard
 
     def overtaken(*given, **more):
         storage.write("clip.seals/00000.json", [b"other"])
         write(*given, **more)
 
-    monkeypatch.setattr(shards, "write_shard", overtaken)
+    monkeypatch.setattr(TeacherWriter, "write_shard", overtaken)
     with pytest.raises(CacheError, match=r"00000\.json was made by another build .*cache verify"):
         build(out, corpus_dir, tiny_specs[:1])
     assert storage.read("clip.seals/00000.json") == b"other"

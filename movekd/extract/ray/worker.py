@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from movekd import errors
 from movekd.cache import layout
 from movekd.cache.catalog import open_catalog
-from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import open_storage
+from movekd.cache.writer import TeacherWriter
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, MovekdError
 from movekd.extract.executor import BuildContext, LocalExecutor, TeacherJob
@@ -81,7 +81,7 @@ class Worker:
         try:
             self._site = _site(assignment, self._engine)
             self._stores = {
-                spec.name: TeacherCache(self._site.storage, spec.name, self._site.catalog.num_rows)
+                spec.name: TeacherWriter(self._site.storage, spec.name, self._site.catalog.num_rows)
                 for spec in assignment.specs
             }
             self._specs = {spec.name: spec for spec in assignment.specs}
