@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from movekd.cache import codec
 from movekd.cache.catalog import open_catalog, update_catalog
-from movekd.cache.codec import ChannelStats, StatsAccumulator
+from movekd.cache.codecs import codec
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache, open_cache
 from movekd.cache.schema import Calibration, EncodingError
 from movekd.cache.spec import CacheSpec, load_spec
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import TeacherWriter, create_group, stats_checksum
 from movekd.corpus.index import open_corpus
@@ -193,7 +193,7 @@ def student_t_tokens(num_images: int, seed: int) -> Tensor:
 def shard_rows(count: int, stats: ChannelStats, seed: int) -> dict[str, npt.NDArray[Any]]:
     """Return the stored arrays of ``count`` rows."""
     random = np.random.default_rng(seed)
-    stored = codec.encode(student_t_tokens(count, seed=100 + seed), "int8", stats)
+    stored = codec("int8").encode(student_t_tokens(count, seed=100 + seed), stats)
     arrays = {name: values.numpy() for name, values in stored.items()}
     arrays["cls"] = random.standard_t(6, (count, WIDTH)).astype(np.float16)
     arrays["cls_attention"] = random.random((count, HEADS, TOKENS)).astype(np.float16)

@@ -23,7 +23,7 @@ from cache_data import (
     shard_rows,
     write_rows,
 )
-from movekd.cache import codec
+from movekd.cache.codecs import codec
 from movekd.cache.layout import group_name, shard_file
 from movekd.cache.reader import TeacherCache
 from report import Figure, interleaved_ratio
@@ -78,8 +78,6 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
     torch.set_num_threads(1)  # as in a DataLoader's worker; numpy's gather has one at all times
     alone = interleaved_ratio(memmap, ours, pairs)
     torch.set_num_threads(threads)
-    mean, std = store.stats.mean_D.numpy(), store.stats.std_D.numpy()
-    arrays = {name: values.numpy() for name, values in out.items()}
     return [
         Figure(
             "read_over_memmap",
@@ -99,14 +97,9 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
         Figure("memmap_gb_s", gib_s(data, memmap), "numpy's, GB/s"),
         Figure(
             "decode_gb_s",
-            gib_s(data, lambda: codec.decode(out, store.stats)),
+            gib_s(data, lambda: codec("int8").decode(out, store.stats)),
             f"int8 to float32 with torch on the CPU, {torch.get_num_threads()} threads; GB/s of "
             "stored bytes",
-        ),
-        Figure(
-            "decode_numpy_gb_s",
-            gib_s(data, lambda: codec.decode_numpy(arrays, mean, std)),
-            "the same in numpy",
         ),
     ]
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from movekd.cache import open_cache
+from movekd.cache import codecs, open_cache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import open_corpus
 from movekd.extract.run_teacher import live_features
@@ -142,7 +142,9 @@ class Bench:
                 stored["cls"] = live.cls_BD
             if live.cls_attention_BHN is not None:
                 stored["cls_attention"] = live.cls_attention_BHN
-            targets[name] = TeacherTargets(stored, self.resident[name].stats)
+            targets[name] = TeacherTargets(
+                stored, self.resident[name].stats, codecs.codec("float16")
+            )
         return targets
 
     def step(self, mode: str) -> Callable[[], float]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from movekd.analysis.kd_gradient import LossTargets
-from movekd.cache import codec as codecs
-from movekd.cache.codec import ChannelStats
+from movekd.cache import codecs
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.layout import teacher_layout
-from movekd.cache.spec import Codec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.targets import TeacherTargets
 from movekd.errors import CacheError
 from movekd.extract.run_teacher import LiveFeatures
@@ -48,7 +47,7 @@ class Fidelity:
     one whose residual is 10% of its target (``near``), where a codec's error weighs most.
     """
 
-    codec: Codec
+    codec: str
     grid: int
     row_bytes: int
     error_mean: float
@@ -72,10 +71,11 @@ class CodecTrial:
         refusal: why the codec cannot hold what it was given, or None.
     """
 
-    def __init__(self, codec: Codec, grid: int, is_native: bool, student_grid: int) -> None:
+    def __init__(self, codec: str, grid: int, is_native: bool, student_grid: int) -> None:
         self.refusal: str | None = None
         self._codec, self._grid, self._is_native = codec, grid, is_native
         self._student_grid = student_grid
+        self._stored_by = codecs.codec(codec)
         self._row_bytes = 0
         self._num_tokens, self._error_sum, self._error_max, self._cosine_sum = 0, 0.0, 0.0, 0.0
         self._attention: list[float] = []
@@ -87,11 +87,11 @@ class CodecTrial:
         None, with ``refusal`` set, if the codec cannot hold it.
         """
         try:
-            stored = codecs.encode(exact.tokens_BND, self._codec, stats)
+            stored = self._stored_by.encode(exact.tokens_BND, stats)
         except CacheError as error:
             self.refusal = str(error)
             return None
-        error_sum, error_max = codecs.token_error(exact.tokens_BND, stored, stats)
+        error_sum, error_max = self._stored_by.error(exact.tokens_BND, stored, stats)
         self._error_sum += error_sum.item()
         self._error_max = max(self._error_max, error_max.item())
         attention = exact.cls_attention_BHN
@@ -99,7 +99,7 @@ class CodecTrial:
             stored["cls_attention"] = attention.half()
             difference_BHN = (stored["cls_attention"].float() - attention).abs()
             self._attention += difference_BHN.sum(-1).mean(-1).tolist()
-        decoded = TeacherTargets(stored, stats)
+        decoded = TeacherTargets(stored, stats, self._stored_by)
         cosine_BN = _cosine(decoded.standardised_BND, stats.standardise(exact.tokens_BND))
         self._cosine_sum += cosine_BN.sum().item()
         self._num_tokens += cosine_BN.numel()

@@ -12,7 +12,6 @@ Legend: B batch, N tokens, D channels, H heads.
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +19,9 @@ import torch
 
 from movekd.analysis.codec_trial import CodecTrial, Fidelity
 from movekd.analysis.kd_gradient import KDGradient
-from movekd.cache.codec import ChannelStats, StatsAccumulator
-from movekd.cache.spec import CacheSpec, Codec
+from movekd.cache.codecs import codec_names
+from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
@@ -107,7 +107,7 @@ def measure_fidelity(
     )
     ways = {
         (grid, codec): CodecTrial(codec, grid, grid == native, student_grid)
-        for grid, codec in itertools.product(stats, get_args(Codec))
+        for grid, codec in itertools.product(stats, codec_names())
     }
     for features in live(images, "measure"):
         of_images = corpus.index.take("key", np.asarray(features.images)).to_pylist()
@@ -177,7 +177,7 @@ def _measure(
     keys: list[str],
     stats: Mapping[int, ChannelStats],
     gradient: KDGradient,
-    ways: Mapping[tuple[int, Codec], CodecTrial],
+    ways: Mapping[tuple[int, str], CodecTrial],
 ) -> None:
     """Put a batch through every way of storing."""
     for grid, grid_stats in stats.items():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -25,8 +25,9 @@ from movekd.analysis.cost_model import (
 )
 from movekd.analysis.disk_benchmark import DiskRates, measure_disk
 from movekd.analysis.payback import Runs, run_costs
+from movekd.cache.codecs import codec_names
 from movekd.cache.layout import TeacherLayout, grid_side, teacher_layout
-from movekd.cache.spec import CacheSpec, Codec
+from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.index import Corpus
@@ -236,7 +237,7 @@ class _StorageOption(NamedTuple):
     """One way of storing a teacher."""
 
     teacher: str
-    codec: Codec
+    codec: str
     grid: int
     arrays: TeacherLayout
     is_spec: bool
@@ -276,7 +277,7 @@ def _offers(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[_Sto
     asked = native if spec.grid == "native" else spec.grid
     offers = []
     for grid, codec in itertools.product(
-        dict.fromkeys((native, student_grid, asked)), get_args(Codec)
+        dict.fromkeys((native, student_grid, asked)), codec_names()
     ):
         arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
         is_spec = (grid, codec) == (asked, spec.codec)

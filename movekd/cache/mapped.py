@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from movekd.cache.layout import ArrayLayout, TeacherLayout, shard_file
+from movekd.cache.codecs import ArrayLayout
+from movekd.cache.layout import TeacherLayout, shard_file
 from movekd.errors import CacheError, CorruptCacheError
 
 MAX_SHARDS = 1024

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from movekd.cache import layout
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import codec
 from movekd.cache.contents import CacheContents, TeacherContents
 from movekd.cache.in_flight import RowsInFlight
 from movekd.cache.mapped import MappedRows
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import find_rows, require_known
@@ -200,7 +201,7 @@ class TeacherCache(TeacherContents):
                     f"allocate it with `empty({len(wanted)})`."
                 )
         self._rows.read(wanted, {name: stored[name].numpy() for name in self.layout.arrays})
-        return TeacherTargets(stored, self.stats)
+        return TeacherTargets(stored, self.stats, codec(self.spec.codec))
 
     def empty(self, num_rows: int, pin_memory: bool = False) -> dict[str, Tensor]:
         """Return uninitialised buffers for ``read(rows, out=...)``."""

@@ -1,7 +1,7 @@
 """CacheSpec: what one file of cache_specs/ says about a teacher and how its features are kept.
 
 Comes in from YAML, goes to ``teachers.teacher`` (which model, which layer), ``corpus.transforms``
-(what its pixels look like) and ``cache.codec`` (how tokens are stored), and is written whole
+(what its pixels look like) and ``cache.codecs`` (how tokens are stored), and is written whole
 into the attributes of the teacher's Zarr group.
 """
 
@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from movekd.cache.codecs import codec_names
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry, Resample
 from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
 
-Codec = Literal["float16", "int8"]
 Provider = Literal["transformers", "timm", "open_clip", "movekd", "python"]
 
 WEIGHTS_WORDS = ("hub", "random", "factory")
@@ -87,7 +87,11 @@ class CacheSpec(FrozenModel):
     grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
         default="native", description="Side of the stored grid; `native` keeps the teacher's."
     )
-    codec: Codec = Field(default="int8", description="float16, or int8 with a scale a group.")
+    codec: str = Field(
+        default="int8",
+        description="How tokens are stored: float16, or int8 with one scale per group of 128 "
+        "channels.",
+    )
     compressor: Literal["none", "zstd", "blosc"] = Field(
         default="none", description="For archives; the fast reading path needs `none`."
     )
@@ -100,6 +104,14 @@ class CacheSpec(FrozenModel):
     calibration_images: int = Field(
         default=512, gt=0, description="Images whose features fix the channel statistics."
     )
+
+    @field_validator("codec")
+    @classmethod
+    def _codec_is_known(cls, codec: str) -> str:
+        known = codec_names()
+        if codec not in known:
+            raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(codec, known)}")
+        return codec
 
     @field_validator("std")
     @classmethod

@@ -24,9 +24,9 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import ArrayLayout, codec
 from movekd.cache.contents import TeacherContents
-from movekd.cache.layout import ArrayLayout, TeacherLayout
+from movekd.cache.layout import TeacherLayout
 from movekd.cache.schema import (
     Calibration,
     EncodingError,
@@ -37,6 +37,7 @@ from movekd.cache.schema import (
 )
 from movekd.cache.seal import checksum, entry, read_record, sealed_bytes, write_sealed
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Buffer, Storage
 from movekd.errors import CacheError
 
@@ -152,11 +153,13 @@ class TeacherWriter(TeacherContents):
     """What a build writes one teacher's Zarr shards through; ``create_group`` comes first.
 
     Attributes:
+        codec: what encodes the tokens.
         stats: channel statistics of the sealed calibration, float32 (D,).
     """
 
     def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
         super().__init__(storage, teacher, num_rows)
+        self.codec = codec(self.spec.codec)
         self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
 
     def write_shard(

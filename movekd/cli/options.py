@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from movekd.cache.codecs import codec_names
+
 if TYPE_CHECKING:
     from movekd.cache.spec import CacheSpec
     from movekd.corpus.anyres import Views
@@ -37,7 +39,9 @@ ViewsOption = Annotated[
         "--views", help="base: the whole image; anyres: and its tiles, as LLaVA-NeXT cuts them."
     ),
 ]
-CodecOption = Annotated[str | None, typer.Option(help="int8 or float16, instead of the spec's.")]
+CodecOption = Annotated[
+    str | None, typer.Option(help=f"{', '.join(codec_names())}. Default: the codec of the spec.")
+]
 GridOption = Annotated[
     str | None, typer.Option(help="Side of the stored grid, or `native`, instead of the spec's.")
 ]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from movekd.cache import codec
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import codec
 from movekd.cache.layout import grid_side, teacher_layout
+from movekd.cache.stats import ChannelStats
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch, image_transform
 from movekd.extract.options import CPU_BATCH_SIZE, BuildOptions
@@ -73,7 +73,8 @@ def one_pass(teacher: Teacher, batch_size: int, options: BuildOptions) -> Teache
     kept = resize_output(output, spec)
     width = kept.tokens_BND.shape[-1]
     stats = ChannelStats(torch.zeros(width), torch.ones(width)).to(torch.device(options.device))
-    codec.token_error(kept.tokens_BND, codec.encode(kept.tokens_BND, spec.codec, stats), stats)
+    chosen = codec(spec.codec)
+    chosen.error(kept.tokens_BND, chosen.encode(kept.tokens_BND, stats), stats)
     return output
 
 

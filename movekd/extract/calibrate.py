@@ -14,10 +14,10 @@ import torch
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, read_cache_json
-from movekd.cache.codec import ChannelStats, StatsAccumulator
 from movekd.cache.contents import TeacherContents, read_calibration
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.cache.storage import Storage
 from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import Corpus

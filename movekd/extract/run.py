@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
-from movekd.cache.codec import ChannelStats
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.verify import TeacherStatus, teacher_status
 from movekd.cache.writer import TeacherWriter, resize_group

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from movekd.cache import codec, grid, layout
-from movekd.cache.codec import ChannelStats
+from movekd.cache import grid, layout
 from movekd.cache.contents import read_calibration
 from movekd.cache.schema import EncodingError
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
 from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
@@ -63,10 +63,10 @@ class ShardBuffer:
             output = _picked(output, readable)
         tokens_BND = output.tokens_BND.float()
         try:
-            stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
+            stored = self._store.codec.encode(tokens_BND, stats)
         except CacheError as error:
             raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
-        error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
+        error_sum, error_max = self._store.codec.error(tokens_BND, stored, stats)
         self._error_sum += error_sum.item()
         self._error_max = max(self._error_max, error_max.item())
         if self._max_error is not None and self._error_max > self._max_error:

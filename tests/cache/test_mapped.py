@@ -4,6 +4,7 @@ import gc
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -297,7 +298,7 @@ def test_a_missing_file_and_foreign_chunks_are_a_sentence(teacher, arrays, own_g
     with pytest.raises(CorruptCacheError, match=r"is sealed but cannot be opened \(No such file"):
         read(MappedRows(own_group, teacher), teacher, [1])
     other = teacher_layout("int8", 49, 256, cls_width=200, num_heads=3)
-    other = TeacherLayout(other.arrays, ROWS)
+    other = replace(other, rows_per_shard=ROWS)
     with pytest.raises(CorruptCacheError, match="chunks of other sizes than the 12544 bytes"):
         read(MappedRows(own_group, other), other, [9])
 

@@ -4,15 +4,16 @@ import tensorstore
 import zarr
 
 from movekd.cache import layout
+from movekd.cache.codecs import ArrayLayout
 from movekd.cache.contents import read_calibration
-from movekd.cache.layout import ArrayLayout, shard_file
+from movekd.cache.layout import shard_file
 from movekd.cache.seal import read_sealed, write_sealed
 from movekd.cache.storage import open_storage
 from movekd.cache.writer import _zarr_compressors, shard_buffers
 from movekd.errors import CacheError
 
 ARRAYS = [
-    ArrayLayout("tokens", (4, 6), "int8", ("row", "token", "channel")),
+    ArrayLayout("tokens", (4, 6), "int8", ("row", "token", "channel"), 0),
     ArrayLayout("token_scale", (4, 1), "float16", ("row", "token", "group")),
     ArrayLayout("cls", (6,), "float16", ("row", "channel")),
     ArrayLayout("cls_attention", (2, 4), "float16", ("row", "head", "token")),

@@ -12,8 +12,8 @@ import zarr
 from movekd.analysis.fidelity import measure_fidelity
 from movekd.analysis.plan import plan_cache
 from movekd.analysis.verify_features import verify_features
-from movekd.cache.codec import StatsAccumulator
 from movekd.cache.reader import open_cache
+from movekd.cache.stats import StatsAccumulator
 from movekd.cache.verify import verify
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, UnknownKeyError
