@@ -76,7 +76,7 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
     ratio, low, high = interleaved_ratio(memmap, ours, pairs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a DataLoader's worker; numpy's gather has one at all times
-    alone = interleaved_ratio(memmap, ours, pairs)
+    single = interleaved_ratio(memmap, ours, pairs)
     torch.set_num_threads(threads)
     return [
         Figure(
@@ -89,9 +89,9 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
         ),
         Figure(
             "read_one_thread_over_memmap",
-            alone[0],
+            single[0],
             "the same with copies in one thread, as in a DataLoader's worker",
-            alone[1:],
+            single[1:],
         ),
         Figure("read_gb_s", gib_s(data, ours), "movekd's own rate, GB/s"),
         Figure("memmap_gb_s", gib_s(data, memmap), "numpy's, GB/s"),

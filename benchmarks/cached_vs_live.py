@@ -7,7 +7,7 @@ AdamW), whose targets come from
 - ``cached``: the cache, read by the same process and not ahead of time,
 - ``live``: the teachers, run in the step on the same photographs.
 
-Step time by turns in one process; peak memory of each in a process of its own; the KD gradient at
+Step time by turns in one process; peak memory of each in a separate process; the KD gradient at
 the student's tokens from cached against live targets. Weights are random: they change no time.
 
 Student: CLIP-L/336 at full size with experts, and a Llama of two layers.
@@ -238,7 +238,7 @@ def step_figures(folder: Path, size: Size, pairs: int) -> list[Figure]:
 
 
 def memory_figures(folder: Path, size: Size, is_real: bool) -> list[Figure]:
-    """Take two steps of each kind in a process of its own."""
+    """Take two steps of each kind in a separate process."""
     figures = []
     for mode in MODES:
         command = [sys.executable, __file__, "--measure", mode, "--folder", str(folder)]

@@ -20,7 +20,7 @@ a build holds, and a training if images were appended."""
 PART_BYTES = 50 * 2**20
 """Objects of twice that are uploaded in such parts: s3fs' rule."""
 INDEX_POOL_BYTES = 32 * 2**20
-"""What a reader keeps of the Zarr shards' indexes, see ``cache.in_flight``."""
+"""What a reader keeps of the Zarr shards' indexes, see ``cache.tensorstore_rows``."""
 
 
 @dataclass(frozen=True)

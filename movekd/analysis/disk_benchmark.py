@@ -116,7 +116,7 @@ def _write(storage: Storage, folder: str, block: bytes) -> tuple[list[str], floa
 def _read_local(paths: list[Path], row_bytes: int) -> float | None:
     """Return bytes/s of reading rows in random order, for about a second.
 
-    As ``cache.mapped`` reads: the kernel is told of a whole batch before its first row is copied.
+    As ``mapped_rows`` reads: the kernel is told of a whole batch before its first row is copied.
     """
     if not hasattr(os, "posix_fadvise"):  # no way to drop the page cache: the rate would be its
         return None

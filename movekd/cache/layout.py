@@ -1,14 +1,14 @@
-"""Format 1 in one place: names, shapes, chunks and attributes of what lies in a cache.
+"""Names, shapes, chunks and attributes of everything in a cache of format 1.
 
     cache/
       cache.json                 format version, geometry, corpus fingerprint
       index.parquet              row, key, view, shard, offset, size, width, height
       names.parquet              name, key
       <teacher>.zarr/            a Zarr v3 group that stock libraries open
-      <teacher>.seals/           what is finished, with checksums; foreign to Zarr, so outside it
+      <teacher>.seals/           what is finished, with checksums; not Zarr, so outside the group
 
-The chunk of an array is one row; a Zarr shard is ``rows_per_shard`` rows of every array, written
-by one writer in one go.
+The chunk of an array is one row. A Zarr shard is ``rows_per_shard`` rows of every array; one writer
+writes it in one step.
 """
 
 import math
@@ -23,10 +23,10 @@ from movekd.errors import CacheError
 FORMAT_VERSION = 1
 SHARD_BYTES = 128 * 2**20
 MAX_SHARD_ROWS = 1024
-"""Also what appended images are aligned to: a multiple of every teacher's rows_per_shard."""
+"""Appended images start at a multiple of it, which is one of every ``rows_per_shard``."""
 
 CHANNEL_ARRAYS = ("channel_mean", "channel_std")
-"""The arrays of a group that have no rows: statistics of the calibration."""
+"""The arrays of a group without rows: statistics of the calibration."""
 
 CACHE_JSON = "cache.json"
 INDEX = "index.parquet"
@@ -83,7 +83,7 @@ def grid_side(num_tokens: int) -> int:
 
 
 def rows_per_shard(token_row_bytes: int) -> int:
-    """Return the largest power of two that keeps a shard's tokens under 128 MiB, at most 1,024."""
+    """Return the largest power of two that keeps the tokens under 128 MiB, at most 1,024."""
     rows = MAX_SHARD_ROWS
     while rows > 1 and rows * token_row_bytes > SHARD_BYTES:
         rows //= 2
@@ -101,12 +101,12 @@ def seals_name(teacher: str) -> str:
 
 
 def calibration_name(teacher: str) -> str:
-    """Return the seal of what was settled before the first Zarr shard."""
+    """Return the name of the sealed calibration."""
     return f"{teacher}.seals/calibration.json"
 
 
 def metadata_name(teacher: str) -> str:
-    """Return the seal of the group's small files: every zarr.json and the channel statistics."""
+    """Return the seal of the group's small files: each zarr.json and the channel statistics."""
     return f"{teacher}.seals/metadata.json"
 
 

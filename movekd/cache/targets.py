@@ -9,8 +9,6 @@ Legend: B batch, N tokens, D channels, H heads.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,10 +41,6 @@ class TeacherTargets:
     def pin_memory(self) -> "TeacherTargets":
         """Return the batch in page-locked memory; a DataLoader calls this."""
         return replace(self, stored={n: a.pin_memory() for n, a in self.stored.items()})
-
-    def numpy(self) -> npt.NDArray[np.float32]:
-        """Return ``tokens_BND`` as a numpy array, float32 (B, N, D)."""
-        return np.asarray(self.tokens_BND.cpu())
 
     @property
     def tokens_BND(self) -> Tensor:

@@ -1,30 +1,27 @@
-"""A teacher's group: created once, then filled one whole Zarr shard after the other.
+"""Create a teacher's group, then write its Zarr shards one by one.
 
-A shard file is assembled here (chunks one after the other, then the index of Zarr's sharding
-codec), because that is a plain write at the disk's rate; ``zarr`` makes the group and its
-metadata. Used by ``extract.run`` alone.
+Input: the arrays of a Zarr shard, encoded. Output: its files, and then its seal. ``zarr`` makes the
+group and its metadata. ``shard_file`` makes shard files, because zarr writes them at a third of the
+disk's rate.
 
-One writer a Zarr shard, always: two lose data. ``build`` holds the lock that says so.
+Two writers of one Zarr shard would lose data; the build holds the lock that prevents it.
 """
 
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from numcodecs.blosc import Blosc
-from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
-from movekd.cache.codecs import ArrayLayout, codec
+from movekd.cache.codecs import codec
 from movekd.cache.contents import TeacherContents
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.schema import (
@@ -36,14 +33,25 @@ from movekd.cache.schema import (
     SkippedSeal,
 )
 from movekd.cache.seal import checksum, entry, read_record, sealed_bytes, write_sealed
+from movekd.cache.shard_file import shard_buffers, zarr_compressors
 from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats
-from movekd.cache.storage import Buffer, Storage
+from movekd.cache.storage import Storage
 from movekd.errors import CacheError
 
-_ABSENT = 2**64 - 1
-"""Offset and size, in a shard's index, of a chunk that is not there."""
-_VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
+_VERSIONS = (
+    "movekd",
+    "numcodecs",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "zarr",
+)
+"""Packages that decide the bytes of a cache. Caches of earlier movekd record fewer of them."""
 
 
 def stats_checksum(stats: ChannelStats) -> str:
@@ -63,12 +71,14 @@ def create_group(
 ) -> None:
     """Create ``<teacher>.zarr`` with all its arrays, then seal the calibration.
 
-    The weights' place is not stored, only what it holds (their SHA-256): a path of one machine
-    means nothing on another.
+    The group records the SHA-256 of the weights and not their path, which means nothing on another
+    machine.
     """
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
-    stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))  # whatever a YAML's order
+    stored_spec = json.loads(
+        json.dumps(stored_spec, sort_keys=True)
+    )  # independent of the order in the YAML
     attributes = layout.group_attributes(
         stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
     )
@@ -80,10 +90,10 @@ def create_group(
 def resize_group(
     storage: Storage, spec: CacheSpec, calibration: Calibration, num_rows: int
 ) -> None:
-    """Lengthen a teacher's arrays to ``num_rows``, and mend their metadata; rows stay as they are.
+    """Lengthen a teacher's arrays to ``num_rows`` and repair their metadata; rows do not change.
 
-    The metadata is made anew, not edited, and the seal that holds the number of rows is written
-    last: interrupted at any instant, the next call does the same again.
+    The metadata is created again, not edited, and the seal with the number of rows is written last.
+    So after an interruption the next call does the same again.
     """
     sealed = read_record(storage, layout.metadata_name(spec.name), GroupRecord)
     group = layout.group_name(spec.name)
@@ -93,7 +103,9 @@ def resize_group(
     if is_whole and sealed.num_rows >= num_rows:
         return
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
-    files = {name: files[name] for name in arrays}  # the group's own stays that of its first build
+    files = {
+        name: files[name] for name in arrays
+    }  # zarr.json of the group stays as the first build wrote it
     _write_group_files(storage, spec.name, num_rows, files, sealed.files)
 
 
@@ -119,7 +131,7 @@ def _group_files(
     attributes: Mapping[str, Any],
     stats: ChannelStats | None,
 ) -> dict[str, bytes]:
-    """Return what zarr writes for an empty group, file name -> content; statistics if given."""
+    """Return the files that zarr writes for an empty group, and for ``stats`` unless None."""
     files: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=dict(attributes))
     for array in teacher.arrays.values():
@@ -129,7 +141,7 @@ def _group_files(
             dtype=array.dtype,
             chunks=(1, *array.row_shape),
             shards=(teacher.rows_per_shard, *array.row_shape),
-            compressors=_zarr_compressors(compressor, array),
+            compressors=zarr_compressors(compressor, array),
             fill_value=array.fill_value,
             dimension_names=array.dimension_names,
         )
@@ -222,52 +234,11 @@ class TeacherWriter(TeacherContents):
             self.storage.write(seal, [sealed])
 
 
-def shard_buffers(
-    rows: npt.NDArray[Any], array: ArrayLayout, rows_per_shard: int, compressor: str
-) -> list[Buffer]:
-    """Return the bytes of one shard file: the chunks in row order, then the index.
-
-    The index holds offset and size of each chunk as little-endian uint64 (both 2**64 - 1 for
-    a chunk that is not there) and ends with its CRC-32C.
-
-    Source: Zarr v3 specification, codec ``sharding_indexed``, version 1.0.
-    """
-    rows = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<"))
-    if compressor == "none":
-        chunks: list[Buffer] = [rows.reshape(-1).view(np.uint8).data]
-        sizes = np.full(len(rows), array.row_bytes, np.uint64)
-    else:
-        encoder = _chunk_compressor(compressor)
-        chunks = [encoder.encode(row) for row in rows]
-        sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
-    index = np.full((rows_per_shard, 2), _ABSENT, "<u8")
-    index[: len(rows), 1] = sizes
-    index[: len(rows), 0] = np.cumsum(sizes) - sizes
-    raw_index = index.tobytes()
-    return [*chunks, raw_index + google_crc32c.value(raw_index).to_bytes(4, "little")]
-
-
-def _chunk_compressor(compressor: str) -> Any:
-    if compressor == "zstd":
-        return Zstd(level=1)
-    return Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)
-
-
-def _zarr_compressors(compressor: str, array: ArrayLayout) -> Sequence[Any] | None:
-    """Return what zarr must know to read the chunks of ``_chunk_compressor``."""
-    if compressor == "none":
-        return None
-    if compressor == "zstd":
-        return [zarr.codecs.ZstdCodec(level=1)]
-    item_bytes = np.dtype(array.dtype).itemsize
-    return [zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=item_bytes)]
-
-
 def _versions() -> dict[str, str]:
-    """Return the versions that decide what features come out."""
+    """Return the versions of the packages that decide the bytes of a cache."""
     versions = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metadata of other packages is not ours to judge
+        warnings.simplefilter("ignore")  # some packages have faulty metadata
         for name in _VERSIONS:
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from movekd.analysis.disk_benchmark import DiskRates
 from movekd.analysis.plan import plan_cache
-from movekd.cache import in_flight, object_storage
+from movekd.cache import object_storage, tensorstore_rows
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.cache.verify import status, verify
@@ -46,8 +46,8 @@ def prefix(server) -> str:
 def quick_retries(monkeypatch) -> None:
     """Both clients give up early: waiting for more tests nothing."""
     monkeypatch.setattr(object_storage, "S3_ATTEMPTS", 1)
-    few = {"max_retries": 3, "initial_delay": "1ms", "max_delay": "2ms"}
-    monkeypatch.setattr(in_flight, "_CONTEXT", {**in_flight._CONTEXT, "s3_request_retries": few})
+    few = {"s3_request_retries": {"max_retries": 3, "initial_delay": "1ms", "max_delay": "2ms"}}
+    monkeypatch.setattr(tensorstore_rows, "_CONTEXT", tensorstore_rows._CONTEXT | few)
 
 
 def build(url, corpus_dir, specs, **more):
@@ -158,8 +158,8 @@ def test_endpoint_and_region_of_a_profile_are_those_of_the_rows_too(
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    assert in_flight.s3_settings()["endpoint"] == server.endpoint
-    assert in_flight.s3_settings()["aws_region"] == "us-east-1"
+    assert tensorstore_rows.s3_settings()["endpoint"] == server.endpoint
+    assert tensorstore_rows.s3_settings()["aws_region"] == "us-east-1"
     child = f"""
 from movekd.cache.reader import open_cache
 assert len(open_cache({prefix!r})["clip"].read([0, 5]).tokens_BND) == 2
@@ -173,7 +173,7 @@ def test_a_server_that_goes_away_is_not_called_damage(
     """Where rows are read through zarr as well: in a child forked from a reading process."""
     upload(cache_dir, prefix)
     opened = open_cache(prefix)["clip"]
-    monkeypatch.setattr(in_flight, "_used_in", -1)
+    monkeypatch.setattr(tensorstore_rows, "_used_in", -1)
     assert len(opened.read([3]).tokens_BND) == 1
     server.fail(("GET", "clip.zarr", "500", 10**6), ("HEAD", "clip.seals", "500", 10**6))
     with pytest.raises(CacheError, match="several times") as caught:

@@ -64,11 +64,10 @@ def test_reported_error_is_the_error(seed: int) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31), st.sampled_from([1, 128, 200]), st.sampled_from(codec_names()))
-def test_numpy_returns_what_torch_decodes(seed: int, width: int, name: str) -> None:
+def test_both_ways_of_decoding_agree(seed: int, width: int, name: str) -> None:
     tokens = heavy_tailed(seed, width)
     stats = statistics(tokens)
     targets = TeacherTargets(codec(name).encode(tokens, stats), stats, codec(name))
-    assert torch.equal(torch.from_numpy(targets.numpy()), targets.tokens_BND)
     restored = stats.restore_(targets.standardised_BND)
     torch.testing.assert_close(restored, targets.tokens_BND, rtol=1e-5, atol=1e-5)
 

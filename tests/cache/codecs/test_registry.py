@@ -1,5 +1,8 @@
 """A codec from outside the package: the real build, reader and commands use it by its name."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +104,14 @@ def test_a_registered_codec_goes_through_the_whole_program(
     shown = CliRunner().invoke(app, [*arguments, "--random", "1"])
     assert shown.exit_code == 0, shown.output
     assert list((tmp_path / "out").iterdir())
+
+
+def test_the_codec_of_the_docs_registers(monkeypatch) -> None:
+    monkeypatch.setattr(codecs, "_CODECS", dict(codecs._CODECS))
+    page = Path(__file__).parents[3] / "docs" / "howto" / "codec.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    exec(code, {})
+    assert codec("half").arrays(4, 8) == codec("float16").arrays(4, 8)
 
 
 def test_an_unknown_codec_names_the_nearest(tiny_specs) -> None:
