@@ -15,7 +15,16 @@ _CODECS: dict[str, Codec] = {}
 
 
 def register_codec(new: Codec) -> None:
-    """Make a codec available to specs, builds, readers and commands by its name."""
+    """Make a codec available to specs, builds, readers and commands by its name.
+
+    Raises:
+        ConfigError: another codec has this name; caches of that codec would be decoded wrongly.
+    """
+    if type(_CODECS.get(new.name, new)) is not type(new):
+        raise ConfigError(
+            f"a codec '{new.name}' exists already ({type(_CODECS[new.name]).__qualname__}), and "
+            "caches are decoded by name; give the new codec another name."
+        )
     _CODECS[new.name] = new
 
 

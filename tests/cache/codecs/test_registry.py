@@ -114,6 +114,13 @@ def test_the_codec_of_the_docs_registers(monkeypatch) -> None:
     assert codec("half").arrays(4, 8) == codec("float16").arrays(4, 8)
 
 
+def test_a_name_that_is_taken_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(Int4, "name", "int8")
+    with pytest.raises(ConfigError, match=r"'int8' exists already \(Int8\).*another name"):
+        register_codec(Int4())
+    register_codec(codec("int8"))
+
+
 def test_an_unknown_codec_names_the_nearest(tiny_specs) -> None:
     with pytest.raises(ConfigError, match=r"no codec 'int9'\. Did you mean 'int8'\?"):
         codec("int9")
