@@ -96,7 +96,7 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     data = BenchData(folder, num_rows, batch_size)
     spec, calibration, stats = bench_teacher()
     storage = empty_cache(folder, spec, calibration, stats, num_rows)
-    teacher = calibration.layout(spec)
+    teacher, writer = calibration.layout(spec), TeacherWriter(storage, spec.name, num_rows)
     data.source.mkdir()
     files = {
         name: np.lib.format.open_memmap(
@@ -109,13 +109,12 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     for shard in range(teacher.num_shards(num_rows)):
         count = min(size, num_rows - shard * size)
         arrays = {name: np.roll(values[:count], shard, axis=-1) for name, values in drawn.items()}
-        write_rows(storage, spec, calibration, shard, arrays)
+        write_rows(writer, shard, arrays)
         for name, values in arrays.items():
             files[name][shard * size : shard * size + len(values)] = values
     for file in files.values():
         file.flush()
     skipped = {"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())}
-    writer = TeacherWriter(storage, "clip", num_rows)
     writer.write_skipped(pa.table(skipped | {"reason": pa.array([], pa.string())}))
     return data
 
@@ -158,14 +157,12 @@ def empty_cache(
     return storage
 
 
-def write_rows(
-    storage: Storage, spec: CacheSpec, calibration: Calibration, shard: int, arrays: Arrays
-) -> None:
+def write_rows(writer: TeacherWriter, shard: int, arrays: Arrays) -> None:
     """Write and seal the rows of one Zarr shard, as a build does."""
-    first = shard * calibration.layout(spec).rows_per_shard
-    keys = open_catalog(storage).keys_checksum(first, first + len(arrays["tokens"]))
+    first = shard * writer.layout.rows_per_shard
+    keys = open_catalog(writer.storage).keys_checksum(first, first + len(arrays["tokens"]))
     unmeasured = EncodingError(mean=0.0, max=0.0, num_tokens=1)
-    TeacherWriter(storage, spec.name, 0).write_shard(
+    writer.write_shard(
         shard,
         arrays,
         keys_xxh3_128=keys,

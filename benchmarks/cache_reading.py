@@ -26,6 +26,7 @@ from cache_data import (
 from movekd.cache.codecs import codec
 from movekd.cache.layout import group_name, shard_file
 from movekd.cache.reader import TeacherCache
+from movekd.cache.writer import TeacherWriter
 from report import Figure, interleaved_ratio
 
 Rows = npt.NDArray[np.int64]
@@ -270,11 +271,12 @@ def write_shard_figures(folder: Path, pairs: int) -> list[Figure]:
     spec, calibration, stats = bench_teacher()
     size = calibration.layout(spec).rows_per_shard
     storage = empty_cache(folder, spec, calibration, stats, 2 * size)
+    writer = TeacherWriter(storage, spec.name, 2 * size)
     arrays: dict[str, npt.NDArray[Any]] = shard_rows(size, stats, seed=0)
     plain = folder / "plain"
 
     def ours() -> None:
-        write_rows(storage, spec, calibration, 0, arrays)
+        write_rows(writer, 0, arrays)
 
     def one_file() -> None:
         with plain.open("wb", buffering=0) as file:
