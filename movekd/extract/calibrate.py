@@ -56,8 +56,8 @@ def calibration_of(
     if held != geometry:
         raise CacheError(
             f"{source.url} is of geometry '{held}', the build asks for '{geometry}': the same "
-            f"images have other statistics there. Give --geometry {held}, or leave --channel-stats "
-            "out."
+            f"images have other statistics there. Give --resize-mode {held}, or leave "
+            "--channel-stats out."
         )
     calibration = sealed_calibration(source, spec)
     if calibration is None:
@@ -84,7 +84,7 @@ def begin_with(
     elif own.channel_stats_xxh3_128 != calibration.channel_stats_xxh3_128:
         raise CacheError(
             f"teacher '{spec.name}' in {storage.url} was begun with channel statistics of its own; "
-            "leave --channel-stats out, or --replace it."
+            "leave --channel-stats out, or --overwrite it."
         )
 
 
@@ -104,7 +104,7 @@ def sealed_calibration(storage: Storage, spec: CacheSpec) -> Calibration | None:
         differs.append(f"weights are {stored['weights']!r} in the cache")
     raise CacheError(
         f"teacher '{spec.name}' in {storage.url} was built from another spec: "
-        f"{'; '.join(differs)}. Give the old value, use another --cache, or --replace it."
+        f"{'; '.join(differs)}. Give the old value, use another --cache, or --overwrite it."
     )
 
 

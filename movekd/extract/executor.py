@@ -135,7 +135,7 @@ class LocalExecutor:
             raise CacheError(
                 f"the weights of '{job.spec.name}' have SHA-256 {teacher.weights_sha256[:16]}..., "
                 f"the cache was begun with {begun[:16]}...; bring those weights back, or build "
-                "anew with --replace."
+                "anew with --overwrite."
             )
         if run.compile:
             teacher.compile_forward()

@@ -106,9 +106,9 @@ def build_cache(
     """
     if partition is not None and replace:
         raise ConfigError(
-            f"--partition {partition} builds one of {partition.count} parts and --replace deletes "
-            "them all. Run a whole build with --replace, stop it when it has calibrated, and start "
-            "the parts without --replace; or build into another --cache."
+            f"--partition {partition} builds one of {partition.count} parts and --overwrite "
+            "deletes them all. Run a whole build with --overwrite, stop it when it has calibrated, "
+            "and start the parts without --overwrite; or build into another --cache."
         )
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")

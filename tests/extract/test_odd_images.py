@@ -8,7 +8,7 @@ from PIL import Image
 
 from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
-from movekd.corpus.pack import index_webdataset
+from movekd.corpus.webdataset import index_webdataset
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 

@@ -212,7 +212,7 @@ def test_another_spec_is_refused_by_its_key(
     out = tmp_path / "cache"
     shutil.copytree(cache_dir, out)
     changed = tiny_specs[0].with_changes(**{key: value})
-    with pytest.raises(CacheError, match=rf"'clip' in .* another spec: {key} .*--replace"):
+    with pytest.raises(CacheError, match=rf"'clip' in .* another spec: {key} .*--overwrite"):
         build(out, corpus_dir, [changed])
     assert snapshot(out) == snapshot(cache_dir)
 
@@ -245,7 +245,7 @@ def test_other_weights_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
     out = tmp_path / "cache"
     build(out, corpus_dir, [first])
     (out / layout.seal_name("clip", 0)).unlink()
-    with pytest.raises(CacheError, match=r"the weights of 'clip' have SHA-256 .*--replace"):
+    with pytest.raises(CacheError, match=r"the weights of 'clip' have SHA-256 .*--overwrite"):
         build(out, corpus_dir, [second])
     build(out, corpus_dir, [first])
     assert list(verify(out)) == []
