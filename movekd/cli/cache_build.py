@@ -177,7 +177,7 @@ def build(
             geometry=check_geometry(geometry, views),
             views=check_views(views),
             options=options,
-            engine=_engine(cluster),
+            executor=_engine(cluster),
             partition=part,
             replace=replace,
             channel_stats=channel_stats,

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
+from movekd.analysis.cost_model import Runs
 from movekd.analysis.disk_benchmark import DiskRates
-from movekd.analysis.payback import Runs
 from movekd.analysis.plan import output_shape, plan_cache
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec, shipped_specs
