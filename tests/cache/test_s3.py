@@ -252,7 +252,7 @@ from movekd.extract import locks
 from movekd.extract.locks import build_lock
 locks.RENEW_S = 0.05
 from movekd.cache.storage import open_storage
-with build_lock(open_storage(sys.argv[1]), "clip.seals/.lock"):
+with build_lock(open_storage(sys.argv[1]), "clip.seals/.part-0-of-1.lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
