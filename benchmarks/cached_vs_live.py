@@ -136,7 +136,7 @@ class Bench:
                 teacher, self.corpus, "crop", images, views, self.options, {},
                 lambda *_: None, "live",
             )  # fmt: skip
-            live = next(iter(stream)).resize_output(GRID)
+            live = next(iter(stream)).resize(GRID)
             stored = {"tokens": live.tokens_BND}
             if live.cls_BD is not None:
                 stored["cls"] = live.cls_BD

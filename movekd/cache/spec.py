@@ -18,8 +18,6 @@ from movekd.corpus.transforms import Geometry, Resample
 from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
 
-Provider = Literal["transformers", "timm", "open_clip", "movekd", "python"]
-
 WEIGHTS_WORDS = ("hub", "random", "factory")
 """Values of ``weights`` that are not a path."""
 
@@ -32,8 +30,10 @@ class CacheSpec(FrozenModel):
     )
     description: str = Field(default="", description="One line for readers of the file.")
 
-    provider: Provider = Field(
-        description="The library that defines the architecture; `python` is a module of your own."
+    provider: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="The library that defines the architecture: transformers, timm, open_clip, "
+        "movekd (eva02_det), or python for a module of your own.",
     )
     model: str = Field(
         description="The model's name in that library, or a hub id. Default with provider python: "

@@ -21,7 +21,7 @@ from movekd.cache.storage import open_storage
 from movekd.cache.verify import status, verify
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, CorruptCacheError
-from movekd.extract.lock import build_lock
+from movekd.extract.locks import build_lock
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from s3 import everything, s3_server, upload
@@ -248,11 +248,11 @@ def test_forked_and_spawned_workers_read_from_s3(prefix, cache_dir, method, has_
 
 HOLD = """
 import sys
-from movekd.extract import lock
-from movekd.extract.lock import build_lock
-lock.RENEW_S = 0.05
+from movekd.extract import locks
+from movekd.extract.locks import build_lock
+locks.RENEW_S = 0.05
 from movekd.cache.storage import open_storage
-with build_lock(open_storage(sys.argv[1]), "clip.seals/.lock"):
+with build_lock(open_storage(sys.argv[1]), "clip.seals/.part-0-of-1.lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -273,8 +273,8 @@ def holder(prefix):
 def test_a_second_build_in_s3_is_refused_and_a_dead_one_taken_over(
     prefix, holder, corpus_dir, tiny_specs, cache_dir, monkeypatch
 ) -> None:
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 1.0)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 1.0)
     with pytest.raises(CacheError, match=rf"another build .*\(pid {holder.pid} on "):
         build(prefix, corpus_dir, tiny_specs[:1])
     holder.kill()
@@ -285,8 +285,8 @@ def test_a_second_build_in_s3_is_refused_and_a_dead_one_taken_over(
 
 def test_a_pid_decides_nothing(prefix, monkeypatch) -> None:
     """Containers share host names and pids: a holder is dead when it renews no more."""
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 0.5)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 0.5)
     storage = open_storage(prefix)
     mark = {"holder": f"pid {os.getpid()} on {socket.gethostname()}", "token": "t", "renewed": 0}
     storage.write(".lock.0", [json.dumps(mark).encode()])
@@ -295,8 +295,8 @@ def test_a_pid_decides_nothing(prefix, monkeypatch) -> None:
 
 
 def test_a_holder_on_another_host_lives_as_long_as_it_renews(prefix, monkeypatch) -> None:
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 0.5)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 0.5)
     storage = open_storage(prefix)
     name = "clip.seals/.lock.3"
     stop = threading.Event()
@@ -340,8 +340,8 @@ def test_a_lock_is_found_without_listing_the_seals(prefix, server) -> None:
 @pytest.mark.parametrize("dead", [None, 0, 3])
 def test_of_many_who_want_the_lock_one_holds_it(prefix, monkeypatch, dead) -> None:
     """From nothing, and from a dead holder whose number comes again once all are gone."""
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 1.0)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 1.0)
     storage = open_storage(prefix)
     if dead is not None:
         mark = {"holder": "pid 1 on elsewhere", "token": "t", "renewed": 0}

@@ -1,4 +1,4 @@
-"""A cache of views: base view and tiles of every image, from one end to the other."""
+"""Builds of base views and tiles, from the corpus to what reads the cache."""
 
 import itertools
 import shutil
