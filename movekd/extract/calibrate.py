@@ -56,7 +56,7 @@ def read_other_calibration(
     if held != geometry:
         raise CacheError(
             f"{source.url} has geometry '{held}', the build asks for '{geometry}'; channel "
-            f"statistics depend on the geometry. Give --geometry {held}, or leave --channel-stats "
+            f"statistics depend on the geometry. Give --resize-mode {held}, or leave --channel-stats "
             "out."
         )
     calibration = sealed_calibration(source, spec)
@@ -81,7 +81,7 @@ def import_calibration(
     elif own.channel_stats_xxh3_128 != calibration.channel_stats_xxh3_128:
         raise CacheError(
             f"teacher '{spec.name}' in {storage.url} has other channel statistics than those of "
-            "--channel-stats; leave --channel-stats out, or --replace the teacher."
+            "--channel-stats; leave --channel-stats out, or --overwrite the teacher."
         )
 
 
