@@ -56,8 +56,8 @@ def read_other_calibration(
     if held != geometry:
         raise CacheError(
             f"{source.url} has geometry '{held}', the build asks for '{geometry}'; channel "
-            f"statistics depend on the geometry. Give --resize-mode {held}, or leave --channel-stats "
-            "out."
+            f"statistics depend on the geometry. Give --resize-mode {held}, or leave "
+            "--channel-stats out."
         )
     calibration = sealed_calibration(source, spec)
     if calibration is None:
