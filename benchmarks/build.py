@@ -1,8 +1,8 @@
-"""`make bench-build`: does a build keep the device busy, and what does the [CLS] row cost?
+"""Measure how busy a build keeps the device, and the cost of the [CLS] row (`make bench-build`).
 
-Comes in: photographs that installed packages carry. The wall time of a build (decoding, forward,
-encoding, checksums, fsync, seals; calibration apart) is held against the bare forward pass of the
-same model on tensors that are in memory already. Weights are random: they change no time.
+Input: photographs that ship with installed packages. Output: results/build.json. The wall time of a
+build (decoding, forward, encoding, checksums, fsync, seals; without calibration) is compared with
+the forward pass of the same model on tensors in memory. Weights are random, which changes no time.
 
 On a CPU: full-size CLIP-L/336 in float32. On a GPU: CLIP-L, EVA-02-L, SAM-L and ConvNeXt-XXL in
 bfloat16.
@@ -92,7 +92,7 @@ def build_figures(
     at_most: float,
     suffix: str,
 ) -> list[Figure]:
-    """Time builds and bare forward passes by turns."""
+    """Time builds and forward passes alternately."""
     started = time.perf_counter()
     (first,) = build_cache(cache, corpus, [spec], geometry="crop", options=options)
     calibration_seconds = first.calibration_seconds
@@ -137,7 +137,7 @@ def build_figures(
             (low, high),
             at_most=at_most,
         ),
-        Figure(f"build_images_s{suffix}", rate, "images a second of the build"),
+        Figure(f"build_images_s{suffix}", rate, "images per second of the build"),
         Figure(
             f"forward_images_s{suffix}",
             len(corpus) / statistics.median(seconds["forward"]),
@@ -160,10 +160,10 @@ def build_figures(
 def attention_figures(
     corpus: Corpus, spec: CacheSpec, options: BuildOptions, suffix: str
 ) -> list[Figure]:
-    """Hold the [CLS] row against the model's own eager map; time it within forward passes."""
+    """Compare the [CLS] row with the model's eager attention map; time it within forward passes."""
     teacher = load_teacher(spec, options.device)
     assert isinstance(spec.layer, int)
-    with torch.no_grad():  # random weights attend to all patches alike; these to some, as real ones
+    with torch.no_grad():  # random weights attend to all patches equally; scaled, to some
         block = list(teacher.module.get_submodule("encoder.layers").children())[spec.layer]
         for name, weight in block.named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
@@ -199,7 +199,7 @@ def attention_figures(
 
 
 def _share_of_row(teacher: Teacher, pixels: Tensor, options: BuildOptions) -> float:
-    """Return the time of the [CLS] row over that of the whole forward pass."""
+    """Return the time of the [CLS] row relative to the whole forward pass."""
     spent: list[float] = []
     original: Callable[..., Tensor] = attention.cls_attention_row
 

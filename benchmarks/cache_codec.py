@@ -2,9 +2,10 @@
 
 from cache_data import HEADS, TOKENS, WIDTH, student_t_tokens
 from movekd.analysis.plan import output_shape
-from movekd.cache.codec import StatsAccumulator, encode, token_error
+from movekd.cache.codecs import codec
 from movekd.cache.layout import teacher_layout
 from movekd.cache.spec import load_spec
+from movekd.cache.stats import StatsAccumulator
 from report import Figure
 
 V10 = ("clip", "eva02", "convnext")
@@ -15,8 +16,8 @@ def codec_figures() -> list[Figure]:
     """Return sizes and errors of int8 against float16."""
     whole, tokens = (
         {
-            codec: teacher_layout(codec, TOKENS, WIDTH, cls_width=cls, num_heads=heads).row_bytes
-            for codec in ("int8", "float16")
+            name: teacher_layout(name, TOKENS, WIDTH, cls_width=cls, num_heads=heads).row_bytes
+            for name in ("int8", "float16")
         }
         for cls, heads in ((WIDTH, HEADS), (None, None))
     )
@@ -24,10 +25,11 @@ def codec_figures() -> list[Figure]:
     for seed in range(4):
         accumulator.add(student_t_tokens(16, seed=seed))
     stats = accumulator.result()
+    int8 = codec("int8")
     total, worst, count = 0.0, 0.0, 0
     for seed in range(4):
         tokens_BND = student_t_tokens(16, seed=1000 + seed)  # not those of the statistics
-        error_sum, error_max = token_error(tokens_BND, encode(tokens_BND, "int8", stats), stats)
+        error_sum, error_max = int8.error(tokens_BND, int8.encode(tokens_BND, stats), stats)
         total, worst = total + error_sum.item(), max(worst, error_max.item())
         count += tokens_BND.shape[0] * tokens_BND.shape[1]
     what = "relative error of a token in standardised channels, Student-t(6) values"

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from movekd.cache import codec
 from movekd.cache.catalog import open_catalog, update_catalog
-from movekd.cache.codec import ChannelStats, StatsAccumulator
+from movekd.cache.codecs import codec
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.reader import TeacherCache, open_cache
 from movekd.cache.schema import Calibration, EncodingError
 from movekd.cache.spec import CacheSpec, load_spec
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import create_group, stats_checksum, write_shard, write_skipped
+from movekd.cache.writer import TeacherWriter, create_group, stats_checksum
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 
@@ -96,7 +96,7 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     data = BenchData(folder, num_rows, batch_size)
     spec, calibration, stats = bench_teacher()
     storage = empty_cache(folder, spec, calibration, stats, num_rows)
-    teacher = calibration.layout(spec)
+    teacher, writer = calibration.layout(spec), TeacherWriter(storage, spec.name, num_rows)
     data.source.mkdir()
     files = {
         name: np.lib.format.open_memmap(
@@ -109,13 +109,13 @@ def make_data(folder: Path, num_rows: int, batch_size: int) -> BenchData:
     for shard in range(teacher.num_shards(num_rows)):
         count = min(size, num_rows - shard * size)
         arrays = {name: np.roll(values[:count], shard, axis=-1) for name, values in drawn.items()}
-        write_rows(storage, spec, calibration, shard, arrays)
+        write_rows(writer, shard, arrays)
         for name, values in arrays.items():
             files[name][shard * size : shard * size + len(values)] = values
     for file in files.values():
         file.flush()
     skipped = {"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())}
-    write_skipped(storage, "clip", pa.table(skipped | {"reason": pa.array([], pa.string())}))
+    writer.write_skipped(pa.table(skipped | {"reason": pa.array([], pa.string())}))
     return data
 
 
@@ -157,17 +157,12 @@ def empty_cache(
     return storage
 
 
-def write_rows(
-    storage: Storage, spec: CacheSpec, calibration: Calibration, shard: int, arrays: Arrays
-) -> None:
+def write_rows(writer: TeacherWriter, shard: int, arrays: Arrays) -> None:
     """Write and seal the rows of one Zarr shard, as a build does."""
-    first = shard * calibration.layout(spec).rows_per_shard
-    keys = open_catalog(storage).keys_checksum(first, first + len(arrays["tokens"]))
+    first = shard * writer.layout.rows_per_shard
+    keys = open_catalog(writer.storage).keys_checksum(first, first + len(arrays["tokens"]))
     unmeasured = EncodingError(mean=0.0, max=0.0, num_tokens=1)
-    write_shard(
-        storage,
-        spec,
-        calibration,
+    writer.write_shard(
         shard,
         arrays,
         keys_xxh3_128=keys,
@@ -195,7 +190,7 @@ def student_t_tokens(num_images: int, seed: int) -> Tensor:
 def shard_rows(count: int, stats: ChannelStats, seed: int) -> dict[str, npt.NDArray[Any]]:
     """Return the stored arrays of ``count`` rows."""
     random = np.random.default_rng(seed)
-    stored = codec.encode(student_t_tokens(count, seed=100 + seed), "int8", stats)
+    stored = codec("int8").encode(student_t_tokens(count, seed=100 + seed), stats)
     arrays = {name: values.numpy() for name, values in stored.items()}
     arrays["cls"] = random.standard_t(6, (count, WIDTH)).astype(np.float16)
     arrays["cls_attention"] = random.random((count, HEADS, TOKENS)).astype(np.float16)

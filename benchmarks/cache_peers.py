@@ -1,6 +1,6 @@
 """Other libraries that keep and read samples, side by side with movekd.
 
-Those that movekd does not depend on run in an environment of their own, behind
+Those that movekd does not depend on run in a separate environment, behind
 ``peers/worker.py``; it is created when it is missing.
 
 Every reader copies its batch into buffers that are reused. Those with random access read the rows
@@ -190,8 +190,8 @@ def _worker(data: BenchData, kind: str) -> Iterator[Read]:
 
 
 PEER_READERS: dict[str, tuple[str, Callable[[BenchData], AbstractContextManager[Read]]]] = {
-    "safetensors": ("safetensors, one file a sample", _safetensors),
-    "torch_load": ("torch.load, one file a sample", _torch_load),
+    "safetensors": ("safetensors, one file per sample", _safetensors),
+    "torch_load": ("torch.load, one file per sample", _torch_load),
     "zarr": ("zarr-python on the same cache, row by row", _zarr),
     "webdataset": ("webdataset, .npy in tar, shuffle(128)", lambda d: _worker(d, "webdataset")),
     "litdata": ("LitData, StreamingDataset shuffled", lambda d: _worker(d, "litdata")),

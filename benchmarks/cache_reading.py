@@ -23,9 +23,10 @@ from cache_data import (
     shard_rows,
     write_rows,
 )
-from movekd.cache import codec
+from movekd.cache.codecs import codec
 from movekd.cache.layout import group_name, shard_file
 from movekd.cache.reader import TeacherCache
+from movekd.cache.writer import TeacherWriter
 from report import Figure, interleaved_ratio
 
 Rows = npt.NDArray[np.int64]
@@ -76,10 +77,8 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
     ratio, low, high = interleaved_ratio(memmap, ours, pairs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a DataLoader's worker; numpy's gather has one at all times
-    alone = interleaved_ratio(memmap, ours, pairs)
+    single = interleaved_ratio(memmap, ours, pairs)
     torch.set_num_threads(threads)
-    mean, std = store.stats.mean_D.numpy(), store.stats.std_D.numpy()
-    arrays = {name: values.numpy() for name, values in out.items()}
     return [
         Figure(
             "read_over_memmap",
@@ -91,22 +90,17 @@ def warm_figures(data: BenchData, pairs: int) -> list[Figure]:
         ),
         Figure(
             "read_one_thread_over_memmap",
-            alone[0],
+            single[0],
             "the same with copies in one thread, as in a DataLoader's worker",
-            alone[1:],
+            single[1:],
         ),
         Figure("read_gb_s", gib_s(data, ours), "movekd's own rate, GB/s"),
         Figure("memmap_gb_s", gib_s(data, memmap), "numpy's, GB/s"),
         Figure(
             "decode_gb_s",
-            gib_s(data, lambda: codec.decode(out, store.stats)),
+            gib_s(data, lambda: codec("int8").decode(out, store.stats)),
             f"int8 to float32 with torch on the CPU, {torch.get_num_threads()} threads; GB/s of "
             "stored bytes",
-        ),
-        Figure(
-            "decode_numpy_gb_s",
-            gib_s(data, lambda: codec.decode_numpy(arrays, mean, std)),
-            "the same in numpy",
         ),
     ]
 
@@ -277,11 +271,12 @@ def write_shard_figures(folder: Path, pairs: int) -> list[Figure]:
     spec, calibration, stats = bench_teacher()
     size = calibration.layout(spec).rows_per_shard
     storage = empty_cache(folder, spec, calibration, stats, 2 * size)
+    writer = TeacherWriter(storage, spec.name, 2 * size)
     arrays: dict[str, npt.NDArray[Any]] = shard_rows(size, stats, seed=0)
     plain = folder / "plain"
 
     def ours() -> None:
-        write_rows(storage, spec, calibration, 0, arrays)
+        write_rows(writer, 0, arrays)
 
     def one_file() -> None:
         with plain.open("wb", buffering=0) as file:

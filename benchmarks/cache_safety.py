@@ -1,6 +1,6 @@
 """What must not happen to a cache: memory that grows, damage that nobody sees, a lost build.
 
-Each part runs in a process of its own (``python cache_safety.py PART FOLDER`` prints one JSON
+Each part runs in a separate process (``python cache_safety.py PART FOLDER`` prints one JSON
 line): peak memory is a process's, and only one that has never started a thread may fork builds.
 """
 
@@ -63,7 +63,7 @@ TINY = {
 
 
 def run_part(part: str, folder: Path) -> dict[str, Any]:
-    """Run one part below in a process of its own and return what it printed."""
+    """Run one part below in a separate process and return what it printed."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, part, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -72,17 +72,17 @@ def run_part(part: str, folder: Path) -> dict[str, Any]:
 
 
 def memory_figures(folder: Path) -> list[Figure]:
-    """Peak memory of a build over that of its teacher alone."""
+    """Peak memory of a build over that of its teacher by itself."""
     corpus(folder, PEAK_IMAGES, 336)
-    alone, build = run_part("teacher", folder), run_part("build", folder)
+    teacher, build = run_part("teacher", folder), run_part("build", folder)
     shard_gib = build["shard_bytes"] / 2**30
     return [
         Figure(
             "build_peak_over_teacher_gib",
-            build["own_gib"] - alone["own_gib"],
+            build["own_gib"] - teacher["own_gib"],
             f"peak memory of a build ({build['own_gib']:.2f} GiB; CLIP-L/336 with 2 blocks, batch "
             f"{BATCH}, rows of full size) over that of loading the teacher and one batch forward "
-            f"({alone['own_gib']:.2f}); the target is a Zarr shard ({shard_gib:.2f} GiB) + 1 GiB",
+            f"({teacher['own_gib']:.2f}); the target is a Zarr shard ({shard_gib:.2f} GiB) + 1 GiB",
             at_most=round(shard_gib + 1, 2),
         ),
         Figure(

@@ -7,7 +7,7 @@ AdamW), whose targets come from
 - ``cached``: the cache, read by the same process and not ahead of time,
 - ``live``: the teachers, run in the step on the same photographs.
 
-Step time by turns in one process; peak memory of each in a process of its own; the KD gradient at
+Step time by turns in one process; peak memory of each in a separate process; the KD gradient at
 the student's tokens from cached against live targets. Weights are random: they change no time.
 
 Student: CLIP-L/336 at full size with experts, and a Llama of two layers.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from movekd.cache import open_cache
+from movekd.cache import codecs, open_cache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import open_corpus
 from movekd.distill.objective import kd_terms
@@ -137,13 +137,15 @@ class Bench:
                 teacher, self.corpus, "crop", images, views, self.options, {},
                 lambda *_: None, "live",
             )  # fmt: skip
-            live = next(iter(stream)).resize_output(GRID)
+            live = next(iter(stream)).resize(GRID)
             stored = {"tokens": live.tokens_BND}
             if live.cls_BD is not None:
                 stored["cls"] = live.cls_BD
             if live.cls_attention_BHN is not None:
                 stored["cls_attention"] = live.cls_attention_BHN
-            targets[name] = TeacherTargets(stored, self.resident[name].stats)
+            targets[name] = TeacherTargets(
+                stored, self.resident[name].stats, codecs.codec("float16")
+            )
         return targets
 
     def step(self, mode: str) -> Callable[[], float]:
@@ -239,7 +241,7 @@ def step_figures(folder: Path, size: Size, pairs: int) -> list[Figure]:
 
 
 def memory_figures(folder: Path, size: Size, is_real: bool) -> list[Figure]:
-    """Take two steps of each kind in a process of its own."""
+    """Take two steps of each kind in a separate process."""
     figures = []
     for mode in MODES:
         command = [sys.executable, __file__, "--measure", mode, "--folder", str(folder)]

@@ -1,8 +1,8 @@
-"""`make bench-scale`: many rows, many Zarr shards, many processes; figures of docs/scaling.md.
+"""Measure many rows, many Zarr shards and many processes, for docs/scaling.md (`make bench-scale`).
 
     python benchmarks/scale.py [--only rows,seals,build,read] [--dir /a/disk]
 
-The disk needs 5 GB. Two processes can only be faster than one where both have a core.
+The disk needs 5 GB. Two processes are faster than one only if each has a core.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PARTS: dict[str, Callable[[Path], list[Figure]]] = {
 
 
 def main() -> None:
-    """Measure everything, or what --only names."""
+    """Measure everything, or only the parts in --only."""
     parser = argparse.ArgumentParser(description="Benchmarks of size.")
     parser.add_argument("--only", default=",".join(PARTS), help="some of: %(default)s")
     parser.add_argument("--dir", help="a folder on a disk, not in memory; default: /var/tmp")

@@ -1,8 +1,8 @@
-"""Figures of ``scale`` on ten million rows and a hundred thousand Zarr shards.
+"""Measure ``scale`` on ten million rows and a hundred thousand Zarr shards.
 
-The tables are synthetic: random keys, a name an image, tars that are holes of the right length. So
-are the seals; there is nothing that they seal, because `movekd cache ls` looks at them alone. What
-is measured runs in a process of its own.
+The tables are synthetic: random keys, one name per image, tars that are sparse files of the right
+length. The seals are synthetic too and seal nothing, because `movekd cache ls` reads only them.
+Each measurement runs in its own process.
 """
 
 import json
@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
-from movekd.cache.codec import ChannelStats
 from movekd.cache.reader import open_cache
 from movekd.cache.schema import Calibration, EncodingError, FileEntry, ShardSeal
 from movekd.cache.seal import sealed_bytes
 from movekd.cache.spec import CacheSpec, load_spec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import INDEX_FILE, INDEX_SCHEMA, NAMES_FILE, NAMES_SCHEMA, open_corpus
@@ -32,14 +32,14 @@ from report import Figure, median_interval
 
 NUM_SEALS = 100_000
 NUM_ASKED = 1000
-ROWS_A_TAR = 10_000
+ROWS_PER_TAR = 10_000
 IMAGE_BYTES = 100_000
 RUNS = 5
 HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
 def table_figures(folder: Path, num_rows: int) -> list[Figure]:
-    """Open a corpus and a cache of so many rows and look names up, in new processes."""
+    """Open a corpus and a cache of this many rows and look names up, in new processes."""
     data, cache = make_tables(folder, num_rows)
     runs = [_run(data, cache, num_rows) for _ in range(RUNS)]
     seconds = {what: [run[what] for run in runs] for what in runs[0]}
@@ -115,22 +115,22 @@ def seal_figures(folder: Path, num_rows: int) -> list[Figure]:
 
 
 def make_tables(folder: Path, num_rows: int) -> tuple[Path, Path]:
-    """Return a corpus and a cache of it without teachers, made unless they are there."""
+    """Return a corpus and a cache of it without teachers; create them if they do not exist."""
     data, cache = folder / "data", folder / "cache"
     if (cache / layout.CACHE_JSON).exists():
         return data, cache
     data.mkdir(parents=True)
     for file, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA)):
         write_parquet(data / file, _parts(num_rows, schema), schema)
-    for number in range(-(-num_rows // ROWS_A_TAR)):
+    for number in range(-(-num_rows // ROWS_PER_TAR)):
         with (data / f"images-{number:06d}.tar").open("wb") as tar:
-            tar.truncate(ROWS_A_TAR * IMAGE_BYTES)
+            tar.truncate(ROWS_PER_TAR * IMAGE_BYTES)
     update_catalog(open_storage(cache), open_corpus(data), "crop")
     return data, cache
 
 
 def make_seals(storage: Storage, num_seals: int) -> str:
-    """Add a teacher of which so many Zarr shards are sealed; return its name."""
+    """Add a teacher with this many sealed Zarr shards; return its name."""
     catalog = open_cache(storage).catalog
     spec, calibration, stats = _teacher()
     seals = layout.seals_name(spec.name)
@@ -140,7 +140,7 @@ def make_seals(storage: Storage, num_seals: int) -> str:
     assert arrays.num_shards(catalog.num_rows) >= num_seals
     for number, seal in enumerate(_seals(catalog, calibration, spec, num_seals)):
         path = storage.local_dir / layout.seal_name(spec.name, number)
-        path.write_bytes(sealed_bytes(seal))  # not through storage: no fsync
+        path.write_bytes(sealed_bytes(seal))  # bypasses the storage to avoid fsync
     assert len(storage.sizes(seals)) == num_seals + 2
     return spec.name
 
@@ -171,7 +171,7 @@ def _seals(
 
 
 def _teacher() -> tuple[CacheSpec, Calibration, ChannelStats]:
-    """Return the shipped ``dinov2`` with statistics of nothing: 64 rows a Zarr shard."""
+    """Return the shipped ``dinov2`` with dummy statistics: 64 rows per Zarr shard."""
     import torch
 
     spec = load_spec("dinov2").with_changes(weights="random")
@@ -193,13 +193,13 @@ def _teacher() -> tuple[CacheSpec, Calibration, ChannelStats]:
 
 
 def _parts(num_rows: int, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield the synthetic index or names, a part at a time; the same keys for both."""
+    """Yield the synthetic index or names in parts; both have the same keys."""
     for start in range(0, num_rows, PART_ROWS):
         random = np.random.default_rng(start)
         at = np.arange(start, min(start + PART_ROWS, num_rows))
         raw = random.integers(0, 256, (len(at), 32), np.uint8)
         keys = np.stack([HEX[raw >> 4], HEX[raw & 15]], axis=2).reshape(len(at), 64)
-        tar, place = at // ROWS_A_TAR, at % ROWS_A_TAR
+        tar, place = at // ROWS_PER_TAR, at % ROWS_PER_TAR
         columns: dict[str, Any] = {
             "key": _strings(keys),
             "name": _strings(_digits(at // 1000, 5), b"/", _digits(at, 9), b".jpg"),
@@ -218,7 +218,7 @@ def _digits(numbers: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.uint8]
 
 
 def _strings(*pieces: npt.NDArray[np.uint8] | bytes) -> pa.Array:
-    """Return Arrow strings of equal length out of pieces of ASCII, without a string a row."""
+    """Join pieces of ASCII to Arrow strings of equal length, without one Python string per row."""
     count = next(len(piece) for piece in pieces if not isinstance(piece, bytes))
     parts = [
         np.tile(np.frombuffer(piece, np.uint8), (count, 1)) if isinstance(piece, bytes) else piece
@@ -235,7 +235,7 @@ def name_of(row: int) -> str:
 
 
 def _run(data: Path, cache: Path, num_rows: int) -> dict[str, float]:
-    """Return what ``measure`` says in a new process."""
+    """Return the result of ``measure`` in a new process."""
     command = [sys.executable, __file__, str(data), str(cache), str(num_rows)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     measured: dict[str, float] = json.loads(done.stdout)
@@ -262,7 +262,7 @@ def measure(data: str, cache: str, num_rows: int) -> dict[str, float]:
 
 
 def _peak_gib() -> float:
-    """Return the largest this process has been; getrusage's is inherited from the parent."""
+    """Return the peak memory of this process; getrusage would include the parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 

@@ -1,7 +1,7 @@
-"""Figures of ``scale`` on processes that build or read one cache at the same time.
+"""Measure ``scale`` on processes that build or read one cache at the same time.
 
-The processes are started once, with their imports done, and told by a pipe what to do; a time is
-from the telling to the last answer. Each has one thread.
+The processes start once and import everything. Orders reach them through a pipe. A time is measured
+from the order to the last answer. Each process has one thread.
 """
 
 import contextlib
@@ -52,18 +52,18 @@ NUM_READERS = (1, 2, 4)
 ROWS, BATCH, BATCHES = 2048, 32, 96
 
 Do = Callable[[Any], object]
-"""What a process does with what it is told."""
+"""What a process does with an order."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Processes that do what they are told at the same time."""
+    """Processes that execute orders at the same time."""
 
     processes: Sequence[Any]
     pipes: Sequence[Connection]
 
     def tell(self, *orders: Any) -> None:
-        """Give the first processes an order each; return when all have done it.
+        """Give one order to each of the first processes; return when all have finished.
 
         Raises:
             RuntimeError: one of them could not.
@@ -77,10 +77,10 @@ class Workers:
 
 @contextlib.contextmanager
 def started(count: int, prepare: Callable[..., Do], *arguments: Any) -> Any:
-    """Yield so many processes; each calls ``prepare(*arguments)`` for what it does."""
+    """Yield this many processes; each calls ``prepare(*arguments)`` for its function."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(count)]
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when the others import torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes read it when they import torch
     processes = [
         context.Process(target=_serve, args=(other, prepare, arguments), daemon=True)
         for _, other in pairs
@@ -105,15 +105,15 @@ def _serve(pipe: Connection, prepare: Callable[..., Do], arguments: Sequence[Any
         try:
             if order is not None:
                 do(order)
-        except BaseException as error:  # told to whoever waits
+        except BaseException as error:  # sent to the waiting process
             pipe.send(f"{type(error).__name__}: {error}")
         else:
             pipe.send("")
 
 
 def build_figures(folder: Path, pairs: int) -> list[Figure]:
-    """Build a cache in two processes, half of it each, against one process."""
-    num_images = 2 * MAX_SHARD_ROWS  # parts take turns in blocks of so many rows
+    """Compare a build in two processes, each with half of the cache, with one process."""
+    num_images = 2 * MAX_SHARD_ROWS  # parts take turns in blocks of this many rows
     write_jpegs(folder / "images", num_images, (320, 240))
     pack_folder(folder / "images", folder / "data")
     (folder / "small.yaml").write_text(TEACHER, encoding="utf-8")
@@ -150,9 +150,9 @@ def _timed(do: Callable[[], object]) -> float:
 
 
 def _builder(folder: Path) -> Do:
-    """Return what builds the part that it is told, as the command line does."""
+    """Return a function that builds the part of an order, as the command line does."""
     import movekd.extract.run
-    import movekd.teachers.from_transformers  # noqa: F401 - what a build imports when it needs it
+    import movekd.teachers.from_transformers  # noqa: F401 - a build imports it lazily
 
     command = ["cache", "build", "--teacher", str(folder / "small.yaml")]
     command += ["--shards", str(folder / "data"), "--cache", str(folder / "cache")]
@@ -167,7 +167,7 @@ def _builder(folder: Path) -> Do:
 
 
 def _unbuild(folder: Path) -> None:
-    """Delete every Zarr shard and its seal; the sealed calibration stays."""
+    """Delete every Zarr shard and its seal, but keep the sealed calibration."""
     cache = folder / "cache"
     for seal in (cache / "small.seals").glob("[0-9]*.json"):
         seal.unlink()
@@ -177,14 +177,14 @@ def _unbuild(folder: Path) -> None:
 
 
 def read_figures(folder: Path, pairs: int) -> list[Figure]:
-    """Read random batches in some processes, against as many that gather from memmaps."""
+    """Compare reading random batches in several processes with gathering from memmaps."""
     data = make_data(folder, ROWS, BATCH)
     data.open_warm()
     gather = fastest(memmap_gathers(data), data.random_batches())
     ratios = {}
     with started(max(NUM_READERS), _reader, data) as workers:
         for way in ("movekd", gather):
-            workers.tell(*[way] * max(NUM_READERS))  # every page mapped, on both sides
+            workers.tell(*[way] * max(NUM_READERS))  # maps every page, on both sides
         for count in NUM_READERS:
             ratios[count] = interleaved_ratio(
                 partial(workers.tell, *[gather] * count),
@@ -213,7 +213,7 @@ def read_figures(folder: Path, pairs: int) -> list[Figure]:
 
 
 def _reader(data: BenchData) -> Do:
-    """Return what reads random batches in the way that it is told."""
+    """Return a function that reads random batches in the way of an order."""
     store, (out, _) = data.open_warm(), data.buffers()
     batches = data.random_batches(seed=os.getpid())
     gathers = memmap_gathers(data)

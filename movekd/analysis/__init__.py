@@ -1,4 +1,4 @@
-"""Questions before and after a build: cost, codec error, and whether stored features are right."""
+"""Analyse a cache before and after its build: cost, codec error, correct features."""
 
 from movekd.analysis.codec_trial import Fidelity
 from movekd.analysis.fidelity import FidelityReport, measure_fidelity

@@ -1,8 +1,8 @@
-"""One way of storing a teacher, a codec and a grid, held against what the teacher said.
+"""Compare features stored with one codec on one grid with the teacher's exact features.
 
-Comes in: exact features, and gradients of ``kd_gradient``, batch by batch. Goes out: figures for
-``analysis.fidelity``. The exact features are those on the stored grid: that a smaller grid keeps
-less is a choice, not an error (and one that the revised recipe does not see).
+Input: exact features, and gradients of ``kd_gradient``, batch by batch. Output: the errors that
+``analysis.fidelity`` reports. The exact features are resized to the stored grid first: a smaller
+grid is a choice of the user, not an error of the codec.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from movekd.analysis.kd_gradient import LossTargets
-from movekd.cache import codec as codecs
-from movekd.cache.codec import ChannelStats
+from movekd.cache import codecs
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.layout import teacher_layout
-from movekd.cache.spec import Codec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.targets import TeacherTargets
 from movekd.errors import CacheError
 from movekd.extract.run_teacher import LiveFeatures
@@ -28,7 +27,7 @@ from movekd.extract.run_teacher import LiveFeatures
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosine, an image each, between the gradients from decoded and from exact targets."""
+    """Cosine per image between the gradients from decoded and from exact targets."""
 
     mean: float
     worst: float
@@ -36,7 +35,7 @@ class GradientCosine:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One way of storing one teacher, held against what the teacher said.
+    """Errors of one codec on one grid for one teacher.
 
     With z a token in standardised channels and z' the same decoded, both on the stored grid:
 
@@ -44,54 +43,55 @@ class Fidelity:
         token_cosine = z'.z / (||z'|| ||z||)       mean over all tokens
         attention_l1 = sum_n |a'[n] - a[n]|        mean over images and heads, of the [CLS] row
 
-    The gradients are those of ``kd_gradient``, at two students: one that has learned nothing, and
-    one whose residual is 10% of its target (``near``), where a codec's error weighs most.
+    The gradients are those of ``kd_gradient`` for two students: one that has learned nothing, and
+    one whose residual is 10% of its target (``near``), where the codec's error matters most.
     """
 
-    codec: Codec
+    codec: str
     grid: int
     row_bytes: int
     error_mean: float
     error_max: float
     token_cosine: float
     attention_l1: float | None
-    """None where the spec stores no attention."""
+    """None if the spec stores no attention."""
     revised_untrained: GradientCosine
     revised_near: GradientCosine
     official_untrained: GradientCosine | None
-    """None off the native grid, on which the official recipe's adapter works."""
+    """None unless the grid is the native one, which the official recipe's adapter needs."""
     official_near: GradientCosine | None
     is_spec: bool
     """Whether this is what the spec asks for."""
 
 
 class CodecTrial:
-    """One way of storing while batches go through it.
+    """One codec on one grid, while batches pass through it.
 
     Attributes:
-        refusal: why the codec cannot hold what it was given, or None.
+        refusal: why the codec cannot store the features, or None.
     """
 
-    def __init__(self, codec: Codec, grid: int, is_native: bool, student_grid: int) -> None:
+    def __init__(self, codec: str, grid: int, is_native: bool, student_grid: int) -> None:
         self.refusal: str | None = None
         self._codec, self._grid, self._is_native = codec, grid, is_native
         self._student_grid = student_grid
+        self._stored_by = codecs.codec(codec)
         self._row_bytes = 0
         self._num_tokens, self._error_sum, self._error_max, self._cosine_sum = 0, 0.0, 0.0, 0.0
         self._attention: list[float] = []
         self._gradients: dict[str, list[float]] = defaultdict(list)
 
     def store(self, exact: LiveFeatures, stats: ChannelStats) -> LossTargets | None:
-        """Encode and decode a batch, note the error; return what the losses would get.
+        """Encode and decode a batch and record the errors; return the decoded targets of the loss.
 
-        None, with ``refusal`` set, if the codec cannot hold it.
+        Returns None and sets ``refusal`` if the codec cannot store the batch.
         """
         try:
-            stored = codecs.encode(exact.tokens_BND, self._codec, stats)
+            stored = self._stored_by.encode(exact.tokens_BND, stats)
         except CacheError as error:
             self.refusal = str(error)
             return None
-        error_sum, error_max = codecs.token_error(exact.tokens_BND, stored, stats)
+        error_sum, error_max = self._stored_by.error(exact.tokens_BND, stored, stats)
         self._error_sum += error_sum.item()
         self._error_max = max(self._error_max, error_max.item())
         attention = exact.cls_attention_BHN
@@ -99,28 +99,31 @@ class CodecTrial:
             stored["cls_attention"] = attention.half()
             difference_BHN = (stored["cls_attention"].float() - attention).abs()
             self._attention += difference_BHN.sum(-1).mean(-1).tolist()
-        decoded = TeacherTargets(stored, stats)
+        decoded = TeacherTargets(stored, stats, self._stored_by)
         cosine_BN = _cosine(decoded.standardised_BND, stats.standardise(exact.tokens_BND))
         self._cosine_sum += cosine_BN.sum().item()
         self._num_tokens += cosine_BN.numel()
-        self._row_bytes = self._bytes_of_a_row(exact)
+        num_tokens, width, cls_width, num_heads = exact.shape
+        self._row_bytes = teacher_layout(
+            self._codec, num_tokens, width, cls_width=cls_width, num_heads=num_heads
+        ).row_bytes
         return self._targets(
             decoded.standardised_BND, decoded.tokens_BND, decoded.cls_attention_BHN
         )
 
     def exact_targets(self, exact: LiveFeatures, stats: ChannelStats) -> LossTargets:
-        """Return what the losses would get if nothing was lost."""
+        """Return the exact targets of the loss."""
         standardised_BND = stats.standardise(exact.tokens_BND)
         return self._targets(standardised_BND, exact.tokens_BND, exact.cls_attention_BHN)
 
     def compare(self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-        """Note the cosine between the gradients of a batch, an image each."""
+        """Record the cosine per image between the gradients of a batch."""
         for name, gradient_BND in expected.items():
             cosine_B = _cosine(found[name].flatten(1), gradient_BND.flatten(1))
             self._gradients[name] += cosine_B.tolist()
 
     def result(self, is_spec: bool) -> Fidelity:
-        """Return the figures of everything that was stored."""
+        """Return the errors over all batches."""
         cosines = {
             name: GradientCosine(float(np.mean(values)), min(values))
             for name, values in self._gradients.items()
@@ -149,16 +152,6 @@ class CodecTrial:
             raw_BND if self._is_native else None,
             None if attention_BHN is None else resize_attention(attention_BHN, side),
         )
-
-    def _bytes_of_a_row(self, exact: LiveFeatures) -> int:
-        cls, attention = exact.cls_BD, exact.cls_attention_BHN
-        return teacher_layout(
-            self._codec,
-            exact.tokens_BND.shape[1],
-            exact.tokens_BND.shape[2],
-            cls_width=None if cls is None else cls.shape[1],
-            num_heads=None if attention is None else attention.shape[1],
-        ).row_bytes
 
 
 def _cosine(first_XD: Tensor, second_XD: Tensor) -> Tensor:

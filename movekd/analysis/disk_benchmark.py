@@ -1,7 +1,7 @@
-"""How fast the place of a cache writes and reads, measured with files like the cache's own.
+"""Measure how fast the storage of a cache writes Zarr shards and reads random rows.
 
-Comes in: a place, and the bytes of one row. Goes out: two rates, for ``analysis.plan``. Everything
-that is written for it is deleted again, after an interruption as well.
+Input: a storage, and the bytes per row. Output: two rates for ``analysis.plan``. All files that
+this writes are deleted again, also after an interruption.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _SECONDS = 1.0
 _BLOCK_BYTES = 2**20
 _FIRST_BLOCKS = 8
 _BATCH = 32
-"""Rows that are asked for at once, as a training batch does."""
+"""Rows per read, as in a training batch."""
 _MAX_ROWS = 2**14
 _NUM_OBJECTS = 16
 _MAX_ROUNDS = 8
@@ -31,27 +31,27 @@ _MAX_ROUNDS = 8
 
 @dataclass(frozen=True)
 class DiskRates:
-    """Rates of the place that a cache would lie in; None where nothing was measured."""
+    """Rates of a cache's storage; None if not measured."""
 
     write_bytes_per_s: float | None
-    """Zarr-shard sized files, until they would survive a power cut."""
+    """Files of the size of a Zarr shard, fsync included."""
     read_bytes_per_s: float | None
-    """Rows in random order, a batch at a time, none of them in this machine's memory."""
+    """Rows in random order, one batch at a time, none of them in the page cache."""
     reason: str = ""
-    """Why there is no rate."""
+    """Why a rate is missing."""
 
 
 def measure_disk(storage: Storage, row_bytes: int) -> DiskRates:
-    """Return the rates at which a place takes Zarr shards and gives random rows.
+    """Return the rates at which a storage writes Zarr shards and reads random rows.
 
-    Takes a second for each and at most 256 MiB of room. Of a local disk the page cache is
-    dropped before the reads; what a drive, a network file server or the host of a virtual
-    machine keep in memory of their own cannot be. Of an object store, objects of one row are read
-    with a batch of them in flight: a range request costs the same.
+    Each measurement takes one second; together they need at most 256 MiB of space. On a local disk
+    the page cache is dropped before the reads. The caches of a drive, a network file server or the
+    host of a virtual machine cannot be dropped. In an object store, objects of one row are read in
+    batches: a range request costs the same.
 
     Args:
-        storage: where the cache would lie; need not exist.
-        row_bytes: size of a read, the mean over the teachers: the smaller, the lower the rate.
+        storage: where the cache would lie; it need not exist.
+        row_bytes: size of a read, the mean over the teachers; smaller reads give lower rates.
     """
     free = storage.free_bytes()
     if free is not None and free < 2 * _MAX_BYTES:
@@ -60,7 +60,7 @@ def measure_disk(storage: Storage, row_bytes: int) -> DiskRates:
     folder = f"plan-{uuid.uuid4().hex[:12]}"
     try:
         with _nothing_left(storage, folder):
-            block = np.random.default_rng(0).bytes(_BLOCK_BYTES)  # no file system shrinks it
+            block = np.random.default_rng(0).bytes(_BLOCK_BYTES)  # random: incompressible
             names, write_rate = _write(storage, folder, block)
             if storage.local_dir is not None:
                 paths = [storage.local_dir / name for name in names]
@@ -74,7 +74,7 @@ def measure_disk(storage: Storage, row_bytes: int) -> DiskRates:
 
 @contextlib.contextmanager
 def _nothing_left(storage: Storage, folder: str) -> Iterator[None]:
-    """Delete ``folder`` at the end, and the folders above it that were not there before."""
+    """Delete ``folder`` at the end, and the folders above it that did not exist before."""
     made: list[Path] = []
     if storage.local_dir is not None:
         path = storage.local_dir.resolve()
@@ -85,16 +85,15 @@ def _nothing_left(storage: Storage, folder: str) -> Iterator[None]:
         storage.delete_leftovers(folder)
         storage.delete_folder(folder)
         for part in made:
-            with contextlib.suppress(OSError):  # a build beside us has filled it
+            with contextlib.suppress(OSError):  # another build has filled it
                 part.rmdir()
 
 
 def _write(storage: Storage, folder: str, block: bytes) -> tuple[list[str], float]:
     """Write files for about a second; return their names and bytes/s.
 
-    The first file is small and says how large the next may be, so that a slow disk is not kept
-    busy for long. It also makes folders and opens connections, so it counts only if it is the
-    only one.
+    The first file is small and decides the size of the next, so that a slow disk is not busy for
+    long. It also creates folders and opens connections, so it counts only if it is the only one.
     """
     names: list[str] = []
     left, blocks, spent = _MAX_BYTES // _BLOCK_BYTES, _FIRST_BLOCKS, 0.0
@@ -116,9 +115,10 @@ def _write(storage: Storage, folder: str, block: bytes) -> tuple[list[str], floa
 def _read_local(paths: list[Path], row_bytes: int) -> float | None:
     """Return bytes/s of reading rows in random order, for about a second.
 
-    As ``cache.mapped`` reads: the kernel is told of a whole batch before its first row is copied.
+    The kernel gets the byte ranges of a whole batch before the first row is copied, as in training.
     """
-    if not hasattr(os, "posix_fadvise"):  # no way to drop the page cache: the rate would be its
+    # Without a way to drop the page cache, the rate would be that of the page cache.
+    if not hasattr(os, "posix_fadvise"):
         return None
     files = [os.open(path, os.O_RDONLY) for path in paths]
     try:
@@ -130,10 +130,10 @@ def _read_local(paths: list[Path], row_bytes: int) -> float | None:
         rows = np.random.default_rng(0).permutation(counts.sum())[:_MAX_ROWS]
         file_of = np.searchsorted(counts.cumsum(), rows, side="right")
         offsets = (rows - (counts.cumsum() - counts)[file_of]) * row_bytes
-        places = [(files[at], offset) for at, offset in zip(file_of, offsets.tolist(), strict=True)]
+        ranges = [(files[at], offset) for at, offset in zip(file_of, offsets.tolist(), strict=True)]
         done, started = 0, time.perf_counter()
-        for first in range(0, len(places), _BATCH):
-            batch = places[first : first + _BATCH]
+        for first in range(0, len(ranges), _BATCH):
+            batch = ranges[first : first + _BATCH]
             for file, offset in batch:
                 os.posix_fadvise(file, offset, row_bytes, os.POSIX_FADV_WILLNEED)
             done += sum(len(os.pread(file, row_bytes, offset)) for file, offset in batch)
@@ -146,7 +146,7 @@ def _read_local(paths: list[Path], row_bytes: int) -> float | None:
 
 
 def _read_objects(storage: Storage, folder: str, block: bytes, row_bytes: int) -> float:
-    """Return bytes/s of reading objects of one row each, all in flight at once."""
+    """Return bytes/s of reading objects of one row each, all at once."""
     content = (block * -(-row_bytes // len(block)))[:row_bytes]
     names = [f"{folder}/row{number}" for number in range(_NUM_OBJECTS)]
     for name in names:

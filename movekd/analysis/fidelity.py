@@ -1,10 +1,10 @@
-"""What storing a teacher's features loses, and what of that a training would notice:
-`movekd cache fidelity`.
+"""Measure what each codec and grid loses of a teacher's features: `movekd cache fidelity`.
 
-Comes in: the spec of a teacher and a corpus. The teacher runs live on some images, after a
-calibration like the build's; every codec on the native, the student's and the spec's grid encodes
-the features and decodes them again. Goes out: errors of the features, and the cosine between the
-gradients that a distillation takes from decoded and from exact ones. Nothing is written.
+Input: the spec of a teacher and a corpus. Output: errors of the features, and the cosine between
+the distillation gradients from decoded and from exact features. Nothing is written.
+
+The teacher runs on some images after the same calibration as in a build. Every codec on the native
+grid, the student's and the spec's encodes and decodes the features.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
@@ -12,7 +12,6 @@ Legend: B batch, N tokens, D channels, H heads.
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +19,9 @@ import torch
 
 from movekd.analysis.codec_trial import CodecTrial, Fidelity
 from movekd.analysis.kd_gradient import KDGradient
-from movekd.cache.codec import ChannelStats, StatsAccumulator
-from movekd.cache.spec import CacheSpec, Codec
+from movekd.cache.codecs import codec_names
+from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
@@ -34,21 +34,21 @@ from movekd.teachers import load_teacher
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """Every way of storing one teacher, side by side."""
+    """All codecs and grids for one teacher."""
 
     teacher: str
     num_images: int
     views: Views
-    """Of each image, all measured with."""
+    """Which views of each image were measured."""
     calibration_images: int
     shared_images: int
-    """Images measured with that were calibrated with, too: the corpus has no others."""
+    """Images used for both calibration and measurement, because the corpus is small."""
     skipped: Mapping[str, str]
     """Key -> why the image could not be read."""
     random_weights: bool
     ways: tuple[Fidelity, ...]
     refused: Mapping[str, str]
-    """A way that cannot hold these features -> why."""
+    """Codec and grid -> why they cannot store these features."""
 
 
 def measure_fidelity(
@@ -68,31 +68,32 @@ def measure_fidelity(
 
     Args:
         spec: the teacher; its ``calibration_images`` fix the channel statistics, as in a build.
-        corpus: where the images are drawn from, see ``draw_images``.
-        geometry: of the cache to be.
-        views: of the cache to be; all views of the images are measured with.
+        corpus: the images; ``draw_images`` draws from them.
+        geometry: geometry of the planned cache.
+        views: views of the planned cache; all views of the drawn images are measured.
         options: device, dtype and batch size of the teacher.
-        num_images: how many to measure with; fewer if the corpus has fewer.
+        num_images: how many images to measure; fewer if the corpus has fewer.
         student_grid: side of the student's grid.
         student_width: channels of the student.
-        seed: of the student.
+        seed: seed of the student.
         progress: called after each batch.
 
     Raises:
         CacheError: the corpus is empty, or none of the images can be read.
     """
     if not len(corpus):
-        raise CacheError(f"{corpus.data_dir} holds no image to measure with.")
+        raise CacheError(f"{corpus.data_dir} holds no image to measure with; pack images first.")
     calibration, images = draw_images(corpus, spec.calibration_images, num_images)
     teacher = load_teacher(spec, options.device, options.dtype)
     unreadable: dict[int, str] = {}
 
-    def live(chosen: npt.NDArray[np.int64], what: str) -> Iterator[LiveFeatures]:
-        what = f"{spec.name}: {what}"
+    def live(chosen: npt.NDArray[np.int64], label: str) -> Iterator[LiveFeatures]:
+        label = f"{spec.name}: {label}"
         widths, heights = (corpus.index.take(side, chosen) for side in ("width", "height"))
-        places, of_each = list_views(widths, heights, views)
+        index, views_of = list_views(widths, heights, views)
+        images = chosen[index]
         return live_features(
-            teacher, corpus, geometry, chosen[places], of_each, options, unreadable, progress, what
+            teacher, corpus, geometry, images, views_of, options, unreadable, progress, label
         )
 
     native, stats = _calibrate(live(calibration, "calibrate"), spec, student_grid)
@@ -105,17 +106,17 @@ def measure_fidelity(
         seed=seed,
         device=options.device,
     )
-    ways = {
+    trials = {
         (grid, codec): CodecTrial(codec, grid, grid == native, student_grid)
-        for grid, codec in itertools.product(stats, get_args(Codec))
+        for grid, codec in itertools.product(stats, codec_names())
     }
     for features in live(images, "measure"):
         of_images = corpus.index.take("key", np.asarray(features.images)).to_pylist()
-        keys = [
-            f"{key} {view}" if view else key  # a student of its own for every view
+        keys = [  # they seed the student, so every view needs another one
+            f"{key} {view}" if view else key
             for key, view in zip(of_images, features.views, strict=True)
         ]
-        _measure(features, keys, stats, gradient, ways)
+        _measure(features, keys, stats, gradient, trials)
     if all(image in unreadable for image in images.tolist()):
         raise CacheError(
             f"none of {len(images)} images of {corpus.data_dir} can be read; check the corpus with "
@@ -131,14 +132,14 @@ def measure_fidelity(
         skipped={corpus.key(at): why for at, why in sorted(unreadable.items())},
         random_weights=spec.weights == "random",
         ways=tuple(
-            way.result((grid, codec) == (asked, spec.codec))
-            for (grid, codec), way in ways.items()
-            if way.refusal is None
+            trial.result((grid, codec) == (asked, spec.codec))
+            for (grid, codec), trial in trials.items()
+            if trial.refusal is None
         ),
         refused={
-            f"{codec} on {grid}x{grid}": way.refusal
-            for (grid, codec), way in ways.items()
-            if way.refusal is not None
+            f"{codec} on {grid}x{grid}": trial.refusal
+            for (grid, codec), trial in trials.items()
+            if trial.refusal is not None
         },
     )
 
@@ -146,10 +147,10 @@ def measure_fidelity(
 def draw_images(
     corpus: Corpus, calibration_images: int, num_images: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the positions to calibrate with, which are the build's, and those to measure with.
+    """Return the positions of the images to calibrate with, as in a build, and of those to measure.
 
-    Keys are hashes, so their order is a uniform draw. The build calibrates with the smallest; the
-    next ones are measured with. Where the corpus does not go so far, the largest are.
+    Keys are hashes, so their order is a uniform draw. The build calibrates with the smallest keys.
+    The next ones are measured; in a small corpus, the largest ones.
     """
     order = by_key(corpus)
     first = max(0, min(calibration_images, len(order) - num_images))
@@ -159,13 +160,13 @@ def draw_images(
 def _calibrate(
     batches: Iterator[LiveFeatures], spec: CacheSpec, student_grid: int
 ) -> tuple[int, dict[int, ChannelStats]]:
-    """Return the native grid, and the channel statistics of each grid that is looked at."""
+    """Return the native grid, and the channel statistics of each measured grid."""
     native, statistics = 0, dict[int, StatsAccumulator]()
     for features in batches:
         native = features.grid
         asked = native if spec.grid == "native" else spec.grid
         for grid in dict.fromkeys((native, student_grid, asked)):
-            tokens_BND = features.resize_output(grid).tokens_BND
+            tokens_BND = features.resize(grid).tokens_BND
             statistics.setdefault(grid, StatsAccumulator()).add(tokens_BND)
     if not statistics:
         raise CacheError("no image of the calibration could be read; check the corpus.")
@@ -177,15 +178,15 @@ def _measure(
     keys: list[str],
     stats: Mapping[int, ChannelStats],
     gradient: KDGradient,
-    ways: Mapping[tuple[int, Codec], CodecTrial],
+    trials: Mapping[tuple[int, str], CodecTrial],
 ) -> None:
-    """Put a batch through every way of storing."""
+    """Pass a batch through every trial."""
     for grid, grid_stats in stats.items():
-        exact = features.resize_output(grid)
-        of_grid = [way for (side, _), way in ways.items() if side == grid]
-        goals = of_grid[0].exact_targets(exact, grid_stats)
-        expected = gradient.all(keys, goals, goals)
-        for way in of_grid:
-            decoded = way.store(exact, grid_stats)
+        exact = features.resize(grid)
+        of_grid = [trial for (side, _), trial in trials.items() if side == grid]
+        exact_targets = of_grid[0].exact_targets(exact, grid_stats)
+        expected = gradient.all(keys, exact_targets, exact_targets)
+        for trial in of_grid:
+            decoded = trial.store(exact, grid_stats)
             if decoded is not None:
-                way.compare(expected, gradient.all(keys, decoded, goals))
+                trial.compare(expected, gradient.all(keys, decoded, exact_targets))

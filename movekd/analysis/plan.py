@@ -1,8 +1,10 @@
-"""What a cache will cost and when it pays, before it is built: `movekd cache plan`.
+"""Plan a cache before it is built: bytes, hours, read rates, break-even (`movekd cache plan`).
 
-Each teacher runs on a few images of the corpus and the cache's place is written to and read from,
-so shapes and rates are measured. Shapes and speed do not depend on the weights' values: where they
-cannot be reached, random ones stand in, and the plan says so.
+Input: the specs of some teachers, a corpus, and the cache's storage. Output: a ``CachePlan``.
+
+Each teacher runs on a few images, and the storage is written and read, so shapes and rates are
+measured. They do not depend on the values of the weights. If the weights are out of reach, random
+ones are used, and the plan says so.
 """
 
 import itertools
@@ -11,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,32 +22,32 @@ from movekd.analysis.cost_model import (
     TABLE_BYTES,
     PlanRequest,
     ResourceEstimate,
-    all_needs,
-    teacher_needs,
+    Runs,
+    estimate_all,
+    estimate_teacher,
+    run_costs,
 )
 from movekd.analysis.disk_benchmark import DiskRates, measure_disk
-from movekd.analysis.payback import Runs, run_costs
+from movekd.cache.codecs import codec_names
 from movekd.cache.layout import TeacherLayout, grid_side, teacher_layout
-from movekd.cache.spec import CacheSpec, Codec
+from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, ConfigError, MovekdError, WeightsError, did_you_mean
 from movekd.extract.image_loader import image_transform, pixel_batches
 from movekd.extract.options import BuildOptions, Progress
-from movekd.teachers import Teacher, TeacherOutput, load_teacher
+from movekd.teachers import Teacher, load_teacher
+from movekd.teachers.backbone import OutputShape
 from movekd.teachers.providers import build_backbone
 
 _MIN_SECONDS = 1.0
 _MAX_BATCHES = 50
 
-OutputShape = tuple[int, int, int | None, int | None]
-"""Tokens, width, width of [CLS], heads of its attention; None where a teacher has none."""
-
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """One way of storing one teacher."""
+    """Plan of one teacher with one codec on one grid."""
 
     teacher: str
     codec: str
@@ -57,14 +59,14 @@ class TeacherPlan:
     is_assumed: bool
     """Whether ``images_per_s`` was given instead of measured."""
     hours: float
-    """To build: the longer one of the teacher's forward passes and of writing."""
+    """Build time: the longer of forward passes and writing."""
     bound_by: Literal["forward", "disk"]
     read_bytes_per_s: float
-    """What a training run needs."""
+    """Read rate that a training run needs."""
     is_read_covered: bool | None
-    """Whether the measured read rate is enough for that; None when it was not measured."""
+    """Whether the measured read rate is enough; None if it was not measured."""
     break_even_runs: int | None
-    """Runs after which building has paid, see ``payback``; None is never."""
+    """Runs after which the cache has paid, see ``cost_model``; None means never."""
     needs: ResourceEstimate
     is_spec: bool
     """Whether this is what the spec asks for."""
@@ -72,7 +74,7 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What the teachers of a cache need together, each as its spec says."""
+    """Plan of all teachers of a cache together, each with the codec and grid of its spec."""
 
     num_images: int
     num_rows: int
@@ -87,12 +89,12 @@ class CachePlan:
     is_read_covered: bool | None
     break_even_runs: int | None
     asked_hours: float
-    """How long the build may take; says how many writers."""
+    """How long the build may take; decides the number of writers."""
     needs: ResourceEstimate
     table_bytes: int
-    """Of index.parquet and names.parquet, if every image has one name."""
+    """Size of index.parquet and names.parquet, if every image has one name."""
     held_bytes: int
-    """Of those, what a process that trains or builds keeps in memory."""
+    """Memory for them in a process that trains or builds."""
     random_weights: str
     """Teachers that were measured with random weights."""
     teachers: tuple[TeacherPlan, ...]
@@ -118,19 +120,18 @@ def plan_cache(
 
     Args:
         specs: the teachers.
-        corpus: gives the images that are measured with, and their number.
-        cache: where it would lie; its free space is read, and its rates are measured.
+        corpus: the images to measure with; their number is the default of ``num_images``.
+        cache: where the cache would lie; its free space and rates are measured.
         views: which views of every image would be built; a training run reads the base view.
         options: device, dtype and batch size of the forward passes.
-        num_images: plan for so many instead of the corpus', with as many views as those have on
-            average.
+        num_images: plan for this many images, with the corpus' mean number of views per image.
         student_grid: side of the student's grid.
-        runs: the training runs to come.
-        assumed_rates: teacher -> images/s, instead of measuring it on this device.
-        assumed_disk: rates of one process at the cache's place, instead of measuring them.
-        is_disk_measured: whether to write to ``cache`` (deleted again) for its rates.
-        asked_hours: how long the build may take; says how many writers.
-        progress: told which measurement is next.
+        runs: the training runs that will use the cache.
+        assumed_rates: teacher -> images/s, instead of measuring them on this device.
+        assumed_disk: rates of one process at the cache's storage, instead of measuring them.
+        is_disk_measured: whether to measure the rates by writing to ``cache`` (deleted again).
+        asked_hours: how long the build may take; decides the number of writers.
+        progress: called before each measurement.
 
     Raises:
         CacheError: the corpus is empty.
@@ -138,24 +139,24 @@ def plan_cache(
     """
     runs, assumed = runs or Runs(), dict(assumed_rates or {})
     if not len(corpus):
-        raise CacheError(f"{corpus.data_dir} holds no image to measure with.")
+        raise CacheError(f"{corpus.data_dir} holds no image to measure with; pack images first.")
     _check_rates(assumed, [spec.name for spec in specs])
     rows_of_corpus = int(num_views(corpus.index["width"], corpus.index["height"], views).sum())
     num_images = len(corpus) if num_images is None else num_images
     num_rows = round(rows_of_corpus * num_images / len(corpus))
     rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, progress)
-    offers = [offer for spec in specs for offer in _offers(spec, shapes[spec.name], student_grid)]
+    stored = [o for spec in specs for o in _storage_options(spec, shapes[spec.name], student_grid)]
     storage = open_storage(cache)
     disk = assumed_disk or DiskRates(None, None, "not asked for")
     if is_disk_measured and assumed_disk is None:
-        rows = [offer.arrays.row_bytes for offer in offers if offer.is_spec]
+        rows = [option.arrays.row_bytes for option in stored if option.is_spec]
         disk = measure_disk(storage, sum(rows) // len(rows))
-    asked = PlanRequest(asked_hours, runs, disk.read_bytes_per_s)
+    request = PlanRequest(asked_hours, runs, disk.read_bytes_per_s)
     plans = [
-        _price(
-            offer, rates[offer.teacher], offer.teacher in assumed, num_images, num_rows, asked, disk
+        _plan_teacher(
+            o, rates[o.teacher], o.teacher in assumed, num_images, num_rows, request, disk
         )
-        for offer in offers
+        for o in stored
     ]
     chosen = [plan for plan in plans if plan.is_spec]
     hours = sum(plan.hours for plan in chosen)
@@ -171,7 +172,9 @@ def plan_cache(
         total_bytes=row_bytes * num_rows,
         hours=hours,
         asked_hours=asked_hours,
-        needs=all_needs(asked, [plan.needs for plan in chosen], hours, costs["read_bytes_per_s"]),
+        needs=estimate_all(
+            request, [plan.needs for plan in chosen], hours, costs["read_bytes_per_s"]
+        ),
         table_bytes=TABLE_BYTES * num_rows,
         held_bytes=HELD_BYTES * num_rows,
         random_weights=", ".join(random),
@@ -183,24 +186,24 @@ def plan_cache(
 def forward_rate(
     teacher: Teacher, corpus: Corpus, options: BuildOptions
 ) -> tuple[float, OutputShape]:
-    """Return images/s of the bare forward pass, and the shape of what comes out.
+    """Return images/s of the forward pass, and the shape of its output.
 
     Raises:
         CacheError: no image of the first batch can be read.
     """
     spec = teacher.spec
-    images = [i % len(corpus) for i in range(options.images_a_pass)]
+    images = [i % len(corpus) for i in range(options.forward_batch_size)]
     transform = image_transform(spec, "crop")
     batch = next(pixel_batches(corpus, transform, [images], num_workers=0))
-    readable = [place for place in range(len(images)) if place not in batch.unreadable]
+    readable = [i for i in range(len(images)) if i not in batch.unreadable]
     if not readable:
         raise CacheError(
             f"the first {min(len(images), len(corpus))} images of {corpus.data_dir} cannot be read "
-            f"({batch.unreadable[0]}), so there is nothing to measure with; mend them, or give a "
-            "larger --batch-size."
+            f"({batch.unreadable[0]}), so nothing can be measured; replace them, or give a larger "
+            "--batch-size."
         )
     pixels = batch.pixels(options.device, options.dtype)[readable]
-    output = teacher.forward(pixels)  # the first pass allocates; it is not timed
+    output = teacher.forward(pixels)  # untimed, because the first pass allocates memory
     started, done = time.perf_counter(), 0
     for _ in range(_MAX_BATCHES):
         teacher.forward(pixels)
@@ -209,34 +212,34 @@ def forward_rate(
         done += len(readable)
         if time.perf_counter() - started > _MIN_SECONDS:
             break
-    return done / (time.perf_counter() - started), _shape(output)
+    return done / (time.perf_counter() - started), output.shape
 
 
 def output_shape(spec: CacheSpec) -> OutputShape:
-    """Return the shape of a teacher's output without running it, or else from one image.
+    """Return the shape of a teacher's output, without weights if possible.
 
-    On torch's meta device a network has shapes and neither weights nor work. A spec that leaves
-    its architecture to the weights' config.json, or a network with operations that need values,
-    takes one image of zeros through the real one.
+    On torch's meta device a network has shapes but no values. If the architecture is only in the
+    config.json of the weights, or an operation needs values, the real network runs on one image of
+    zeros.
 
     Raises:
-        WeightsError: the real one is needed and out of reach.
+        WeightsError: the real network is needed and its weights are out of reach.
     """
     pixels_BCHW = torch.zeros(1, 3, spec.image_size, spec.image_size)
     try:
         with torch.device("meta"):
             stand_in = spec.with_changes(weights="random")
             teacher = Teacher(build_backbone(stand_in), stand_in, "")
-            return _shape(teacher.forward(pixels_BCHW))
+            return teacher.forward(pixels_BCHW).shape
     except (MovekdError, RuntimeError):
-        return _shape(load_teacher(spec).forward(pixels_BCHW))
+        return load_teacher(spec).forward(pixels_BCHW).shape
 
 
-class _StorageOption(NamedTuple):
-    """One way of storing a teacher."""
+class StorageOption(NamedTuple):
+    """One codec on one grid for one teacher."""
 
     teacher: str
-    codec: Codec
+    codec: str
     grid: int
     arrays: TeacherLayout
     is_spec: bool
@@ -249,7 +252,7 @@ def _rates_and_shapes(
     assumed: Mapping[str, float],
     progress: Progress,
 ) -> tuple[dict[str, float], dict[str, OutputShape], list[str]]:
-    """Return images/s and output shape by teacher, and who was measured with random weights."""
+    """Return images/s and output shape by teacher, and the teachers with random weights."""
     rates: dict[str, float] = {}
     shapes: dict[str, OutputShape] = {}
     random: list[str] = []
@@ -265,64 +268,57 @@ def _rates_and_shapes(
             stand_in = spec.with_changes(weights="random")
             teacher = load_teacher(stand_in, options.device, options.dtype)
         rates[spec.name], shapes[spec.name] = forward_rate(teacher, corpus, options)
-        del teacher  # the next one needs its memory
+        del teacher  # frees its memory for the next one
     return rates, shapes, random
 
 
-def _offers(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[_StorageOption]:
+def _storage_options(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[StorageOption]:
     """Return every codec on the native, the student's and the spec's grid."""
     num_tokens, width, cls_width, num_heads = shape
     native = grid_side(num_tokens)
     asked = native if spec.grid == "native" else spec.grid
-    offers = []
+    options = []
     for grid, codec in itertools.product(
-        dict.fromkeys((native, student_grid, asked)), get_args(Codec)
+        dict.fromkeys((native, student_grid, asked)), codec_names()
     ):
         arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
         is_spec = (grid, codec) == (asked, spec.codec)
-        offers.append(_StorageOption(spec.name, codec, grid, arrays, is_spec))
-    return offers
+        options.append(StorageOption(spec.name, codec, grid, arrays, is_spec))
+    return options
 
 
-def _price(
-    offer: _StorageOption,
+def _plan_teacher(
+    option: StorageOption,
     rate: float,
     is_assumed: bool,
     num_images: int,
     num_rows: int,
-    asked: PlanRequest,
+    request: PlanRequest,
     disk: DiskRates,
 ) -> TeacherPlan:
-    row_bytes = offer.arrays.row_bytes
+    row_bytes = option.arrays.row_bytes
     total_bytes = row_bytes * num_rows
     forward_hours = num_rows / rate / 3600
     write_hours = 0.0
     if disk.write_bytes_per_s is not None:
         write_hours = total_bytes / disk.write_bytes_per_s / 3600
-    hours = max(forward_hours, write_hours)  # a thread writes beside the teacher
+    hours = max(forward_hours, write_hours)  # writing runs in parallel with the teacher
     live_hours = num_images / rate / 3600
     return TeacherPlan(
-        teacher=offer.teacher,
-        codec=offer.codec,
-        grid=offer.grid,
-        width=offer.arrays.width,
+        teacher=option.teacher,
+        codec=option.codec,
+        grid=option.grid,
+        width=option.arrays.width,
         row_bytes=row_bytes,
         total_bytes=total_bytes,
         images_per_s=rate,
         is_assumed=is_assumed,
         hours=hours,
         bound_by="disk" if write_hours > forward_hours else "forward",
-        needs=teacher_needs(asked, offer.arrays, num_images, num_rows, forward_hours, hours),
-        is_spec=offer.is_spec,
-        **run_costs(row_bytes, num_images, asked.runs, disk, hours, live_hours),
+        needs=estimate_teacher(request, option.arrays, num_images, num_rows, forward_hours, hours),
+        is_spec=option.is_spec,
+        **run_costs(row_bytes, num_images, request.runs, disk, hours, live_hours),
     )
-
-
-def _shape(output: TeacherOutput) -> OutputShape:
-    _, num_tokens, width = output.tokens_BND.shape
-    cls_width = None if output.cls_BD is None else output.cls_BD.shape[1]
-    attention = output.cls_attention_BHN
-    return num_tokens, width, cls_width, None if attention is None else attention.shape[1]
 
 
 def _check_rates(assumed: Mapping[str, float], teachers: list[str]) -> None:

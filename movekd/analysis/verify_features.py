@@ -1,11 +1,10 @@
-"""Is what a cache holds what its teachers say? `movekd cache verify --recompute N`.
+"""Run teachers again on some rows and compare: `movekd cache verify --recompute N`.
 
-Checksums find bytes that changed after they were sealed. What was wrong before, they cannot: a
-build on faulty memory, a library that changed, rows swapped by hand and sealed again. Here the
-teachers run again on some rows, and what is stored is held against what they say now.
+Checksums find bytes that changed after they were sealed. They do not find what was wrong before: a
+build on faulty memory, a changed library, rows that were swapped by hand and sealed again.
 
-Comes in: a cache, the corpus that it was built from, and the teachers' weights. Goes out: a
-sentence for each thing that differs.
+Input: a cache, the corpus that it was built from, and the teachers' weights. Output: one message
+per difference.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
@@ -36,11 +35,11 @@ SLACK: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-"""Relative difference that a forward pass of this dtype may have from the build's, a token each.
+"""Relative difference per token that a forward pass of this dtype may have from the build's.
 
-The last bits of a row depend on its batch and on the device, and dozens of layers carry them on; a
-GPU convolves float32 in TF32. CLIP-L with random weights in float16 is 0.3% from float32, in
-bfloat16 1.4%; the features of another image are about 100% away.
+The last bits of a row depend on its batch and on the device, and dozens of layers amplify them; a
+GPU computes float32 convolutions in TF32. CLIP-L with random weights differs from float32 by 0.3%
+in float16 and 1.4% in bfloat16. The features of another image differ by about 100%.
 """
 _HALF = 1e-3
 """Twice the relative rounding of float16, in which [CLS] and attention are stored."""
@@ -58,32 +57,32 @@ def verify_features(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[str]:
-    """Yield a sentence for each row, drawn at random, that differs from what its teacher says.
+    """Yield one message per row, of rows drawn at random, that differs from its teacher's output.
 
     A row passes if, with z a stored and t a recomputed token in standardised channels,
 
         max_n ||z[n] - t[n]|| / ||t[n]||  <=  max(1.5 e, e + slack)
 
-    where e is the largest error in its Zarr shard's seal and the slack that of ``SLACK``; [CLS]
-    and attention may differ by float16's rounding and the slack. The image must be the one that
-    the key names (its SHA-256), the weights those of the sealed calibration.
+    where e is the largest error in the seal of its Zarr shard and slack that of ``SLACK``. [CLS]
+    and attention may differ by float16's rounding and the slack. The image must have the SHA-256
+    that is its key, and the weights must be those of the sealed calibration.
 
     Args:
-        cache: what is checked.
+        cache: the cache to check.
         corpus: the images that it was built from.
-        num_rows: rows a teacher, drawn among those that are built and were not skipped.
+        num_rows: rows per teacher, drawn among those that are built and were not skipped.
         options: device and batch size; the dtype is that of the sealed calibration.
-        teachers: which ones; all unless given.
-        weights: teacher -> ``hub``, a directory or a file. A cache does not say where its weights
-            came from; ``hub`` unless given. (Random weights are drawn again from the spec's seed.)
-        specs: the user's own, of teachers that were built from a YAML file; matched by name and
-            fingerprint. Needed where the network is code of his own, see ``analysis.resolve_spec``.
-        seed: of the draw.
+        teachers: which teachers. Default: all.
+        weights: teacher -> ``hub``, a directory or a file, because a cache does not store where its
+            weights came from. Default: ``hub``; random weights are drawn from the spec's seed.
+        specs: the user's specs of teachers that were built from a YAML file, matched by name and
+            fingerprint. ``provider: python`` needs one, see ``analysis.resolve_spec``.
+        seed: seed of the draw.
         progress: called after each batch.
 
     Raises:
-        ConfigError: a teacher that the cache does not hold.
-        CacheError: there is no cache.
+        ConfigError: the cache does not hold a teacher.
+        CacheError: no cache at this path.
     """
     opened = open_cache(cache)
     given = {spec.name: spec for spec in specs}
@@ -112,8 +111,8 @@ def _recompute_teacher(
 ) -> Iterator[str]:
     name, store = spec.name, cache[spec.name]
     rows = _draw(cache, store, num_rows, seed)
-    places = np.searchsorted(cache.catalog.rows, rows)
-    keys, views = cache.catalog.index.take("key", places), cache.catalog.views[places].tolist()
+    at = np.searchsorted(cache.catalog.rows, rows)
+    keys, views = cache.catalog.index.take("key", at), cache.catalog.views[at].tolist()
     images = find_rows(keys.to_pylist(), corpus.index, corpus.names)
     row_of: dict[tuple[int, int], int] = {}  # image and view -> row
     key_of = dict(zip(rows.tolist(), keys.to_pylist(), strict=True))
@@ -122,7 +121,7 @@ def _recompute_teacher(
         if problem is None:
             row_of[image, view] = row
         else:
-            yield f"{_place(store, row, key_of[row])}: {problem}"
+            yield f"{_row_name(store, row, key_of[row])}: {problem}"
     if not row_of:
         return
     options = replace(options, dtype=getattr(torch, store.calibration.dtype))
@@ -149,19 +148,19 @@ def _recompute_teacher(
         f"{name}: recompute",
     )
     for live in batches:
-        batch_rows = [row_of[at] for at in zip(live.images, live.views, strict=True)]
+        batch_rows = [row_of[view] for view in zip(live.images, live.views, strict=True)]
         for row, problem in _differences(store, batch_rows, live, SLACK[options.dtype]):
             seal = layout.seal_name(name, row // store.layout.rows_per_shard)
             yield (
-                f"{_place(store, row, key_of[row])}: {problem}. Its features are "
-                f"wrong, or those of another image: delete {cache.url}/{seal} and build again."
+                f"{_row_name(store, row, key_of[row])}: {problem}. Its features are wrong, or "
+                f"those of another image; delete {cache.url}/{seal} and build again."
             )
     for (image, _), row in sorted(row_of.items()):
         if image not in unreadable:
             continue
         yield (
-            f"{_place(store, row, key_of[row])} has features, but its image cannot be read any "
-            f"more: {unreadable[image]} Compare the versions in the group's attributes with yours."
+            f"{_row_name(store, row, key_of[row])} has features, but its image is unreadable now: "
+            f"{unreadable[image]} Compare the versions in the group's attributes with yours."
         )
 
 
@@ -197,9 +196,9 @@ def _image_problem(corpus: Corpus, image: int, key: str) -> str | None:
 def _differences(
     store: TeacherCache, rows: Sequence[int], live: LiveFeatures, slack: float
 ) -> Iterator[tuple[int, str]]:
-    """Yield each row that differs, and by how much."""
+    """Yield each row that differs, with the differences."""
     if live.grid != store.grid:
-        live = live.resize_output(store.grid)
+        live = live.resize(store.grid)
     stored = store.read(rows).to(live.tokens_BND.device)
     stats = store.stats.to(live.tokens_BND.device)
     exact_BND = stats.standardise(live.tokens_BND)
@@ -208,16 +207,16 @@ def _differences(
         found["[CLS]"] = _relative(stored.cls_BD, live.cls_BD)
     if live.cls_attention_BHN is not None and stored.cls_attention_BHN is not None:
         found["attention"] = _relative(stored.cls_attention_BHN, live.cls_attention_BHN).amax(-1)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         sealed = store.seals[row // store.layout.rows_per_shard].error.max
         bounds = {"tokens": max(1.5 * sealed, sealed + slack)}
         said = []
         for what, error_B in found.items():
-            error, bound = error_B[place].item(), bounds.get(what, _HALF + slack)
+            error, bound = error_B[index].item(), bounds.get(what, _HALF + slack)
             if not error <= bound:  # NaN as well
                 said.append(f"{what} by {error:.3%} (at most {bound:.3%} expected)")
         if said:
-            yield row, f"differs from what the teacher says now: {', '.join(said)}"
+            yield row, f"differs from the teacher's output: {', '.join(said)}"
 
 
 def _relative(found_XD: Tensor, exact_XD: Tensor) -> Tensor:
@@ -228,5 +227,5 @@ def _relative(found_XD: Tensor, exact_XD: Tensor) -> Tensor:
     )
 
 
-def _place(store: TeacherCache, row: int, key: str) -> str:
+def _row_name(store: TeacherCache, row: int, key: str) -> str:
     return f"{store.storage.url}: row {row} of '{store.teacher}' (key {key[:16]}...)"

@@ -1,5 +1,6 @@
-"""The only thing that both pipelines know: teacher features on disk, in format 1."""
+"""Teacher features on disk in format 1: the only thing that both pipelines know."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,13 +19,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the reader (and torch with it) on first use only: `--help` must be quick."""
-    if name in ("CacheSpec", "load_spec"):
-        from movekd.cache import spec
-
-        return getattr(spec, name)
-    if name in __all__:
-        from movekd.cache import reader
-
-        return getattr(reader, name)
-    raise AttributeError(f"module 'movekd.cache' has no attribute '{name}'")
+    """Import on first use: `movekd cache ls` loads no torch, and the reader loads it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'movekd.cache' has no attribute '{name}'")
+    module = "spec" if name in ("CacheSpec", "load_spec") else "reader"
+    return getattr(import_module(f"movekd.cache.{module}"), name)

@@ -1,9 +1,8 @@
-"""What the rows of a cache are: cache.json, index.parquet and names.parquet.
+"""Say which image each row of a cache is: cache.json, index.parquet and names.parquet.
 
-The build makes the catalog from a corpus and extends it when images were appended; the reader
-looks names up in it. A row is one view of one image, an image's views stand one after the other.
-Appended images start at a multiple of 1,024 rows, so that no teacher's sealed Zarr shard is ever
-written again.
+Input: a corpus, when a build creates or extends the catalog. Output: ``Catalog``, in which the
+reader looks names up. A row is one view of one image; the views of an image follow each other.
+Appended images start at a multiple of 1,024 rows, so no sealed Zarr shard is written again.
 """
 
 import tempfile
@@ -40,11 +39,11 @@ _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
 
 @dataclass(frozen=True)
 class Catalog:
-    """The rows of a cache and what names mean them."""
+    """The rows of a cache, and the names of their images."""
 
     geometry: Geometry
     view_set: Views
-    """Which views of every image there are."""
+    """Which views of every image have rows."""
     corpus_fingerprint: str
     num_images: int
     index: ParquetTable
@@ -58,7 +57,7 @@ class Catalog:
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
-        """The rows that stand for a view of an image, ascending."""
+        """The rows that hold a view of an image, ascending."""
         rows, start = np.empty(len(self.index), np.int64), 0
         for part in self.index.parts(["row"]):
             rows[start : (start := start + len(part))] = part["row"]
@@ -66,7 +65,7 @@ class Catalog:
 
     @cached_property
     def has_gaps(self) -> bool:
-        """Whether some row stands for no image; else ``rows`` counts from 0."""
+        """Whether some row holds no image. If not, ``rows`` counts from 0."""
         return len(self.index) < self.num_rows
 
     @cached_property
@@ -80,17 +79,16 @@ class Catalog:
         return np.cumsum(self.views == 0, dtype=np.int64) - 1
 
     def keys_checksum(self, first: int, end: int) -> str:
-        """Return the checksum of the images' keys in rows [first, end), a line each.
+        """Return the checksum of the images' keys in rows [first, end), one key per line.
 
-        Where images have more than the base view, a line says the view as well.
-
-        A shard's seal holds it, so that its features are never taken for other images'.
+        If images have more than the base view, each line holds the view as well. The seal of a
+        Zarr shard holds this checksum, so that its features cannot pass as those of other images.
         """
         (found,) = self.keys_checksums([(first, end)])
         return found
 
     def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
-        """Yield ``keys_checksum`` of many spans of rows; ascending ones cost one pass together."""
+        """Yield ``keys_checksum`` of many spans of rows; ascending spans take one pass together."""
         columns = ["key"] if self.view_set == "base" else ["key", "view"]
         text, starts, held, until = memoryview(b""), np.zeros(1, np.int32), 0, 0
         for first, end in spans:
@@ -107,7 +105,7 @@ def open_catalog(storage: Storage) -> Catalog:
     """Return the catalog of a cache.
 
     Raises:
-        CacheError: there is no cache here, or of another format version.
+        CacheError: the place holds no cache, or one of another format version.
         CorruptCacheError: a file is damaged.
     """
     record = read_cache_json(storage)
@@ -121,10 +119,10 @@ def open_catalog(storage: Storage) -> Catalog:
 def update_catalog(
     storage: Storage, corpus: Corpus, geometry: Geometry, views: Views = "base"
 ) -> Catalog:
-    """Make the catalog of a new cache, or extend it by the images appended to its corpus.
+    """Create the catalog of a new cache, or add the images appended to its corpus.
 
     Raises:
-        CacheError: the cache is of other views, another geometry or another corpus.
+        CacheError: the cache has other views, another geometry or another corpus.
     """
     if not storage.exists(CACHE_JSON):
         _refuse_orphans(storage)
@@ -156,12 +154,12 @@ def update_catalog(
     try:
         catalog = open_catalog(storage)
     except CorruptCacheError:
-        pass  # an append was interrupted; cache.json and the corpus say what the tables hold
+        pass  # an append was interrupted; the corpus and cache.json decide the tables
     else:
         is_same, is_moved = _compare(catalog.index, _index(corpus, views, blocks))
         if is_same and catalog.names.equals(corpus.names):
             return catalog
-        # else there are more images, or the same ones were packed into other tars, or renamed
+        # otherwise images were appended, packed into other tars, or renamed
         if is_moved:
             raise CacheError(
                 f"{storage.url} holds other views than the sizes in {corpus.data_dir}/{INDEX} give "
@@ -172,7 +170,7 @@ def update_catalog(
 
 
 def _compare(held: ParquetTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]:
-    """Return whether a table holds just these parts, and whether its rows became other views."""
+    """Return whether a table equals these parts, and whether its rows became other views."""
     what_rows_are = ["row", "key", "view"]
     is_same, is_moved, start = True, False, 0
     for part in parts:
@@ -186,10 +184,10 @@ def _compare(held: ParquetTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]
 
 
 def _refuse_orphans(storage: Storage) -> None:
-    """Refuse to say anew what the rows of sealed features are: nothing in them would contradict.
+    """Refuse to assign new images to sealed features: nothing in the features would contradict.
 
     Raises:
-        CacheError: there are sealed teachers, and no cache.json.
+        CacheError: the place holds sealed teachers and no cache.json.
     """
     teachers = [f.removesuffix(".seals") for f in storage.folders() if f.endswith(".seals")]
     sealed = [name for name in teachers if storage.exists(calibration_name(name))]
@@ -205,7 +203,7 @@ def read_cache_json(storage: Storage) -> CacheRecord:
     """Return what cache.json says.
 
     Raises:
-        CacheError: there is none, or of another format version.
+        CacheError: the file is missing, or of another format version.
         CorruptCacheError: it is damaged.
     """
     if not storage.exists(CACHE_JSON):
@@ -223,10 +221,10 @@ def read_cache_json(storage: Storage) -> CacheRecord:
 
 
 def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTable:
-    """Return one of the two tables, if it is what cache.json lists.
+    """Return one of the two tables, checked against cache.json.
 
-    It is the open file that is checked and read from then on, whatever takes its place. That of
-    an object store is copied to a temporary file without a name.
+    The same open file is checked and then read, so a later replacement does not matter. A remote
+    file is first copied to a temporary file without a name.
     """
     expected = record.files.get(name)
     where = f"{storage.url}/{name}"
@@ -259,14 +257,14 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTabl
 
 
 def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:
-    """Yield a file in parts that lie in one place: fresh memory costs more than reading it."""
+    """Yield a file in parts, all in one buffer: new memory costs more than reading the file."""
     block = memoryview(bytearray(_BLOCK_BYTES))
     while length := file.readinto(block):
         yield block[:length]
 
 
 def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa.Table]:
-    """Yield index.parquet of a corpus; a block is a first row and how many images follow it."""
+    """Yield the parts of index.parquet; a block is a first row and a number of images."""
     sizes = corpus.index.read(["width", "height"])
     images, view = list_views(sizes["width"], sizes["height"], views)
     ends = np.cumsum([count for _, count in blocks])
@@ -287,7 +285,7 @@ def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa
 def _write(
     storage: Storage, corpus: Corpus, geometry: Geometry, views: Views, blocks: list[list[int]]
 ) -> Catalog:
-    """Write the three files, cache.json last."""
+    """Write the three files, cache.json last, and open them."""
     files: dict[str, list[Buffer]] = {}
     for name, parts, schema in (
         (INDEX, _index(corpus, views, blocks), _SCHEMA),
@@ -305,5 +303,7 @@ def _write(
         blocks=blocks,
         files={name: entry(buffers) for name, buffers in files.items()},
     )
-    storage.write_many(files | {CACHE_JSON: [sealed_bytes(record)]})  # a full disk changes none
+    storage.write_many(
+        files | {CACHE_JSON: [sealed_bytes(record)]}
+    )  # on a full disk, all keep their content
     return open_catalog(storage)

@@ -1,7 +1,7 @@
-"""What of a cache is finished, and what its seals say: everything but the features themselves.
+"""Say what of a cache is finished, from its seals. Features are not read.
 
-``reader`` adds the features; ``check``, which is behind `movekd cache ls` and `verify`, needs none.
-There is no torch here: it takes as long to load as fifty thousand seals to read.
+``reader`` adds the reading of features and ``writer`` their writing; ``verify`` needs neither.
+This module loads no torch, because `cache ls` would spend most of its time on that.
 """
 
 import json
@@ -21,7 +21,6 @@ from movekd.cache.schema import Calibration, GroupRecord, ShardSeal
 from movekd.cache.seal import entry, open_record, read_record
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.writer import read_calibration
 from movekd.config import validate
 from movekd.errors import CacheError, CorruptCacheError, did_you_mean
 
@@ -49,7 +48,7 @@ class CacheContents:
         return self.storage.url
 
     def sealed(self, teacher: str) -> "TeacherContents":
-        """Return what is sealed of one teacher, looked up anew.
+        """Return what is sealed of one teacher; each call looks again.
 
         Raises:
             CacheError: the cache holds no such teacher.
@@ -68,15 +67,23 @@ class CacheContents:
             )
 
 
+def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
+    """Return the sealed calibration, or None if the teacher has none yet."""
+    name = layout.calibration_name(teacher)
+    return read_record(storage, name, Calibration) if storage.exists(name) else None
+
+
 def open_contents(url: str | Path | Storage) -> CacheContents:
-    """Open a cache to look at what is sealed; raises as ``open_cache`` does."""
+    """Open a cache to see what is sealed; raises as ``open_cache``."""
     return CacheContents(open_storage(url))
 
 
 @dataclass(frozen=True)
 class SealSums:
-    """What all seals of a teacher say, an array a figure: S Zarr shards."""
+    """What all seals of a teacher say, as one array per figure: S Zarr shards."""
 
+    skipped: dict[int, str]
+    """Row without features -> why."""
     shards_S: npt.NDArray[np.int64]
     rows_S2: npt.NDArray[np.int64]
     """First row, and last row plus one."""
@@ -86,9 +93,7 @@ class SealSums:
     error_mean_S: npt.NDArray[np.float64]
     error_max_S: npt.NDArray[np.float64]
     num_tokens_S: npt.NDArray[np.int64]
-    """How many tokens the errors are of."""
-    skipped: dict[int, str]
-    """Row without features -> why."""
+    """Number of tokens behind the errors."""
 
 
 class TeacherContents:
@@ -98,7 +103,7 @@ class TeacherContents:
         storage: the cache.
         teacher: the name.
         num_rows: length of its arrays.
-        spec: what it was built by.
+        spec: the spec that it was built from.
         calibration: what was settled before the first Zarr shard.
         layout: its arrays.
         channel_mean: float32 (D,).
@@ -131,12 +136,12 @@ class TeacherContents:
 
     @property
     def width(self) -> int:
-        """Channels a token."""
+        """Channels per token."""
         return self.layout.width
 
     @property
     def missing_shards(self) -> list[int]:
-        """Zarr shards without a seal: to be built."""
+        """Zarr shards without a seal; a build will write them."""
         return np.flatnonzero(~self._sealed).tolist()
 
     @property
@@ -146,36 +151,24 @@ class TeacherContents:
 
     @cached_property
     def seals(self) -> dict[int, ShardSeal]:
-        """The content of every seal, Zarr shard -> seal; ``sums`` takes a twentieth of the room."""
+        """Every seal, Zarr shard -> seal; ``sums`` takes a twentieth of the memory."""
         return dict(self._read_seals())
 
     @cached_property
     def sums(self) -> SealSums:
-        """What all seals say, in arrays; each is checked against its own checksum."""
-        shards, rows, keys, sizes, means, maxima, tokens = ([] for _ in range(7))
+        """What all seals say, in arrays. Each seal is checked against its own checksum."""
         skipped: dict[int, str] = {}
+        found: list[tuple[Any, ...]] = []
         for shard, seal in self._read_seals():
-            shards.append(shard)
-            rows.append(seal.rows)
-            keys.append(seal.keys_xxh3_128)
-            sizes.append(sum(file.size_bytes for file in seal.files.values()))
-            means.append(seal.error.mean)
-            maxima.append(seal.error.max)
-            tokens.append(seal.error.num_tokens)
+            size_bytes = sum(file.size_bytes for file in seal.files.values())
+            error = (seal.error.mean, seal.error.max, seal.error.num_tokens)
+            found.append((shard, seal.rows, seal.keys_xxh3_128, size_bytes, *error))
             skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        return SealSums(
-            np.array(shards, np.int64),
-            np.array(rows, np.int64).reshape(-1, 2),
-            np.array(keys, np.bytes_),
-            np.array(sizes, np.int64),
-            np.array(means, np.float64),
-            np.array(maxima, np.float64),
-            np.array(tokens, np.int64),
-            skipped,
-        )
+        columns: Any = np.array(found, "i8, 2i8, S32, i8, f8, f8, i8")
+        return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
     def _read_seals(self) -> Iterator[tuple[int, ShardSeal]]:
-        """Yield every Zarr shard's seal, some of them read together."""
+        """Yield the seal of every Zarr shard; many seals are read together."""
         shards = np.flatnonzero(self._sealed).tolist()
         for start in range(0, len(shards), _SEALS_AT_ONCE):
             some = shards[start : start + _SEALS_AT_ONCE]
@@ -191,9 +184,9 @@ class TeacherContents:
         return self.sums.skipped
 
     def require_images(self, catalog: Catalog) -> None:
-        """Refuse features that were sealed for other images than the catalog's rows are.
+        """Refuse features that were sealed for other images than the catalog lists.
 
-        Only a catalog or seals from elsewhere can be so: nothing in the features would tell.
+        That happens when the catalog or the seals come from another cache.
 
         Raises:
             CacheError: names the Zarr shards.
@@ -215,7 +208,7 @@ def _open_group(
 ) -> tuple[dict[str, Any], list[npt.NDArray[np.float32]]]:
     """Return movekd's attributes of a teacher's group, and channel_mean and channel_std.
 
-    The small files that hold them are read together, and held against their seal.
+    The small files that hold them are read together and checked against their seal.
     """
     where = f"{storage.url}/{layout.group_name(teacher)}"
     sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
@@ -223,7 +216,7 @@ def _open_group(
     wanted = ["zarr.json", *(f"{array}/zarr.json" for array in CHANNEL_ARRAYS), *statistics]
     raw = storage.read_many([f"{layout.group_name(teacher)}/{name}" for name in wanted])
     files = {name.partition("/")[2]: content for name, content in raw.items()}
-    for name in wanted:  # these and no others, whatever names the seal holds
+    for name in wanted:  # the names in the seal are not trusted
         if name not in files or entry([files[name]]) != sealed.get(name):
             raise CorruptCacheError(
                 f"{where}/{name} is not what its seal says; run `movekd cache verify`, and rebuild "

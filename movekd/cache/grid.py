@@ -1,8 +1,8 @@
-"""From one square grid of tokens to another, by exact area.
+"""Resize a square grid of tokens by exact area.
 
-A teacher's 64x64 map becomes the student's 24x24 by averaging over the area that each new cell
-covers, fractions of old cells included; this also holds where 64 -> 24 does not divide. Used by
-the build before encoding, and by the training for caches that were kept on the native grid.
+A teacher's 64x64 map becomes the student's 24x24: each new cell is the average over the area that
+it covers, fractions of old cells included. The build resizes before encoding; the training resizes
+caches that keep the native grid.
 
 Legend: B batch, N tokens (row-major over the square), D channels, H heads, S side of the grid.
 """
@@ -19,8 +19,8 @@ from movekd.cache.layout import grid_side
 def resize_matrix(side_in: int, side_out: int) -> Tensor:
     """Return the (side_out, side_in) float32 matrix that resizes one axis; rows sum to 1.
 
-    Shrinking weighs each input cell by its overlap with the output cell. Enlarging
-    interpolates linearly between cell centres, clamped at the border.
+    Shrinking weights each input cell by its overlap with the output cell. Enlarging interpolates
+    linearly between cell centres, clamped at the border.
     """
     scale = side_in / side_out
     cells = torch.arange(side_in, dtype=torch.float64)
@@ -46,7 +46,7 @@ def resize_tokens(tokens_BND: Tensor, side_out: int) -> Tensor:
 
 
 def resize_attention(attention_BHN: Tensor, side_out: int) -> Tensor:
-    """Return attention (B, H, side_out**2) with the mass of (B, H, N): cells are summed by area."""
+    """Return attention (B, H, side_out**2) with the sum of (B, H, N): cells are added by area."""
     side_in = grid_side(attention_BHN.shape[-1])
     if side_in == side_out:
         return attention_BHN

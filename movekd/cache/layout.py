@@ -1,14 +1,14 @@
-"""Format 1 in one place: names, shapes, chunks and attributes of what lies in a cache.
+"""Names, shapes, chunks and attributes of everything in a cache of format 1.
 
     cache/
       cache.json                 format version, geometry, corpus fingerprint
       index.parquet              row, key, view, shard, offset, size, width, height
       names.parquet              name, key
       <teacher>.zarr/            a Zarr v3 group that stock libraries open
-      <teacher>.seals/           what is finished, with checksums; foreign to Zarr, so outside it
+      <teacher>.seals/           what is finished, with checksums; not Zarr, so outside the group
 
-The chunk of an array is one row; a Zarr shard is ``rows_per_shard`` rows of every array, written
-by one writer in one go.
+The chunk of an array is one row. A Zarr shard is ``rows_per_shard`` rows of every array; one writer
+writes it in one step.
 """
 
 import math
@@ -16,19 +16,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from movekd.cache import codecs
+from movekd.cache.codecs import ArrayLayout
 from movekd.errors import CacheError
 
 FORMAT_VERSION = 1
-GROUP_CHANNELS = 128
-"""Channels that share one int8 scale."""
 SHARD_BYTES = 128 * 2**20
 MAX_SHARD_ROWS = 1024
-"""Also what appended images are aligned to: a multiple of every teacher's rows_per_shard."""
+"""Appended images start at a multiple of it, which is one of every ``rows_per_shard``."""
 
 CHANNEL_ARRAYS = ("channel_mean", "channel_std")
-"""The arrays of a group that have no rows: statistics of the calibration."""
+"""The arrays of a group without rows: statistics of the calibration."""
 
 CACHE_JSON = "cache.json"
 INDEX = "index.parquet"
@@ -36,46 +34,19 @@ NAMES = "names.parquet"
 
 
 @dataclass(frozen=True)
-class ArrayLayout:
-    """One array of a teacher's group, a row of which is one chunk."""
-
-    name: str
-    row_shape: tuple[int, ...]
-    dtype: str
-    dimension_names: tuple[str, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row before compression."""
-        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def fill_value(self) -> float | int:
-        """What a row reads as that was never written: NaN, or 0 for int8 tokens (scale is NaN)."""
-        return 0 if self.dtype == "int8" else float("nan")
-
-
-@dataclass(frozen=True)
 class TeacherLayout:
-    """The arrays of one teacher's group, by name, and how many rows make a Zarr shard."""
+    """The arrays of one teacher's group by name, and the rows per Zarr shard."""
 
     arrays: Mapping[str, ArrayLayout]
+    num_tokens: int
+    width: int
+    """Channels per token, however the codec packs them."""
     rows_per_shard: int
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image: tokens, scales, [CLS] and attention."""
+        """Bytes of one row of all arrays."""
         return sum(array.row_bytes for array in self.arrays.values())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens an image."""
-        return self.arrays["tokens"].row_shape[0]
-
-    @property
-    def width(self) -> int:
-        """Channels a token."""
-        return self.arrays["tokens"].row_shape[1]
 
     def num_shards(self, num_rows: int) -> int:
         """Return how many Zarr shards hold ``num_rows`` rows."""
@@ -85,23 +56,18 @@ class TeacherLayout:
 def teacher_layout(
     codec: str, num_tokens: int, width: int, *, cls_width: int | None, num_heads: int | None
 ) -> TeacherLayout:
-    """Return the arrays that a teacher of these shapes has (None: it has no such array)."""
-    tokens_dtype = "int8" if codec == "int8" else "float16"
-    arrays = [ArrayLayout("tokens", (num_tokens, width), tokens_dtype, ("row", "token", "channel"))]
-    if codec == "int8":
-        groups = -(-width // GROUP_CHANNELS)
-        arrays.append(
-            ArrayLayout("token_scale", (num_tokens, groups), "float16", ("row", "token", "group"))
-        )
+    """Return the arrays of a teacher: those of its codec, then ``cls`` and ``cls_attention``.
+
+    ``cls_width`` or ``num_heads`` None means that the teacher has no such array.
+    """
+    arrays = [*codecs.codec(codec).arrays(num_tokens, width)]
+    rows = rows_per_shard(arrays[0].row_bytes)
     if cls_width is not None:
         arrays.append(ArrayLayout("cls", (cls_width,), "float16", ("row", "channel")))
     if num_heads is not None:
-        arrays.append(
-            ArrayLayout(
-                "cls_attention", (num_heads, num_tokens), "float16", ("row", "head", "token")
-            )
-        )
-    return TeacherLayout({a.name: a for a in arrays}, rows_per_shard(arrays[0].row_bytes))
+        shape = (num_heads, num_tokens)
+        arrays.append(ArrayLayout("cls_attention", shape, "float16", ("row", "head", "token")))
+    return TeacherLayout({array.name: array for array in arrays}, num_tokens, width, rows)
 
 
 def grid_side(num_tokens: int) -> int:
@@ -117,7 +83,7 @@ def grid_side(num_tokens: int) -> int:
 
 
 def rows_per_shard(token_row_bytes: int) -> int:
-    """Return the largest power of two that keeps a shard's tokens under 128 MiB, at most 1,024."""
+    """Return the largest power of two that keeps the tokens under 128 MiB, at most 1,024."""
     rows = MAX_SHARD_ROWS
     while rows > 1 and rows * token_row_bytes > SHARD_BYTES:
         rows //= 2
@@ -135,12 +101,12 @@ def seals_name(teacher: str) -> str:
 
 
 def calibration_name(teacher: str) -> str:
-    """Return the seal of what was settled before the first Zarr shard."""
+    """Return the name of the sealed calibration."""
     return f"{teacher}.seals/calibration.json"
 
 
 def metadata_name(teacher: str) -> str:
-    """Return the seal of the group's small files: every zarr.json and the channel statistics."""
+    """Return the seal of the group's small files: each zarr.json and the channel statistics."""
     return f"{teacher}.seals/metadata.json"
 
 
@@ -175,7 +141,6 @@ def group_attributes(
             "spec_fingerprint": fingerprint,
             "weights_sha256": weights_sha256,
             "versions": dict(versions),
-            "decoding": "float16: tokens. int8: channel_mean + channel_std * token_scale[group of "
-            f"{GROUP_CHANNELS} channels] * tokens",
+            "decoding": codecs.codec(spec["codec"]).decoding,
         }
     }

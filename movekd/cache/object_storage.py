@@ -1,8 +1,8 @@
-"""A cache in an object store: S3, Google Cloud Storage, or this process' memory.
+"""Read and write the files of a cache in S3, Google Cloud Storage, or this process' memory.
 
-The second implementation of ``storage.Storage``. It goes through fsspec, because that works in
-forked DataLoader workers, where clients with native threads hang or abort
-(docs/decisions/0005-object-stores.md). Rows are read by ``in_flight``, through TensorStore.
+The second implementation of ``storage.Storage``. It uses fsspec, which works in forked DataLoader
+workers; clients with native threads hang or abort there (docs/decisions/0005-object-stores.md).
+Rows are read by ``tensorstore_rows``.
 """
 
 import contextlib
@@ -14,20 +14,19 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from movekd.cache.storage import Buffer
 from movekd.errors import CacheError
 
 SCHEMES = {"s3": "s3", "gs": "gs", "memory": ""}
-"""Scheme -> the extra of movekd that brings its client."""
+"""Scheme -> the extra of movekd that installs its client."""
 S3_ATTEMPTS = 5
-"""Of botocore, for what the server answers; s3fs tries again what breaks on the way."""
+"""Attempts of botocore per request; s3fs also repeats requests that break on the way."""
 
 
 class ObjectStorage:
     """A cache below a prefix of S3, Google Cloud Storage, or this process' memory (for tests).
 
-    Credentials and endpoints are those of the environment: ``AWS_ACCESS_KEY_ID``,
-    ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS`` and so on.
+    Credentials and endpoints come from the environment: ``AWS_ACCESS_KEY_ID``,
+    ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS`` and others.
     """
 
     def __init__(self, url: str) -> None:
@@ -39,12 +38,12 @@ class ObjectStorage:
 
     @property
     def _files(self) -> Any:
-        """The client, one a process and thread: fsspec keeps them, and none crosses a fork."""
+        """The client of this process and thread, kept by fsspec; a forked child gets a new one."""
         return _client(self.url)[0]
 
     @property
     def bucket_and_prefix(self) -> tuple[str, str]:
-        """The bucket, and the prefix in it without a slash at its end."""
+        """The bucket, and the prefix in it without a final slash."""
         bucket, _, prefix = self._root.lstrip("/").partition("/")
         return bucket, prefix
 
@@ -54,7 +53,7 @@ class ObjectStorage:
             return bytes(self._files.cat_file(self._path(name)))
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the content of several small objects, all in flight at once."""
+        """Return the content of several small objects, all requested at once."""
         if not names:
             return {}
         paths = {self._path(name): name for name in names}
@@ -71,25 +70,25 @@ class ObjectStorage:
         return {name: found[name] for name in names if name in found}
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """Yield an object's content: one part, because a Zarr shard is 128 MiB at most."""
+        """Yield an object's content in one part: a Zarr shard has at most 128 MiB."""
         yield self.read(name)
 
-    def write(self, name: str, buffers: Sequence[Buffer]) -> None:
-        """Write an object in one PUT, a large one in several parts: it appears whole."""
+    def write(self, name: str, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write an object in one PUT, a large one in several parts. It appears whole."""
         content = b"".join(buffers)
         with self._errors("written", name):
             self._files.pipe_file(self._path(name), content)
 
-    def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
-        """Write several objects, the largest of them in parts: one after the other is as fast."""
+    def write_many(self, files: Mapping[str, Sequence[bytes | bytearray | memoryview]]) -> None:
+        """Write several objects, one after the other; parts of a large one are sent together."""
         for name, buffers in files.items():
             self.write(name, buffers)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write an object that must not exist yet; return whether it has this content now.
 
-        A PUT that was applied and then answered with an error is repeated by the client and
-        finds itself: the content tells.
+        If the server applies a PUT and answers with an error, the client repeats it and finds its
+        own object; the content shows that.
         """
         with self._errors("written", name):
             try:
@@ -114,9 +113,9 @@ class ObjectStorage:
         """Do nothing: an object appears whole or not at all."""
 
     def exists(self, name: str) -> bool:
-        """Return whether there is an object of this name."""
+        """Return whether an object has this name."""
         with self._errors("read", name), contextlib.suppress(FileNotFoundError):
-            # not isfile(): it takes a server that does not answer for a file that is not there
+            # not isfile(): if the server does not answer, it says that the file is missing
             return bool(self._files.info(self._path(name))["type"] == "file")
         return False
 
@@ -133,12 +132,12 @@ class ObjectStorage:
         return self._list("", "directory")
 
     def files(self, folder: str) -> list[str]:
-        """Return the objects right in a folder, none below it."""
+        """Return the objects directly in a folder."""
         prefix = f"{folder}/" if folder else ""
         return [f"{prefix}{name}" for name in self._list(folder, "file")]
 
     def starting_with(self, name: str) -> list[str]:
-        """Return the objects whose names start so, without listing the others beside them."""
+        """Return the objects whose names start with ``name``, without listing the others."""
         folder, _, start = name.rpartition("/")
         with self._errors("listed", name), contextlib.suppress(FileNotFoundError):
             found = self._files.find(self._path(folder), prefix=start)
@@ -148,7 +147,7 @@ class ObjectStorage:
         return []
 
     def free_bytes(self) -> int | None:
-        """Return None: an object store has no end."""
+        """Return None: an object store has no limit."""
         return None
 
     def _path(self, name: str) -> str:
@@ -169,7 +168,7 @@ class ObjectStorage:
 
     @contextlib.contextmanager
     def _errors(self, done: str, name: str) -> Iterator[None]:
-        """Turn what a client raises, after its own retries, into a sentence."""
+        """Turn an error of a client, after its retries, into a CacheError."""
         try:
             yield
         except CacheError:
@@ -178,10 +177,10 @@ class ObjectStorage:
             if done != "written":
                 raise
             raise CacheError(
-                f"{self.url}/{name} cannot be written: there is no bucket "
-                f"'{self.bucket_and_prefix[0]}'. Make it, or correct --cache."
+                f"{self.url}/{name} cannot be written: no bucket "
+                f"'{self.bucket_and_prefix[0]}' exists. Create it, or correct --cache."
             ) from None
-        except Exception as error:  # clients raise errors of their own libraries
+        except Exception as error:  # each client raises the errors of its library
             reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
             is_refused = isinstance(error, PermissionError) or "redentials" in reason
             tried = "" if is_refused else "It was tried several times; "
@@ -196,36 +195,31 @@ class ObjectStorage:
 def s3_settings() -> dict[str, Any]:
     """Return endpoint, region and kind of credentials for TensorStore, as botocore finds them.
 
-    From the environment, then from the profile in ``~/.aws/config``.
+    The environment has priority over the profile in ``~/.aws/config``.
     """
     from botocore.session import Session
 
     session = Session()
     profile: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # no such profile: the client has said so by now
+    with contextlib.suppress(
+        Exception
+    ):  # the profile is missing: the client has raised for that before
         profile = session.get_scoped_config()
     found: dict[str, Any] = {}
-    endpoint = (
-        os.environ.get("AWS_ENDPOINT_URL_S3")
-        or os.environ.get("AWS_ENDPOINT_URL")
-        or profile.get("endpoint_url")
-    )
-    region = (
-        os.environ.get("AWS_REGION")
-        or os.environ.get("AWS_DEFAULT_REGION")
-        or profile.get("region")
-    )
+    get = os.environ.get
+    endpoint = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL") or profile.get("endpoint_url")
+    region = get("AWS_REGION") or get("AWS_DEFAULT_REGION") or profile.get("region")
     if endpoint:
         found["endpoint"] = endpoint
     if region or endpoint:
         found["aws_region"] = region or "us-east-1"
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
+    if get("AWS_ACCESS_KEY_ID"):
         found["aws_credentials"] = {"type": "environment"}
     return found
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Return how the client of a scheme is made."""
+    """Return the options of the client of a scheme."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}

@@ -1,13 +1,12 @@
-"""Random batched reads: any rows of a teacher, in any order, with repeats.
+"""Read any rows of a teacher from a cache, in any order, with repeats.
 
     cache = open_cache("cache/")
     rows = cache.rows(["coco/0001.jpg"])
     targets = cache["clip"].read(rows)         # TeacherTargets
-    targets.to("cuda").tokens_BND              # decoded there; int8 is what crossed the bus
+    targets.to("cuda").tokens_BND              # decoded on the GPU: the stored bytes cross the bus
 
-Uncompressed Zarr shards on a local disk are mapped and copied from straight into the batch;
-compressed ones go through TensorStore with all rows of the batch in flight. Both give the same
-bytes. No teacher, no GPU and no network are needed.
+``mapped_rows`` reads uncompressed rows on a local disk, ``tensorstore_rows`` all others. Both
+return the same bytes. Reading needs no teacher and no GPU.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor
 
 from movekd.cache import layout
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import codec
 from movekd.cache.contents import CacheContents, TeacherContents
-from movekd.cache.in_flight import RowsInFlight
-from movekd.cache.mapped import MappedRows
+from movekd.cache.mapped_rows import MappedRows
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
+from movekd.cache.tensorstore_rows import TensorStoreRows
 from movekd.corpus.index import find_rows, require_known
 from movekd.errors import CacheError, UnknownKeyError
 
@@ -37,15 +37,15 @@ Rows = npt.NDArray[np.int64] | Sequence[int]
 
 
 class FeatureCache(CacheContents):
-    """A cache opened for reading. Made by ``open_cache``.
+    """A cache opened for reading. ``open_cache`` returns it.
 
-    ``cache["clip"]`` is a ``TeacherCache``; going through the cache gives the teachers' names.
+    ``cache["clip"]`` is a ``TeacherCache``; iterating over the cache yields the teachers' names.
 
     Attributes:
         storage: where the cache lies.
-        catalog: which image each row stands for.
+        catalog: which image each row holds.
         geometry: how every image became a square.
-        views: ``base`` or ``anyres``: which views of an image have rows.
+        views: which views of an image have rows, ``base`` or ``anyres``.
         teachers: names of the teachers whose calibration is sealed.
     """
 
@@ -55,7 +55,7 @@ class FeatureCache(CacheContents):
 
     @cached_property
     def keys(self) -> pa.ChunkedArray:
-        """Key of each image, in row order (Arrow strings); read, and kept, when first asked for."""
+        """Key of each image in row order, as Arrow strings; read on first use."""
         keys = self.catalog.index["key"]
         return keys if self.views == "base" else keys.filter(pa.array(self.catalog.views == 0))
 
@@ -63,7 +63,7 @@ class FeatureCache(CacheContents):
         """Return the row of a view of each name or key; view 0 is the whole image.
 
         Raises:
-            UnknownKeyError: names some that the cache does not hold, or not in this view.
+            UnknownKeyError: the cache does not hold some of them, or not this view of them.
         """
         rows = self.find_rows(names, view)
         if view != 0 and (rows < 0).any():
@@ -71,18 +71,18 @@ class FeatureCache(CacheContents):
             without = pa.array(names, pa.string()).filter(pa.array(rows < 0)).unique()
             raise UnknownKeyError(
                 f"the cache {self.url} holds no view {view} of {without[0].as_py()!r}"
-                f"{' ...' if len(without) > 1 else ''} ({len(without)} images); it is of views "
-                f"'{self.views}'. Ask for view 0, or with find_rows, which gives -1 for those."
+                f"{' ...' if len(without) > 1 else ''} ({len(without)} images); its views are "
+                f"'{self.views}'. Ask for view 0, or call find_rows, which returns -1 for those."
             )
         require_known(names, rows, f"the cache {self.url}")
         return rows
 
     def find_rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
-        """Return the row of a view of each name or key, -1 where the cache does not hold it."""
+        """Return the row of a view of each name or key; -1 if the cache does not hold it."""
         places = find_rows(names, self.catalog.index, self.catalog.names)
         if view != 0:  # an image's views follow its base view
             views = self.catalog.views
-            there = places + min(max(view, -1), len(views))  # more is in no int64
+            there = places + min(max(view, -1), len(views))  # a larger int fits no int64
             is_there = (places >= 0) & (there >= 0) & (there < len(views))
             is_there[is_there] = views[there[is_there]] == view
             places = np.where(is_there, there, -1)
@@ -102,7 +102,7 @@ class FeatureCache(CacheContents):
         return iter(self.teachers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureCache, (self.storage,)  # the other process opens it anew
+        return FeatureCache, (self.storage,)  # the other process opens it again
 
 
 def open_cache(url: str | Path | Storage) -> FeatureCache:
@@ -112,7 +112,7 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
         url: a folder, or ``s3://bucket/prefix``, ``gs://``, ``file://``, ``memory://``.
 
     Raises:
-        CacheError: there is none, or it is of another format version.
+        CacheError: the place holds no cache, or one of another format version.
         CorruptCacheError: its index is damaged.
     """
     return FeatureCache(open_storage(url))
@@ -121,18 +121,10 @@ def open_cache(url: str | Path | Storage) -> FeatureCache:
 class TeacherCache(TeacherContents):
     """One teacher's features. Thread-safe; usable after fork and after pickling (spawn).
 
-    Made by ``FeatureCache``: ``cache["clip"]``.
+    ``cache["clip"]`` of a ``FeatureCache`` returns it.
 
     Attributes:
-        storage: the cache.
-        teacher: the name.
-        num_rows: length of its arrays.
-        spec: what it was built by.
-        calibration: what was settled before the first Zarr shard.
-        layout: its arrays.
-        channel_mean: float32 (D,), numpy.
-        channel_std: float32 (D,), numpy.
-        stats: the two as tensors, float32 (D,).
+        stats: channel_mean and channel_std as tensors, float32 (D,).
     """
 
     def __init__(
@@ -142,12 +134,10 @@ class TeacherCache(TeacherContents):
         num_rows: int,
         images: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Open one teacher; ``images`` are the rows that stand for one, where not all do."""
+        """Open one teacher; ``images`` are the rows that hold an image, if some hold none."""
         super().__init__(storage, teacher, num_rows)
         self._images = images
-        self.stats = ChannelStats(
-            torch.from_numpy(self.channel_mean), torch.from_numpy(self.channel_std)
-        )
+        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
         self._rows = self._open_rows()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,25 +147,24 @@ class TeacherCache(TeacherContents):
         self.__dict__.update(state)
         self._rows = self._open_rows()
 
-    def _open_rows(self) -> MappedRows | RowsInFlight:
-        """Return what copies rows: from mapped files where they lie ready, else in flight."""
+    def _open_rows(self) -> MappedRows | TensorStoreRows:
+        """Return what reads rows from this place and compression."""
         if self.storage.local_dir is not None and self.spec.compressor == "none":
             group = self.storage.local_dir / layout.group_name(self.teacher)
             return MappedRows(group, self.layout)
-        return RowsInFlight(self.storage, self.teacher, self.layout)
+        return TensorStoreRows(self.storage, self.teacher, self.layout)
 
     def read(self, rows: Rows, out: Mapping[str, Tensor] | None = None) -> TeacherTargets:
         """Return the features of ``rows`` in the order asked, as stored; repeats are fine.
 
         Args:
             rows: row numbers, as ``FeatureCache.rows`` gives them.
-            out: tensors of the stored shapes and dtypes to read into, ``empty(len(rows))`` for
-                one; new ones unless given. A fresh allocation a batch costs more in page
-                faults than the copy.
+            out: tensors of the stored shapes and dtypes to read into, as ``empty(len(rows))``
+                returns them. Default: new ones; their page faults cost more than the copy.
 
         Raises:
             CacheError: a row is out of range, or was not built yet.
-            CorruptCacheError: a Zarr shard is shorter than its index says.
+            CorruptCacheError: a Zarr shard is missing or damaged.
         """
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -202,17 +191,13 @@ class TeacherCache(TeacherContents):
                     f"allocate it with `empty({len(wanted)})`."
                 )
         self._rows.read(wanted, {name: stored[name].numpy() for name in self.layout.arrays})
-        return TeacherTargets(stored, self.stats)
+        return TeacherTargets(stored, self.stats, codec(self.spec.codec))
 
-    def empty(self, num_rows: int, pin_memory: bool = False) -> dict[str, Tensor]:
+    def empty(self, num_rows: int) -> dict[str, Tensor]:
         """Return uninitialised buffers for ``read(rows, out=...)``."""
         return {
-            array.name: torch.empty(
-                (num_rows, *array.row_shape),
-                dtype=getattr(torch, array.dtype),
-                pin_memory=pin_memory,
-            )
-            for array in self.layout.arrays.values()
+            name: torch.empty((num_rows, *array.row_shape), dtype=getattr(torch, array.dtype))
+            for name, array in self.layout.arrays.items()
         }
 
     def _check(self, rows: npt.NDArray[np.int64]) -> None:

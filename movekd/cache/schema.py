@@ -1,7 +1,7 @@
-"""What each sealed JSON file of a cache holds.
+"""The content of each sealed JSON file of a cache, as typed records.
 
-``seal`` reads and writes them; a file with other keys or types than its record is refused there,
-whoever wrote it and however right its checksum is.
+``seal`` reads and writes them. It refuses a file with other keys or types than its record, even if
+the checksum is right.
 """
 
 from typing import Annotated, ClassVar
@@ -20,10 +20,10 @@ Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class Record(FrozenModel):
-    """Base of what a sealed file holds."""
+    """Base of the records."""
 
     remedy: ClassVar[str]
-    """What to do about a file of this kind that is damaged."""
+    """What to do if a file of this kind is damaged."""
 
 
 class FileEntry(FrozenModel):
@@ -34,7 +34,7 @@ class FileEntry(FrozenModel):
 
 
 class CacheRecord(Record):
-    """cache.json: what the rows of a cache are."""
+    """cache.json: which images the rows of a cache hold."""
 
     remedy = "Restore it from a copy, or build into another --cache."
 
@@ -44,19 +44,19 @@ class CacheRecord(Record):
     corpus_fingerprint: str
     num_images: Count
     blocks: list[Pair]
-    """First row and number of images of each batch of appended images; an image has its views."""
+    """First row and number of images of each group of appended images."""
     files: dict[str, FileEntry]
 
 
 class Calibration(Record):
-    """calibration.json: what was settled once, for every worker, resume and appended image."""
+    """calibration.json: settled once, for every worker, resume and appended image."""
 
     remedy = "Restore it from a copy, or --overwrite the teacher."
 
     spec_fingerprint: str
     weights_sha256: str
     dtype: str
-    """Of the teacher's forward passes; ``float32``, ``bfloat16`` or ``float16``."""
+    """dtype of the teacher's forward passes: ``float32``, ``bfloat16`` or ``float16``."""
     is_compiled: bool
     """Whether ``torch.compile`` fused the teacher."""
     batch_size: Annotated[int, Field(gt=0)]
@@ -66,10 +66,10 @@ class Calibration(Record):
     cls_width: Count | None
     num_heads: Count | None
     channel_stats_xxh3_128: str
-    """Of the mean's bytes followed by the standard deviation's, float32 little-endian."""
+    """Checksum of the mean and then the standard deviation, float32 little-endian."""
 
     def layout(self, spec: CacheSpec) -> TeacherLayout:
-        """Return the arrays that this teacher's features need."""
+        """Return the arrays of this teacher."""
         return teacher_layout(
             spec.codec,
             self.num_tokens,
@@ -80,12 +80,12 @@ class Calibration(Record):
 
     @property
     def hash(self) -> str:
-        """What each seal names: the checksum over everything above."""
+        """Checksum over all fields; each seal of a Zarr shard names it."""
         return xxhash.xxh3_128(repr(sorted(self.model_dump().items())).encode()).hexdigest()
 
 
 class GroupRecord(Record):
-    """metadata.json: the small files of a teacher's group, and for how many rows they were made."""
+    """metadata.json: the small files of a teacher's group, and the number of rows they say."""
 
     remedy = "Restore it from a copy, or --overwrite the teacher."
 
@@ -109,13 +109,13 @@ class ShardSeal(Record):
     rows: Pair
     """First row, and last row plus one."""
     keys_xxh3_128: str
-    """Which images those rows are, see ``Catalog.keys_checksum``."""
+    """Checksum of the keys of these rows, see ``Catalog.keys_checksum``."""
     files: dict[str, FileEntry]
     skipped: dict[str, str]
     """Row without features -> why."""
     error: EncodingError
     calibration: str
-    """``Calibration`` hash that it was encoded with."""
+    """``Calibration.hash`` of the calibration that encoded it."""
 
 
 class SkippedSeal(Record):

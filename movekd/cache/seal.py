@@ -1,8 +1,8 @@
-"""Checksums, and the JSON files that hold them.
+"""Read and write seals: JSON files that hold checksums.
 
-A seal is a JSON file that lists the checksums of what it covers and ends with one of its own. It
-is written last: what has no seal does not exist. No times and no host names, so that two builds
-of the same cache are equal byte for byte.
+A seal lists the checksums of the files that it covers, and the checksum of itself. It is written
+last: a Zarr shard without a seal does not exist. Seals hold no times and no host names, so that two
+builds of the same cache are equal byte for byte.
 """
 
 import json
@@ -42,57 +42,45 @@ def file_entry(storage: Storage, name: str) -> FileEntry:
 
 
 def write_sealed(storage: Storage, name: str, content: Record | Mapping[str, Any]) -> None:
-    """Write a JSON file that ends with the checksum of the rest of itself."""
+    """Write a JSON file that contains the checksum of its other content."""
     storage.write(name, [sealed_bytes(content)])
 
 
 def read_record(storage: Storage, name: str, kind: type[RecordT]) -> RecordT:
-    """Return what a sealed file holds.
+    """Return the record in a sealed file.
 
     Raises:
-        CorruptCacheError: it is not what was written, or of another kind.
-        CacheError: it does not exist.
+        CorruptCacheError: the file is damaged, or of another kind.
+        CacheError: the file does not exist.
     """
     return as_record(read_sealed(storage, name, kind.remedy), f"{storage.url}/{name}", kind)
 
 
 def open_record(raw: bytes, source: str, kind: type[RecordT]) -> RecordT:
-    """Return what the bytes of a sealed file hold; raises as ``read_record``.
+    """Return the record in the bytes of a sealed file; raises as ``read_record``.
 
-    What they say is checked, not how: of a hundred thousand seals, the comparison with the bytes
-    that were written is half of the time. ``read_record`` makes it.
+    Only the content is checked, not its spelling: for a hundred thousand seals, comparing the bytes
+    takes half of the time. ``read_record`` compares them.
     """
-    return as_record(open_sealed(raw, source, kind.remedy, is_exact=False), source, kind)
+    return as_record(_content(raw, source, kind.remedy, is_exact=False), source, kind)
 
 
 def read_sealed(storage: Storage, name: str, remedy: str = "") -> dict[str, Any]:
-    """Return the content of a file that ``write_sealed`` wrote, its checksum taken off.
+    """Return the content of a file that ``write_sealed`` wrote, without its checksum.
 
     Raises:
-        CorruptCacheError: it is not what was written; ends with the ``remedy``.
-        CacheError: it does not exist.
+        CorruptCacheError: the file is damaged; the message ends with the ``remedy``.
+        CacheError: the file does not exist.
     """
     try:
         raw = storage.read(name)
     except FileNotFoundError:
         raise CacheError(f"{storage.url}/{name} does not exist. {remedy}".rstrip()) from None
-    return open_sealed(raw, f"{storage.url}/{name}", remedy)
+    return _content(raw, f"{storage.url}/{name}", remedy, is_exact=True)
 
 
-def open_sealed(
-    raw: bytes, source: str, remedy: str = "", *, is_exact: bool = True
-) -> dict[str, Any]:
-    """Return the content of the bytes of a sealed file, its checksum taken off.
-
-    Args:
-        raw: the bytes.
-        source: what they are of.
-        remedy: what to do if they are damaged.
-        is_exact: whether every byte must be what was written; else the content.
-
-    Raises:
-        CorruptCacheError: they are not what was written; ends with the ``remedy``.
-    """
+def _content(raw: bytes, source: str, remedy: str, *, is_exact: bool) -> dict[str, Any]:
+    """Return what a sealed file holds; ``is_exact`` compares every byte, not only the content."""
     try:
         content = json.loads(raw)
         found = content.pop(_SELF)
@@ -108,7 +96,7 @@ def open_sealed(
 
 
 def as_record(content: dict[str, Any], source: str, kind: type[RecordT]) -> RecordT:
-    """Return the content of a sealed file as what it is. Raises CorruptCacheError."""
+    """Return the content of a sealed file as a record. Raises CorruptCacheError."""
     try:
         return validate(kind, content, source)
     except ConfigError as error:
@@ -118,7 +106,7 @@ def as_record(content: dict[str, Any], source: str, kind: type[RecordT]) -> Reco
 
 
 def sealed_bytes(content: Record | Mapping[str, Any], own: Any = None) -> bytes:
-    """Return the content of a sealed file; ``own`` is its checksum if that is known."""
+    """Return the bytes of a sealed file; ``own`` is its checksum, if known."""
     content = content.model_dump() if isinstance(content, Record) else content
     body = dict(content) | {_SELF: _self_checksum(content) if own is None else own}
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()

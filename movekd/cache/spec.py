@@ -1,8 +1,8 @@
-"""CacheSpec: what one file of cache_specs/ says about a teacher and how its features are kept.
+"""CacheSpec: the settings of one teacher, from a YAML file of cache_specs/.
 
-Comes in from YAML, goes to ``teachers.teacher`` (which model, which layer), ``corpus.transforms``
-(what its pixels look like) and ``cache.codec`` (how tokens are stored), and is written whole
-into the attributes of the teacher's Zarr group.
+Input: YAML. Output: ``CacheSpec``, for ``teachers.teacher`` (model and layer),
+``corpus.transforms`` (pixels) and ``cache.codecs`` (how tokens are stored). The attributes of the
+teacher's Zarr group hold all of it.
 """
 
 import hashlib
@@ -12,32 +12,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from movekd.cache.codecs import codec_names
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry, Resample
 from movekd.errors import ConfigError, did_you_mean
 from movekd.resources import resource_dir
 
-Codec = Literal["float16", "int8"]
-Provider = Literal["transformers", "timm", "open_clip", "movekd", "python"]
-
 WEIGHTS_WORDS = ("hub", "random", "factory")
-"""Values of ``weights`` that are no path."""
+"""Values of ``weights`` that are not a path."""
 
 
 class CacheSpec(FrozenModel):
-    """One teacher: its model, its input, what is taken from it, and how that is stored."""
+    """One teacher: its model, its input, which features are taken, and how they are stored."""
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9_]*$", description="Name of the teacher's group in the cache."
     )
-    description: str = Field(default="", description="One line for people.")
+    description: str = Field(default="", description="One line for readers of the file.")
 
-    provider: Provider = Field(
-        description="The library that defines the architecture; `python` is a module of your own."
+    provider: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="The library that defines the architecture: transformers, timm, open_clip, "
+        "movekd (eva02_det), or python for a module of your own.",
     )
     model: str = Field(
-        description="The model's name in that library, or a hub id; with provider python, the "
-        "factory unless given."
+        description="The model's name in that library, or a hub id. Default with provider python: "
+        "the factory."
     )
     factory: str | None = Field(
         default=None,
@@ -48,8 +48,8 @@ class CacheSpec(FrozenModel):
     revision: str = Field(default="main", description="Revision of the weights on the hub.")
     weights: str = Field(
         default="hub",
-        description="hub, a local directory, a .safetensors or .pth file, `random` (tests and "
-        "benchmarks only), or `factory` (provider python: the function loads its own).",
+        description="hub, a local directory, a .safetensors or .pth file, `random` (for tests "
+        "and benchmarks), or `factory` (provider python: the function loads the weights).",
     )
     seed: int = Field(default=0, description="Seed of `weights: random`.")
     model_args: dict[str, Any] = Field(
@@ -59,13 +59,15 @@ class CacheSpec(FrozenModel):
 
     image_size: int = Field(gt=0, description="Side of the square input in pixels.")
     geometry: Geometry | None = Field(
-        default=None, description="This teacher's own geometry; null takes the cache's."
+        default=None, description="Resize mode of this teacher; null: that of the cache."
     )
     resample: Resample = Field(default="bicubic", description="Pillow filter of the resize.")
-    mean: tuple[float, float, float] = Field(description="Channel means, of pixels in 0..1.")
-    std: tuple[float, float, float] = Field(description="Channel standard deviations.")
+    mean: tuple[float, float, float] = Field(description="Channel means of pixels in 0..1.")
+    std: tuple[float, float, float] = Field(
+        description="Channel standard deviations of pixels in 0..1."
+    )
     fill: tuple[float, float, float] | None = Field(
-        default=None, description="Colour of padding in 0..1; null is the mean."
+        default=None, description="Colour of padding in 0..1; null: the mean."
     )
 
     layer: int | Literal["last", "neck"] = Field(
@@ -80,26 +82,41 @@ class CacheSpec(FrozenModel):
     )
     cls_source: Literal["token", "attention_pool"] = Field(
         default="token",
-        description="What stands for [CLS]: its token, or the attention-pooling head of a model "
-        "without one (SigLIP): the head's output, and its probe's attention over the patches.",
+        description="Source of [CLS]: its token, or for a model without one (SigLIP) the "
+        "attention-pooling head: its output, and its probe's attention over the patches.",
     )
 
     grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
-        default="native", description="Side of the stored grid; `native` keeps the teacher's."
+        default="native", description="Side of the stored grid; `native`: the grid of the teacher."
     )
-    codec: Codec = Field(default="int8", description="float16, or int8 with a scale a group.")
+    codec: str = Field(
+        default="int8",
+        description="How tokens are stored: float16, or int8 with one scale per group of 128 "
+        "channels.",
+    )
     compressor: Literal["none", "zstd", "blosc"] = Field(
-        default="none", description="For archives; the fast reading path needs `none`."
+        default="none",
+        description="Compression of each row, for archives; reading is fastest with `none`.",
     )
     max_error: float | None = Field(
         default=None,
         gt=0,
-        description="Relative error of a token, in standardised channels, that stops the build; "
-        "null stops at none.",
+        description="The build stops if the relative error of a token, in standardised "
+        "channels, exceeds this; null: never.",
     )
     calibration_images: int = Field(
-        default=512, gt=0, description="Images whose features fix the channel statistics."
+        default=512,
+        gt=0,
+        description="Number of images that the channel statistics are computed from.",
     )
+
+    @field_validator("codec")
+    @classmethod
+    def _codec_is_known(cls, codec: str) -> str:
+        known = codec_names()
+        if codec not in known:
+            raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(codec, known)}")
+        return codec
 
     @field_validator("std")
     @classmethod
@@ -157,10 +174,10 @@ class CacheSpec(FrozenModel):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of every key that changes what is stored.
+        """SHA-256 of every key that changes the stored bytes.
 
-        The description and ``max_error`` do not; nor does the place that weights come from,
-        because their own SHA-256 is recorded beside this one.
+        It leaves out the description, ``max_error`` and the place of the weights, whose SHA-256
+        is recorded beside it.
         """
         content = self.model_dump(mode="json", exclude={"description", "max_error"})
         content["weights"] = "random" if self.weights == "random" else "given"
@@ -173,9 +190,9 @@ def shipped_specs() -> dict[str, Path]:
 
 
 def load_spec(teacher: str) -> CacheSpec:
-    """Return the spec of a shipped teacher, or of a YAML file of the user's own.
+    """Return the spec of a shipped teacher or of a YAML file.
 
-    A relative ``weights`` directory or file is taken from the YAML file's own folder.
+    A relative path in ``weights`` starts at the folder of the YAML file.
 
     Raises:
         ConfigError: no such teacher (names the nearest), or a wrong key.

@@ -1,10 +1,10 @@
-"""Where a cache lies: a local folder, or a prefix in an object store, behind one small interface.
+"""Read and write the files of a cache, in a local folder or an object store.
 
 A name is a path below the cache, with slashes: ``clip.zarr/tokens/c/0/0/0``. Every file appears
-whole or not at all; whoever reads sees the old one or the new one. Used by everything that reads
-or writes a cache, except for the ways of reading rows (``mapped``, ``in_flight``).
+whole or not at all: a reader sees the old file or the new one. All code that reads or writes a
+cache uses this interface, except ``mapped_rows`` and ``tensorstore_rows``, which read rows.
 
-``LocalStorage`` is here, object stores are in ``objects``.
+``LocalStorage`` is here, ``ObjectStorage`` in ``object_storage``.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _THIS_PROCESS = uuid.uuid4().hex[:8]
-"""Machines that share a file system have processes of the same number."""
+"""Machines that share a file system can have processes of the same number."""
 
 
 class Storage(Protocol):
-    """A place for one cache. Picklable; usable from any thread and after a fork."""
+    """The place of one cache. Picklable; usable from any thread and after a fork."""
 
     url: str
-    """As people write it: a path, or ``s3://bucket/prefix``."""
+    """What users write: a path, or ``s3://bucket/prefix``."""
     local_dir: Path | None
     """The folder, or None for an object store."""
 
     def read(self, name: str) -> bytes:
-        """Return a file's content. Raises FileNotFoundError, or CacheError for anything else."""
+        """Return a file's content. Raises FileNotFoundError; CacheError for every other failure."""
         ...
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the content of several small files, those that are missing left out."""
+        """Return the content of several small files; missing files are left out."""
         ...
 
     def blocks(self, name: str) -> Iterator[bytes]:
@@ -50,14 +50,14 @@ class Storage(Protocol):
         ...
 
     def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
-        """Write several files, each whole or not at all; faster than one after the other."""
+        """Write several files, each whole or not at all. Faster than one after the other."""
         ...
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that must not exist yet; return whether it has this content now.
 
-        Where the place can, of several callers one alone writes. In a folder the caller holds the
-        lock that keeps others away.
+        In an object store, exactly one of several callers writes. In a folder, the caller holds
+        the lock that keeps others away.
         """
         ...
 
@@ -66,15 +66,15 @@ class Storage(Protocol):
         ...
 
     def delete_folder(self, name: str) -> None:
-        """Delete everything below a name, if there is anything."""
+        """Delete everything below a name; do nothing if the folder is missing."""
         ...
 
     def delete_leftovers(self, name: str) -> None:
-        """Delete what a killed ``write`` left of a file or folder; the caller holds its lock."""
+        """Delete temporary files of killed writes; the caller holds the lock of the name."""
         ...
 
     def exists(self, name: str) -> bool:
-        """Return whether there is a file of this name."""
+        """Return whether a file has this name."""
         ...
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -82,7 +82,7 @@ class Storage(Protocol):
         ...
 
     def files(self, folder: str) -> list[str]:
-        """Return the files right in a folder, none below it, sorted; cheaper than ``sizes``."""
+        """Return the files directly in a folder, sorted; cheaper than ``sizes``."""
         ...
 
     def folders(self) -> list[str]:
@@ -90,15 +90,15 @@ class Storage(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Return the free space, None where nobody knows."""
+        """Return the free space; None if it is unknown."""
         ...
 
 
 def open_storage(url: "str | Path | Storage") -> Storage:
-    """Return the place that a path or URL names; it need not hold anything yet.
+    """Return the place that a path or URL names. It may be empty.
 
     Raises:
-        ConfigError: a scheme that is not known.
+        ConfigError: the scheme is unknown.
         CacheError: the client for this scheme is not installed.
     """
     if not isinstance(url, str | Path):
@@ -134,14 +134,14 @@ class LocalStorage:
         """Return a file's content."""
         try:
             with open(f"{self._folder}/{name}", "rb", buffering=0) as file:
-                return file.read()  # a Path costs as much again as opening and reading a seal
+                return file.read()  # with a Path, opening and reading a seal takes twice as long
         except _ABSENT:
             raise FileNotFoundError(name) from None
         except OSError as error:
             raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the content of several small files, those that are missing left out."""
+        """Return the content of several small files; missing files are left out."""
         found = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -165,9 +165,9 @@ class LocalStorage:
     def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
         """Write to temporary names, fsync, rename, fsync the folders.
 
-        All files take each step together, because one commit of the file system's journal then
-        serves them all. Temporary names lie at the top of the cache: a Zarr group must not see
-        foreign files.
+        All files take each step together, so that one commit of the file system's journal serves
+        them all. Temporary names lie at the top of the cache: a Zarr group must hold no foreign
+        file.
         """
         own = f"{os.getpid()}-{_THIS_PROCESS}"
         temporary = {n: self._folder / f".{n.replace('/', '.')}.{own}.tmp" for n in files}
@@ -212,7 +212,7 @@ class LocalStorage:
             (self._folder / name).unlink()
 
     def delete_folder(self, name: str) -> None:
-        """Delete everything below a name, if there is anything."""
+        """Delete everything below a name; do nothing if the folder is missing."""
         with self._errors(name, "deleted"), contextlib.suppress(*_ABSENT):
             shutil.rmtree(self._folder / name)
 
@@ -223,7 +223,7 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
-        """Return whether there is a file of this name."""
+        """Return whether a file has this name."""
         with self._errors(name, "read"), contextlib.suppress(*_ABSENT):
             return stat.S_ISREG((self._folder / name).stat().st_mode)
         return False
@@ -245,7 +245,7 @@ class LocalStorage:
         return dict(sorted(found.items()))
 
     def files(self, folder: str) -> list[str]:
-        """Return the files right in a folder, none below it, sorted."""
+        """Return the files directly in a folder, sorted."""
         prefix = f"{folder}/" if folder else ""
         with (
             self._errors(folder, "listed"),
@@ -271,7 +271,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _errors(self, name: str, done: str) -> Iterator[None]:
-        """Turn what the file system refuses into a sentence."""
+        """Turn an error of the file system into a CacheError."""
         try:
             yield
         except OSError as error:
@@ -280,14 +280,14 @@ class LocalStorage:
 
 
 def _write_all(descriptor: int, buffer: Buffer) -> None:
-    """Write a whole buffer: one call writes 2 GiB at most."""
+    """Write a whole buffer; a single call writes at most 2 GiB."""
     left = memoryview(buffer).cast("B")
     while left:
         left = left[os.write(descriptor, left) :]
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder and its parents; return those whose entries have changed or will."""
+    """Make a folder and its parents; return the folders whose entries change."""
     changed = [folder]
     missing = folder
     while not missing.exists():
@@ -298,7 +298,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Make a rename survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

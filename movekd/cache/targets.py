@@ -1,7 +1,7 @@
 """TeacherTargets: a batch of one teacher's features as they are stored, decoded where it is used.
 
-``reader`` makes them, the DataLoader's workers hand them on, ``train.model`` decodes them on the
-training device: int8 is what crosses the bus.
+``reader`` makes them and the DataLoader's workers pass them on. ``train.model`` decodes them on the
+training device, so that the stored bytes cross the bus and not the decoded floats.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
@@ -9,13 +9,11 @@ Legend: B batch, N tokens, D channels, H heads.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from movekd.cache import codec
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import Codec
+from movekd.cache.stats import ChannelStats
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,13 @@ class TeacherTargets:
 
     Attributes:
         stored: the arrays of the teacher's group, the batch first; all on one device.
-        stats: channel statistics, moved to that device when something is decoded.
+        stats: channel statistics on any device.
+        codec: how the tokens in ``stored`` are decoded.
     """
 
     stored: Mapping[str, Tensor]
     stats: ChannelStats
+    codec: Codec
 
     def __len__(self) -> int:
         return len(self.stored["tokens"])
@@ -42,29 +42,23 @@ class TeacherTargets:
         """Return the batch in page-locked memory; a DataLoader calls this."""
         return replace(self, stored={n: a.pin_memory() for n, a in self.stored.items()})
 
-    def numpy(self) -> npt.NDArray[np.float32]:
-        """Return the tokens decoded by numpy alone, (B, N, D), equal to ``tokens_BND`` on a CPU."""
-        stored = {name: array.cpu().numpy() for name, array in self.stored.items()}
-        stats = self.stats.to(torch.device("cpu"))
-        return codec.decode_numpy(stored, stats.mean_D.numpy(), stats.std_D.numpy())
-
     @property
     def tokens_BND(self) -> Tensor:
         """Tokens in the teacher's units, float32 (B, N, D)."""
-        return codec.decode(self.stored, self.stats)
+        return self.codec.decode(self.stored, self.stats)
 
     @property
     def standardised_BND(self) -> Tensor:
         """Tokens standardised by the calibration's channel statistics, float32 (B, N, D)."""
-        return codec.decode_standardised(self.stored, self.stats)
+        return self.codec.decode_standardised(self.stored, self.stats)
 
     @property
     def scaled_BND(self) -> Tensor:
-        """Tokens less their channel means, over one number a teacher, float32 (B, N, D).
+        """Tokens minus their channel means, over one number per teacher, float32 (B, N, D).
 
-        The number is the root of the mean variance of the channels: teachers count alike, and
-        loud channels keep their share within one. The squared error then is that of PHI-S, whose
-        rotation leaves a sum of squares as it is.
+        The number is the root of the mean variance of the channels. So all teachers weigh the same,
+        and the channels of one teacher keep their shares. The squared error then equals that of
+        PHI-S, whose rotation does not change a sum of squares.
 
         Source: Ranzinger et al., PHI-S (arXiv 2410.01680), isotropic standardisation.
         """
@@ -73,10 +67,10 @@ class TeacherTargets:
 
     @property
     def cls_BD(self) -> Tensor | None:
-        """[CLS] embedding, float32 (B, D), or None where the teacher has none."""
+        """[CLS] embedding, float32 (B, D). None if the teacher has none."""
         return self.stored["cls"].float() if "cls" in self.stored else None
 
     @property
     def cls_attention_BHN(self) -> Tensor | None:
-        """Attention of [CLS] over the patches a head, float32 (B, H, N), or None."""
+        """Attention of [CLS] over the patches of each head, float32 (B, H, N), or None."""
         return self.stored["cls_attention"].float() if "cls_attention" in self.stored else None

@@ -1,7 +1,9 @@
-"""Is every byte of a cache what was written? And is everything there that should be?
+"""Check that every byte of a cache is what was written, and that nothing is missing.
 
-Zarr's own CRC covers a shard's index alone: a flipped data byte reads back silently wrong. The
-seals hold the checksums that find it.
+Input: a cache. Output: its state (`cache ls`), or one sentence per problem (`cache verify`).
+
+Zarr's CRC covers only the index of a shard, so a flipped data byte reads back silently wrong. The
+checksums in the seals find it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -74,14 +76,14 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
 def verify(
     url: str | Path | Storage, progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong: checksums of every byte, and completeness.
+    """Yield one sentence per problem, after checking every byte and every seal.
 
     Args:
         url: the cache.
-        progress: called with the bytes of each file when it has been read.
+        progress: called with the number of bytes of each file after it was read.
 
     Raises:
-        CacheError: there is no cache, or of another format version, or its place does not answer.
+        CacheError: the place holds no cache, or another format version, or does not answer.
     """
     storage = open_storage(url)
     try:
@@ -93,7 +95,7 @@ def verify(
     yield from _check_files(storage, "", catalog_files, progress)
     folders = storage.folders()
     groups = {folder.removesuffix(".zarr") for folder in folders if folder.endswith(".zarr")}
-    for name in sorted({*groups, *cache.teachers}):  # a group that is gone has seals still
+    for name in sorted({*groups, *cache.teachers}):  # seals remain if a group is gone
         if name not in cache.teachers:
             yield (
                 f"{storage.url}/{layout.group_name(name)} has no sealed calibration; run its "
@@ -119,7 +121,7 @@ def _verify_teacher(
         progress,
         "Run its `movekd cache build` again, which mends an array's metadata; else --overwrite it.",
     )
-    teacher = cache.sealed(name)  # after its metadata's checksums: damaged ones may not open
+    teacher = cache.sealed(name)  # after the checksums: damaged metadata may not open
     statistics = [part.tobytes() for part in (teacher.channel_mean, teacher.channel_std)]
     if checksum(statistics) != teacher.calibration.channel_stats_xxh3_128:
         yield (
@@ -204,7 +206,7 @@ def _check_files(
     progress: Callable[[int], None],
     remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
-    """Yield a sentence for each file that is missing or not what its entry says."""
+    """Yield one sentence per file that is missing or differs from its entry."""
     for name, expected in files.items():
         path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():

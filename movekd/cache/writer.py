@@ -1,30 +1,29 @@
-"""A teacher's group: created once, then filled one whole Zarr shard after the other.
+"""Create a teacher's group, then write its Zarr shards one by one.
 
-A shard file is assembled here (chunks one after the other, then the index of Zarr's sharding
-codec), because that is a plain write at the disk's rate; ``zarr`` makes the group and its
-metadata. Used by ``extract.run`` alone.
+Input: the arrays of a Zarr shard, encoded. Output: its files, and then its seal. ``zarr`` makes the
+group and its metadata. ``shard_file`` makes shard files, because zarr writes them at a third of the
+disk's rate.
 
-One writer a Zarr shard, always: two lose data. ``build`` holds the lock that says so.
+Two writers of one Zarr shard would lose data; the build holds the lock that prevents it.
 """
 
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from numcodecs.blosc import Blosc
-from numcodecs.zstd import Zstd
 
 from movekd.cache import layout
-from movekd.cache.layout import ArrayLayout, TeacherLayout
+from movekd.cache.codecs import codec
+from movekd.cache.contents import TeacherContents
+from movekd.cache.layout import TeacherLayout
 from movekd.cache.schema import (
     Calibration,
     EncodingError,
@@ -34,19 +33,28 @@ from movekd.cache.schema import (
     SkippedSeal,
 )
 from movekd.cache.seal import checksum, entry, read_record, sealed_bytes, write_sealed
+from movekd.cache.shard_file import shard_buffers, zarr_compressors
 from movekd.cache.spec import CacheSpec
-from movekd.cache.storage import Buffer, Storage
+from movekd.cache.stats import ChannelStats
+from movekd.cache.storage import Storage
 from movekd.errors import CacheError
 
-if TYPE_CHECKING:
-    from movekd.cache.codec import ChannelStats
+_VERSIONS = (
+    "movekd",
+    "numcodecs",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "zarr",
+)
+"""Packages that decide the bytes of a cache. Caches of earlier movekd record fewer of them."""
 
-_ABSENT = 2**64 - 1
-"""Offset and size, in a shard's index, of a chunk that is not there."""
-_VERSIONS = ("movekd", "numpy", "open_clip_torch", "timm", "torch", "transformers", "zarr")
 
-
-def stats_checksum(stats: "ChannelStats") -> str:
+def stats_checksum(stats: ChannelStats) -> str:
     """Return the checksum that ``Calibration.channel_stats_xxh3_128`` holds."""
     return checksum(
         np.ascontiguousarray(part.cpu().numpy(), "<f4").tobytes()
@@ -58,17 +66,19 @@ def create_group(
     storage: Storage,
     spec: CacheSpec,
     calibration: Calibration,
-    stats: "ChannelStats",
+    stats: ChannelStats,
     num_rows: int,
 ) -> None:
     """Create ``<teacher>.zarr`` with all its arrays, then seal the calibration.
 
-    The weights' place is not stored, only what it holds (their SHA-256): a path of one machine
-    means nothing on another.
+    The group records the SHA-256 of the weights and not their path, which means nothing on another
+    machine.
     """
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
-    stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))  # whatever a YAML's order
+    stored_spec = json.loads(
+        json.dumps(stored_spec, sort_keys=True)
+    )  # independent of the order in the YAML
     attributes = layout.group_attributes(
         stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
     )
@@ -77,19 +87,13 @@ def create_group(
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
 
 
-def read_calibration(storage: Storage, teacher: str) -> Calibration | None:
-    """Return the sealed calibration, or None when there is none yet."""
-    name = layout.calibration_name(teacher)
-    return read_record(storage, name, Calibration) if storage.exists(name) else None
-
-
 def resize_group(
     storage: Storage, spec: CacheSpec, calibration: Calibration, num_rows: int
 ) -> None:
-    """Lengthen a teacher's arrays to ``num_rows``, and mend their metadata; rows stay as they are.
+    """Lengthen a teacher's arrays to ``num_rows`` and repair their metadata; rows do not change.
 
-    The metadata is made anew, not edited, and the seal that holds the number of rows is written
-    last: interrupted at any instant, the next call does the same again.
+    The metadata is created again, not edited, and the seal with the number of rows is written last.
+    So after an interruption the next call does the same again.
     """
     sealed = read_record(storage, layout.metadata_name(spec.name), GroupRecord)
     group = layout.group_name(spec.name)
@@ -99,7 +103,9 @@ def resize_group(
     if is_whole and sealed.num_rows >= num_rows:
         return
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
-    files = {name: files[name] for name in arrays}  # the group's own stays that of its first build
+    files = {
+        name: files[name] for name in arrays
+    }  # zarr.json of the group stays as the first build wrote it
     _write_group_files(storage, spec.name, num_rows, files, sealed.files)
 
 
@@ -123,9 +129,9 @@ def _group_files(
     compressor: str,
     num_rows: int,
     attributes: Mapping[str, Any],
-    stats: "ChannelStats | None",
+    stats: ChannelStats | None,
 ) -> dict[str, bytes]:
-    """Return what zarr writes for an empty group, file name -> content; statistics if given."""
+    """Return the files that zarr writes for an empty group, and for ``stats`` unless None."""
     files: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=dict(attributes))
     for array in teacher.arrays.values():
@@ -135,7 +141,7 @@ def _group_files(
             dtype=array.dtype,
             chunks=(1, *array.row_shape),
             shards=(teacher.rows_per_shard, *array.row_shape),
-            compressors=_zarr_compressors(compressor, array),
+            compressors=zarr_compressors(compressor, array),
             fill_value=array.fill_value,
             dimension_names=array.dimension_names,
         )
@@ -155,118 +161,84 @@ def _group_files(
     return {name: content.to_bytes() for name, content in sorted(files.items())}
 
 
-def write_shard(
-    storage: Storage,
-    spec: CacheSpec,
-    calibration: Calibration,
-    shard: int,
-    arrays: Mapping[str, npt.NDArray[Any]],
-    *,
-    keys_xxh3_128: str,
-    skipped: Mapping[int, str],
-    error: EncodingError,
-) -> None:
-    """Write one Zarr shard of every array, then its seal.
+class TeacherWriter(TeacherContents):
+    """What a build writes one teacher's Zarr shards through; ``create_group`` comes first.
 
-    Args:
-        storage: the cache.
-        spec: the teacher's spec.
-        calibration: the sealed calibration; its hash goes into the seal.
-        shard: number of the Zarr shard.
-        arrays: each array's rows from the first of the shard on, (k, *row_shape), where k may
-            be smaller than ``rows_per_shard`` in the last shard of a corpus.
-        keys_xxh3_128: of the images' keys, see ``Catalog.keys_checksum``.
-        skipped: rows without features, and why; their values must be NaN in ``arrays``.
-        error: statistics of what was written against what the teacher produced.
-
-    Raises:
-        CacheError: somebody else has sealed it since, with other content.
+    Attributes:
+        codec: what encodes the tokens.
+        stats: channel statistics of the sealed calibration, float32 (D,).
     """
-    teacher = calibration.layout(spec)
-    files = {
-        layout.shard_file(array, shard): shard_buffers(
-            arrays[name], array, teacher.rows_per_shard, spec.compressor
+
+    def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
+        super().__init__(storage, teacher, num_rows)
+        self.codec = codec(self.spec.codec)
+        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
+
+    def write_shard(
+        self,
+        shard: int,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        *,
+        keys_xxh3_128: str,
+        skipped: Mapping[int, str],
+        error: EncodingError,
+    ) -> None:
+        """Write one Zarr shard of every array, then its seal.
+
+        Args:
+            shard: number of the Zarr shard.
+            arrays: rows of each array, the first row of the shard first: (k, *row_shape). In the
+                last shard of a corpus, k may be smaller than ``rows_per_shard``.
+            keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksum``.
+            skipped: rows without features, and why; their values must be NaN in ``arrays``.
+            error: error of the stored tokens against the teacher's tokens.
+
+        Raises:
+            CacheError: another build has sealed this Zarr shard with other content.
+        """
+        storage, rows_per_shard = self.storage, self.layout.rows_per_shard
+        files = {
+            layout.shard_file(array, shard): shard_buffers(
+                arrays[name], array, rows_per_shard, self.spec.compressor
+            )
+            for name, array in self.layout.arrays.items()
+        }
+        with ThreadPoolExecutor(1) as pool:  # the checksums are ready before the disk is
+            entries = pool.submit(lambda: {file: entry(content) for file, content in files.items()})
+            group = layout.group_name(self.teacher)
+            storage.write_many({f"{group}/{file}": content for file, content in files.items()})
+        first, seal = shard * rows_per_shard, layout.seal_name(self.teacher, shard)
+        record = ShardSeal(
+            rows=[first, first + len(arrays["tokens"])],
+            keys_xxh3_128=keys_xxh3_128,
+            files=entries.result(),
+            skipped={str(row): reason for row, reason in sorted(skipped.items())},
+            error=error,
+            calibration=self.calibration.hash,
         )
-        for name, array in teacher.arrays.items()
-    }
-    with ThreadPoolExecutor(1) as beside:  # checksums cost no time beside the disk
-        entries = beside.submit(lambda: {file: entry(content) for file, content in files.items()})
-        group = layout.group_name(spec.name)
-        storage.write_many({f"{group}/{file}": content for file, content in files.items()})
-    first, seal = shard * teacher.rows_per_shard, layout.seal_name(spec.name, shard)
-    record = ShardSeal(
-        rows=[first, first + len(arrays["tokens"])],
-        keys_xxh3_128=keys_xxh3_128,
-        files=entries.result(),
-        skipped={str(row): reason for row, reason in sorted(skipped.items())},
-        error=error,
-        calibration=calibration.hash,
-    )
-    if not storage.create(seal, sealed_bytes(record)):
-        raise CacheError(
-            f"{storage.url}/{seal} was made by another build in the meantime, with other content; "
-            "`movekd cache verify` says what of it is whole."
-        )
+        if not storage.create(seal, sealed_bytes(record)):
+            raise CacheError(
+                f"{storage.url}/{seal} was made by another build in the meantime, with other "
+                "content; run `movekd cache verify` to see what is whole."
+            )
 
-
-def write_skipped(storage: Storage, teacher: str, skipped: pa.Table) -> None:
-    """Write skipped.parquet (row, key, reason) and its seal, unless they say so already."""
-    name, seal = layout.skipped_name(teacher), layout.skipped_seal_name(teacher)
-    sink = pa.BufferOutputStream()
-    pq.write_table(skipped, sink)
-    content = bytes(sink.getvalue())
-    sealed = sealed_bytes(SkippedSeal(files={name.rpartition("/")[2]: entry([content])}))
-    if storage.read_many([name, seal]) != {name: content, seal: sealed}:
-        storage.write(name, [content])
-        storage.write(seal, [sealed])
-
-
-def shard_buffers(
-    rows: npt.NDArray[Any], array: ArrayLayout, rows_per_shard: int, compressor: str
-) -> list[Buffer]:
-    """Return the bytes of one shard file: the chunks in row order, then the index.
-
-    The index holds offset and size of each chunk as little-endian uint64 (both 2**64 - 1 for
-    a chunk that is not there) and ends with its CRC-32C.
-
-    Source: Zarr v3 specification, codec ``sharding_indexed``, version 1.0.
-    """
-    rows = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<"))
-    if compressor == "none":
-        chunks: list[Buffer] = [rows.reshape(-1).view(np.uint8).data]
-        sizes = np.full(len(rows), array.row_bytes, np.uint64)
-    else:
-        encoder = _chunk_compressor(compressor)
-        chunks = [encoder.encode(row) for row in rows]
-        sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
-    index = np.full((rows_per_shard, 2), _ABSENT, "<u8")
-    index[: len(rows), 1] = sizes
-    index[: len(rows), 0] = np.cumsum(sizes) - sizes
-    raw_index = index.tobytes()
-    return [*chunks, raw_index + google_crc32c.value(raw_index).to_bytes(4, "little")]
-
-
-def _chunk_compressor(compressor: str) -> Any:
-    if compressor == "zstd":
-        return Zstd(level=1)
-    return Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)
-
-
-def _zarr_compressors(compressor: str, array: ArrayLayout) -> Sequence[Any] | None:
-    """Return what zarr must know to read the chunks of ``_chunk_compressor``."""
-    if compressor == "none":
-        return None
-    if compressor == "zstd":
-        return [zarr.codecs.ZstdCodec(level=1)]
-    item_bytes = np.dtype(array.dtype).itemsize
-    return [zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=item_bytes)]
+    def write_skipped(self, skipped: pa.Table) -> None:
+        """Write skipped.parquet (row, key, reason) and its seal, if they say something else."""
+        name, seal = layout.skipped_name(self.teacher), layout.skipped_seal_name(self.teacher)
+        sink = pa.BufferOutputStream()
+        pq.write_table(skipped, sink)
+        content = bytes(sink.getvalue())
+        sealed = sealed_bytes(SkippedSeal(files={name.rpartition("/")[2]: entry([content])}))
+        if self.storage.read_many([name, seal]) != {name: content, seal: sealed}:
+            self.storage.write(name, [content])
+            self.storage.write(seal, [sealed])
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions that decide what features come out."""
+    """Return the versions of the packages that decide the bytes of a cache."""
     versions = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metadata of other packages is not ours to judge
+        warnings.simplefilter("ignore")  # some packages have faulty metadata
         for name in _VERSIONS:
             versions[name] = importlib.metadata.version(name)
     return versions

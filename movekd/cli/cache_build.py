@@ -186,7 +186,7 @@ def build(
             geometry=check_resize_mode(resize_mode, tiles),
             views=check_tiles(tiles),
             options=options,
-            engine=_engine(cluster),
+            executor=_engine(cluster),
             partition=part,
             replace=overwrite,
             channel_stats=channel_stats,

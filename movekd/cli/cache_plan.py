@@ -80,8 +80,8 @@ def plan(
 
     Example: movekd cache plan --teacher clip --teacher sam --shards data/ --num-images 558000
     """
+    from movekd.analysis.cost_model import Runs
     from movekd.analysis.disk_benchmark import DiskRates
-    from movekd.analysis.payback import Runs
     from movekd.analysis.plan import plan_cache
     from movekd.corpus.index import open_corpus
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from movekd.cache.codecs import codec_names
 from movekd.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ Tiles = Annotated[
     ),
 ]
 CodecOption = Annotated[
-    str | None, typer.Option(help="Codec of the tokens: int8, float16, ... Default: the spec's.")
+    str | None, typer.Option(help=f"{', '.join(codec_names())}. Default: the codec of the spec.")
 ]
 GridOption = Annotated[
     str | None,

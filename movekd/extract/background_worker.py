@@ -1,27 +1,26 @@
-"""Work that runs behind the device: encoding, and writing behind that.
+"""Run tasks in a background thread while the device computes: encode features, then write them.
 
-``extract.pipeline`` hands tasks over and goes on with the next batch; the device never waits for
-them unless too many are waiting.
+``extract.teacher_loop`` submits tasks and continues with the next batch. It waits only when too
+many tasks are queued.
 """
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import ParamSpec, Self
 
 P = ParamSpec("P")
 
 
 class BackgroundWorker:
-    """One thread that does tasks in order. The first error stops it, and whoever hands over next.
+    """One thread that runs tasks in order and stops at the first error.
 
-    As a context manager it ends with everything done, or, after an error, with what was waiting
-    thrown away.
+    The error is raised to the next caller of ``submit`` or ``wait``. As a context manager, the
+    worker ends when all tasks are done. After an error it drops the queued ones.
 
     Args:
-        name: of the thread.
-        num_waiting: tasks that may wait or run; ``submit`` blocks beyond that.
+        name: name of the thread.
+        num_waiting: how many tasks may be queued or running; ``submit`` blocks beyond that.
     """
 
     def __init__(self, name: str, num_waiting: int) -> None:
@@ -31,12 +30,12 @@ class BackgroundWorker:
         self._has_failed = False
 
     def submit(self, task: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Hand a task over. Raises what an earlier one raised."""
+        """Queue a task. Raises the error of an earlier task."""
         while len(self._waiting) >= self._num_waiting:
             self._waiting.popleft().result()
 
         def guarded() -> None:
-            if self._has_failed:  # the tasks after a failed one stand on it
+            if self._has_failed:  # later tasks depend on the failed one
                 return
             try:
                 task(*args, **kwargs)
@@ -47,19 +46,14 @@ class BackgroundWorker:
         self._waiting.append(self._pool.submit(guarded))
 
     def wait(self) -> None:
-        """Return when everything is done. Raises what a task raised."""
+        """Return when all tasks are done. Raises the error of a task."""
         while self._waiting:
             self._waiting.popleft().result()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             if error is None:
                 self.wait()

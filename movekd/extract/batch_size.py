@@ -1,16 +1,16 @@
-"""`--batch-size auto`: the largest batch that the device's memory holds.
+"""Find the largest batch that fits into the device's memory, for `--batch-size auto`.
 
-Settled once, before the calibration, and sealed with it: the last bits of a row depend on the
-batch that it was in.
+The batch size is found before the calibration and sealed with it, because the last bits of a row
+depend on the size of its batch.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from movekd.cache import codec
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import codec
 from movekd.cache.layout import grid_side, teacher_layout
+from movekd.cache.stats import ChannelStats
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch, image_transform
 from movekd.extract.options import CPU_BATCH_SIZE, BuildOptions
@@ -19,14 +19,14 @@ from movekd.teachers import Teacher, TeacherOutput
 
 MEMORY_SHARE = 0.9
 _HELD_OUTPUTS = 4
-"""Of how many batches features are on the device at once: one that runs, two that wait to be
-encoded, one that is. The last of them is encoded while the measurement runs."""
+"""Batches whose features are on the device at once: one in the teacher, two that wait, and one in
+the encoder. ``forward_and_encode`` encodes the last one."""
 
 
 def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
-    """Return the largest power of two that fits: at most the rows of a Zarr shard.
+    """Return the largest power of two that fits, at most the rows of a Zarr shard.
 
-    A power of two fills Zarr shards without a rest, so that all batches have one shape.
+    A power of two divides a Zarr shard, so all batches have one shape.
 
     Raises:
         CacheError: not even one image fits.
@@ -42,7 +42,7 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(_HELD_OUTPUTS):
-            outputs.append(one_pass(teacher, batch_size, options))
+            outputs.append(forward_and_encode(teacher, batch_size, options))
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
 
@@ -51,7 +51,7 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
     budget = int(MEMORY_SHARE * total) - others
     try:
         peak_bytes(1)
-        return settle(peak_bytes, budget, _rows_per_shard(teacher, outputs[0]))
+        return largest_power_of_two(peak_bytes, budget, _rows_per_shard(teacher, outputs[0]))
     except torch.OutOfMemoryError:
         raise CacheError(
             f"teacher '{spec.name}' does not fit {options.device}, which has {free / 1e9:.1f} GB "
@@ -62,31 +62,32 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
         torch.cuda.empty_cache()
 
 
-def one_pass(teacher: Teacher, batch_size: int, options: BuildOptions) -> TeacherOutput:
-    """Do to black images what a build does to a batch, up to the encoded features."""
+def forward_and_encode(teacher: Teacher, batch_size: int, options: BuildOptions) -> TeacherOutput:
+    """Run a batch of black images through the teacher and the encoder, as a build does."""
     spec, size = teacher.spec, teacher.spec.image_size
     levels_BHWC = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8)
     transform = image_transform(spec, "crop")
-    places = list(range(batch_size))
-    batch = PixelBatch(places, levels_BHWC, [(size, size)] * batch_size, {}, transform)
+    images = list(range(batch_size))
+    batch = PixelBatch(images, levels_BHWC, [(size, size)] * batch_size, {}, transform)
     output = teacher.forward(batch.pixels(options.device, options.dtype))
     kept = resize_output(output, spec)
     width = kept.tokens_BND.shape[-1]
     stats = ChannelStats(torch.zeros(width), torch.ones(width)).to(torch.device(options.device))
-    codec.token_error(kept.tokens_BND, codec.encode(kept.tokens_BND, spec.codec, stats), stats)
+    chosen = codec(spec.codec)
+    chosen.error(kept.tokens_BND, chosen.encode(kept.tokens_BND, stats), stats)
     return output
 
 
-def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
+def largest_power_of_two(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
     """Return the largest power of two up to ``limit`` whose peak is within ``budget`` bytes.
 
-    Two small batches say what an image takes; the size that follows from them is tried, and
-    halved while it does not fit.
+    Two small batches give the bytes per image. The size that follows is tried, and halved while it
+    does not fit.
 
     Args:
         peak_bytes: batch size -> bytes that it took; may raise ``torch.OutOfMemoryError``.
-        budget: bytes there are.
-        limit: the largest that is of use.
+        budget: available bytes.
+        limit: the largest useful batch size.
 
     Raises:
         torch.OutOfMemoryError: one image does not fit.
@@ -96,8 +97,8 @@ def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
         raise torch.OutOfMemoryError(f"one image takes {one} of {budget} bytes")
     size = 1
     try:
-        an_image = max(peak_bytes(2) - one, 1)
-        while 2 * size <= limit and one + (2 * size - 1) * an_image <= budget:
+        per_image = max(peak_bytes(2) - one, 1)
+        while 2 * size <= limit and one + (2 * size - 1) * per_image <= budget:
             size *= 2
     except torch.OutOfMemoryError:
         return 1
@@ -112,7 +113,7 @@ def settle(peak_bytes: Callable[[int], int], budget: int, limit: int) -> int:
 
 
 def _rows_per_shard(teacher: Teacher, output: TeacherOutput) -> int:
-    _, num_tokens, width = output.tokens_BND.shape
+    num_tokens, width, _, _ = output.shape
     spec = teacher.spec
     side = grid_side(num_tokens) if spec.grid == "native" else spec.grid
     layout = teacher_layout(spec.codec, side**2, width, cls_width=None, num_heads=None)

@@ -1,7 +1,7 @@
-"""Images of a corpus as batches of pixels, decoded in worker processes ahead of the teachers.
+"""Load batches of images for the teachers; worker processes decode them ahead.
 
-An image is decoded once, whoever needs it and at however many sizes. What travels from the
-workers, and to the device, is a byte a channel; the device normalises.
+An image is decoded once for all teachers and sizes. Pixels travel from the workers to the device as
+uint8. The device normalises them.
 
 Legend: B batch, C colour channels, H height, W width, S side of the square.
 """
@@ -25,19 +25,19 @@ from movekd.errors import CorpusError, UnreadableImageError
 
 RowIds = Sequence[int] | npt.NDArray[np.int64]
 _LOADED_TOGETHER, _GROUP_BYTES = 8, 32 * 2**20
-"""Images, and bytes, that a worker decodes and hands over at once; four groups a worker wait."""
+"""Limits of a group, in images and bytes. A worker decodes a group at once, and four wait."""
 
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """A batch of one teacher's input. An unreadable image is black, so that the shape stays.
+    """A batch of one teacher's input. An unreadable image is black, so that all shapes are equal.
 
     Attributes:
         images: position of each image in the corpus.
         levels_BHWC: uint8 (B, S, S, 3); page-locked if asked for.
         shown: width and height of the image in each square, see ``Square``.
         unreadable: position in the batch -> reason.
-        transform: what normalises them.
+        transform: normalises the levels.
     """
 
     images: list[int]
@@ -66,14 +66,14 @@ class PixelBatch:
 def _constants(transform: ImageTransform, device: str) -> tuple[Tensor, Tensor]:
     """Return the table of levels (3, 256) and the padding (3, 1, 1), on a device.
 
-    Kept, because such a copy would wait for everything that the device has yet to do.
+    Cached, because the copy waits for all work that is queued on the device.
     """
     table = torch.from_numpy(transform.normalisation_table).to(device)
     return table, torch.from_numpy(transform.padding_C).to(device)[:, None, None]
 
 
 def image_transform(spec: CacheSpec, geometry: Geometry) -> ImageTransform:
-    """Return what turns image bytes into this teacher's input in a cache of ``geometry``."""
+    """Return the transform from image bytes to this teacher's input, in a cache of ``geometry``."""
     return ImageTransform(
         image_size=spec.image_size,
         geometry=spec.geometry or geometry,
@@ -98,44 +98,44 @@ def pixel_batches(
     Args:
         corpus: where the bytes are.
         transform: bytes -> pixels.
-        batches: positions in the corpus, a list a batch.
+        batches: positions in the corpus, one list per batch.
         num_workers: processes that decode ahead; 0 decodes in this one.
         pin_memory: page-locked batches, for a GPU.
-        views: which view of each; the base view unless given.
+        views: which view of each. Default: the base view.
     """
     images = np.array([image for batch in batches for image in batch], np.int64)
     of_each = np.zeros(len(images), np.int16)
     if views is not None:
         of_each = np.array([view for batch in views for view in batch], np.int16)
-    places = np.arange(len(images))
-    stream = ImageLoader(
+    row_ids = np.arange(len(images))
+    loader = ImageLoader(
         corpus,
         images,
         of_each,
-        {transform: places},
-        places,
+        {transform: row_ids},
+        row_ids,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
     start = 0
     for batch in batches:
-        yield stream.take(places[start : start + len(batch)], transform)
+        yield loader.next_batch(row_ids[start : start + len(batch)], transform)
         start += len(batch)
 
 
 class ImageLoader:
-    """Decoded views of images, each kept until all who want it have taken it.
+    """Decoded views of images; each stays in memory until every teacher has used it.
 
-    A place is an index into ``images`` and ``views``: a row of a catalog, for one.
+    A row id is an index into ``images`` and ``views``, such as a position in a catalog.
 
     Args:
         corpus: where the bytes are.
-        images: place -> position of its image in the corpus.
-        views: place -> which view of it.
-        wanted: transform -> places that ``take`` will be asked for, each as often as it will be.
-            Transforms that differ in mean and std alone are one: an image is resized once.
-        order: places in the order in which they are needed first; what is taken out of it waits
-            in memory for its turn. Repeats are dropped.
+        images: row id -> position of its image in the corpus.
+        views: row id -> which view of it.
+        wanted: transform -> the row ids of all its batches, repeats included. Transforms that
+            differ only in mean and std count as one: an image is resized once.
+        order: row ids in the order in which they are needed first; repeats are dropped. What is
+            used out of this order waits in memory.
         num_workers: processes that decode ahead; 0 decodes in this one.
         pin_memory: page-locked batches, for a GPU.
     """
@@ -153,25 +153,26 @@ class ImageLoader:
     ) -> None:
         self._images, self._pin_memory = images, pin_memory
         self._left: dict[ImageTransform, npt.NDArray[np.int32]] = {}
-        for transform, wanted_places in wanted.items():
+        for transform, wanted_ids in wanted.items():
             square = square_key(transform)
-            left = np.bincount(np.asarray(wanted_places, np.int64), minlength=len(images))
+            left = np.bincount(np.asarray(wanted_ids, np.int64), minlength=len(images))
             self._left[square] = self._left.get(square, 0) + left.astype(np.int32)
         self._transforms = list(self._left)
         ordered = np.asarray(order, np.int64)
-        places = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
-        use = np.stack([left[places] > 0 for left in self._left.values()], axis=1)
-        dataset = _DecodedViews(corpus, images[places], views[places], use, self._transforms)
-        cuts = _cuts(images[places], sum(3 * square.image_size**2 for square in self._left))
+        row_ids = ordered[np.sort(np.unique(ordered, return_index=True)[1])]
+        use = np.stack([left[row_ids] > 0 for left in self._left.values()], axis=1)
+        dataset = _DecodedViews(corpus, images[row_ids], views[row_ids], use, self._transforms)
+        cuts = _cuts(images[row_ids], sum(3 * square.image_size**2 for square in self._left))
         self._loaded = zip(
-            _Groups(places, cuts),
+            _groups(row_ids, cuts),
             DataLoader(
                 dataset,
-                batch_sampler=_Groups(np.arange(len(places)), cuts),
+                batch_sampler=_groups(np.arange(len(row_ids)), cuts),
                 num_workers=num_workers,
                 collate_fn=_collate,
                 prefetch_factor=4 if num_workers else None,
-                # PyTorch's own, from which it would draw a seed, may be at work in another thread
+                # The default one is PyTorch's global generator: drawing its seed would disturb
+                # another thread that draws random weights.
                 generator=torch.Generator(),
             ),
             strict=True,
@@ -180,58 +181,57 @@ class ImageLoader:
         self._squares: dict[tuple[int, ImageTransform], tuple[Tensor, int, int]] = {}
         self._unreadable: dict[int, str] = {}
 
-    def take(self, places: RowIds, transform: ImageTransform) -> PixelBatch:
-        """Return a batch of places, waiting for those that are not decoded yet."""
+    def next_batch(self, row_ids: RowIds, transform: ImageTransform) -> PixelBatch:
+        """Return a batch of row ids; wait for those that are not decoded yet."""
         square, size = square_key(transform), transform.image_size
         left = self._left[square]
-        wanted = [int(place) for place in places]
+        wanted = [int(row_id) for row_id in row_ids]
         levels_BHWC = torch.empty(
             (len(wanted), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
         )
         shown, unreadable = [(size, size)] * len(wanted), {}
-        for index, place in enumerate(wanted):
-            while (place, square) not in self._squares and place not in self._unreadable:
+        for index, row_id in enumerate(wanted):
+            while (row_id, square) not in self._squares and row_id not in self._unreadable:
                 self._load_more()
-            if place in self._unreadable:
-                unreadable[index] = self._unreadable[place]
+            if row_id in self._unreadable:
+                unreadable[index] = self._unreadable[row_id]
                 levels_BHWC[index] = 0
                 continue
-            levels_BHWC[index], width, height = self._squares[place, square]
+            levels_BHWC[index], width, height = self._squares[row_id, square]
             shown[index] = width, height
-            left[place] -= 1
-            if not left[place]:
-                del self._squares[place, square]
+            left[row_id] -= 1
+            if not left[row_id]:
+                del self._squares[row_id, square]
         images = self._images[wanted].tolist()
         return PixelBatch(images, levels_BHWC, shown, unreadable, transform)
 
     def _load_more(self) -> None:
-        places, loaded = next(self._loaded)
+        row_ids, loaded = next(self._loaded)
         if loaded.failure is not None:
-            raise CorpusError(loaded.failure)
+            raise loaded.failure
         for index, reason in loaded.unreadable.items():
-            self._unreadable[places[index]] = reason
+            self._unreadable[row_ids[index]] = reason
         for which, found in loaded.squares.items():
             levels_BHWC = found.levels_BHWC
-            if self._is_shared:  # each shared tensor holds a file descriptor while it waits
+            if self._is_shared:  # a tensor from a worker holds a file descriptor until it is freed
                 levels_BHWC = levels_BHWC.clone()
             for at, (index, width, height) in enumerate(found.shown):
-                key = places[index], self._transforms[which]
+                key = row_ids[index], self._transforms[which]
                 self._squares[key] = levels_BHWC[at], width, height
 
 
 def square_key(transform: ImageTransform) -> ImageTransform:
-    """Return what decides the squares of a transform: teachers that differ in mean and std alone
-    share them."""
+    """Return a transform without mean and std: teachers with equal keys share decoded squares."""
     plain: Colour = (0.0, 0.0, 0.0)
     return replace(transform, mean=plain, std=(1.0, 1.0, 1.0), fill=transform.padding_colour)
 
 
 def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int64]:
-    """Return where groups of a few images begin; views of one image that follow stay together.
+    """Return where groups of a few images begin; consecutive views of one image stay together.
 
     Args:
         images: the image of each view, in order.
-        view_bytes: what a view takes, all sizes of it together.
+        view_bytes: bytes per view, summed over its sizes.
     """
     if not len(images):
         return np.empty(0, np.int64)
@@ -242,18 +242,10 @@ def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int6
     return np.append(starts, len(images))
 
 
-class _Groups:
-    """Values in groups, made as they are asked for: a corpus can have millions of rows."""
-
-    def __init__(self, values: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64]) -> None:
-        self._values, self._cuts = values, cuts
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start, end in itertools.pairwise(self._cuts):
-            yield self._values[start:end].tolist()
-
-    def __len__(self) -> int:
-        return max(len(self._cuts) - 1, 0)
+def _groups(values: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """Yield values in groups, lazily: a corpus can have millions of rows."""
+    for start, end in itertools.pairwise(cuts):
+        yield values[start:end].tolist()
 
 
 @dataclass(frozen=True)
@@ -266,27 +258,23 @@ class _Squares:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A group: index of a transform -> squares; index in the group -> why there are none."""
+    """A group: index of a transform -> squares; index in the group -> why it has none."""
 
     squares: dict[int, _Squares]
     unreadable: dict[int, str]
-    failure: str | None
-    """Why the corpus itself cannot be read: the end of the build."""
+    failure: CorpusError | None
+    """Why the corpus itself cannot be read, which ends the build."""
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """What a worker says instead of raising, which would arrive as a traceback."""
+_Item = dict[int, Square] | str | CorpusError
+"""Squares by the index of their transform, or why the view has none, or why the corpus has none.
 
-    reason: str
-
-
-_Item = dict[int, Square] | str | _Failure
-"""Squares by the index of their transform, or why there are none."""
+A worker returns its errors, because a raised one would arrive with a traceback as its message.
+"""
 
 
 class _DecodedViews(Dataset[_Item]):
-    """Views of images. The last image is kept, decoded: its other views are asked for next."""
+    """Views of images. Keeps the last image decoded, because its other views usually follow."""
 
     def __init__(
         self,
@@ -298,14 +286,14 @@ class _DecodedViews(Dataset[_Item]):
     ) -> None:
         self._corpus, self._transforms = corpus, transforms
         self._images, self._views, self._use = images, views, use
-        self._last: tuple[int, list[ImageViews] | str | _Failure] = (-1, "")
+        self._last: tuple[int, list[ImageViews] | str | CorpusError] = (-1, "")
 
     def __getitem__(self, index: int) -> _Item:
         image, view = int(self._images[index]), int(self._views[index])
         if self._last[0] != image:
             self._last = image, self._decode(image)
         found = self._last[1]
-        if isinstance(found, str | _Failure):
+        if isinstance(found, str | CorpusError):
             return found
         try:
             chosen = np.flatnonzero(self._use[index]).tolist()
@@ -313,13 +301,13 @@ class _DecodedViews(Dataset[_Item]):
         except UnreadableImageError as error:
             return str(error)
 
-    def _decode(self, image: int) -> list[ImageViews] | str | _Failure:
+    def _decode(self, image: int) -> list[ImageViews] | str | CorpusError:
         try:
             decoded = decode_image(self._corpus.read_image(image))
         except UnreadableImageError as error:
             return str(error)
         except CorpusError as error:
-            return _Failure(str(error))
+            return error
         return [ImageViews(transform, decoded) for transform in self._transforms]
 
 
@@ -335,5 +323,5 @@ def _collate(items: list[_Item]) -> _Loaded:
         levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
         shown = [(index, square.width, square.height) for index, square in some]
         squares[which] = _Squares(levels_BHWC, shown)
-    failures = (item.reason for item in items if isinstance(item, _Failure))
+    failures = (item for item in items if isinstance(item, CorpusError))
     return _Loaded(squares, unreadable, next(failures, None))

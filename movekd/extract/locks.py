@@ -1,37 +1,50 @@
-"""Who may do what to a teacher's features at the same time: the locks of builds.
+"""Locks of builds: who may change a teacher's features at the same time.
 
-    clip.seals/.lock                 a whole build, from beginning to end; a part of one while it
-                                     settles what holds for all parts
-    clip.seals/.settle.lock          a part, waiting for other parts that settle
-    clip.seals/.calibrate.lock       whoever calibrates, waiting for whoever does
-    clip.seals/.part-3-of-16.lock    a part, from its first settling to its end
-    clip.seals/.00007.lock           whoever writes and seals Zarr shard 7, waiting for whoever does
+    clip.seals/.part-0-of-1.lock     a build, from its beginning to its end; a whole build is the
+                                     only part of one
+    clip.seals/.lock                 a part that settles what holds for all parts; others wait
+    clip.seals/.calibration.lock     the process that writes and seals the calibration
+    clip.seals/.00007.lock           the process that writes and seals Zarr shard 7
 
-A whole build is refused beside any other; a part beside a whole build, beside itself, and beside
-parts of another number. The lock of a Zarr shard holds whatever else goes wrong: a worker of a
-cluster can outlive the build that started it, or be given up for dead and live.
+A build is refused beside a part of another number and beside the same part. The locks of the last
+two kinds hold whatever else goes wrong: a worker of a cluster can outlive the build that started
+it, or live on after the build gave it up for dead.
 
-All are ``extract.lock``'s, so that a dead holder's are free. The next to take one removes it; those
-that nobody need take again, ``remove_dead`` does.
+``build_lock`` is one such lock. On a file system the kernel keeps it and drops it with the process.
+In an object store the lock is an object that is created only if it does not exist. Its holder
+renews it. ``BuildLocks`` is what ``extract.run`` holds of all teachers.
 """
 
 import contextlib
+import fcntl
+import json
+import os
 import re
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from movekd.cache import layout
+from movekd.cache.object_storage import ObjectStorage
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError
-from movekd.extract.lock import build_lock
-from movekd.extract.partition import Partition
+from movekd.extract.partition import WHOLE, Partition
+
+RENEW_S = 15.0
+"""How often a holder renews its object."""
+STALE_S = 60.0
+"""A holder that does not renew its object for so long is dead."""
 
 _PART = re.compile(r"(\.part-\d+-of-(\d+)\.lock)(\.\d+)?")
-_WRITER = re.compile(r"(\.\d+\.lock)(\.\d+)?")
-_SETTLED = re.compile(r"(\.(?:calibrate|settle)\.lock)(\.\d+)?")
-_SETTLE, _CALIBRATE = ".settle.lock", ".calibrate.lock"
+_SHARD = re.compile(r"(\.\d+\.lock)(\.\d+)?")
+_SEALED = re.compile(r"(\.(?:\d+|calibration)\.lock)(\.\d+)?")
 _AT_ONCE = 32
-"""Locks looked at together: in an object store a dead holder's takes a minute of watching."""
+"""Locks checked in parallel: in an object store a dead holder's takes a minute of watching."""
 
 
 class BuildLocks:
@@ -40,122 +53,96 @@ class BuildLocks:
     Args:
         storage: the cache.
         teachers: names of the teachers.
-        partition: which part of the build this is; None for a whole one.
+        partition: which part of the build this is.
 
     Raises:
-        CacheError: another build is in the way; says which process on which host.
+        CacheError: another build is in the way; names its process and host.
     """
 
     def __init__(
-        self, storage: Storage, teachers: Sequence[str], partition: Partition | None
+        self, storage: Storage, teachers: Sequence[str], partition: Partition = WHOLE
     ) -> None:
-        # in one order whatever the command line's: two parts would wait for each other
+        # Sorted, because two parts that lock the teachers in other orders would deadlock.
         self._storage, self._teachers = storage, sorted(teachers)
         self._partition = partition
         self._held = contextlib.ExitStack()
-        self._has_arrived = False
 
     def __enter__(self) -> "BuildLocks":
+        storage, part = self._storage, self._partition
+        who = "" if part == WHOLE else f"part {part}, "
         with contextlib.ExitStack() as held:
-            if self._partition is None:
+            # One arrival at a time: of two builds that exclude each other one must succeed.
+            with build_lock(storage, ".lock", wait=True):
                 for teacher in self._teachers:
-                    held.enter_context(build_lock(self._storage, lock_name(teacher)))
+                    others = [name for name, n in _parts(storage, teacher) if n != part.count]
+                    _require_free(storage, teacher, others)
+                    held.enter_context(build_lock(storage, part_lock(teacher, part), who=who))
+            if part == WHOLE:
                 for teacher in self._teachers:
-                    _refuse_parts(self._storage, teacher)
-                    wait_for_writers(self._storage, teacher)
+                    wait_for_writers(storage, teacher)
             self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._held.close()
 
-    @contextlib.contextmanager
+    @contextmanager
     def settling(self) -> Iterator[None]:
-        """Be the only one who changes what holds for all Zarr shards: calibration, lengths."""
-        if self._partition is None:
-            yield
-            return
-        with contextlib.ExitStack() as now:
+        """Be the only part that changes what holds for all Zarr shards: calibration, lengths."""
+        with contextlib.ExitStack() as held:
             for teacher in self._teachers:
-                waiting = f"{layout.seals_name(teacher)}/{_SETTLE}"
-                now.enter_context(build_lock(self._storage, waiting, wait=True))
-                # later on a whole build can only be about to be refused
-                own = lock_name(teacher)
-                now.enter_context(build_lock(self._storage, own, wait=self._has_arrived))
-            if not self._has_arrived:
-                for teacher in self._teachers:
-                    self._arrive(teacher, self._partition)
-                self._has_arrived = True
+                name = f"{layout.seals_name(teacher)}/.lock"
+                held.enter_context(build_lock(self._storage, name, wait=True))
             yield
-
-    def _arrive(self, teacher: str, partition: Partition) -> None:
-        _refuse_parts(self._storage, teacher, beside=partition.count)
-        name = f".part-{partition.index}-of-{partition.count}.lock"
-        self._held.enter_context(
-            build_lock(
-                self._storage, f"{layout.seals_name(teacher)}/{name}", who=f"part {partition}, "
-            )
-        )
 
     def remove_dead(self, teacher: str) -> None:
-        """Remove locks of killed builds that no build will take again; called while settling.
+        """Remove locks of killed processes that no build will take again; called while settling.
 
-        A calibration that is sealed and a Zarr shard that is sealed are left alone from then on,
-        and with them the locks of whoever died between sealing and letting go. Locks that a living
-        process holds stay.
+        Nobody writes what is sealed, so nobody takes its lock again. Locks that a living process
+        holds stay.
         """
-        # a part holds .settle.lock itself, and removes it when it lets go
-        own = None if self._partition is None else _SETTLE
-        names = [name for name in _named(self._storage, teacher, _SETTLED) if name != own]
-        for name in _named(self._storage, teacher, _WRITER):
-            shard = int(name.strip(".").partition(".")[0])
-            if self._storage.exists(layout.seal_name(teacher, shard)):
-                names.append(name)
-        with ThreadPoolExecutor(_AT_ONCE, "movekd-locks") as pool:
-            for _ in pool.map(lambda name: _is_held(self._storage, teacher, name), names):
-                pass
+        names = _named(self._storage, teacher, _SEALED)
+        sealed = [n for n in names if self._storage.exists(_seal_of(teacher, n))]
+        _errors_of_held(self._storage, teacher, sealed)
 
-    def is_alone(self, teacher: str) -> bool:
+    def is_only_part(self, teacher: str) -> bool:
         """Return whether no other part is running; asked while settling."""
-        if self._partition is None:
-            return True
-        own = f".part-{self._partition.index}-of-{self._partition.count}.lock"
+        own = PurePosixPath(part_lock(teacher, self._partition)).name
         others = [name for name, _ in _parts(self._storage, teacher) if name != own]
-        return not any(_is_held(self._storage, teacher, name) for name in others)
+        return not _errors_of_held(self._storage, teacher, others)
 
 
-@contextlib.contextmanager
-def writing(storage: Storage, teacher: str, shard: int) -> Iterator[None]:
-    """Be the only one who writes a Zarr shard; wait for another one who does."""
-    with build_lock(storage, f"{layout.seals_name(teacher)}/.{shard:05d}.lock", wait=True):
-        yield
+@contextmanager
+def sealing(storage: Storage, seal: str) -> Iterator[None]:
+    """Be the only one who writes what ``seal`` seals; wait for another one who does.
 
-
-@contextlib.contextmanager
-def calibrating(storage: Storage, teacher: str) -> Iterator[None]:
-    """Be the only one who calibrates a teacher; wait for another one who does."""
-    with build_lock(storage, f"{layout.seals_name(teacher)}/{_CALIBRATE}", wait=True):
+    Args:
+        storage: the cache.
+        seal: ``clip.seals/00007.json`` or ``clip.seals/calibration.json``.
+    """
+    path = PurePosixPath(seal)
+    with build_lock(storage, f"{path.parent}/.{path.stem}.lock", wait=True):
         yield
 
 
 def wait_for_writers(storage: Storage, teacher: str) -> None:
-    """Return when whoever wrote a Zarr shard a moment ago has finished it, or died."""
-    _pass_through(storage, teacher, _named(storage, teacher, _WRITER), wait=True)
+    """Return when the processes that are writing Zarr shards have finished them, or died."""
+    _require_free(storage, teacher, _named(storage, teacher, _SHARD), wait=True)
 
 
-def lock_name(teacher: str) -> str:
-    """Return the lock of a whole build."""
-    return f"{layout.seals_name(teacher)}/.lock"
+def part_lock(teacher: str, partition: Partition = WHOLE) -> str:
+    """Return the lock that a part of a build holds to its end."""
+    name = f".part-{partition.index}-of-{partition.count}.lock"
+    return f"{layout.seals_name(teacher)}/{name}"
 
 
-def _refuse_parts(storage: Storage, teacher: str, beside: int | None = None) -> None:
-    """Refuse to go on beside living parts of a build, except those of ``beside`` parts."""
-    others = [name for name, count in _parts(storage, teacher) if count != beside]
-    _pass_through(storage, teacher, others, wait=False)
+def _seal_of(teacher: str, lock: str) -> str:
+    """Return the seal that is written under a lock, the inverse of ``sealing``."""
+    return f"{layout.seals_name(teacher)}/{lock.strip('.').partition('.')[0]}.json"
 
 
 def _parts(storage: Storage, teacher: str) -> list[tuple[str, int]]:
-    """Return the locks of parts, living or dead, and of how many parts each is one."""
+    """Return the locks of parts, living or dead, each with its number of parts."""
     names = _named(storage, teacher, _PART)
     return [(name, int(found[2])) for name in names if (found := _PART.fullmatch(name))]
 
@@ -166,22 +153,179 @@ def _named(storage: Storage, teacher: str, pattern: re.Pattern[str]) -> list[str
     return sorted({found[1] for name in names if (found := pattern.fullmatch(name))})
 
 
-def _pass_through(storage: Storage, teacher: str, names: Sequence[str], *, wait: bool) -> None:
-    """Take and let go of locks, which removes those of the dead. Raises where one is held."""
+def _require_free(
+    storage: Storage, teacher: str, names: Sequence[str], *, wait: bool = False
+) -> None:
+    for error in _errors_of_held(storage, teacher, names, wait=wait):
+        raise error
+
+
+def _errors_of_held(
+    storage: Storage, teacher: str, names: Sequence[str], *, wait: bool = False
+) -> list[CacheError]:
+    """Take and release locks, which removes those of the dead; return the errors of the others."""
+
+    def take(name: str) -> CacheError | None:
+        try:
+            with build_lock(storage, f"{layout.seals_name(teacher)}/{name}", wait=wait):
+                return None
+        except CacheError as error:
+            return error
+
     with ThreadPoolExecutor(_AT_ONCE, "movekd-locks") as pool:
-        for _ in pool.map(lambda name: _take(storage, teacher, name, wait), names):
-            pass
+        return [error for error in pool.map(take, names) if error is not None]
 
 
-def _is_held(storage: Storage, teacher: str, name: str) -> bool:
-    """Return whether a living process holds a lock; that of a dead one is removed."""
-    with contextlib.suppress(CacheError):
-        _take(storage, teacher, name, wait=False)
-        return False
-    return True
+@contextmanager
+def build_lock(storage: Storage, name: str, *, wait: bool = False, who: str = "") -> Iterator[None]:
+    """Hold a lock file of a cache and delete it at the end. Takes over the lock of a dead holder.
+
+    Args:
+        storage: the cache.
+        name: the file.
+        wait: wait for another holder instead of raising.
+        who: shown before the process to builds that are refused.
+
+    Raises:
+        CacheError: another build holds it; names its process and host.
+    """
+    if storage.local_dir is not None:
+        with _file_lock(storage.local_dir / name, wait, who):
+            yield
+    else:
+        assert isinstance(storage, ObjectStorage)
+        with _object_lock(storage, name, wait, who):
+            yield
 
 
-def _take(storage: Storage, teacher: str, name: str, wait: bool) -> None:
-    """Take a lock and let go of it."""
-    with build_lock(storage, f"{layout.seals_name(teacher)}/{name}", wait=wait):
-        pass
+@contextmanager
+def _file_lock(path: Path, wait: bool, who: str) -> Iterator[None]:
+    """Hold ``path`` through the kernel, which drops the lock of a process that dies."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CacheError(
+                f"{path} cannot be made: {error.strerror}. A build needs a folder that it may "
+                "write to, and room in it."
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # the last holder has just removed this file
+        except BlockingIOError:
+            holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise _held(holder) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise CacheError(f"{path} cannot be locked: {error.strerror}.") from None
+    _open_locks.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # only a note for people; the build reports a full disk
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{who}{_holder()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _open_locks.discard(descriptor)
+        os.close(descriptor)
+
+
+_open_locks: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """Close the locks in a forked child: a decoding process must not hold one after a kill."""
+    while _open_locks:
+        os.close(_open_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def _object_lock(storage: ObjectStorage, name: str, wait: bool, who: str) -> Iterator[None]:
+    """Hold ``name.N`` in an object store, N above that of every dead holder.
+
+    Nobody deletes another's object to take the lock. A process that finds a dead holder creates
+    the next number, and only one of several can.
+    """
+    content = {"holder": f"{who}{_holder()}", "token": uuid.uuid4().hex, "renewed": 0}
+    mark, dead = json.dumps(content).encode(), set[bytes]()
+    while True:
+        found = _marks(storage, name)
+        newest = max(found, default=-1)
+        if found and found[newest] not in dead:
+            seen = found[newest]
+            if not _is_renewed(storage, f"{name}.{newest}", seen):
+                dead.add(seen)
+            elif not wait and newest in _marks(storage, name):  # renewed, not released
+                raise _held(str(json.loads(seen)["holder"]))
+            continue  # look again: it may have been released while we watched
+        number = newest + 1
+        if not storage.create(f"{name}.{number}", mark):
+            continue
+        others = _marks(storage, name)
+        if others.pop(number, None) != mark:
+            continue  # a store without exclusive creation let two in; the last one stays
+        if dead.issuperset(others.values()):
+            break
+        storage.delete(f"{name}.{number}")  # another process started from an older listing
+    for older in others:
+        storage.delete(f"{name}.{older}")
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(RENEW_S):
+            content["renewed"] = int(str(content["renewed"])) + 1
+            with contextlib.suppress(CacheError):  # the next renewal tries again
+                storage.write(f"{name}.{number}", [json.dumps(content).encode()])
+
+    thread = threading.Thread(target=renew, name="movekd-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        storage.delete(f"{name}.{number}")
+
+
+def _marks(storage: ObjectStorage, name: str) -> dict[int, bytes]:
+    """Return the lock objects of a name, number -> content.
+
+    Holders are told apart by content: numbers start again when all objects are gone.
+    """
+    numbered = {key: key.removeprefix(f"{name}.") for key in storage.starting_with(f"{name}.")}
+    contents = storage.read_many([key for key in numbered if numbered[key].isdigit()])
+    return {int(numbered[key]): content for key, content in contents.items()}
+
+
+def _is_renewed(storage: ObjectStorage, name: str, seen: bytes) -> bool:
+    """Watch a lock object; return whether it changes or goes: then its holder was alive.
+
+    Other machines' clocks and pids say nothing: containers share host names and numbers.
+    """
+    deadline = time.monotonic() + STALE_S
+    while time.monotonic() < deadline:
+        threading.Event().wait(min(1.0, RENEW_S))
+        if storage.read_many([name]).get(name) != seen:
+            return True
+    return False
+
+
+def _holder() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _held(holder: str) -> CacheError:
+    return CacheError(
+        f"another build of this teacher is running ({holder}); wait for it, or stop it and run "
+        "this command again."
+    )

@@ -1,23 +1,27 @@
-"""Where and how a build runs, and whom it tells: what every part of ``build`` is given."""
+"""Options of a build (device, dtype, batch size, processes), and what all its steps share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from movekd.cache.catalog import Catalog
+from movekd.cache.storage import Storage
+from movekd.corpus.index import Corpus
+
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many images are done, and how many there are."""
+"""Called with a label, the number of images done, and their total."""
 
 CPU_BATCH_SIZE = 8
-"""A larger one is no faster there."""
+"""Larger batches are no faster on a CPU."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Where and how teachers run; nothing here changes which features are asked for.
+    """Where and how teachers run. Nothing here selects which features are stored.
 
-    Batch size, dtype and compilation decide the last bits of what comes out, so that those of the
-    calibration hold for the whole of a teacher's features.
+    Batch size, dtype and compilation decide the last bits of the features. Therefore those of the
+    calibration hold for all features of a teacher.
     """
 
     device: str = "cpu"
@@ -27,13 +31,24 @@ class BuildOptions:
     num_workers: int = 1
     """Processes that decode images."""
     num_threads: int | None = None
-    """CPU threads of a forward pass, which decide the last bits as well; None leaves torch's."""
+    """CPU threads of a forward pass, which decide the last bits too. Default: torch's setting."""
     compile: bool = False
-    """Whether ``torch.compile`` fuses the teachers; it takes minutes at the start."""
+    """Whether ``torch.compile`` fuses the teachers; compiling takes minutes at the start."""
     concurrent: bool = False
-    """Whether several teachers stay on the device together instead of taking turns there."""
+    """Whether all teachers stay on the device together instead of taking turns."""
 
     @property
-    def images_a_pass(self) -> int:
-        """The batch size, or that of a CPU where the largest is yet to be found."""
+    def forward_batch_size(self) -> int:
+        """The batch size, or that of a CPU while the largest one is not known yet."""
         return self.batch_size or CPU_BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What all steps of one build share."""
+
+    storage: Storage
+    corpus: Corpus
+    catalog: Catalog
+    options: BuildOptions
+    progress: Progress

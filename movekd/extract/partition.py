@@ -1,10 +1,10 @@
-"""One of n parts of a build, for machines that know nothing of each other, a SLURM array for one.
+"""Split a build into n parts for machines that do not know each other, such as a SLURM array.
 
     sbatch --array=0-15 --wrap 'movekd cache build ... --partition $SLURM_ARRAY_TASK_ID/16'
 
-Parts take turns in blocks of 1,024 rows, which are whole Zarr shards of every teacher: a Zarr shard
-is of one part, whoever else is built and whatever is sealed already. Who excludes whom is in
-``extract.locks``.
+Parts take turns in blocks of 1,024 rows. A block holds whole Zarr shards of every teacher, so a
+Zarr shard belongs to one part, whatever else is built or sealed. ``extract.locks`` says which
+builds exclude each other.
 """
 
 import re
@@ -25,27 +25,31 @@ class Partition:
         return f"{self.index}/{self.count}"
 
     def owns(self, shard: int, rows_per_shard: int) -> bool:
-        """Return whether a Zarr shard of a teacher is of this part."""
+        """Return whether a Zarr shard of a teacher belongs to this part."""
         return shard * rows_per_shard // layout.MAX_SHARD_ROWS % self.count == self.index
+
+
+WHOLE = Partition(0, 1)
+"""A build that is not split."""
 
 
 def parse_partition(text: str) -> Partition:
     """Return the part that ``i/n`` names.
 
     Raises:
-        ConfigError: it is not of that form, or there is no such part.
+        ConfigError: the text has another form, or no such part exists.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if found is None:
         raise ConfigError(
-            f"--partition is '{text}'; expected i/n, for one 0/16: the first of 16 parts."
+            f"--partition is '{text}'; expected i/n, such as 0/16 for the first of 16 parts."
         )
     index, count = int(found[1]), int(found[2])
     if count < 1:
-        raise ConfigError(f"--partition is '{text}'; there is at least one part: 0/1.")
+        raise ConfigError(f"--partition is '{text}'; a build has at least one part: 0/1.")
     if index >= count:
         raise ConfigError(
-            f"--partition is '{text}'; the {count} parts are numbered 0 to {count - 1}. A SLURM "
-            f"array starts there with --array=0-{count - 1}."
+            f"--partition is '{text}'; the {count} parts are numbered 0 to {count - 1}. Start a "
+            f"SLURM array with --array=0-{count - 1}."
         )
     return Partition(index, count)

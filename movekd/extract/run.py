@@ -1,9 +1,10 @@
-"""Pipeline 1, from shards to a sealed cache: what is settled, who builds, what came of it.
+"""Build a cache: calibrate new teachers, run all of them, write and seal what is missing.
 
-Comes in: a corpus and the specs of some teachers. Goes out: one Zarr group a teacher. The unit of
-work is one Zarr shard (one row range); a unit without a seal does not exist, so a rerun does what
-is missing and nothing else. Here is what holds for all units; ``extract.executor`` builds them on
-this machine, ``extract.ray.executor`` on many.
+Input: a corpus and the specs of some teachers. Output: one Zarr group per teacher.
+
+The unit of work is one Zarr shard, a row range. A Zarr shard without a seal does not exist, so a
+rerun builds only what is missing. This file does what holds for all Zarr shards.
+``extract.executor`` builds them on this machine, ``extract.ray.executor`` on many machines.
 """
 
 import time
@@ -16,43 +17,42 @@ import pyarrow as pa
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
-from movekd.cache.codec import ChannelStats
-from movekd.cache.reader import TeacherCache
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.verify import TeacherStatus, teacher_status
-from movekd.cache.writer import resize_group, write_skipped
+from movekd.cache.writer import TeacherWriter, resize_group
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.calibrate import (
-    begin_with,
-    calibration_of,
+    calibrated_options,
     delete_teacher,
+    import_calibration,
+    read_other_calibration,
     sealed_calibration,
-    settled,
 )
-from movekd.extract.executor import BuildContext, Executor, JobResult, LocalExecutor, TeacherJob
-from movekd.extract.lock import build_lock
-from movekd.extract.locks import BuildLocks
-from movekd.extract.options import BuildOptions, Progress
-from movekd.extract.partition import Partition
+from movekd.extract.executor import Executor, JobResult, LocalExecutor, TeacherJob
+from movekd.extract.locks import BuildLocks, build_lock
+from movekd.extract.options import BuildContext, BuildOptions, Progress
+from movekd.extract.partition import WHOLE, Partition
+from movekd.teachers.providers import find_provider
 
 Imported = tuple[Calibration, ChannelStats]
 
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build of one teacher did.
+    """Result of a build for one teacher.
 
     Attributes:
         status: what the cache now holds of the teacher.
-        images_built: rows of this build; they are views of images.
-        skipped: key -> why the image could not be read, of all builds.
-        seconds: of this build, without the calibration.
-        calibration_seconds: of settling the calibration.
+        images_built: rows that this build wrote; a row is a view of an image.
+        skipped: key -> why the image could not be read, over all builds.
+        seconds: duration of this build without the calibration.
+        calibration_seconds: duration of the calibration.
     """
 
     status: TeacherStatus
@@ -70,146 +70,151 @@ def build_cache(
     geometry: Geometry,
     views: Views = "base",
     options: BuildOptions,
-    engine: Executor | None = None,
+    executor: Executor | None = None,
     partition: Partition | None = None,
     replace: bool = False,
     channel_stats: str | Path | Storage | None = None,
     deletes: Callable[[str, Mapping[str, int]], None] = lambda folder, sizes: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BuildSummary]:
-    """Build what is missing of some teachers over the same decoded images; yield a summary each.
+    """Build what is missing of some teachers over the same decoded images; yield one summary each.
 
-    Interrupted at any instant and run again, it ends byte-identical to an undisturbed build
-    (for equal device, dtype, thread count and library versions), whichever engine ran it and in
-    however many parts.
+    A build that is interrupted at any instant and run again leaves the same bytes as one that is
+    not, whichever executor runs it and in however many parts. This holds for equal device, dtype,
+    number of threads and library versions.
 
     Args:
         url: the cache: a folder, or ``s3://bucket/prefix``.
         corpus: the images.
         specs: the teachers.
-        geometry: how every image becomes a square; one a cache.
-        views: whether to build the tiles of every image as well; one answer a cache.
+        geometry: how every image becomes a square; the same for the whole cache.
+        views: whether to build the tiles of every image as well; the same for the whole cache.
         options: where and how to run.
-        engine: who runs the teachers; this process unless given.
-        partition: which part of the Zarr shards to build; all unless given. The first part to come
+        executor: what runs the teachers. Default: this process.
+        partition: which part of the Zarr shards to build. Default: all. The first part that starts
             calibrates, the others wait for it.
         replace: delete what the cache holds of these teachers first.
-        channel_stats: another cache whose sealed calibration a new teacher takes over, so that
-            parts built on several machines are encoded alike; None calibrates on the corpus.
-        deletes: told what ``replace`` is about to delete, a folder and the sizes of its files,
-            when everything that can be checked has been.
-        progress: told what is being done.
+        channel_stats: another cache. A new teacher takes over its sealed calibration, so that
+            caches built on several machines are encoded alike. Default: calibrate on the corpus.
+        deletes: called before ``replace`` deletes a folder, with the folder and the sizes of its
+            files, after all checks have passed.
+        progress: called after each batch.
 
     Raises:
-        CacheError: the cache is of other views, another geometry, corpus, spec or weights (names
-            which); or another build of the teacher is running.
-        ConfigError: a part is to replace what all of them build.
+        CacheError: the cache has other views, or another geometry, corpus, spec or weights (the
+            message names which); or another build of the teacher is running.
+        ConfigError: an unknown provider, or ``replace`` with a part of a build.
     """
     if partition is not None and replace:
         raise ConfigError(
             f"--partition {partition} builds one of {partition.count} parts and --overwrite "
-            "deletes them all. Run a whole build with --overwrite, stop it when it has calibrated, "
-            "and start the parts without --overwrite; or build into another --cache."
+            "deletes them all. Run a whole build with --overwrite, stop it after the calibration, "
+            "then start the parts without --overwrite. Or build into another --cache."
         )
+    for spec in specs:
+        find_provider(spec)
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
-    storage, engine = open_storage(url), engine or LocalExecutor()
-    with build_lock(storage, ".lock", wait=True):  # builds of other teachers do the same
+    storage, executor = open_storage(url), executor or LocalExecutor()
+    partition = partition or WHOLE
+    with build_lock(storage, ".lock", wait=True):  # builds of other teachers write these files too
         for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
             storage.delete_leftovers(name)
         catalog = update_catalog(storage, corpus, geometry, views)
-    site = BuildContext(storage, corpus, catalog, options, progress)
+    context = BuildContext(storage, corpus, catalog, options, progress)
     with BuildLocks(storage, [spec.name for spec in specs], partition) as locks:
         with locks.settling():
-            engine.begin(site, specs)
+            executor.begin(context, specs)
             imported: dict[str, Imported] = {}
-            if channel_stats is not None:  # read before anything is deleted
+            if channel_stats is not None:  # read it before anything is deleted
                 source = open_storage(channel_stats)
-                imported = {spec.name: calibration_of(source, spec, geometry) for spec in specs}
+                imported = {s.name: read_other_calibration(source, s, geometry) for s in specs}
             if replace:
-                _replace(site, engine, specs, imported, deletes)
+                _replace(context, executor, specs, imported, deletes)
             jobs, calibration_seconds = [], []
             for spec in specs:
                 _delete_leftovers(storage, locks, spec)
                 started = time.perf_counter()
-                _begin(site, engine, spec, imported.get(spec.name))
+                _settle_calibration(context, executor, spec, imported.get(spec.name))
                 calibration_seconds.append(time.perf_counter() - started)
-                jobs.append(_job(site, spec, partition))
-        done = engine.build(site, jobs)
+                jobs.append(_job(context, spec, partition))
+        results = executor.build(context, jobs)
         with locks.settling():
-            for spec in specs:  # those of workers that were killed meanwhile
+            for spec in specs:  # of workers that were killed meanwhile
                 _delete_leftovers(storage, locks, spec)
                 locks.remove_dead(spec.name)
             summaries = [
-                _summary(site, *each) for each in zip(specs, done, calibration_seconds, strict=True)
+                _summary(context, *each)
+                for each in zip(specs, results, calibration_seconds, strict=True)
             ]
     yield from summaries
 
 
 def _replace(
-    site: BuildContext,
-    engine: Executor,
+    context: BuildContext,
+    executor: Executor,
     specs: Sequence[CacheSpec],
     imported: Mapping[str, Imported],
     deletes: Callable[[str, Mapping[str, int]], None],
 ) -> None:
-    """Delete what the cache holds of some teachers, after saying so; all can be built anew."""
+    """Delete what the cache holds of some teachers, once all of them are known to load."""
     for spec in specs:
-        given = imported.get(spec.name)
-        run = site.options if given is None else settled(site.options, given[0])
-        engine.require_loadable(spec, run)
+        options = context.options
+        if spec.name in imported:
+            options = calibrated_options(options, imported[spec.name][0])
+        executor.require_loadable(spec, options)
     for spec in specs:
         for name in (layout.group_name(spec.name), layout.seals_name(spec.name)):
-            deletes(f"{site.storage.url}/{name}", site.storage.sizes(name))
-        delete_teacher(site.storage, spec.name)
+            deletes(f"{context.storage.url}/{name}", context.storage.sizes(name))
+        delete_teacher(context.storage, spec.name)
 
 
 def _delete_leftovers(storage: Storage, locks: BuildLocks, spec: CacheSpec) -> None:
-    """Delete what killed builds left, unless it can be what other parts are writing."""
-    if storage.local_dir is None or not locks.is_alone(spec.name):
-        return  # the last part does it; in an object store there is nothing of the kind
+    """Delete temporary files of killed builds, unless another part may be writing them."""
+    if storage.local_dir is None or not locks.is_only_part(spec.name):
+        return  # the last part deletes them; an object store has no temporary files
     for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
         storage.delete_leftovers(folder)
 
 
-def _begin(
-    site: BuildContext, engine: Executor, spec: CacheSpec, imported: Imported | None
+def _settle_calibration(
+    context: BuildContext, executor: Executor, spec: CacheSpec, imported: Imported | None
 ) -> None:
     """Make sure that a teacher has a sealed calibration and arrays of the right length."""
     if imported is not None:
-        begin_with(site.storage, site.catalog, spec, *imported)
-    calibration = sealed_calibration(site.storage, spec)
+        import_calibration(context, spec, *imported)
+    calibration = sealed_calibration(context.storage, spec)
     if calibration is None:
-        calibration = engine.calibrate(site, spec)
-    resize_group(site.storage, spec, calibration, site.catalog.num_rows)
+        calibration = executor.calibrate(context, spec)
+    resize_group(context.storage, spec, calibration, context.catalog.num_rows)
 
 
-def _job(site: BuildContext, spec: CacheSpec, partition: Partition | None) -> TeacherJob:
-    """Return what is missing of a teacher, as far as it is of this part of the build."""
-    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
-    store.require_images(site.catalog)
+def _job(context: BuildContext, spec: CacheSpec, partition: Partition) -> TeacherJob:
+    """Return the Zarr shards of this part that a teacher lacks."""
+    store = TeacherWriter(context.storage, spec.name, context.catalog.num_rows)
+    store.require_images(context.catalog)
     rows = store.layout.rows_per_shard
-    shards = [s for s in store.missing_shards if partition is None or partition.owns(s, rows)]
+    shards = [shard for shard in store.missing_shards if partition.owns(shard, rows)]
     return TeacherJob(spec, store, shards)
 
 
 def _summary(
-    site: BuildContext, spec: CacheSpec, done: JobResult, calibration_seconds: float
+    context: BuildContext, spec: CacheSpec, result: JobResult, calibration_seconds: float
 ) -> BuildSummary:
-    store = TeacherCache(site.storage, spec.name, site.catalog.num_rows)
-    skipped = _skipped_table(site.catalog, store.skipped)
-    write_skipped(site.storage, spec.name, skipped)
+    store = TeacherWriter(context.storage, spec.name, context.catalog.num_rows)
+    skipped = _skipped_table(context.catalog, store.skipped)
+    store.write_skipped(skipped)
     return BuildSummary(
-        status=teacher_status(store, site.catalog),
-        images_built=done.num_rows,
+        status=teacher_status(store, context.catalog),
+        images_built=result.num_rows,
         skipped=dict(zip(*(skipped[name].to_pylist() for name in ("key", "reason")), strict=True)),
-        seconds=done.seconds,
+        seconds=result.seconds,
         calibration_seconds=calibration_seconds,
     )
 
 
 def _skipped_table(catalog: Catalog, skipped: Mapping[int, str]) -> pa.Table:
-    """Return row, key and reason of the images without features, in row order."""
+    """Return a table of row, key and reason for the images without features, in row order."""
     rows = np.array(sorted(skipped), np.int64)
     keys = catalog.index.take("key", np.searchsorted(catalog.rows, rows))
     reasons = pa.array([skipped[row] for row in rows.tolist()], pa.string())

@@ -1,7 +1,7 @@
-"""One Zarr shard while the teacher fills it: encoded rows, what was skipped, the codec's error.
+"""Collect the encoded rows of one Zarr shard, then write and seal it.
 
-Teacher output and codec statistics come in, batch by batch; a sealed Zarr shard goes out.
-``extract.pipeline`` makes one for each unit of work.
+Input: teacher output, batch by batch, and channel statistics. Output: a sealed Zarr shard.
+``extract.teacher_loop`` makes one buffer per task.
 """
 
 from dataclasses import dataclass
@@ -11,42 +11,43 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from movekd.cache import codec, grid, layout
-from movekd.cache.codec import ChannelStats
-from movekd.cache.reader import TeacherCache
+from movekd.cache import layout
+from movekd.cache.contents import read_calibration
 from movekd.cache.schema import EncodingError
 from movekd.cache.spec import CacheSpec
+from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
-from movekd.cache.writer import read_calibration, write_shard
+from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch
-from movekd.extract.locks import writing
+from movekd.extract.locks import sealing
 from movekd.teachers import TeacherOutput
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One Zarr shard: its number, what it holds, and the checksum of the images' keys.
+    """One Zarr shard to build.
 
     Attributes:
-        rows: the rows in it that stand for a view of an image, ascending.
-        places: where each is in the catalog.
-        keys_xxh3_128: which images they are of, see ``Catalog.keys_checksum``.
+        shard: number of the Zarr shard.
+        rows: its rows that stand for a view of an image, ascending.
+        row_ids: position of each in the catalog.
+        keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksum``.
     """
 
     shard: int
     rows: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    row_ids: npt.NDArray[np.int64]
     keys_xxh3_128: str
 
 
 class ShardBuffer:
-    """The rows of one unit while the teacher fills them; NaN until then."""
+    """The rows of one Zarr shard in memory; NaN until ``add`` fills them."""
 
-    def __init__(self, store: TeacherCache, unit: ShardTask, max_error: float | None) -> None:
-        self._store, self._unit, self._max_error = store, unit, max_error
-        self._first = unit.shard * store.layout.rows_per_shard
-        length = int(unit.rows[-1]) - self._first + 1 if len(unit.rows) else 0
+    def __init__(self, store: TeacherWriter, task: ShardTask, max_error: float | None) -> None:
+        self._store, self._task, self._max_error = store, task, max_error
+        self._first = task.shard * store.layout.rows_per_shard
+        length = int(task.rows[-1]) - self._first + 1 if len(task.rows) else 0
         self._arrays = {
             name: np.full((length, *array.row_shape), array.fill_value, array.dtype)
             for name, array in store.layout.arrays.items()
@@ -56,23 +57,23 @@ class ShardBuffer:
         self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
 
     def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
-        """Encode a batch and put it into its rows."""
+        """Encode a batch into its rows."""
         rows = self._next_rows(batch)
         readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
         if batch.unreadable:
-            output = _picked(output, readable)
+            output = output.map(lambda tensor: tensor[readable])
         tokens_BND = output.tokens_BND.float()
         try:
-            stored = codec.encode(tokens_BND, self._store.spec.codec, stats)
+            stored = self._store.codec.encode(tokens_BND, stats)
         except CacheError as error:
             raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
-        error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
+        error_sum, error_max = self._store.codec.error(tokens_BND, stored, stats)
         self._error_sum += error_sum.item()
         self._error_max = max(self._error_max, error_max.item())
         if self._max_error is not None and self._error_max > self._max_error:
             raise CacheError(
                 f"teacher '{self._store.teacher}', rows {self._first + rows[0]} to "
-                f"{self._first + rows[-1]}: a token was stored with a relative error of "
+                f"{self._first + rows[-1]}: the codec stores a token with a relative error of "
                 f"{self._error_max:.2%}; the spec allows max_error {self._max_error:.2%}. Store "
                 "float16 (--codec float16), give more --calibration-images, or raise max_error."
             )
@@ -85,31 +86,29 @@ class ShardBuffer:
             self._arrays[name][rows[readable]] = values.cpu().numpy()
 
     def skip(self, batch: PixelBatch) -> None:
-        """Leave a batch of which no image could be read."""
+        """Leave out a batch without a readable image."""
         self._next_rows(batch)
 
     def write(self, storage: Storage) -> None:
-        """Write and seal the Zarr shard, unless another process has done so meanwhile.
+        """Write and seal the Zarr shard, unless another process has sealed it meanwhile.
 
         Raises:
-            CacheError: the teacher was begun anew since, with another calibration.
+            CacheError: another build has replaced the teacher meanwhile.
         """
-        store, shard = self._store, self._unit.shard
-        with writing(storage, store.teacher, shard):
-            if storage.exists(layout.seal_name(store.teacher, shard)):
-                return  # the same bytes; sealed files are never written again
+        store, shard = self._store, self._task.shard
+        seal = layout.seal_name(store.teacher, shard)
+        with sealing(storage, seal):
+            if storage.exists(seal):
+                return  # sealed files are never written again, and hold the same bytes
             if read_calibration(storage, store.teacher) != store.calibration:
                 raise CacheError(
                     f"teacher '{store.teacher}' in {storage.url} was replaced by another build "
-                    "while this one ran; run the same command again to go on with that one."
+                    "while this one ran; run the same command again to continue that one."
                 )
-            write_shard(
-                storage,
-                store.spec,
-                store.calibration,
+            store.write_shard(
                 shard,
                 self._arrays,
-                keys_xxh3_128=self._unit.keys_xxh3_128,
+                keys_xxh3_128=self._task.keys_xxh3_128,
                 skipped=self._skipped,
                 error=EncodingError(
                     mean=self._error_sum / max(self._num_tokens, 1),
@@ -119,9 +118,9 @@ class ShardBuffer:
             )
 
     def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
-        """Return the batch's rows, counted from the shard's first, and note the unreadable."""
+        """Return the batch's rows, relative to the Zarr shard, and note the unreadable images."""
         end = self._filled + len(batch.images)
-        rows = self._unit.rows[self._filled : end]
+        rows = self._task.rows[self._filled : end]
         self._filled = end
         for position, reason in batch.unreadable.items():
             self._skipped[int(rows[position])] = reason
@@ -130,31 +129,14 @@ class ShardBuffer:
 
 def resize_output(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
     """Return the output resized to the grid that the spec stores."""
-    if spec.grid == "native":
-        return output
-    attention = output.cls_attention_BHN
-    return TeacherOutput(
-        grid.resize_tokens(output.tokens_BND.float(), spec.grid),
-        output.cls_BD,
-        None if attention is None else grid.resize_attention(attention.float(), spec.grid),
-    )
+    return output if spec.grid == "native" else output.resize(spec.grid)
 
 
-def _picked(output: TeacherOutput, places: list[int]) -> TeacherOutput:
-    """Return some rows of a batch."""
-    cls, attention = output.cls_BD, output.cls_attention_BHN
-    return TeacherOutput(
-        output.tokens_BND[places],
-        None if cls is None else cls[places],
-        None if attention is None else attention[places],
-    )
-
-
-def _half(values: Tensor, what: str) -> Tensor:
+def _half(values: Tensor, name: str) -> Tensor:
     half = values.half()
     if not bool(torch.isfinite(half).all()):
         raise CacheError(
-            f"the {what} holds values beyond float16's 65504, or not numbers; check the weights, "
-            "or use --dtype float32."
+            f"the {name} holds NaN or values beyond float16's 65504; check the weights, or use "
+            "--dtype float32."
         )
     return half

@@ -1,27 +1,145 @@
-"""Several teachers over the same decoded images, one of them on the device at a time.
+"""Run teachers over an image stream and hand their features to the encoder and writer threads.
 
-Comes in: what is missing of each teacher. A turn is a row range, whole Zarr shards of everyone; in
-it, one teacher after the other runs over its images. ``extract.pipeline`` is what happens then.
+    ImageLoader (processes) -> teacher (device) -> encode (device, a thread) -> write (a thread)
+
+Input: the Zarr shards that each teacher lacks. Output: those, written and sealed.
+
+Several teachers share the decoded images and take turns on the device. A turn is a row range that
+holds whole Zarr shards of every teacher; in it, one teacher after the other runs over its images.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from movekd.cache.catalog import Catalog
-from movekd.cache.layout import MAX_SHARD_ROWS
+from movekd.cache.layout import MAX_SHARD_ROWS, TeacherLayout
+from movekd.cache.spec import CacheSpec
+from movekd.cache.writer import TeacherWriter
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import ImageTransform
 from movekd.extract.background_worker import BackgroundWorker
-from movekd.extract.image_loader import ImageLoader, square_key
+from movekd.extract.image_loader import ImageLoader, PixelBatch, image_transform, square_key
 from movekd.extract.options import BuildOptions, Progress
-from movekd.extract.pipeline import TeacherBuild, Threads
-from movekd.extract.shard_buffer import ShardTask
+from movekd.extract.shard_buffer import ShardBuffer, ShardTask, resize_output
+from movekd.teachers import Teacher, TeacherOutput
 
 WAITING_BYTES = 2 * 2**30
-"""Decoded images that may wait for the other teachers of a turn, unless one Zarr shard is more."""
+"""Decoded images that may wait for the other teachers of a turn; one Zarr shard always may."""
+
+
+class SideStream:
+    """A second CUDA stream, on which features are encoded and copied beside forward passes.
+
+    On one stream each copy would wait for the forward passes that were queued meanwhile, and the
+    next pass for the copy. On other devices this class does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda: Any = torch.cuda
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+
+    def mark(self) -> "torch.cuda.Event | None":
+        """Return an event that fires when the work queued on the device so far is done."""
+        if self._stream is None:
+            return None
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
+
+    @contextlib.contextmanager
+    def after(self, mark: "torch.cuda.Event | None") -> Iterator[None]:
+        """Work on the side stream once ``mark`` has fired.
+
+        All work is done when the context ends, so its inputs may be freed then.
+        """
+        if self._stream is None or mark is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            yield
+            self._stream.synchronize()
+
+
+class TeacherBuild:
+    """One teacher during a build.
+
+    Attributes:
+        spec: the teacher's spec.
+        tasks: the Zarr shards to build.
+        transform: what turns images into its input.
+        seconds: how long the teacher has run.
+        num_done: rows, which are views of images, that it has processed.
+    """
+
+    def __init__(
+        self,
+        store: TeacherWriter,
+        shards: Sequence[int],
+        catalog: Catalog,
+        teacher: Teacher | None,
+        spec: CacheSpec,
+        options: BuildOptions,
+    ) -> None:
+        """List the tasks of some Zarr shards; without any, ``teacher`` may be None."""
+        self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
+        self.transform = image_transform(spec, catalog.geometry)
+        self.tasks = _tasks(catalog, store.layout, shards)
+        self.num_rows = sum(len(task.row_ids) for task in self.tasks)
+        self.seconds, self.num_done = 0.0, 0
+        self._stats = store.stats.to(torch.device(options.device))
+        self._side_stream = SideStream(torch.device(options.device))
+
+    def move_to(self, device: str) -> None:
+        """Move the teacher to a device."""
+        assert self._teacher is not None
+        self._teacher.to(device)
+
+    def run(
+        self,
+        tasks: Sequence[ShardTask],
+        loader: ImageLoader,
+        encoder: BackgroundWorker,
+        writer: BackgroundWorker,
+        progress: Progress,
+    ) -> None:
+        """Run the teacher over some tasks; the threads encode, write and seal its features."""
+        assert self._teacher is not None
+        for task in tasks:
+            buffer = ShardBuffer(self.store, task, self.spec.max_error)
+            for row_ids in _chunks(task.row_ids, self.store.calibration.batch_size):
+                batch = loader.next_batch(row_ids, self.transform)
+                output = None
+                if len(batch.unreadable) < len(batch.images):
+                    pixels = batch.pixels(self._options.device, self._options.dtype)
+                    output = self._teacher.forward(pixels)
+                encoder.submit(self._encode, buffer, output, batch, self._side_stream.mark())
+                self.num_done += len(batch.images)
+                progress(f"{self.spec.name}: build", self.num_done, self.num_rows)
+            encoder.submit(self._write, buffer, writer)
+
+    def _encode(
+        self,
+        buffer: ShardBuffer,
+        output: TeacherOutput | None,
+        batch: PixelBatch,
+        mark: "torch.cuda.Event | None",
+    ) -> None:
+        if output is None:
+            buffer.skip(batch)
+            return
+        with self._side_stream.after(mark):
+            buffer.add(resize_output(output, self.spec), batch, self._stats)
+
+    def _write(self, buffer: ShardBuffer, writer: BackgroundWorker) -> None:
+        writer.submit(buffer.write, self.store.storage)
+
 
 Turn = list[tuple[TeacherBuild, list[ShardTask]]]
 
@@ -36,54 +154,70 @@ def run_teachers(
     """Run every teacher over the images that it lacks.
 
     Args:
-        builds: the teachers; those that lack nothing take no turn.
+        builds: the teachers; those without tasks are left out.
         corpus: the images.
-        catalog: which views of them the rows are.
+        catalog: which view of which image each row is.
         options: device, decoding processes, and whether teachers stay on the device together.
-        progress: told of every batch.
+        progress: called after each batch.
     """
-    builds = [build for build in builds if build.units]
+    builds = [build for build in builds if build.tasks]
     if not builds:
         return
     turns = _turns(builds)
-    has_company = len(builds) > 1 and not options.concurrent
-    if len(builds) == 1:  # it may have been put aside for others that lack nothing
+    is_moving = len(builds) > 1 and not options.concurrent
+    if len(builds) == 1:  # it may be on the CPU to make room for teachers that lack nothing
         builds[0].move_to(options.device)
     with (
         BackgroundWorker("movekd-write", 1) as writer,
         BackgroundWorker("movekd-encode", 2) as encoder,
     ):
-        stream = _stream(turns, corpus, catalog, options)
+        loader = _image_loader(turns, corpus, catalog, options)
         for turn in turns:
-            for build, units in turn:
+            for build, tasks in turn:
                 started = time.perf_counter()
-                if has_company:
+                if is_moving:
                     build.move_to(options.device)
-                build.run(units, stream, Threads(encoder, writer), progress)
-                if has_company:
+                build.run(tasks, loader, encoder, writer, progress)
+                if is_moving:
                     build.move_to("cpu")
-                if turn is turns[-1]:  # what is still on its way counts as well
+                if turn is turns[-1]:  # count the time of queued features too
                     encoder.wait()
                     writer.wait()
                 build.seconds += time.perf_counter() - started
 
 
+def _tasks(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> list[ShardTask]:
+    """Return the tasks of the given Zarr shards; a shard wholly in a gap has no rows."""
+    rows, size = catalog.rows, teacher.rows_per_shard
+    spans = [(shard * size, (shard + 1) * size) for shard in shards]
+    tasks = []
+    for shard, span, keys in zip(shards, spans, catalog.keys_checksums(spans), strict=True):
+        low, high = np.searchsorted(rows, span)
+        tasks.append(ShardTask(shard, rows[low:high], np.arange(low, high), keys))
+    return tasks
+
+
+def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
 def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:
-    """Return who has which units in which turn, in row order."""
-    rows = _rows_a_turn(builds)
+    """Return the turns in row order, each with the tasks of every teacher."""
+    rows = _rows_per_turn(builds)
     by_number: dict[int, dict[TeacherBuild, list[ShardTask]]] = {}
     for build in builds:
-        for unit in build.units:
-            number = unit.shard * build.store.layout.rows_per_shard // rows
-            by_number.setdefault(number, {}).setdefault(build, []).append(unit)
+        for task in build.tasks:
+            number = task.shard * build.store.layout.rows_per_shard // rows
+            by_number.setdefault(number, {}).setdefault(build, []).append(task)
     return [list(turn.items()) for _, turn in sorted(by_number.items())]
 
 
-def _rows_a_turn(builds: Sequence[TeacherBuild]) -> int:
-    """Return how many rows a turn has: whole Zarr shards of everyone.
+def _rows_per_turn(builds: Sequence[TeacherBuild]) -> int:
+    """Return how many rows a turn has: whole Zarr shards of every teacher.
 
-    What the first teacher of a turn has passed waits for the others in memory; the longer a turn,
-    the more rarely teachers move to the device and away.
+    A longer turn moves teachers between CPU and device less often. But the images that the first
+    teacher has used wait in memory for the others.
     """
     rows = max(build.store.layout.rows_per_shard for build in builds)
     if len(builds) > 1:
@@ -94,23 +228,23 @@ def _rows_a_turn(builds: Sequence[TeacherBuild]) -> int:
     return rows
 
 
-def _stream(
+def _image_loader(
     turns: Sequence[Turn], corpus: Corpus, catalog: Catalog, options: BuildOptions
 ) -> ImageLoader:
     order: list[npt.NDArray[np.int64]] = []
     wanted: dict[ImageTransform, list[npt.NDArray[np.int64]]] = {}
     for turn in turns:
-        places: list[npt.NDArray[np.int64]] = []
-        for build, units in turn:
-            own = [unit.places for unit in units]
-            wanted.setdefault(build.transform, []).extend(own)
-            places.extend(own)
-        order.append(np.unique(np.concatenate(places)))
+        row_ids: list[npt.NDArray[np.int64]] = []
+        for build, tasks in turn:
+            of_build = [task.row_ids for task in tasks]
+            wanted.setdefault(build.transform, []).extend(of_build)
+            row_ids.extend(of_build)
+        order.append(np.unique(np.concatenate(row_ids)))
     return ImageLoader(
         corpus,
         catalog.images,
         catalog.views,
-        {transform: np.concatenate(places) for transform, places in wanted.items()},
+        {transform: np.concatenate(row_ids) for transform, row_ids in wanted.items()},
         np.concatenate(order),
         num_workers=options.num_workers,
         pin_memory=options.device.startswith("cuda"),

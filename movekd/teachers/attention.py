@@ -1,11 +1,11 @@
-"""The [CLS] row of one block's attention, without the T x T map.
+"""Compute the [CLS] row of one block's attention without the T x T map.
 
-Comes in: the attention module of a transformer block, watched by a pre-hook while the model runs
-its own fused kernel. Goes out: how much the [CLS] query attends to every patch.
-``teachers.teacher`` uses it; the row weighs the tokens of the distillation loss.
+Input: the attention module of a transformer block; a pre-hook sees its input while the model runs
+its fused kernel. Output: attention of the [CLS] query to every patch. ``teachers.teacher`` uses it;
+the row weights the tokens of the distillation loss.
 
-The module's own projections compute one query and all keys again, which costs about a sixth of
-the block's attention and no memory to speak of.
+The hook computes one query and all keys again with the module's own projections. This costs about a
+sixth of the block's attention and almost no memory.
 
 Legend: B batch, T tokens, P prefix tokens ([CLS], then registers), N = T - P patches, H heads,
 K width of a head, C width.
@@ -35,19 +35,19 @@ _KNOWN = {
     "transformers.models.vit.modeling_vit.ViTAttention",
     "transformers.models.vit_msn.modeling_vit_msn.ViTMSNAttention",
 }
-"""Classes whose arithmetic is known: softmax(q k^T), with or without a rotary embedding.
+"""Classes that compute softmax(q k^T), with or without a rotary embedding.
 
-A list, because others hide terms that a row computed here would miss without a word: BEiT adds
-a relative position bias to the logits, for one.
+Other classes may have terms that this file would silently miss: BEiT adds a relative position bias
+to the logits.
 """
 
 
 Rope = Tensor | tuple[Tensor, Tensor]
-"""A rotary embedding as a block passes it on: timm's (N, 2 K), or transformers' cos and sin."""
+"""Argument of a block that holds a rotary embedding: timm's (N, 2 K), or cos and sin."""
 
 
 def class_path(module: nn.Module) -> str:
-    """Return where a module's class is defined, ``package.module.Class``."""
+    """Return the full name of a module's class, ``package.module.Class``."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -55,7 +55,7 @@ def find_attention(block: nn.Module) -> nn.Module:
     """Return the attention module inside a transformer block.
 
     Raises:
-        ConfigError: the block has none whose arithmetic is known.
+        ConfigError: the block has none of a known class.
     """
     for module in block.modules():
         if class_path(module) in _KNOWN:
@@ -70,7 +70,7 @@ def find_attention(block: nn.Module) -> nn.Module:
 def watch_cls_attention(
     attention: nn.Module, num_prefix: int, keep: Callable[[Tensor], None]
 ) -> RemovableHandle:
-    """Hand ``keep`` the [CLS] row at every forward pass of ``attention``; remove by the handle.
+    """Call ``keep`` with the [CLS] row at every forward pass; the handle removes the hook.
 
     Args:
         attention: what ``find_attention`` returned.
@@ -97,7 +97,7 @@ def cls_attention_row(
         attention: what ``find_attention`` returned.
         hidden_BTC: its input, after the block's first norm.
         num_prefix: P, the tokens before the patches.
-        rope: the rotary embedding of the patches, as the block passes it on.
+        rope: the rotary embedding of the patches, as the block gets it.
     """
     module: Any = attention
     num_heads = int(getattr(module, "num_heads", 0) or module.num_attention_heads)
@@ -122,7 +122,7 @@ def _query_and_keys(module: Any, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]:
     weight_q, weight_k, _ = module.qkv.weight.chunk(3)
     bias = module.qkv.bias
     if bias is None and getattr(module, "q_bias", None) is not None:
-        bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))  # EVA keeps them apart
+        bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))  # EVA has three biases
     bias_q, bias_k, _ = (None, None, None) if bias is None else bias.chunk(3)
     return (
         functional.linear(cls_B1C, weight_q, bias_q),
@@ -131,9 +131,9 @@ def _query_and_keys(module: Any, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(keys_BHTK: Tensor, rope: Rope, num_prefix: int, is_half: bool) -> Tensor:
-    """Rotate the patches' keys as the library does; prefix tokens, the query among them, stay."""
+    """Rotate the patches' keys as the library does; prefix tokens, [CLS] included, stay."""
     patches_BHNK = keys_BHTK[:, :, num_prefix:]
-    if isinstance(rope, tuple):  # transformers: the two halves of a head turn together
+    if isinstance(rope, tuple):  # transformers rotates channel j with j + K/2
         cos_NK, sin_NK = rope
         first, second = patches_BHNK.chunk(2, dim=-1)
         rotated_BHNK = patches_BHNK * cos_NK + torch.cat((-second, first), dim=-1) * sin_NK

@@ -1,9 +1,8 @@
-"""Attention-pooling heads: what stands for [CLS] in SigLIP and other models without that token.
+"""Read attention-pooling heads, which replace [CLS] in SigLIP and other models without that token.
 
-Such a head asks all patches with one learned query, its probe, and turns what it gathers into one
-embedding. Comes in: the head, and the tokens that the network ends with. Goes out: the head's own
-output, and how much the probe attends to every patch. ``teachers.teacher`` uses it where a spec
-says ``cls_source: attention_pool``.
+The head attends to all patches with one learned query, its probe, and returns one embedding. Input:
+the head, and the network's output tokens. Output: the head's embedding, and the probe's attention
+to every patch. ``teachers.teacher`` uses it for ``cls_source: attention_pool``.
 
 Legend: B batch, N patches, H heads, K width of a head, C width.
 """
@@ -22,9 +21,9 @@ _TIMM = "timm.layers.attention_pool.AttentionPoolLatent"
 
 
 def find_pool(module: nn.Module) -> nn.Module | None:
-    """Return the attention-pooling head of a network if its arithmetic is known, else None.
+    """Return the attention-pooling head of a network if its class is known, else None.
 
-    One probe, which sees the patches and nothing else.
+    The head must have one probe, which sees only the patches.
     """
     for inner in module.modules():
         if class_path(inner) in _TRANSFORMERS:
@@ -40,7 +39,7 @@ def pool(head: nn.Module, patches_BNC: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         head: what ``find_pool`` returned.
-        patches_BNC: the network's own output, after its final norm where it has one.
+        patches_BNC: the network's output, after its final norm if it has one.
 
     A row of the attention is a softmax over the patches and sums to 1.
     """
@@ -66,7 +65,7 @@ def _query_and_keys(head: Any, patches_BNC: Tensor) -> tuple[Tensor, Tensor, int
         bias_k = None if bias_k is None else bias_k.chunk(2)[0]
         keys_BNC = functional.linear(patches_BNC, weight_k, bias_k)
         return head.q(head.latent[0]), keys_BNC, head.num_heads
-    attention = head.attention  # torch's own, which keeps the three projections in one
+    attention = head.attention  # nn.MultiheadAttention stacks the three projections
     weight_q, weight_k, _ = attention.in_proj_weight.chunk(3)
     bias_q, bias_k, _ = attention.in_proj_bias.chunk(3)
     query_1C = functional.linear(head.probe[0], weight_q, bias_q)

@@ -1,34 +1,77 @@
-"""Backbone: what every provider makes of a spec, and what ``teachers.teacher`` reads features from.
+"""Interface between providers and ``teachers.teacher``: a network and how to read its features.
 
 Legend: B batch, C channels, H W pixels (in pixels_BCHW) or H heads (in cls_attention_BHN),
 T tokens with prefix, N patch tokens, D width, R x S a feature map.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
+from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, did_you_mean
 
 
+class OutputShape(NamedTuple):
+    """Sizes of a teacher's output; None if the output has no such tensor."""
+
+    num_tokens: int
+    width: int
+    cls_width: int | None
+    num_heads: int | None
+
+
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says about a batch of images; float32, on the teacher's device.
+    """A teacher's features of a batch of images; float32, on the teacher's device.
 
     Attributes:
         tokens_BND: patch tokens on the native grid, row-major, without prefix tokens.
         cls_BD: the [CLS] embedding of the same layer, or the output of the attention-pooling
-            head; None unless the spec asks for it.
-        cls_attention_BHN: how much [CLS] attends to every patch in the block before that layer,
-            or the head's probe does; None unless asked for. A row is a softmax over all tokens
-            with the prefix dropped: it sums to less than 1 for a token, to 1 for a probe.
+            head. None unless the spec asks for it.
+        cls_attention_BHN: attention of [CLS] to every patch in the block before that layer, or
+            of the head's probe. None unless the spec asks for it. A row is a softmax over all
+            tokens with the prefix dropped: it sums to less than 1 for a token, to 1 for a probe.
     """
 
     tokens_BND: Tensor
     cls_BD: Tensor | None = None
     cls_attention_BHN: Tensor | None = None
+
+    @property
+    def shape(self) -> OutputShape:
+        """Number of tokens, width, width of [CLS] and heads of its attention."""
+        cls, attention = self.cls_BD, self.cls_attention_BHN
+        return OutputShape(
+            self.tokens_BND.shape[1],
+            self.tokens_BND.shape[2],
+            None if cls is None else cls.shape[1],
+            None if attention is None else attention.shape[1],
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the output with ``function`` applied to each of its tensors."""
+        cls, attention = self.cls_BD, self.cls_attention_BHN
+        return replace(
+            self,
+            tokens_BND=function(self.tokens_BND),
+            cls_BD=None if cls is None else function(cls),
+            cls_attention_BHN=None if attention is None else function(attention),
+        )
+
+    def resize(self, side: int) -> Self:
+        """Return the output with tokens and attention resized to a grid, in float32."""
+        attention = self.cls_attention_BHN
+        return replace(
+            self,
+            tokens_BND=resize_tokens(self.tokens_BND.float(), side),
+            cls_attention_BHN=None
+            if attention is None
+            else resize_attention(attention.float(), side),
+        )
 
 
 @dataclass(frozen=True)
@@ -37,14 +80,14 @@ class Backbone:
 
     Attributes:
         module: the network, on the CPU.
-        run: pixels_BCHW -> the network's own output, (B, T, D) tokens or a (B, D, R, S) map, or
-            a whole TeacherOutput.
-        blocks: its transformer blocks in order; empty for a network without (a convolutional one).
+        run: pixels_BCHW -> the network's output: (B, T, D) tokens, a (B, D, R, S) map, or a
+            TeacherOutput.
+        blocks: transformer blocks in order; empty for a convolutional network.
         num_prefix: tokens before the patches.
-        has_cls: whether the first of them is a [CLS] token; the others are registers.
+        has_cls: whether the first prefix token is [CLS]; the others are registers.
         has_neck: whether ``run`` ends with SAM's neck.
-        pool: its attention-pooling head, which reads the patches of ``run``'s output.
-        is_complete: whether ``run`` returns a TeacherOutput, with all that the spec asks for.
+        pool: attention-pooling head, which reads the patches of ``run``'s output.
+        is_complete: whether ``run`` returns a TeacherOutput with all that the spec asks for.
     """
 
     module: nn.Module

@@ -1,13 +1,14 @@
-"""Where a teacher's weights come from, and the refusal of anything but all of them.
+"""Find, read and load a teacher's weights; every key must be present and none left over.
 
-Comes in: what a spec says under ``weights``. Goes out: a file, a state dict, a loaded module.
-``teachers.providers`` uses it; nothing here knows an architecture.
+Input: ``weights`` of a spec. Output: a file, a state dict, or a loaded module. The providers use
+it. Nothing here knows an architecture.
 """
 
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,20 @@ from torch import Tensor, nn
 from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
 from movekd.errors import WeightsError, did_you_mean
 
+
+@dataclass(frozen=True)
+class Published:
+    """Where the weights of a model are published.
+
+    Attributes:
+        repo: the hub repository, None if they are published nowhere.
+        files: file names that would do, the preferred one first.
+    """
+
+    repo: str | None = None
+    files: Sequence[str] = ("model.safetensors",)
+
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -27,14 +42,14 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def quiet() -> Iterator[None]:
     """Silence the libraries' progress bars, warnings and load reports.
 
-    What they would report (missing and unexpected keys) is checked here, and refused.
+    They report missing and unexpected keys, which the functions of this file refuse.
     """
     import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as hf_logging
 
     had_bars = hf_logging.is_progress_bar_enabled()
     levels = hf_logging.get_verbosity(), hub_logging.get_verbosity()
-    hf_logging.disable_progress_bar()  # the hub's as well
+    hf_logging.disable_progress_bar()  # this one covers the hub's bars too
     hf_logging.set_verbosity_error()
     hub_logging.set_verbosity(logging.ERROR)
     try:
@@ -52,7 +67,7 @@ def given_path(spec: CacheSpec) -> Path:
     """Return the directory or file that ``spec.weights`` names.
 
     Raises:
-        WeightsError: it does not exist, or is a file of another kind.
+        WeightsError: it does not exist, or is not a weights file.
     """
     path = Path(spec.weights)
     if not path.exists():
@@ -68,42 +83,40 @@ def given_path(spec: CacheSpec) -> Path:
     return path
 
 
-def weights_file(spec: CacheSpec, repo: str | None, names: Sequence[str]) -> Path:
-    """Return the one file that holds the weights, downloaded where ``weights: hub`` asks for it.
+def weights_file(spec: CacheSpec, place: Published) -> Path:
+    """Return the file that holds the weights; ``weights: hub`` downloads it.
 
     Args:
         spec: ``weights`` is ``hub``, a directory or a file.
-        repo: the hub repository, None where nothing is published.
-        names: file names in the repository, the preferred one first; looked for in a directory
-            as well, before any other weights file.
+        place: where they are published. In a directory these file names are preferred.
 
     Raises:
-        WeightsError: nothing is there, or it is not clear which file is meant.
+        WeightsError: no such file, or several that could be meant.
     """
     if spec.weights == "hub":
-        if repo is None:
+        if place.repo is None:
             raise WeightsError(
                 f"no weights are published for {spec.provider} model '{spec.model}'. "
                 "Set `weights` in the teacher's YAML to a directory or a file."
             )
-        return _download(spec, repo, names)
+        return _download(spec, place.repo, place.files)
     path = given_path(spec)
     if path.is_file():
         return path
-    candidates = (path / Path(name).name for name in (*names, "model.safetensors"))
+    candidates = (path / Path(name).name for name in (*place.files, "model.safetensors"))
     preferred = [file for file in candidates if file.is_file()]
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if preferred or len(found) == 1:
         return (preferred or found)[0]
     listed = ", ".join(file.name for file in found[:5]) or "none"
     raise WeightsError(
-        f"weights of '{spec.name}': {path} should hold {Path(names[0]).name} or a single weights "
-        f"file; found {listed}. Set `weights` to the file itself."
+        f"weights of '{spec.name}': {path} should hold {Path(place.files[0]).name} or a single "
+        f"weights file; found {listed}. Set `weights` to the file itself."
     )
 
 
 def _download(spec: CacheSpec, repo: str, names: Sequence[str]) -> Path:
-    """Return the first of ``names`` that the repository holds, from the hub or its cache."""
+    """Return the first of ``names`` in the repository, from the hub or its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -112,9 +125,9 @@ def _download(spec: CacheSpec, repo: str, names: Sequence[str]) -> Path:
         try:
             with quiet():
                 return Path(hf_hub_download(repo, name, revision=spec.revision))
-        except LocalEntryNotFoundError as error:  # no connection; another name may be cached
+        except LocalEntryNotFoundError as error:  # offline, but another name may be cached
             reason = error
-        except EntryNotFoundError as error:  # the repository has no such file
+        except EntryNotFoundError as error:  # try the next name
             reason = error
         except OSError as error:
             reason = error
@@ -125,7 +138,7 @@ def _download(spec: CacheSpec, repo: str, names: Sequence[str]) -> Path:
 def unreachable(
     spec: CacheSpec, repo: str, names: Iterable[str], reason: object = None
 ) -> WeightsError:
-    """Return the error that tells how to fetch weights by hand, and of a name nearly right."""
+    """Return an error that says how to fetch weights by hand and suggests the nearest model."""
     why = f" ({str(reason).splitlines()[0]})" if reason and str(reason) else ""
     return WeightsError(
         f"weights of '{spec.name}' could not be fetched from {repo}{why}."
@@ -136,16 +149,16 @@ def unreachable(
 
 
 def _nearest_shipped(spec: CacheSpec) -> str:
-    """Suggest the model of a shipped spec: nobody can list all of the hub's."""
+    """Suggest the model of a shipped spec; the hub has too many models to list."""
     known = {load_spec(name).model for name in shipped_specs()}
     return "" if spec.model in known else did_you_mean(spec.model, known, cutoff=0.8)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file, on the CPU, in the dtype they are stored in.
+    """Return the tensors of a weights file, on the CPU, in their stored dtype.
 
-    A training checkpoint's ``model`` or ``state_dict`` is taken. Nothing is executed:
-    ``torch.load`` runs with ``weights_only=True``.
+    Of a training checkpoint, ``model`` or ``state_dict`` is read. ``weights_only=True`` keeps
+    pickled files from running code.
 
     Raises:
         WeightsError: the file is damaged, or holds more than tensors and plain containers.
@@ -172,10 +185,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Load ``state`` into ``module``: every key, and no other, in the shapes expected.
+    """Load ``state`` into ``module``, whose keys and shapes must match exactly.
 
     Raises:
-        WeightsError: keys are missing, unexpected or of another shape; names the first few.
+        WeightsError: keys are missing, unexpected or of another shape; names the first ones.
     """
     try:
         module.load_state_dict(state, strict=True)
@@ -184,7 +197,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: Path) -
 
 
 def keys_differ(source: object, error: RuntimeError) -> WeightsError:
-    """Return a short form of what PyTorch says when a state dict does not fit."""
+    """Return a short form of PyTorch's error about a state dict that does not fit."""
     lines = [line.strip() for line in str(error).splitlines()[1:]]
     said = " ".join(_shortened(line) for line in lines[:3]) or first_line(error)
     return WeightsError(
@@ -198,5 +211,5 @@ def _shortened(line: str, limit: int = 160) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what a library said, or the name of its error."""
+    """Return the first line of a library's error, or its class name if it has no message."""
     return _shortened(str(error).splitlines()[0]) if str(error) else type(error).__name__

@@ -1,7 +1,7 @@
 """EVA-02-L as a detection backbone: a vision transformer with windows and a rotary embedding.
 
-Comes in: normalised pixels of any size that the patch divides. Goes out: the tokens of the last
-block. No library has this network; ``teachers.providers`` builds it for ``provider: movekd``.
+Input: normalised pixels; the patch size must divide their height and width. Output: the tokens of
+the last block. No library has this network, so ``provider: movekd`` builds it here.
 
 Module names are those of the released checkpoint, so that it loads without renaming.
 
@@ -17,16 +17,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-RELEASED_REPO = "Yuxin-CV/EVA-02"
-RELEASED_FILE = "eva02/det/eva02_L_coco_det_sys_o365.pth"
+from movekd.cache.spec import CacheSpec
+from movekd.errors import ConfigError
+from movekd.teachers.backbone import Backbone, check_name
+from movekd.teachers.checkpoints import Published, load_exactly, read_state_dict, weights_file
+
+RELEASED = Published("Yuxin-CV/EVA-02", ("eva02/det/eva02_L_coco_det_sys_o365.pth",))
 RELEASED_PREFIX = "backbone.net."
 
 
-def backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's tensors of a detector's state dict, under the names used here.
+def eva02_det_weights(spec: CacheSpec) -> Published:
+    """Return where the released weights are."""
+    return RELEASED
 
-    Only keys below ``backbone.net.`` count; a state dict without any is taken as the backbone's
-    own. The stored tables of the rotary embedding are dropped: ``rotary_table`` computes them.
+
+def eva02_det_backbone(spec: CacheSpec) -> Backbone:
+    """Build ``model: eva02_det`` with its weights."""
+    check_name(spec, ["eva02_det"])
+    try:
+        module = Eva02Det(**spec.model_args)
+    except TypeError as error:
+        raise ConfigError(
+            f"model_args of '{spec.name}' make no eva02_det: {error}. Correct them."
+        ) from None
+    if spec.weights != "random":
+        path = weights_file(spec, RELEASED)
+        load_exactly(module, backbone_weights(read_state_dict(path)), path)
+    return Backbone(module, module.forward, blocks=tuple(module.blocks))
+
+
+def backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone's tensors of a detector's state dict, under the names of ``Eva02Det``.
+
+    Only keys below ``backbone.net.`` count. A state dict without such keys is that of the backbone
+    itself. The stored tables of the rotary embedding are dropped; ``rotary_table`` computes them.
     """
     inside = {
         name.removeprefix(RELEASED_PREFIX): tensor
@@ -55,7 +79,8 @@ def rotary_table(
     Source: EVA-02 (arXiv 2303.11331), 2-D rotary position embedding with theta 10000.
     """
     num_freqs = head_dim // 4
-    kind: Any = {"dtype": torch.float32, "device": device}  # made there: a copy would wait for it
+    # Made on the device: a copy from the CPU would wait for all work that is queued there.
+    kind: Any = {"dtype": torch.float32, "device": device}
     freqs = 10000.0 ** (-torch.arange(num_freqs, **kind) / num_freqs)
     rows = torch.arange(num_rows, **kind) / num_rows * base_grid
     cols = torch.arange(num_cols, **kind) / num_cols * base_grid
@@ -76,7 +101,7 @@ def rotate(x_BHNK: Tensor, angles: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention with a bias on queries and values, none on keys."""
+    """Self-attention with a bias for queries and values, but none for keys."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -233,7 +258,7 @@ class Eva02Det(nn.Module):
 
     def _positions(self, rows: int, cols: int) -> Tensor:
         """Return the absolute position embedding (1, R, S, D), resized bicubically."""
-        stored_1ND = self.pos_embed[:, 1:]  # the first entry belongs to a [CLS] token, dropped
+        stored_1ND = self.pos_embed[:, 1:]  # entry 0 is for a [CLS] token, which this network lacks
         side = math.isqrt(stored_1ND.shape[1])
         stored = stored_1ND.view(1, side, side, -1).permute(0, 3, 1, 2)
         if (rows, cols) != (side, side):

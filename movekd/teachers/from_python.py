@@ -1,8 +1,10 @@
-"""Backbones from a function of the user's own: ``provider: python``.
+"""Build backbones with a user's Python function: ``provider: python``.
 
-Comes in: a CacheSpec whose ``factory`` names an importable function. Goes out: a ``Backbone`` whose
-network says all that the spec asks for. Importing runs code, so this is for specs that a user
-handed over as a YAML file; ``analysis.resolve_spec`` keeps those out that a cache brings along.
+Input: a CacheSpec whose ``factory`` names an importable function. Output: a ``Backbone`` whose
+network returns all that the spec asks for.
+
+Importing runs code. Therefore only specs that the user gives as a YAML file get here;
+``analysis.resolve_spec`` refuses those that a cache brings along.
 
 Legend: B batch, C channels, H W pixels (in pixels_BCHW) or H heads, N patch tokens, D width,
 R x S a feature map.
@@ -19,7 +21,13 @@ from torch import Tensor, nn
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, MovekdError, did_you_mean
 from movekd.teachers.backbone import Backbone, TeacherOutput
-from movekd.teachers.checkpoints import first_line, load_exactly, read_state_dict, weights_file
+from movekd.teachers.checkpoints import (
+    Published,
+    first_line,
+    load_exactly,
+    read_state_dict,
+    weights_file,
+)
 
 
 def python_backbone(spec: CacheSpec) -> Backbone:
@@ -31,13 +39,13 @@ def python_backbone(spec: CacheSpec) -> Backbone:
     """
     if spec.weights == "hub":
         raise ConfigError(
-            f"'{spec.name}' has weights: hub; no hub knows a network of your own. Set `weights` to "
-            "a .safetensors or .pth file or its directory, to `factory` if the function loads them "
-            "itself, or to `random` for a trial."
+            f"'{spec.name}' has weights: hub; the hub has no weights of your own network. Set "
+            "`weights` to a .safetensors or .pth file or its directory, to `factory` if the "
+            "function loads them itself, or to `random` for a trial."
         )
-    module = _made(spec)
+    module = _create(spec)
     if spec.weights not in ("random", "factory"):
-        path = weights_file(spec, None, ("model.safetensors",))
+        path = weights_file(spec, Published())
         load_exactly(module, read_state_dict(path), path)
 
     def run(pixels_BCHW: Tensor) -> TeacherOutput:
@@ -45,7 +53,7 @@ def python_backbone(spec: CacheSpec) -> Backbone:
             output = module(pixels_BCHW)
         except (MovekdError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever the user's code does
+        except Exception as error:  # user code may raise anything
             shape = tuple(pixels_BCHW.shape)
             raise ConfigError(
                 f"the network of {spec.factory} fails on pixels {shape}: {_said(error)}. Correct "
@@ -56,12 +64,12 @@ def python_backbone(spec: CacheSpec) -> Backbone:
     return Backbone(module, run, is_complete=True)
 
 
-def _made(spec: CacheSpec) -> nn.Module:
-    """Return the network that the factory makes of ``model_args``, in float32."""
-    factory = _imported(spec)
+def _create(spec: CacheSpec) -> nn.Module:
+    """Call the factory with ``model_args`` and return its network in float32."""
+    factory = _import_factory(spec)
     try:
         module = factory(**spec.model_args)
-    except Exception as error:  # whatever the user's code does
+    except Exception as error:  # user code may raise anything
         raise ConfigError(
             f"{spec.factory} fails with model_args {spec.model_args} of '{spec.name}': "
             f"{_said(error)}. Correct model_args or the function; --debug shows where."
@@ -77,21 +85,21 @@ def _made(spec: CacheSpec) -> nn.Module:
     return module if next(module.parameters()).is_meta else module.cpu()
 
 
-def _imported(spec: CacheSpec) -> Callable[..., Any]:
+def _import_factory(spec: CacheSpec) -> Callable[..., Any]:
     """Return the function that ``factory`` names."""
     name, _, attribute = str(spec.factory).partition(":")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
-        if missing != name and not name.startswith(f"{missing}."):  # something that it imports
+        if missing != name and not name.startswith(f"{missing}."):  # an import inside of it
             raise _import_failed(spec, name, error) from error
         raise ConfigError(
-            f"factory of '{spec.name}': there is no module {missing} that Python can import."
+            f"factory of '{spec.name}': Python finds no module {missing}."
             f"{did_you_mean(missing, _modules_beside(missing))} Install its package, or set "
             "PYTHONPATH to the folder that holds it."
         ) from None
-    except Exception as error:  # whatever the user's code does
+    except Exception as error:  # user code may raise anything
         raise _import_failed(spec, name, error) from error
     factory = getattr(module, attribute, None)
     if factory is None:
@@ -117,7 +125,7 @@ def _import_failed(spec: CacheSpec, name: str, error: Exception) -> ConfigError:
 
 
 def _modules_beside(name: str) -> Iterable[str]:
-    """Return the names of importable modules in the package of ``name``, itself imported."""
+    """Return the names of importable modules in the package of ``name``, which gets imported."""
     parent = name.rpartition(".")[0]
     places = getattr(importlib.import_module(parent), "__path__", []) if parent else None
     prefix = f"{parent}." if parent else ""
@@ -125,7 +133,7 @@ def _modules_beside(name: str) -> Iterable[str]:
 
 
 def _checked(spec: CacheSpec, output: object, batch: int) -> TeacherOutput:
-    """Return what a network's forward said, as far as the spec asks for it, in float32."""
+    """Return the parts of a network's output that the spec asks for, in float32."""
     if isinstance(output, Tensor):
         output = TeacherOutput(output)
     if not isinstance(output, TeacherOutput) or not isinstance(output.tokens_BND, Tensor):
@@ -153,11 +161,10 @@ def _checked(spec: CacheSpec, output: object, batch: int) -> TeacherOutput:
                 f"'{spec.name}' asks for {key}; forward of {spec.factory}'s network gave {found}. "
                 f"Return movekd.teachers.TeacherOutput with {shape}, or set {key}: false."
             )
-    return TeacherOutput(
-        tokens.float().contiguous(),
-        cls.float().contiguous() if spec.cls and cls is not None else None,
-        attention.float().contiguous() if spec.cls_attention and attention is not None else None,
+    kept = TeacherOutput(
+        tokens, cls if spec.cls else None, attention if spec.cls_attention else None
     )
+    return kept.map(lambda tensor: tensor.float().contiguous())
 
 
 def _wrong_output(spec: CacheSpec, found: str) -> ConfigError:

@@ -1,7 +1,7 @@
-"""Backbones from timm, and from open_clip, whose newer image towers are timm's.
+"""Build backbones from timm, and from open_clip, whose newer image towers are timm models.
 
-Comes in: a CacheSpec. Goes out: a ``Backbone`` for ``teachers.providers``. Both libraries are
-imported when a spec asks for them.
+Input: a CacheSpec. Output: a ``Backbone`` for ``teachers.providers``. Both libraries are imported
+only when a spec asks for them.
 
 Legend: B batch, C channels, H x W pixels.
 """
@@ -15,13 +15,13 @@ from movekd.errors import ConfigError
 from movekd.teachers.attention_pool import find_pool
 from movekd.teachers.backbone import Backbone, check_name
 from movekd.teachers.checkpoints import (
+    Published,
     keys_differ,
     load_exactly,
     quiet,
     read_state_dict,
     weights_file,
 )
-from movekd.teachers.hub import published
 
 _NOT_OF_THE_ARCHITECTURE = {
     "cache_dir",
@@ -36,10 +36,19 @@ _NOT_OF_THE_ARCHITECTURE = {
     "pretrained_cfg_overlay",
     "scriptable",
 }
-"""Arguments of ``timm.create_model`` that fetch or write files, or undo what ``weights`` says.
+"""Arguments of ``timm.create_model`` that fetch or write files, or override ``weights``.
 
-A spec may come out of somebody else's cache.
+They are refused because a spec may come from another person's cache.
 """
+
+
+def timm_weights(spec: CacheSpec) -> Published:
+    """Return where timm finds the weights of a model."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(spec.model)
+    name = (config.hf_hub_filename if config else None) or "model.safetensors"
+    return Published(config.hf_hub_id if config else None, (name, "pytorch_model.bin"))
 
 
 def timm_backbone(spec: CacheSpec) -> Backbone:
@@ -50,10 +59,9 @@ def timm_backbone(spec: CacheSpec) -> Backbone:
     check_name(spec, known)
     if spec.weights == "random":
         return _backbone(_create(spec, spec.model))
-    place = published(spec)
-    path = weights_file(spec, place.repo, place.files)
-    # timm loads through its own filters, which know every older layout of its weights. The same
-    # number of classes on both sides keeps it strict.
+    path = weights_file(spec, timm_weights(spec))
+    # Only timm's own loader converts the older layouts of its weights. It is strict if both sides
+    # have the same number of classes.
     overlay: dict[str, Any] = {"state_dict": read_state_dict(path)}
     if "num_classes" in spec.model_args:
         overlay["num_classes"] = spec.model_args["num_classes"]
@@ -61,7 +69,7 @@ def timm_backbone(spec: CacheSpec) -> Backbone:
         module = _create(spec, spec.model, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise keys_differ(path, RuntimeError(str(error))) from None
-    module.pretrained_cfg.pop("state_dict", None)  # the tensors now live in the module
+    module.pretrained_cfg.pop("state_dict", None)  # frees the second copy of the tensors
     return _backbone(module)
 
 
@@ -71,7 +79,7 @@ def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
     if refused := sorted(_NOT_OF_THE_ARCHITECTURE & spec.model_args.keys()):
         raise ConfigError(
             f"model_args of '{spec.name}' hold {', '.join(refused)}, which is about files and "
-            "downloads; expected keys of the architecture alone. Say where weights come from under "
+            "downloads; expected only keys of the architecture. Say where weights come from under "
             "`weights`."
         )
     try:
@@ -102,10 +110,22 @@ def _backbone(module: Any) -> Backbone:
     )
 
 
+def open_clip_weights(spec: CacheSpec) -> Published:
+    """Return where open_clip finds the weights of a model."""
+    import open_clip
+
+    name, _, tag = spec.model.partition(".")
+    repo, _, file = (
+        (open_clip.get_pretrained_cfg(name, tag) if tag else {}).get("hf_hub") or ""
+    ).rpartition("/")
+    either = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return Published(repo or None, (file,) if file else either)
+
+
 def open_clip_backbone(spec: CacheSpec) -> Backbone:
     """Build the timm backbone of an open_clip model, ``architecture`` or ``architecture.tag``.
 
-    The backbone is all of the image side but its head (pooling and projection), which is not built.
+    The backbone is the image tower without its head (pooling and projection).
     """
     import open_clip
 
@@ -115,21 +135,20 @@ def open_clip_backbone(spec: CacheSpec) -> Backbone:
     tower = open_clip.get_model_config(name)["vision_cfg"]
     if "timm_model_name" not in tower:
         raise ConfigError(
-            f"open_clip model '{name}' has no timm trunk; movekd reads only those. Use provider "
+            f"open_clip model '{name}' has no timm backbone; movekd reads only those. Use provider "
             "timm or transformers for this vision transformer."
         )
     module = _create(spec, tower["timm_model_name"])
     module.head = nn.Identity()
     if spec.weights == "random":
         return _backbone(module)
-    place = published(spec)
-    path = weights_file(spec, place.repo, place.files)
+    path = weights_file(spec, open_clip_weights(spec))
     load_exactly(module, _backbone_weights(read_state_dict(path)), path)
     return _backbone(module)
 
 
 def _backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the timm tensors of an open_clip checkpoint, or of its timm model saved alone."""
+    """Return the timm tensors of an open_clip checkpoint, or of a checkpoint of its timm model."""
     prefix = "visual.trunk."
     inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return {k: v for k, v in (inside or state).items() if not k.startswith("head.")}

@@ -1,7 +1,7 @@
-"""Backbones from transformers: any of its vision models, alone or out of a larger checkpoint.
+"""Build backbones from transformers: any vision model, also as a part of a larger checkpoint.
 
-Comes in: a CacheSpec. Goes out: a ``Backbone`` for ``teachers.providers``. transformers is imported
-when a spec asks for it, and code from the hub is never run.
+Input: a CacheSpec. Output: a ``Backbone`` for ``teachers.providers``. transformers is imported only
+when a spec asks for it. Code from the hub never runs.
 
 Legend: B batch, C channels, H x W pixels.
 """
@@ -20,6 +20,7 @@ from movekd.teachers import pix2struct
 from movekd.teachers.attention_pool import find_pool
 from movekd.teachers.backbone import Backbone
 from movekd.teachers.checkpoints import (
+    Published,
     first_line,
     given_path,
     quiet,
@@ -28,12 +29,18 @@ from movekd.teachers.checkpoints import (
 )
 
 
+def transformers_weights(spec: CacheSpec) -> Published:
+    """Return where the hub has the weights of a model."""
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return Published(spec.model, files)
+
+
 def transformers_backbone(spec: CacheSpec) -> Backbone:
     """Build a vision model of transformers.
 
-    The architecture comes from the config.json beside the weights (the vision part of it, where
-    the checkpoint is of a larger model). Without one (``random``, a single file) it comes from
-    ``model_args``, which then hold ``model_type``. Where both speak they must agree.
+    The architecture comes from the config.json beside the weights (of a larger model, from its
+    vision part). Without a config.json (``random``, a single file) it comes from ``model_args``,
+    which then need ``model_type``. If both give a value, the values must agree.
     """
     with quiet():
         module = _model(spec)
@@ -69,7 +76,7 @@ def transformers_backbone(spec: CacheSpec) -> Backbone:
 
 
 def _model(spec: CacheSpec) -> Any:
-    """Return the model in float32, every weight of it from where the spec says."""
+    """Return the model in float32 with the weights that the spec names."""
     from transformers import AutoConfig
 
     if spec.weights == "random":
@@ -102,15 +109,15 @@ def _load_all(
 ) -> Any:
     """Return the base model of ``config`` with every weight loaded and none left over.
 
-    ``whole`` is the checkpoint's own config. Where that is of a larger model (CLIP with its text
-    side, a classifier), the checkpoint may hold more than the vision model.
+    ``whole`` is the checkpoint's config. If it describes a larger model (CLIP with its text tower,
+    a classifier), the checkpoint may hold more weights than the vision model has.
     """
     model_class = _model_class(spec, config)
     module, report = model_class.from_pretrained(
         source,
         config=config,
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # reported, and refused below
+        ignore_mismatched_sizes=True,  # the report lists them, and they are refused below
         output_loading_info=True,
         key_mapping=pix2struct.KEY_MAPPING if config.model_type == pix2struct.MODEL_TYPE else None,
         **options,
@@ -139,7 +146,7 @@ def _model_class(spec: CacheSpec, config: Any) -> Any:
     from transformers import MODEL_MAPPING, Pix2StructVisionModel
 
     if config.model_type == pix2struct.MODEL_TYPE:
-        return Pix2StructVisionModel  # a vision model, but in none of the library's lists
+        return Pix2StructVisionModel  # transformers lists it in no mapping
     if type(config) not in MODEL_MAPPING:
         raise ConfigError(
             f"'{spec.name}': transformers has no base model for {type(config).__name__}; expected "
@@ -149,7 +156,7 @@ def _model_class(spec: CacheSpec, config: Any) -> Any:
 
 
 def _config_from_args(spec: CacheSpec) -> Any:
-    """Return the config that ``model_args`` alone describe."""
+    """Return the config that ``model_args`` describe."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -159,7 +166,7 @@ def _config_from_args(spec: CacheSpec) -> Any:
         found = "no model_type" if model_type is None else f"model_type '{model_type}'"
         raise ConfigError(
             f"model_args of '{spec.name}' have {found}; weights without a config.json need one "
-            f"that transformers knows, clip_vision_model for one."
+            f"that transformers knows, such as clip_vision_model."
             f"{did_you_mean(str(model_type), CONFIG_MAPPING.keys())}"
         )
     known = AutoConfig.for_model(model_type).to_dict()
@@ -185,5 +192,5 @@ def _check_args_agree(spec: CacheSpec, config: Any, source: str) -> None:
         if found != (list(asked) if isinstance(asked, tuple) else asked):
             raise WeightsError(
                 f"{source}/config.json has {key}: {found}; model_args of '{spec.name}' ask for "
-                f"{asked}. Take the weights that were meant, or drop the key from model_args."
+                f"{asked}. Use other weights, or drop the key from model_args."
             )

@@ -1,8 +1,8 @@
-"""Pix2Struct's encoder fed as its image processor feeds it, and its tokens as MoVE-KD takes them.
+"""Run Pix2Struct's encoder: patches as in its image processor, tokens as in MoVE-KD.
 
-The network sees no pixels but flattened patches of 16x16, each behind its row and column. Comes
-in: a square image in 0..1. Goes out: 45x45 tokens, from the blocks as they are, and at the end
-brought to 32x32. ``teachers.from_transformers`` uses it.
+The network's input is flattened patches of 16x16 pixels, each with its row and column. Input: a
+square image in 0..1. Output: 45x45 tokens from the blocks, or 32x32 from the end of the network.
+``teachers.from_transformers`` uses it.
 
 Legend: B batch, C colours, H W pixels, P side of a patch, R = 45 rows and columns of patches,
 G = 32 rows and columns of tokens, N = R x R, D width.
@@ -21,10 +21,10 @@ from movekd.errors import ConfigError
 MODEL_TYPE = "pix2struct_vision_model"
 
 KEY_MAPPING = {r"^encoder\.(?=(embeddings|encoder|layernorm)\.)": ""}
-"""Names of the encoder within the whole model to its own; transformers does not strip these."""
+"""Key of the whole model -> key of the encoder; transformers does not strip this prefix."""
 
 MAX_PATCHES = 2048
-"""What the published processor and MoVE-KD's release allow an image."""
+"""Limit per image of the published processor and of MoVE-KD's release."""
 
 PATCH_GRID = math.isqrt(MAX_PATCHES)
 """Side of the largest square of patches: 45, whatever the size of the image."""
@@ -34,7 +34,7 @@ TOKEN_GRID = 32
 
 
 def check_input(spec: CacheSpec) -> None:
-    """Refuse pixels that cannot be turned back to levels.
+    """Refuse normalised pixels, which cannot be turned back into 8-bit levels.
 
     Raises:
         ConfigError: the spec's mean and std are not 0 and 1.
@@ -51,7 +51,7 @@ def patches_of(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
     """Return flattened patches (B, N, 2 + P * P * C), float32: row, column, then levels.
 
     Args:
-        pixels_BCHW: squares in 0..1; levels in 8 bits survive bfloat16, because they are rounded.
+        pixels_BCHW: squares in 0..1; rounding recovers the 8-bit levels even from bfloat16.
         patch_size: P.
 
     The image is standardised by its own mean and deviation, then resized to R x P pixels.
@@ -71,7 +71,7 @@ def patches_of(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
     split = resized_BCHW.view(batch, colours, PATCH_GRID, patch_size, PATCH_GRID, patch_size)
     flat_BNX = split.permute(0, 2, 4, 3, 5, 1).reshape(batch, PATCH_GRID**2, -1)
     ids_R = torch.arange(1, PATCH_GRID + 1, dtype=torch.float32, device=pixels_BCHW.device)
-    ids_N2 = torch.cartesian_prod(ids_R, ids_R)  # from 1: the processor's padding has row 0
+    ids_N2 = torch.cartesian_prod(ids_R, ids_R)  # from 1: row 0 marks padding
     return torch.cat((ids_N2.expand(batch, -1, -1), flat_BNX), dim=-1)
 
 
@@ -83,7 +83,7 @@ def run_pix2struct(module: Any, pixels_BCHW: Tensor) -> Tensor:
     """
     patch_size = math.isqrt(module.config.patch_embed_hidden_size // pixels_BCHW.shape[1])
     patches_BNX = patches_of(pixels_BCHW, patch_size).to(pixels_BCHW.dtype)
-    # The model's forward masks the processor's padding; here is none, and no mask is faster.
+    # The model's forward would mask padding. These patches have none, and no mask is faster.
     hidden_BND = module.encoder(module.embeddings(patches_BNX)).last_hidden_state
     tokens_BND: Tensor = module.layernorm(hidden_BND)
     map_BDRR = tokens_BND.transpose(1, 2).reshape(len(tokens_BND), -1, PATCH_GRID, PATCH_GRID)

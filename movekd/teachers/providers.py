@@ -1,55 +1,90 @@
-"""``build_backbone``: a spec's architecture with its weights, from the library that defines it.
+"""Registry of providers, and ``build_backbone``: build a spec's network and load its weights.
 
-Comes in: a CacheSpec. Goes out: a ``Backbone``, which ``teachers.teacher`` wraps.
+Input: a CacheSpec. Output: a ``Backbone``, which ``teachers.teacher`` wraps. A provider is a
+library, or another source of networks. A new one is one file with a function like
+``timm_backbone`` and one ``register_provider`` line below.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, did_you_mean
 from movekd.seeding import seeded
-from movekd.teachers.backbone import Backbone, check_name
-from movekd.teachers.checkpoints import load_exactly, read_state_dict, weights_file
-from movekd.teachers.eva02_det import Eva02Det, backbone_weights
+from movekd.teachers.backbone import Backbone
+from movekd.teachers.checkpoints import Published
+from movekd.teachers.eva02_det import eva02_det_backbone, eva02_det_weights
 from movekd.teachers.from_python import python_backbone
-from movekd.teachers.from_timm import open_clip_backbone, timm_backbone
-from movekd.teachers.from_transformers import transformers_backbone
-from movekd.teachers.hub import published
+from movekd.teachers.from_timm import (
+    open_clip_backbone,
+    open_clip_weights,
+    timm_backbone,
+    timm_weights,
+)
+from movekd.teachers.from_transformers import transformers_backbone, transformers_weights
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A source of networks.
+
+    Attributes:
+        build: spec -> its network with its weights, in float32 on the CPU.
+        published: spec -> where its weights are published.
+    """
+
+    build: Callable[[CacheSpec], Backbone]
+    published: Callable[[CacheSpec], Published]
+
+
+_PROVIDERS: dict[str, Provider] = {}
+
+
+def register_provider(
+    name: str,
+    build: Callable[[CacheSpec], Backbone],
+    published: Callable[[CacheSpec], Published] = lambda spec: Published(),
+) -> None:
+    """Make ``provider: name`` known to specs.
+
+    Args:
+        name: as specs write it.
+        build: spec -> its network with its weights, in float32 on the CPU.
+        published: spec -> where its weights are published. Default: nowhere.
+    """
+    _PROVIDERS[name] = Provider(build, published)
+
+
+def find_provider(spec: CacheSpec) -> Provider:
+    """Return the provider that a spec names.
+
+    Raises:
+        ConfigError: nobody registered it; names the nearest.
+    """
+    if spec.provider not in _PROVIDERS:
+        raise ConfigError(
+            f"'{spec.name}' has provider '{spec.provider}'; known providers: "
+            f"{', '.join(_PROVIDERS)}.{did_you_mean(spec.provider, _PROVIDERS)} Correct "
+            "`provider`, or register it with movekd.teachers.register_provider."
+        )
+    return _PROVIDERS[spec.provider]
 
 
 def build_backbone(spec: CacheSpec) -> Backbone:
     """Return the network that ``spec`` describes, weights loaded, in float32 on the CPU.
 
-    ``weights: random`` draws them from ``spec.seed`` and leaves PyTorch's generator as it was.
+    ``weights: random`` draws them from ``spec.seed`` and leaves PyTorch's generator unchanged.
 
     Raises:
-        ConfigError: the model or one of ``model_args`` is unknown.
+        ConfigError: the provider, the model or one of ``model_args`` is unknown.
         WeightsError: the weights are missing, unreadable, or do not fit.
     """
     with seeded(spec.seed):
-        return _PROVIDERS[spec.provider](spec)
+        return find_provider(spec).build(spec)
 
 
-def movekd_backbone(spec: CacheSpec) -> Backbone:
-    """Build the one network that lives here, EVA-02's detection backbone."""
-    check_name(spec, ["eva02_det"])
-    try:
-        module = Eva02Det(**spec.model_args)
-    except TypeError as error:
-        raise ConfigError(
-            f"model_args of '{spec.name}' make no eva02_det: {error}. Correct them."
-        ) from None
-    if spec.weights != "random":
-        place = published(spec)
-        path = weights_file(spec, place.repo, place.files)
-        load_exactly(module, backbone_weights(read_state_dict(path)), path)
-    return Backbone(module, module.forward, blocks=tuple(module.blocks))
-
-
-_PROVIDERS: dict[str, Callable[[CacheSpec], Backbone]] = {
-    "transformers": transformers_backbone,
-    "timm": timm_backbone,
-    "open_clip": open_clip_backbone,
-    "movekd": movekd_backbone,
-    "python": python_backbone,
-}
+register_provider("transformers", transformers_backbone, transformers_weights)
+register_provider("timm", timm_backbone, timm_weights)
+register_provider("open_clip", open_clip_backbone, open_clip_weights)
+register_provider("movekd", eva02_det_backbone, eva02_det_weights)
+register_provider("python", python_backbone)

@@ -1,6 +1,6 @@
-"""``load_teacher``: a spec goes in, a frozen network that turns pixels into features comes out.
+"""Load the teacher that a spec describes: a frozen network that turns pixels into features.
 
-``build`` runs the result once over a corpus; nothing in training imports it.
+``extract`` runs it once over a corpus. Nothing in training imports it.
 
 Legend: B batch, C channels, H W pixels (in pixels_BCHW) or H heads (in cls_attention_BHN),
 T tokens with prefix, N patch tokens on a square grid, row-major, D width.
@@ -22,20 +22,21 @@ from movekd.teachers.backbone import Backbone, TeacherOutput
 from movekd.teachers.providers import build_backbone
 
 _SHAPES = 16
-"""Shapes of input that one teacher may be compiled for: batch sizes that are tried, and rests."""
+"""Most input shapes that one teacher is compiled for: batch sizes tried, and smaller last ones."""
 
 
 class Teacher(nn.Module):
-    """A frozen encoder that takes what its spec says from every forward pass.
+    """A frozen encoder that returns the features that its spec names.
 
-    ``layer: i`` counts as transformers counts ``hidden_states``, without the final norm: -1 is
-    the output of the last block, -2 of the block before it, 1 of the first. ``layer: last`` is
-    the model's own output: ``last_hidden_state`` in transformers and ``forward_features`` in
-    timm (after the final norm where the model has one), the last stage's map of a convolutional
-    network, the last block of eva02_det. ``layer: neck`` is the same for SAM, and nothing else.
+    ``layer: i`` counts like ``hidden_states`` of transformers, without the final norm: -1 is the
+    output of the last block, -2 of the block before it, 1 of the first. ``layer: last`` is the
+    model's own output: ``last_hidden_state`` in transformers and ``forward_features`` in timm
+    (after the final norm if the model has one), the map of the last stage of a convolutional
+    network, the last block of eva02_det. ``layer: neck`` is the model's own output too, but only
+    SAM has a neck.
 
     Attributes:
-        spec: what it was loaded from.
+        spec: the spec that it was loaded from.
         weights_sha256: SHA-256 of its weights; see ``weights_sha256``.
     """
 
@@ -51,12 +52,12 @@ class Teacher(nn.Module):
         self._watch(backbone)
 
     def _watch(self, backbone: Backbone) -> None:
-        """Hook the block that the spec asks for, once it is clear that the network has it."""
+        """Hook the block that the spec asks for; refuse a layer that the network does not have."""
         spec, depth = self.spec, len(backbone.blocks)
         _check_cls(spec, backbone)
         if spec.layer == "neck" and not backbone.has_neck:
             raise ConfigError(
-                f"'{spec.name}' asks for layer: neck; {spec.model} has none, SAM alone does. "
+                f"'{spec.name}' asks for layer: neck; {spec.model} has none, only SAM does. "
                 "Set layer: last, or an index."
             )
         if isinstance(spec.layer, int):
@@ -81,10 +82,10 @@ class Teacher(nn.Module):
             )
 
     def compile_forward(self) -> None:
-        """Fuse the network with ``torch.compile``; a shape of input is compiled when it comes.
+        """Fuse the network with ``torch.compile``, which compiles each input shape at first use.
 
-        Each teacher has a limit of its own: by default all networks of one class share one, and
-        the last of them would run unfused without a word.
+        Each teacher gets its own limit of compilations. By default all networks of one class share
+        a limit, and torch runs those beyond it uncompiled without a warning.
         """
         if self._is_compiled:
             return
@@ -100,11 +101,11 @@ class Teacher(nn.Module):
                     return compiled(pixels_BCHW)
                 except (MovekdError, torch.OutOfMemoryError, ValueError, AssertionError):
                     raise
-                except Exception as error:  # of the compiler, whatever it is
+                except Exception as error:  # the compiler may raise anything
                     said = str(error).splitlines()[0][:200] if str(error) else ""
                     raise ConfigError(
                         f"{self.spec.model} cannot be compiled ({type(error).__name__}: {said}). "
-                        "It needs a C++ compiler, on a GPU Triton as well; leave --compile out."
+                        "It needs a C++ compiler, and Triton on a GPU; leave --compile out."
                     ) from error
 
         self._run, self._is_compiled = run, True
@@ -113,11 +114,11 @@ class Teacher(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> TeacherOutput:
         """Return the features of normalised pixels, (B, 3, image_size, image_size).
 
-        Any floating dtype and device; the pixels go to the teacher's own.
+        The pixels may have any floating dtype and device; they are moved to the teacher's.
 
         Raises:
-            ConfigError: the model does not take images of this size, or its tokens are not on a
-                square grid.
+            ConfigError: the model does not take images of this size, or its tokens form no square
+                grid.
         """
         parameter = next(self.module.parameters())
         try:
@@ -129,16 +130,16 @@ class Teacher(nn.Module):
                 f"'{self.spec.name}' to the model's own (or, in timm, model_args.img_size)."
             ) from None
         if not isinstance(output, TeacherOutput):
-            output = self._taken(output)
+            output = self._select(output)
         if math.isqrt(output.tokens_BND.shape[1]) ** 2 != output.tokens_BND.shape[1]:
             raise ConfigError(
-                f"{self.spec.model} gives {output.tokens_BND.shape[1]} tokens an image, which are "
-                f"no square grid; '{self.spec.name}' needs a model with one token a patch."
+                f"{self.spec.model} gives {output.tokens_BND.shape[1]} tokens per image, which are "
+                f"no square grid; '{self.spec.name}' needs a model with one token per patch."
             )
         return output
 
-    def _taken(self, output: Tensor) -> TeacherOutput:
-        """Return what the spec takes from the network's own output and from its blocks."""
+    def _select(self, output: Tensor) -> TeacherOutput:
+        """Return the features that the spec names, from the network's output and its blocks."""
         last_BTD = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
         tokens_BTD = last_BTD
         if isinstance(self.spec.layer, int):
@@ -155,15 +156,15 @@ class Teacher(nn.Module):
 
 
 def _check_cls(spec: CacheSpec, backbone: Backbone) -> None:
-    """Refuse a spec that asks for a [CLS] that the network does not have."""
+    """Refuse a spec that asks for a [CLS] token or pool that the network does not have."""
     if backbone.is_complete or not (spec.cls or spec.cls_attention):
         return
     asks = f"'{spec.name}' asks for cls or cls_attention"
     if spec.cls_source == "attention_pool" and backbone.pool is None:
         way_out = "Set cls_source: token." if backbone.has_cls else "Set both to false."
         raise ConfigError(
-            f"{asks} of an attention pool; {spec.model} has no attention-pooling head that is "
-            f"known (SigLIP's, with one probe). {way_out}"
+            f"{asks} of an attention pool; {spec.model} has no attention-pooling head that movekd "
+            f"knows (SigLIP's, with one probe). {way_out}"
         )
     if spec.cls_source == "token" and not backbone.has_cls:
         way_out = "Set both to false."
@@ -185,8 +186,8 @@ def load_teacher(
 ) -> Teacher:
     """Return the teacher that ``spec`` describes: frozen, in evaluation mode, on ``device``.
 
-    Weights are read in float32 and hashed before they become ``dtype``, so that the hash says
-    the same whatever the teacher runs on.
+    Weights are read and hashed in float32 before they are cast to ``dtype``, so that the hash does
+    not depend on the dtype.
 
     Raises:
         ConfigError: the model, one of its arguments or the layer does not exist.
@@ -196,7 +197,8 @@ def load_teacher(
     teacher = Teacher(backbone, spec, weights_sha256(backbone.module))
     rotary = {n: b for n, b in teacher.named_buffers() if n.endswith("inv_freq")}
     teacher = teacher.to(device=device, dtype=dtype)
-    for name, frequencies in rotary.items():  # rounded, they would turn far patches by a degree
+    # Rounded to half precision, the frequencies would rotate far patches wrongly by a degree.
+    for name, frequencies in rotary.items():
         owner, _, own = name.rpartition(".")
         setattr(teacher.get_submodule(owner), own, frequencies.to(device))
     return teacher
@@ -205,8 +207,8 @@ def load_teacher(
 def weights_sha256(module: nn.Module) -> str:
     """Return the SHA-256 of a module's parameters and buffers as a hex string.
 
-    Names are sorted; each counts with its shape and its bytes, floating ones in float32, so that
-    neither the device nor a float16 or bfloat16 copy of the same values changes the hash.
+    It covers names (sorted), shapes and bytes, floating tensors as float32. So neither the device
+    nor a float16 or bfloat16 copy of the same values changes the hash.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -186,7 +186,7 @@ class FeatureViewer:
                 store.teacher,
             )
         )
-        exact_ND = store.stats.standardise(live.resize_output(store.grid).tokens_BND.cpu())[0]
+        exact_ND = store.stats.standardise(live.resize(store.grid).tokens_BND.cpu())[0]
         decoded_ND = store.read([row]).standardised_BND[0]
         error_N = (decoded_ND - exact_ND).norm(dim=-1) / exact_ND.norm(dim=-1).clamp(min=1e-12)
         return np.asarray(error_N.view(store.grid, store.grid).numpy(), np.float32)

@@ -11,12 +11,12 @@ from movekd.analysis.cost_model import (
     HELD_BYTES,
     PART_BYTES,
     PlanRequest,
-    all_needs,
+    Runs,
+    estimate_all,
+    estimate_teacher,
     put_requests,
-    teacher_needs,
 )
 from movekd.analysis.disk_benchmark import DiskRates
-from movekd.analysis.payback import Runs
 from movekd.analysis.plan import plan_cache
 from movekd.cache import layout
 from movekd.cache.contents import open_contents
@@ -32,7 +32,7 @@ hours = st.floats(1e-3, 1e6)
 
 def needs(num_images=1000, num_rows=1000, forward=1.0, build=1.0, **asked):
     known = {"build_hours": 24.0, "runs": Runs(), "read_bytes_per_s": 1e9} | asked
-    return teacher_needs(PlanRequest(**known), ARRAYS, num_images, num_rows, forward, build)
+    return estimate_teacher(PlanRequest(**known), ARRAYS, num_images, num_rows, forward, build)
 
 
 @given(hours, hours)
@@ -72,8 +72,8 @@ def test_a_training_asks_for_every_array_of_every_image(num_images, epochs) -> N
 
 def test_all_together_is_the_sum_but_for_who_takes_turns() -> None:
     asked = PlanRequest(build_hours=10.0, runs=Runs(), read_bytes_per_s=1e8)
-    parts = [teacher_needs(asked, ARRAYS, 1000, 3000, 4.0, hours) for hours in (4.0, 7.0)]
-    together = all_needs(asked, parts, 11.0, 2 * ARRAYS.row_bytes * 100)
+    parts = [estimate_teacher(asked, ARRAYS, 1000, 3000, 4.0, hours) for hours in (4.0, 7.0)]
+    together = estimate_all(asked, parts, 11.0, 2 * ARRAYS.row_bytes * 100)
     assert [part.writers for part in parts] == [1, 1]
     assert (together.writers, together.readers) == (2, 2)
     for name in ("forward_hours", "zarr_shards", "files", "put_requests", "get_requests"):

@@ -1,7 +1,6 @@
 """Legend: B batch, N tokens, D channels, H heads."""
 
 import dataclasses
-import functools
 import itertools
 
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 
 from movekd.analysis.fidelity import draw_images, measure_fidelity
 from movekd.analysis.kd_gradient import KDGradient, LossTargets
-from movekd.cache import codec
-from movekd.cache.codec import StatsAccumulator
+from movekd.cache.codecs import codec
+from movekd.cache.codecs.int8 import Int8
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.layout import teacher_layout
+from movekd.cache.stats import StatsAccumulator
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError
@@ -86,11 +86,14 @@ def test_float16_loses_next_to_nothing(report, corpus_dir, tiny_specs) -> None:
 def test_errors_are_the_codecs(report, live, name) -> None:
     _, tokens_BND, attention_BHN, stats = live
     way = by_way(report)[name, 4]
-    stored = codec.encode(tokens_BND, name, stats)
-    error_sum, error_max = codec.token_error(tokens_BND, stored, stats)
+    stored = codec(name).encode(tokens_BND, stats)
+    error_sum, error_max = codec(name).error(tokens_BND, stored, stats)
     assert way.error_mean == pytest.approx(error_sum.item() / (8 * 16), rel=1e-3)
     assert way.error_max == pytest.approx(error_max.item(), rel=1e-3)
-    decoded_BND, exact_BND = codec.decode_standardised(stored, stats), stats.standardise(tokens_BND)
+    decoded_BND, exact_BND = (
+        codec(name).decode_standardised(stored, stats),
+        stats.standardise(tokens_BND),
+    )
     cosine_BN = torch.nn.functional.cosine_similarity(
         decoded_BND.double(), exact_BND.double(), dim=-1
     )
@@ -103,14 +106,14 @@ def test_errors_are_the_codecs(report, live, name) -> None:
 def test_gradients_are_compared_image_by_image(report, live, name) -> None:
     """On the student's grid for the revised recipe, on the native one for the official."""
     keys, tokens_BND, attention_BHN, stats = live
-    stored = codec.encode(tokens_BND, name, stats)
+    stored = codec(name).encode(tokens_BND, stats)
     exact, decoded = (
         LossTargets(resize_tokens(standardised, 3), raw, resize_attention(attention, 3))
         for standardised, raw, attention in (
             (stats.standardise(tokens_BND), tokens_BND, attention_BHN),
             (
-                codec.decode_standardised(stored, stats),
-                codec.decode(stored, stats),
+                codec(name).decode_standardised(stored, stats),
+                codec(name).decode(stored, stats),
                 attention_BHN.half().float(),
             ),
         )
@@ -130,17 +133,16 @@ def test_gradients_are_compared_image_by_image(report, live, name) -> None:
 
 def test_a_coarser_codec_shows_in_every_figure(corpus_dir, tiny_specs, monkeypatch) -> None:
     """And most of all at a student that has learned."""
-    encode, reports = codec.encode, []
+    encode, reports = Int8.encode, []
 
-    def coarse(step, tokens_BND, name, stats):
-        stored = encode(tokens_BND, name, stats)
-        if name == "int8":
-            rounded = (stored["tokens"].float() / step).round() * step
-            stored["tokens"] = rounded.clamp(-127, 127).to(torch.int8)
+    def coarse(step, int8, tokens_BND, stats):
+        stored = encode(int8, tokens_BND, stats)
+        rounded = (stored["tokens"].float() / step).round() * step
+        stored["tokens"] = rounded.clamp(-127, 127).to(torch.int8)
         return stored
 
     for step in (1, 8, 32):
-        monkeypatch.setattr(codec, "encode", functools.partial(coarse, step))
+        monkeypatch.setattr(Int8, "encode", lambda *given, step=step: coarse(step, *given))
         reports.append(by_way(measure(corpus_dir, tiny_specs[0]))["int8", 4])
     for finer, coarser in itertools.pairwise(reports):
         assert finer.error_mean < coarser.error_mean

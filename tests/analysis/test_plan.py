@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
+from movekd.analysis.cost_model import Runs
 from movekd.analysis.disk_benchmark import DiskRates
-from movekd.analysis.payback import Runs
 from movekd.analysis.plan import output_shape, plan_cache
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import load_spec, shipped_specs
@@ -212,5 +212,7 @@ def test_images_that_cannot_be_read_are_not_measured_with(
         if number < 3:  # one of a batch of four is left
             assert plan_cache(tiny_specs[:1], **ask).teachers[0].images_per_s > 0
         else:
-            with pytest.raises(CacheError, match=r"first 4 images .* cannot be read .*mend them"):
+            with pytest.raises(
+                CacheError, match=r"first 4 images .* cannot be read .*replace them"
+            ):
                 plan_cache(tiny_specs[:1], **ask)

@@ -63,7 +63,7 @@ def problems(cache, data, specs=()) -> list[str]:
 def test_a_cache_cannot_make_us_import(built, corpus_dir) -> None:
     cache, file = built
     (found,) = problems(cache, corpus_dir)
-    assert f"'mine' in {cache} was not recomputed: it was built from a function" in found
+    assert f"'mine' in {cache} was not recomputed: it was built with the Python function" in found
     assert "mine_for_recompute:encoder" in found
     assert "--teacher FILE.yaml" in found
     assert not file.with_name("imported").exists()
@@ -84,7 +84,7 @@ def test_another_yaml_is_not_run(built, corpus_dir, key, value) -> None:
     other = load_spec(str(file)).with_changes(**{key: value})
     (found,) = problems(cache, corpus_dir, [other])
     assert f"the YAML file is not what it was built from: {key} is " in found
-    assert f"in the cache, {value!r} in the file. Give the file of the build" in found
+    assert f"in the cache, {value!r} in the file. Give the YAML file of the build" in found
     assert not file.with_name("imported").exists()
 
 
@@ -128,5 +128,5 @@ def test_where_weights_come_from(built) -> None:
     assert isinstance(given, CacheSpec)
     assert spec_to_run(store, given, None).weights == "factory"
     assert spec_to_run(store, given, "/a/b.pth").weights == "/a/b.pth"
-    with pytest.raises(ConfigError, match="weights are random in the file alone"):
+    with pytest.raises(ConfigError, match="weights are random only in the file"):
         spec_to_run(store, given.with_changes(weights="random"), None)

@@ -1,4 +1,5 @@
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_rows_swapped_and_sealed_again_are_found(copied, corpus_dir, teacher, ar
     for row, sentence in zip((5, 6), found, strict=True):
         key = open_cache(copied).keys[row].as_py()
         assert f"row {row} of '{teacher}' (key {key[:16]}...): differs" in sentence
-        assert f"now: {what} by " in sentence
+        assert f"output: {what} by " in sentence
         assert f"delete {copied}/{teacher}.seals/00000.json and build again" in sentence
 
 
@@ -163,7 +164,8 @@ def test_given_weights_are_checked(tmp_path, corpus_dir, tiny_specs) -> None:
 
 def test_other_random_weights_are_named(copied, corpus_dir, monkeypatch) -> None:
     monkeypatch.setattr(
-        "movekd.analysis.verify_features.load_teacher",
+        sys.modules["movekd.analysis.verify_features"],  # the package exports its function's name
+        "load_teacher",
         lambda spec, *where: load_teacher(spec.with_changes(seed=9), *where),
     )
     found = problems(copied, corpus_dir)

@@ -284,7 +284,7 @@ def test_rows_in_a_gap_are_refused_alike(
     store = open_cache(tmp_path / "c")["clip"]
     store.read([9, 16, 18])
     for used_in in (None, -1):
-        monkeypatch.setattr("movekd.cache.in_flight._used_in", used_in)
+        monkeypatch.setattr("movekd.cache.tensorstore_rows._used_in", used_in)
         for row in (10, 15):
             with pytest.raises(CacheError, match=rf"row {row} of .* stands for no image: .*gap"):
                 store.read([9, row])

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from movekd.analysis.disk_benchmark import DiskRates
 from movekd.analysis.plan import plan_cache
-from movekd.cache import in_flight, object_storage
+from movekd.cache import object_storage, tensorstore_rows
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.cache.verify import status, verify
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, CorruptCacheError
-from movekd.extract.lock import build_lock
+from movekd.extract.locks import build_lock
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from s3 import everything, s3_server, upload
@@ -46,8 +46,8 @@ def prefix(server) -> str:
 def quick_retries(monkeypatch) -> None:
     """Both clients give up early: waiting for more tests nothing."""
     monkeypatch.setattr(object_storage, "S3_ATTEMPTS", 1)
-    few = {"max_retries": 3, "initial_delay": "1ms", "max_delay": "2ms"}
-    monkeypatch.setattr(in_flight, "_CONTEXT", {**in_flight._CONTEXT, "s3_request_retries": few})
+    few = {"s3_request_retries": {"max_retries": 3, "initial_delay": "1ms", "max_delay": "2ms"}}
+    monkeypatch.setattr(tensorstore_rows, "_CONTEXT", tensorstore_rows._CONTEXT | few)
 
 
 def build(url, corpus_dir, specs, **more):
@@ -158,8 +158,8 @@ def test_endpoint_and_region_of_a_profile_are_those_of_the_rows_too(
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    assert in_flight.s3_settings()["endpoint"] == server.endpoint
-    assert in_flight.s3_settings()["aws_region"] == "us-east-1"
+    assert tensorstore_rows.s3_settings()["endpoint"] == server.endpoint
+    assert tensorstore_rows.s3_settings()["aws_region"] == "us-east-1"
     child = f"""
 from movekd.cache.reader import open_cache
 assert len(open_cache({prefix!r})["clip"].read([0, 5]).tokens_BND) == 2
@@ -173,7 +173,7 @@ def test_a_server_that_goes_away_is_not_called_damage(
     """Where rows are read through zarr as well: in a child forked from a reading process."""
     upload(cache_dir, prefix)
     opened = open_cache(prefix)["clip"]
-    monkeypatch.setattr(in_flight, "_used_in", -1)
+    monkeypatch.setattr(tensorstore_rows, "_used_in", -1)
     assert len(opened.read([3]).tokens_BND) == 1
     server.fail(("GET", "clip.zarr", "500", 10**6), ("HEAD", "clip.seals", "500", 10**6))
     with pytest.raises(CacheError, match="several times") as caught:
@@ -248,11 +248,11 @@ def test_forked_and_spawned_workers_read_from_s3(prefix, cache_dir, method, has_
 
 HOLD = """
 import sys
-from movekd.extract import lock
-from movekd.extract.lock import build_lock
-lock.RENEW_S = 0.05
+from movekd.extract import locks
+from movekd.extract.locks import build_lock
+locks.RENEW_S = 0.05
 from movekd.cache.storage import open_storage
-with build_lock(open_storage(sys.argv[1]), "clip.seals/.lock"):
+with build_lock(open_storage(sys.argv[1]), "clip.seals/.part-0-of-1.lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -273,8 +273,8 @@ def holder(prefix):
 def test_a_second_build_in_s3_is_refused_and_a_dead_one_taken_over(
     prefix, holder, corpus_dir, tiny_specs, cache_dir, monkeypatch
 ) -> None:
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 1.0)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 1.0)
     with pytest.raises(CacheError, match=rf"another build .*\(pid {holder.pid} on "):
         build(prefix, corpus_dir, tiny_specs[:1])
     holder.kill()
@@ -285,8 +285,8 @@ def test_a_second_build_in_s3_is_refused_and_a_dead_one_taken_over(
 
 def test_a_pid_decides_nothing(prefix, monkeypatch) -> None:
     """Containers share host names and pids: a holder is dead when it renews no more."""
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 0.5)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 0.5)
     storage = open_storage(prefix)
     mark = {"holder": f"pid {os.getpid()} on {socket.gethostname()}", "token": "t", "renewed": 0}
     storage.write(".lock.0", [json.dumps(mark).encode()])
@@ -295,8 +295,8 @@ def test_a_pid_decides_nothing(prefix, monkeypatch) -> None:
 
 
 def test_a_holder_on_another_host_lives_as_long_as_it_renews(prefix, monkeypatch) -> None:
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 0.5)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 0.5)
     storage = open_storage(prefix)
     name = "clip.seals/.lock.3"
     stop = threading.Event()
@@ -340,8 +340,8 @@ def test_a_lock_is_found_without_listing_the_seals(prefix, server) -> None:
 @pytest.mark.parametrize("dead", [None, 0, 3])
 def test_of_many_who_want_the_lock_one_holds_it(prefix, monkeypatch, dead) -> None:
     """From nothing, and from a dead holder whose number comes again once all are gone."""
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 1.0)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 1.0)
     storage = open_storage(prefix)
     if dead is not None:
         mark = {"holder": "pid 1 on elsewhere", "token": "t", "renewed": 0}

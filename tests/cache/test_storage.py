@@ -1,4 +1,4 @@
-"""Both kinds of storage pass one contract; S3 has tests of its own in test_s3.py."""
+"""Both kinds of storage pass one contract; test_s3.py tests S3."""
 
 import os
 import pickle

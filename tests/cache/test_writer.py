@@ -1,17 +1,23 @@
 import numpy as np
 import pytest
 import tensorstore
+import torch
 import zarr
 
+from builds import build
 from movekd.cache import layout
-from movekd.cache.layout import ArrayLayout, shard_file
+from movekd.cache.codecs import ArrayLayout
+from movekd.cache.contents import read_calibration
+from movekd.cache.layout import shard_file
+from movekd.cache.reader import open_cache
 from movekd.cache.seal import read_sealed, write_sealed
+from movekd.cache.shard_file import shard_buffers, zarr_compressors
 from movekd.cache.storage import open_storage
-from movekd.cache.writer import _zarr_compressors, read_calibration, shard_buffers
+from movekd.cache.verify import verify
 from movekd.errors import CacheError
 
 ARRAYS = [
-    ArrayLayout("tokens", (4, 6), "int8", ("row", "token", "channel")),
+    ArrayLayout("tokens", (4, 6), "int8", ("row", "token", "channel"), 0),
     ArrayLayout("token_scale", (4, 1), "float16", ("row", "token", "group")),
     ArrayLayout("cls", (6,), "float16", ("row", "channel")),
     ArrayLayout("cls_attention", (2, 4), "float16", ("row", "head", "token")),
@@ -36,7 +42,7 @@ def zarr_array(folder, array: ArrayLayout, num_rows: int, compressor: str):
         dtype=array.dtype,
         chunks=(1, *array.row_shape),
         shards=(ROWS_PER_SHARD, *array.row_shape),
-        compressors=_zarr_compressors(compressor, array),
+        compressors=zarr_compressors(compressor, array),
         fill_value=array.fill_value,
         dimension_names=array.dimension_names,
         config={"write_empty_chunks": True},
@@ -91,7 +97,8 @@ def test_a_teachers_group_holds_what_outsiders_need(cache_dir, tiny_specs) -> No
         assert attributes["format_version"] == 1
         assert attributes["spec_fingerprint"] == spec.fingerprint
         assert len(attributes["weights_sha256"]) == 64
-        assert {"torch", "zarr", "movekd"} <= attributes["versions"].keys()
+        decide_bytes = {"movekd", "torch", "torchvision", "pillow", "numcodecs", "zarr"}
+        assert decide_bytes <= attributes["versions"].keys()
         names = {"tokens", "channel_mean", "channel_std"}
         if spec.codec == "int8":
             names |= {"token_scale", "cls", "cls_attention"}
@@ -100,6 +107,20 @@ def test_a_teachers_group_holds_what_outsiders_need(cache_dir, tiny_specs) -> No
             dimensions = group[name].metadata.dimension_names
             assert len(dimensions) == group[name].ndim
             assert dimensions[0] == ("channel" if name.startswith("channel_") else "row")
+
+
+def test_a_group_that_records_fewer_versions_is_read_and_finished(
+    tmp_path, corpus_dir, tiny_specs, cache_dir, monkeypatch
+) -> None:
+    """As caches of earlier movekd are."""
+    with monkeypatch.context() as patch:
+        patch.setattr("movekd.cache.writer._VERSIONS", ("movekd", "torch"))
+        build(tmp_path, corpus_dir, tiny_specs[:1])
+    (tmp_path / layout.seal_name("clip", 0)).unlink()
+    build(tmp_path, corpus_dir, tiny_specs[:1])
+    assert list(verify(tmp_path)) == []
+    expected = open_cache(cache_dir)["clip"].read([0, 23]).tokens_BND
+    assert torch.equal(open_cache(tmp_path)["clip"].read([0, 23]).tokens_BND, expected)
 
 
 def test_seals_hold_no_time_and_name_the_calibration(cache_dir) -> None:

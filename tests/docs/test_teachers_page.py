@@ -64,8 +64,10 @@ def folder(tmp_path, corpus_dir) -> Path:
 
 def test_the_page_has_the_blocks_that_are_followed(folder) -> None:
     files = {path.name for path in folder.iterdir()}
-    assert files == {"data", "dino_small.yaml", "my_encoders.py", "save_weights.py", "stripes.yaml"}
-    assert len(blocks("sh")) == 3
+    of_provider = {"patch_provider.py", "build_patch.py", "patch.yaml"}
+    of_network = {"my_encoders.py", "save_weights.py", "stripes.yaml"}
+    assert files == {"data", "dino_small.yaml"} | of_network | of_provider
+    assert len(blocks("sh")) == 4
     assert len(blocks("yaml")[0].splitlines()) == 1 + 10, "ten lines, says the page"
     load_spec(str(folder / "dino_small.yaml"))
 
@@ -84,7 +86,7 @@ def test_a_model_of_a_library_step_by_step(folder) -> None:
 
 
 def test_a_network_of_one_s_own_step_by_step(folder) -> None:
-    build, check = blocks("sh")[1:]
+    build, check = blocks("sh")[1:3]
     run(build, folder)
     store = open_cache(folder / "cache")["stripes"]
     assert store.read([0]).tokens_BND.shape == (1, 16, 32)
@@ -95,6 +97,13 @@ def test_a_network_of_one_s_own_step_by_step(folder) -> None:
     printed = run(f"{by_name} || echo refused with $?", folder)
     assert "code is not run because a cache names it" in " ".join(printed.split())
     assert "refused with 1" in printed
+
+
+def test_a_provider_of_one_s_own_step_by_step(folder) -> None:
+    assert run(blocks("sh")[3], folder) == "patch 24\n"
+    store = open_cache(folder / "cache")["patch"]
+    assert store.spec.provider == "patch"
+    assert store.read([0]).tokens_BND.shape == (1, 16, 32)
 
 
 def test_the_table_is_that_of_the_specs() -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from movekd.errors import CacheError
 from movekd.extract import batch_size
-from movekd.extract.batch_size import largest_batch_size, settle
+from movekd.extract.batch_size import largest_batch_size, largest_power_of_two
 from movekd.extract.options import CPU_BATCH_SIZE, BuildOptions
 from movekd.teachers import load_teacher
 
@@ -44,7 +44,7 @@ def test_the_largest_power_of_two_that_fits_is_found(
         if size <= limit and fixed + size * an_image + (surprise if size > 2 else 0) <= budget
     ]
     try:
-        found = settle(device.peak_bytes, budget, limit)
+        found = largest_power_of_two(device.peak_bytes, budget, limit)
     except torch.OutOfMemoryError:
         assert not fits
         return
@@ -53,14 +53,14 @@ def test_the_largest_power_of_two_that_fits_is_found(
 
 def test_backs_off_when_the_estimate_was_too_low() -> None:
     device = Device(total=1000, fixed=100, an_image=10, surprise=500)
-    assert settle(device.peak_bytes, 900, 1024) == 16
+    assert largest_power_of_two(device.peak_bytes, 900, 1024) == 16
     assert device.tried == [1, 2, 64, 32, 16]
 
 
 def test_what_is_measured_is_a_pass_with_its_encoding(tiny_specs, monkeypatch) -> None:
     """On a stand-in for a GPU with room for eleven images and what encoding them takes."""
     passes: list[int] = []
-    original = batch_size.one_pass
+    original = batch_size.forward_and_encode
 
     def counted(teacher, images, options):
         passes.append(images)
@@ -68,7 +68,7 @@ def test_what_is_measured_is_a_pass_with_its_encoding(tiny_specs, monkeypatch) -
             raise torch.OutOfMemoryError("out of memory")
         return original(teacher, images, BuildOptions())
 
-    monkeypatch.setattr(batch_size, "one_pass", counted)
+    monkeypatch.setattr(batch_size, "forward_and_encode", counted)
     for name, value in {
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda device: None,
@@ -82,7 +82,7 @@ def test_what_is_measured_is_a_pass_with_its_encoding(tiny_specs, monkeypatch) -
     teacher = load_teacher(tiny_specs[0])
     assert largest_batch_size(teacher, options) == 8
     assert passes == [1] * 8 + [2] * 4 + [16] + [8] * 4
-    monkeypatch.setattr(batch_size, "one_pass", lambda *_: counted(teacher, 12, options))
+    monkeypatch.setattr(batch_size, "forward_and_encode", lambda *_: counted(teacher, 12, options))
     with pytest.raises(CacheError, match=r"'clip' does not fit cuda.*0\.0 GB free.*bfloat16"):
         largest_batch_size(teacher, options)
 

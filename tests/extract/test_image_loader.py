@@ -1,21 +1,28 @@
 import dataclasses
+import io
 import random
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
+from movekd.corpus.pack import index_webdataset
 from movekd.errors import CorpusError
 from movekd.extract import image_loader
 from movekd.extract.image_loader import ImageLoader, image_transform, pixel_batches
+from movekd.extract.options import BuildOptions
+from movekd.extract.run import build_cache
 
 BATCHES = [[3, 1], [0], [5, 4, 2, 7]]
 
 
-def stream_of(corpus, wanted, order, num_workers) -> ImageLoader:
-    """The base views of a corpus: a place is an image."""
+def loader_of(corpus, wanted, order, num_workers) -> ImageLoader:
+    """The base views of a corpus: a row id is an image."""
     images = np.arange(len(corpus))
     views = np.zeros(len(corpus), np.int16)
     return ImageLoader(corpus, images, views, wanted, order, num_workers=num_workers)
@@ -100,16 +107,16 @@ def test_an_image_is_decoded_once_for_all_who_want_it(
     small = image_transform(tiny_specs[0], "crop")
     large = dataclasses.replace(small, image_size=80)
     wanted = {small: [0, 1, 2, 3, 2, 9], large: [2, 3, 9, 12]}
-    stream = stream_of(corpus, wanted, [0, 1, 2, 3, 9, 12], num_workers)
+    loader = loader_of(corpus, wanted, [0, 1, 2, 3, 9, 12], num_workers)
     for transform, batch in (
         (small, [0, 1, 2]), (small, [3, 2]), (large, [2]), (small, [9]), (large, [3, 9, 12])
     ):  # fmt: skip
-        found = stream.take(batch, transform)
+        found = loader.next_batch(batch, transform)
         assert found.images == batch
         expected = np.stack([transform(corpus.read_image(image)) for image in batch])
         assert torch.equal(found.pixels("cpu"), torch.from_numpy(expected))
     assert decoded.read_text() == "1" * 6
-    assert not stream._squares  # nothing is kept once all have had it
+    assert not loader._squares  # nothing is kept once all have had it
 
 
 def test_teachers_that_differ_in_mean_and_std_alone_share_what_is_resized(
@@ -125,8 +132,8 @@ def test_teachers_that_differ_in_mean_and_std_alone_share_what_is_resized(
         "square",
         lambda self, view: resized.append(1) or original(self, view),
     )
-    stream = stream_of(corpus, {one: [4, 5], other: [4]}, [4, 5], 0)
-    first, second = stream.take([4, 5], one), stream.take([4], other)
+    loader = loader_of(corpus, {one: [4, 5], other: [4]}, [4, 5], 0)
+    first, second = loader.next_batch([4, 5], one), loader.next_batch([4], other)
     assert len(resized) == 2
     monkeypatch.undo()
     for batch, transform in ((first, one), (second, other)):
@@ -154,8 +161,82 @@ def test_groups_keep_the_views_of_an_image_together_and_stay_small(num_views) ->
     shown = np.repeat(np.arange(100), num_views)
     for view_bytes, most in ((100, 8), (3 * 1024**2, 8 if num_views == 1 else 3), (10**9, 1)):
         cuts = image_loader._cuts(shown, view_bytes)
-        groups = list(image_loader._Groups(shown, cuts))
-        assert len(groups) == len(image_loader._Groups(shown, cuts))
+        groups = list(image_loader._groups(shown, cuts))
         assert np.concatenate(groups).tolist() == shown.tolist()
         assert {len(set(group)) for group in groups[:-1]} == {most}
         assert sum(len(set(group)) for group in groups) == 100
+
+
+def picture(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A gradient in any of Pillow's modes."""
+    ramp = np.arange(size[0] * size[1]).reshape(size[1], size[0]) % 251
+    image = Image.fromarray(np.stack([ramp, ramp // 2, 255 - ramp], -1).astype(np.uint8))
+    if mode == "I;16":
+        return Image.fromarray((ramp * 257).astype(np.uint16))
+    return image.convert(mode)
+
+
+def odd_images() -> dict[str, tuple[bytes, bool]]:
+    """Files that corpora hold, name -> (bytes, whether a viewer shows them)."""
+
+    def saved(image, format, **options):
+        out = io.BytesIO()
+        image.save(out, format, **options)
+        return out.getvalue()
+
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    jpeg = saved(picture("RGB", (64, 64)), "JPEG")
+    frames = [picture("P"), picture("L")]
+    return {
+        "cmyk.jpg": (saved(picture("CMYK"), "JPEG"), True),
+        "16bit.png": (saved(picture("I;16"), "PNG"), True),
+        "animated.gif": (saved(frames[0], "GIF", save_all=True, append_images=frames[1:]), True),
+        "exif.jpg": (saved(picture("RGB"), "JPEG", exif=rotated), True),
+        "palette.png": (saved(picture("P"), "PNG"), True),
+        "alpha.png": (saved(picture("RGBA"), "PNG"), True),
+        "pixel.png": (saved(picture("RGB", (1, 1)), "PNG"), True),
+        "été 猫.png": (saved(picture("L"), "PNG"), True),
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], False),
+        "empty.jpg": (b"", False),
+        "text.png": (b"no image", False),
+        "bomb.png": (saved(Image.new("1", (20_000, 20_000)), "PNG"), False),
+        "strip.png": (saved(picture("RGB", (900, 2)), "PNG"), False),
+    }
+
+
+def test_odd_images_are_shown_or_listed_and_the_build_goes_on(tmp_path, tiny_specs) -> None:
+    """In tars with an empty one, a truncated one, keys that lead outside, and keys twice."""
+    wds, images = tmp_path / "wds", odd_images()
+    wds.mkdir()
+    with tarfile.open(wds / "a.tar", "w") as tar:
+        for name, (data, _) in [*images.items(), ("../../evil.png", images["pixel.png"]),
+                                ("alpha.png", images["palette.png"])]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (wds / "empty.tar").write_bytes(b"")
+    (wds / "truncated.tar").write_bytes((wds / "a.tar").read_bytes()[:700])
+    report = index_webdataset(wds, num_workers=1)
+    shown = sorted(name for name, (_, is_shown) in images.items() if is_shown)
+    unreadable = {name for name, (_, is_shown) in images.items() if not is_shown}
+    assert {name.rpartition(":")[2].rpartition("/")[2] for name, _ in report.unreadable_images} == (
+        unreadable
+    )
+    corpus = open_corpus(wds)
+    assert len(corpus) == len(shown)
+    victim = int(corpus.rows(["palette"])[0])
+    place = corpus.index.slice(victim, 1).to_pylist()[0]
+    with (wds / place["shard"]).open("r+b") as tar:  # damaged after it was packed
+        tar.seek(place["offset"])
+        tar.write(bytes(place["size"]))
+    options = BuildOptions(batch_size=4, num_workers=0)
+    (summary,) = build_cache(
+        tmp_path / "cache", corpus, tiny_specs[:1], geometry="crop", options=options
+    )
+    assert summary.status.images == len(shown)
+    assert list(summary.skipped) == [place["key"]]
+    targets = open_cache(tmp_path / "cache")["clip"].read(range(len(shown)))
+    finite = targets.tokens_BND.isfinite().all(-1).all(-1)
+    assert [row for row, is_finite in enumerate(finite.tolist()) if not is_finite] == [victim]
+    assert not list(tmp_path.parent.glob("evil*"))

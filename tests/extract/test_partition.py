@@ -12,14 +12,14 @@ from builds import OPTIONS, build
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.cache.verify import verify
+from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError, ConfigError
 from movekd.extract import calibrate as calibration
-from movekd.extract import executor as engines
+from movekd.extract import executor as executors
 from movekd.extract import shard_buffer as shards
 from movekd.extract.executor import LocalExecutor
-from movekd.extract.lock import build_lock
-from movekd.extract.locks import BuildLocks
-from movekd.extract.partition import Partition, parse_partition
+from movekd.extract.locks import BuildLocks, build_lock
+from movekd.extract.partition import WHOLE, Partition, parse_partition
 
 
 @pytest.mark.parametrize("text", ["3", "a/b", "1/0", "-1/4", "1/4/2", ""])
@@ -64,19 +64,19 @@ def test_parts_at_the_same_time_calibrate_once_and_equal_a_whole_build(
     tmp_path, corpus_dir, tiny_specs, undisturbed, monkeypatch, place
 ) -> None:
     calibrated, written = [], []
-    original, write = engines.calibrate, shards.write_shard
+    original, write = executors.calibrate, TeacherWriter.write_shard
 
     def counted(*arguments):
-        calibrated.append(arguments[3].name)
+        calibrated.append(arguments[1].name)
         return original(*arguments)
 
-    def counted_write(storage, spec, sealed, shard, *arguments, **more):
-        written.append((spec.name, shard))
-        write(storage, spec, sealed, shard, *arguments, **more)
+    def counted_write(writer, shard, *arguments, **more):
+        written.append((writer.teacher, shard))
+        write(writer, shard, *arguments, **more)
 
-    monkeypatch.setattr(engines, "calibrate", counted)
-    monkeypatch.setattr(shards, "write_shard", counted_write)
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.05)
+    monkeypatch.setattr(executors, "calibrate", counted)
+    monkeypatch.setattr(TeacherWriter, "write_shard", counted_write)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.05)
     out = tmp_path / "cache" if place == "folder" else f"memory://{tmp_path.name}/cache"
     failed = []
 
@@ -154,10 +154,54 @@ def test_beside_a_part_whole_builds_other_numbers_and_itself_are_refused(
     assert snapshot(out) == undisturbed
 
 
+@pytest.mark.parametrize("other", [WHOLE, Partition(0, 2)])
+def test_of_builds_that_arrive_together_and_exclude_each_other_one_is_refused(
+    tmp_path, other
+) -> None:
+    storage = open_storage(tmp_path)
+    for _ in range(20):
+        start, refused, said = threading.Barrier(2), threading.Event(), []
+
+        def arrive(part: Partition, start=start, refused=refused, said=said) -> None:
+            start.wait()
+            try:
+                with BuildLocks(storage, ["clip", "conv"], part):
+                    said.append("held")
+                    refused.wait(60)
+            except CacheError:
+                said.append("refused")
+                refused.set()
+
+        threads = [threading.Thread(target=arrive, args=(part,)) for part in (WHOLE, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(said) == ["held", "refused"]
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_another_build_is_refused_while_the_first_calibrates(
+    tmp_path, corpus_dir, tiny_specs
+) -> None:
+    refused = []
+
+    def progress(what, done, total) -> None:
+        if "calibrate" in what and not refused:
+            for part in (None, Partition(1, 2)):
+                with pytest.raises(CacheError, match=rf"another build .*pid {os.getpid()} on "):
+                    build(tmp_path / "cache", corpus_dir, tiny_specs, partition=part)
+                refused.append(part)
+
+    build(tmp_path / "cache", corpus_dir, tiny_specs[:1], progress=progress)
+    assert refused == [None, Partition(1, 2)]
+    assert list(verify(tmp_path / "cache")) == []
+
+
 def test_a_part_is_refused_beside_a_whole_build(tmp_path, corpus_dir, tiny_specs) -> None:
     storage = open_storage(tmp_path)
     with (
-        BuildLocks(storage, ["clip"], None),
+        BuildLocks(storage, ["clip"]),
         pytest.raises(CacheError, match=rf"\(pid {os.getpid()} on"),
     ):
         build(tmp_path, corpus_dir, tiny_specs[:1], partition=Partition(0, 2))
@@ -200,7 +244,7 @@ def test_who_outlives_its_build_writes_no_zarr_shard_of_the_next(
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "read_calibration", replaced_meanwhile)
-        patch.setattr(shards, "writing", unlocked)
+        patch.setattr(shards, "sealing", unlocked)
         patch.setattr("movekd.extract.run.BuildLocks", _NoLocks)
         with pytest.raises(CacheError, match=r"'clip' in .* was replaced by another build"):
             build(out, corpus_dir, tiny_specs[:1])
@@ -222,7 +266,7 @@ class _NoLocks:
     def settling(self):
         return contextlib.nullcontext()
 
-    def is_alone(self, teacher):
+    def is_only_part(self, teacher):
         return False
 
     def remove_dead(self, teacher):
@@ -236,24 +280,26 @@ def test_a_zarr_shard_that_another_writes_is_waited_for_and_left_alone(
     out, storage = tmp_path / "cache", open_storage(tmp_path / "cache")
     build(out, corpus_dir, tiny_specs)
     (out / "clip.seals/00001.json").rename(tmp_path / "seal")
-    written, write = [], shards.write_shard
+    written, write = [], TeacherWriter.write_shard
     monkeypatch.setattr(
-        shards, "write_shard", lambda *given, **more: written.append(1) or write(*given, **more)
+        TeacherWriter,
+        "write_shard",
+        lambda *given, **more: written.append(1) or write(*given, **more),
     )
 
     class Slow(LocalExecutor):
-        def build(self, site, jobs):
+        def build(self, context, jobs):
             self.lock = build_lock(storage, "clip.seals/.00001.lock")
             self.lock.__enter__()
             worker = threading.Thread(target=self.finish)
             worker.start()
-            return super().build(site, jobs)
+            return super().build(context, jobs)
 
         def finish(self):
             (tmp_path / "seal").rename(out / "clip.seals/00001.json")
             self.lock.__exit__(None, None, None)
 
-    build(out, corpus_dir, tiny_specs, engine=Slow(), options=OPTIONS)
+    build(out, corpus_dir, tiny_specs, executor=Slow(), options=OPTIONS)
     assert written == []
     assert snapshot(out) == undisturbed
 
@@ -264,13 +310,13 @@ def test_a_seal_that_appeared_meanwhile_is_not_written_over(
 ) -> None:
     """As when the holder of a lock was paused for so long that it counted as dead."""
     out = tmp_path / "cache" if place == "folder" else f"memory://{tmp_path.name}/cache"
-    storage, write = open_storage(out), shards.write_shard
+    storage, write = open_storage(out), TeacherWriter.write_shard
 
     def overtaken(*given, **more):
         storage.write("clip.seals/00000.json", [b"other"])
         write(*given, **more)
 
-    monkeypatch.setattr(shards, "write_shard", overtaken)
+    monkeypatch.setattr(TeacherWriter, "write_shard", overtaken)
     with pytest.raises(CacheError, match=r"00000\.json was made by another build .*cache verify"):
         build(out, corpus_dir, tiny_specs[:1])
     assert storage.read("clip.seals/00000.json") == b"other"

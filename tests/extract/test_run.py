@@ -8,36 +8,22 @@ import signal
 import subprocess
 import sys
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
-from builds import OPTIONS, build
-from movekd.analysis.verify_features import verify_features
+from builds import build
 from movekd.cache import layout
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
 from movekd.cache.verify import verify
 from movekd.corpus.index import open_corpus
-from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError
 from movekd.extract.image_loader import image_transform
-from movekd.extract.lock import build_lock
+from movekd.extract.locks import build_lock, part_lock
 from movekd.extract.options import BuildOptions
 from movekd.teachers import load_teacher
-
-
-@pytest.fixture
-def grown(tmp_path, crops):
-    """A corpus of ten images, and the same with three more."""
-    for count in (10, 13):
-        (tmp_path / f"{count}").mkdir()
-        for number in range(count):
-            crops[number].save(tmp_path / f"{count}" / f"{number:02d}.png")
-        pack_folder(tmp_path / f"{count}", tmp_path / f"data{count}", num_workers=1)
-    return tmp_path / "data10", tmp_path / "data13"
 
 
 def test_what_is_stored_is_what_the_teacher_says(cache_dir, corpus_dir, tiny_specs) -> None:
@@ -146,7 +132,7 @@ def test_the_command_killed_and_run_again_ends_whole(tmp_path, corpus_dir, tiny_
     command = [sys.executable, "-m", "movekd", "cache", "build", "--teacher"]
     command += [str(tmp_path / "clip.yaml"), "--shards", str(corpus_dir), "--cache", str(out)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not (out / "clip.seals" / ".lock").exists() and process.poll() is None:
+        while not (out / part_lock("clip")).exists() and process.poll() is None:
             pass
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -202,21 +188,6 @@ def test_appended_images_touch_no_sealed_shard(
         )
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("seed", 7), ("calibration_images", 5), ("codec", "float16"), ("weights", "hub")],
-)
-def test_another_spec_is_refused_by_its_key(
-    tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot, key, value
-) -> None:
-    out = tmp_path / "cache"
-    shutil.copytree(cache_dir, out)
-    changed = tiny_specs[0].with_changes(**{key: value})
-    with pytest.raises(CacheError, match=rf"'clip' in .* another spec: {key} .*--overwrite"):
-        build(out, corpus_dir, [changed])
-    assert snapshot(out) == snapshot(cache_dir)
-
-
 def test_replace_builds_anew_and_leaves_the_others(
     tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot
 ) -> None:
@@ -251,125 +222,10 @@ def test_other_weights_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
     assert list(verify(out)) == []
 
 
-def test_a_damaged_image_is_skipped_and_its_neighbours_are_not(
-    tmp_path, corpus_dir, tiny_specs, damaged_corpus, undisturbed
-) -> None:
-    data, damaged = damaged_corpus
-    out = tmp_path / "cache"
-    whole = open_cache(tmp_path / "undisturbed")
-    summaries = build(out, data, tiny_specs)
-    cache = open_cache(out)
-    key = cache.keys[damaged].as_py()
-    others = [row for row in range(24) if row != damaged]
-    for summary in summaries:
-        store = cache[summary.status.teacher]
-        assert list(summary.skipped) == [key]
-        table = pq.read_table(out / layout.skipped_name(store.teacher)).to_pylist()
-        assert table == [{"row": damaged, "key": key, "reason": summary.skipped[key]}]
-        assert list(store.skipped) == [damaged]
-        targets = store.read([damaged])
-        assert torch.isnan(targets.tokens_BND).all()
-        if store.calibration == whole[store.teacher].calibration:
-            expected = whole[store.teacher].read(others).stored
-            for name, values in store.read(others).stored.items():
-                assert torch.equal(values, expected[name])
-        else:  # the damaged image was one of the calibration
-            assert not torch.isnan(store.read(others).tokens_BND).any()
-    assert list(verify(out)) == []
-
-
-def test_calibration_does_not_depend_on_the_order_of_the_corpus(tmp_path, crops, tiny_specs):
-    """Equal up to the last bits: statistics of other batches are summed in another order."""
-    stats = []
-    for order in (1, -1):
-        images = tmp_path / f"images{order}"
-        images.mkdir()
-        for number, crop in enumerate(crops[:20][::order]):
-            crop.save(images / f"{number:02d}.png")
-        pack_folder(images, tmp_path / f"data{order}", num_workers=1)
-        out = tmp_path / f"cache{order}"
-        build(out, tmp_path / f"data{order}", tiny_specs[:1])
-        stats.append(open_cache(out)["clip"].stats)
-    torch.testing.assert_close(stats[0].mean_D, stats[1].mean_D)
-    torch.testing.assert_close(stats[0].std_D, stats[1].std_D)
-
-
 def test_worker_processes_change_nothing(tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot):
     options = BuildOptions(batch_size=5, num_workers=2)
     build(tmp_path / "cache", corpus_dir, tiny_specs, options=options)
     assert snapshot(tmp_path / "cache") == snapshot(cache_dir)
-
-
-def test_resume_keeps_the_batch_size_of_the_calibration(
-    tmp_path, corpus_dir, tiny_specs, cache_dir, snapshot
-) -> None:
-    out = tmp_path / "cache"
-    shutil.copytree(cache_dir, out)
-    (out / layout.seal_name("clip", 0)).unlink()
-    build(out, corpus_dir, tiny_specs, options=BuildOptions(batch_size=3, num_workers=0))
-    assert snapshot(out) == snapshot(cache_dir)
-
-
-def test_resume_and_recompute_keep_the_dtype_of_the_calibration(
-    tmp_path, corpus_dir, tiny_specs, snapshot
-) -> None:
-    half = BuildOptions(dtype=torch.bfloat16, batch_size=5, num_workers=0)
-    build(tmp_path / "half", corpus_dir, tiny_specs[:1], options=half)
-    expected = snapshot(tmp_path / "half")
-    (tmp_path / "half" / layout.seal_name("clip", 0)).unlink()
-    build(tmp_path / "half", corpus_dir, tiny_specs[:1], options=OPTIONS)
-    assert snapshot(tmp_path / "half") == expected
-    assert open_cache(tmp_path / "half")["clip"].calibration.dtype == "bfloat16"
-    assert (
-        list(verify_features(tmp_path / "half", open_corpus(corpus_dir), 24, options=OPTIONS)) == []
-    )
-
-
-def test_features_beyond_float16_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
-    spec = tiny_specs[0].with_changes(codec="float16", cls=False, mean=(0, 0, 0), std=(1e-9,) * 3)
-    conv = tiny_specs[1].with_changes(layer="last")
-    huge = spec.with_changes(model_args={**spec.model_args, "initializer_factor": 1e4})
-    with pytest.raises(CacheError, match=r"teacher 'clip': a feature is .*65504.*--codec int8"):
-        build(tmp_path / "cache", corpus_dir, [huge])
-    build(tmp_path / "cache", corpus_dir, [conv])
-
-
-def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_specs, cache_dir):
-    worst = open_cache(cache_dir)["clip"].seals[0].error.max
-    strict = tiny_specs[0].with_changes(max_error=worst * 0.9)
-    with pytest.raises(CacheError, match=r"'clip', rows .*; the spec allows max_error .*float16"):
-        build(tmp_path / "cache", corpus_dir, [strict])
-    assert open_cache(tmp_path / "cache")["clip"].missing_shards == [0]
-    allowed = tiny_specs[0].with_changes(max_error=worst * 1.1)
-    build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
-    assert list(verify(tmp_path / "cache")) == []
-
-
-def test_channel_statistics_of_another_cache_are_taken_over(
-    tmp_path, corpus_dir, grown, tiny_specs, cache_dir
-) -> None:
-    small, _ = grown
-    build(tmp_path / "part", small, tiny_specs, channel_stats=cache_dir)
-    build(tmp_path / "part", small, tiny_specs, channel_stats=cache_dir)
-    whole, part = open_cache(cache_dir), open_cache(tmp_path / "part")
-    for teacher in whole:
-        assert part[teacher].calibration == whole[teacher].calibration
-        assert torch.equal(part[teacher].stats.mean_D, whole[teacher].stats.mean_D)
-    assert list(verify(tmp_path / "part")) == []
-    own = tmp_path / "own"
-    build(own, small, tiny_specs[:1])
-    with pytest.raises(CacheError, match="begun with channel statistics of its own"):
-        build(own, small, tiny_specs[:1], channel_stats=cache_dir)
-    with pytest.raises(CacheError, match="another spec: seed is 0 in the cache, 7 asked"):
-        build(own, small, [tiny_specs[0].with_changes(seed=7)], channel_stats=cache_dir,
-              replace=True)  # fmt: skip
-    assert open_cache(own)["clip"].is_complete  # refused before anything was deleted
-    with pytest.raises(CacheError, match="holds no calibration of 'conv'"):
-        build(own, small, tiny_specs, channel_stats=own)
-    with pytest.raises(
-        CacheError, match=r"geometry 'crop', the build asks for 'pad'.*channel-stats"
-    ):
-        build(tmp_path / "pad", small, tiny_specs, channel_stats=cache_dir, geometry="pad")
 
 
 def test_sealed_teachers_without_cache_json_take_no_other_corpus(
@@ -421,7 +277,7 @@ def test_damaged_metadata_of_an_array_is_mended_by_the_next_build(
 
 def test_a_running_build_locks_its_teacher_alone(tmp_path, corpus_dir, tiny_specs) -> None:
     out = tmp_path / "cache"
-    with build_lock(open_storage(out), "clip.seals/.lock"):
+    with build_lock(open_storage(out), part_lock("clip")):
         with pytest.raises(CacheError, match=rf"another build .*pid {os.getpid()} on "):
             build(out, corpus_dir, tiny_specs[:1])
         build(out, corpus_dir, tiny_specs[1:])
@@ -438,13 +294,3 @@ def test_a_damaged_list_of_skipped_images_is_mended_by_the_next_build(
     (out / "clip.seals" / name).write_bytes(b"?")
     build(out, corpus_dir, tiny_specs)
     assert snapshot(out) == whole
-
-
-def test_a_batch_size_that_was_found_is_sealed(tmp_path, corpus_dir, tiny_specs, snapshot) -> None:
-    auto = BuildOptions(batch_size=None, num_workers=0)
-    build(tmp_path / "auto", corpus_dir, tiny_specs, options=auto)
-    sealed = open_cache(tmp_path / "auto")["clip"].calibration.batch_size
-    assert sealed == 8
-    given = BuildOptions(batch_size=sealed, num_workers=0)
-    build(tmp_path / "given", corpus_dir, tiny_specs, options=given)
-    assert snapshot(tmp_path / "auto") == snapshot(tmp_path / "given")

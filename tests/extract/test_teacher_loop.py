@@ -13,8 +13,8 @@ from movekd.cache.reader import open_cache
 from movekd.cache.verify import verify
 from movekd.errors import CacheError, WeightsError
 from movekd.extract import image_loader
-from movekd.extract.pipeline import SideStream, TeacherBuild
 from movekd.extract.shard_buffer import ShardBuffer
+from movekd.extract.teacher_loop import SideStream, TeacherBuild
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
@@ -62,7 +62,7 @@ def test_a_batch_that_fails_behind_the_teacher_is_never_sealed(
     monkeypatch.setattr(ShardBuffer, "add", fail_once)
     with pytest.raises(CacheError, match="not a number"):
         build(tmp_path / "cache", corpus_dir, tiny_specs[:1])
-    failed = calls[2]._unit.shard
+    failed = calls[2]._task.shard
     seals = [p.name for p in (tmp_path / "cache" / "clip.seals").glob("0*.json")]
     assert seals == [f"{shard:05d}.json" for shard in range(failed)]
 

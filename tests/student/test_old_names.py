@@ -14,7 +14,7 @@ from movekd.student.checkpoint import load_student
 from movekd.student.config import MoleKeys
 from movekd.student.export.formats import export
 from movekd.train.config import load_config
-from movekd.train.run_dir import prepare_output
+from movekd.train.run_dir import plan_start
 
 OLD_YAML = """\
 recipe: revised
@@ -122,10 +122,10 @@ def test_a_run_with_the_old_name_is_resumed(tmp_path):
         text = OLD_RUN.replace("last_block: false", key)
         (tmp_path / "student.yaml").write_text(text)
         config = load_config(tmp_path / "student.yaml")
-        prepare_output(config, tmp_path / "run", resume=True, overwrite=False)
+        plan_start(config, tmp_path / "run", resume=True, overwrite=False)
     config = load_config(tmp_path / "student.yaml", ["student.mole.last_block=true"])
     with pytest.raises(ConfigError, match=r"layers_to_transform differ"):
-        prepare_output(config, tmp_path / "run", resume=True, overwrite=False)
+        plan_start(config, tmp_path / "run", resume=True, overwrite=False)
 
 
 def test_a_model_directory_with_the_old_name_is_loaded(kit, tmp_path):

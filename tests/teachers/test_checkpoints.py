@@ -12,6 +12,7 @@ from torch import nn
 from movekd.cache.spec import CacheSpec
 from movekd.errors import WeightsError
 from movekd.teachers.checkpoints import (
+    Published,
     given_path,
     load_exactly,
     quiet,
@@ -20,7 +21,7 @@ from movekd.teachers.checkpoints import (
 )
 
 Shrink = Callable[..., CacheSpec]
-NAMES = ("det/best.pth", "other.bin")
+NOWHERE = Published(None, ("det/best.pth", "other.bin"))
 
 
 def test_a_directory_yields_the_preferred_file_or_its_only_one(
@@ -28,16 +29,16 @@ def test_a_directory_yields_the_preferred_file_or_its_only_one(
 ) -> None:
     spec = shrunken("eva02", weights=str(tmp_path))
     with pytest.raises(WeightsError, match=r"should hold best\.pth .*found none"):
-        weights_file(spec, None, NAMES)
+        weights_file(spec, NOWHERE)
     (tmp_path / "a.pth").touch()
     (tmp_path / "notes.txt").touch()
-    assert weights_file(spec, None, NAMES).name == "a.pth"
+    assert weights_file(spec, NOWHERE).name == "a.pth"
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(WeightsError, match=r"found a\.pth, b\.safetensors\. Set `weights`"):
-        weights_file(spec, None, NAMES)
+        weights_file(spec, NOWHERE)
     for name in ("model.safetensors", "other.bin", "best.pth"):  # each is preferred to the last
         (tmp_path / name).touch()
-        assert weights_file(spec, None, NAMES).name == name
+        assert weights_file(spec, NOWHERE).name == name
 
 
 def test_paths_that_cannot_hold_weights_are_refused(tmp_path: Path, shrunken: Shrink) -> None:
@@ -50,7 +51,7 @@ def test_paths_that_cannot_hold_weights_are_refused(tmp_path: Path, shrunken: Sh
 
 def test_what_is_not_published_is_not_fetched(shrunken: Shrink) -> None:
     with pytest.raises(WeightsError, match="no weights are published for movekd model"):
-        weights_file(shrunken("eva02", weights="hub"), None, NAMES)
+        weights_file(shrunken("eva02", weights="hub"), NOWHERE)
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", None])

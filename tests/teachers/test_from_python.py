@@ -150,10 +150,13 @@ def test_shape_is_known_without_work(spec: CacheSpec, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"weights": "hub"}, r"weights: hub; no hub knows .*`factory` .* `random` for a trial"),
-        ({"factory": "mines.vit:encoder"}, r"no module mines that .*PYTHONPATH to the folder"),
-        ({"factory": "mine.vitt:encoder"}, r"no module mine\.vitt .*Did you mean 'mine\.vit'\?"),
-        ({"factory": "mine.vit.small:encoder"}, r"no module mine\.vit\.small that Python"),
+        (
+            {"weights": "hub"},
+            r"the hub has no weights of your own network.*`factory` .* `random` for a trial",
+        ),
+        ({"factory": "mines.vit:encoder"}, r"finds no module mines\. .*PYTHONPATH to the folder"),
+        ({"factory": "mine.vitt:encoder"}, r"no module mine\.vitt\. Did you mean 'mine\.vit'\?"),
+        ({"factory": "mine.vit.small:encoder"}, r"finds no module mine\.vit\.small\."),
         ({"factory": "mine.vit:encodr"}, r"mine\.vit has no encodr\. Did you mean 'encoder'\?"),
         ({"factory": "mine.vit:not_a_function"}, r"not_a_function in mine\.vit is a int; expected"),
         ({"factory": "mine.broken:encoder"}, r"importing mine\.broken fails: ZeroDivisionError"),
@@ -184,7 +187,7 @@ def test_what_cannot_be_loaded_is_a_sentence(
         ("flat", r"returned \(2, 128\) for 2 images; expected"),
         ("one image", r"returned \(1, 16, 8\) for 2 images; expected"),
         ("strip", r"returned \(2, 8, 1, 4\) for 2 images; expected .* a square map"),
-        ("three tokens", r"gives 3 tokens an image, which are no square grid"),
+        ("three tokens", r"gives 3 tokens per image, which are no square grid"),
         ("tokens", r"asks for cls; .* gave none\. Return .*TeacherOutput with cls_BD .*cls: false"),
         ("no cls", r"asks for cls; forward of mine\.vit:encoder's network gave none"),
         ("short row", r"asks for cls_attention; .* gave \(2, 2, 2\)\. .*cls_attention: false"),

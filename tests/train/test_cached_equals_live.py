@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import scenes
 from movekd.cache import open_cache
+from movekd.cache.codecs import codec as codec_of
 from movekd.cache.grid import resize_tokens
 from movekd.cache.reader import TeacherTargets
 from movekd.cache.spec import load_spec
@@ -49,7 +50,7 @@ def live_targets(spec, corpus, images, stats):
     stored = {"tokens": tokens_IND}
     if output.cls_attention_BHN is not None:
         stored |= {"cls": output.cls_BD, "cls_attention": output.cls_attention_BHN}
-    return TeacherTargets(stored, stats)
+    return TeacherTargets(stored, stats, codec_of("float16"))
 
 
 @pytest.fixture(scope="module", params=["float16", "int8"])
@@ -105,7 +106,7 @@ def shifted(setting):
 
     def shift(targets):
         stored = {name: tensor.roll(1, 0) for name, tensor in targets.stored.items()}
-        return TeacherTargets(stored, targets.stats)
+        return TeacherTargets(stored, targets.stats, targets.codec)
 
     return {name: shift(targets) for name, targets in setting[4].items()}
 

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from movekd.cache import open_cache
-from movekd.cache.codec import ChannelStats
+from movekd.cache.codecs import codec
 from movekd.cache.grid import resize_attention, resize_tokens
+from movekd.cache.stats import ChannelStats
 from movekd.cache.targets import TeacherTargets
 from movekd.distill import released_sam_tokens, teacher_weights, token_weights
 from movekd.distill.objective import Objective, count_answer_tokens, count_units
@@ -115,10 +116,12 @@ def test_the_released_layout_of_sam_is_what_its_adapter_is_given(digits, batch_o
     shapes = {"clip": TargetShape(36, 96), "sam": TargetShape(16, 16)}
     model = DistillModel(student, Objective(distill, "sample"), shapes).eval()
     stats = ChannelStats(torch.zeros(16), torch.ones(16))
-    plain_IMD = torch.randn(4, 16, 16)
-    plain = batch["targets"] | {"sam": TeacherTargets({"tokens": plain_IMD}, stats)}
+    plain_IMD, plain_codec = torch.randn(4, 16, 16), codec("float16")
+    plain = batch["targets"] | {"sam": TeacherTargets({"tokens": plain_IMD}, stats, plain_codec)}
     ordered_IMD = released_sam_tokens(plain_IMD)
-    ordered = batch["targets"] | {"sam": TeacherTargets({"tokens": ordered_IMD}, stats)}
+    ordered = batch["targets"] | {
+        "sam": TeacherTargets({"tokens": ordered_IMD}, stats, plain_codec)
+    }
     student_IND = torch.randn(4, 36, 96)
     found = digits.kd(model, student_IND, plain)["kd_sam"]
     model.objective = Objective(config.distill, "sample")

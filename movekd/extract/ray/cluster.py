@@ -1,51 +1,51 @@
-"""A Ray cluster as a build sees it: how it is reached, what it has, whether its nodes are alike.
+"""Connect to a Ray cluster, size its workers, and check that its nodes are equal.
 
-Comes in: what the command line says of the cluster. Goes out: a connection, and how many workers of
-which size there are to be. ``extract.ray.executor`` puts them to work.
+Input: the options of the command line. Output: a connection, and the number and size of workers.
+``extract.ray.executor`` gives them work.
 """
 
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.ray import environment
 from movekd.extract.ray.environment import NodeEnvironment, node_name
 
 WORKER_CPUS = 1
-"""What a worker claims of Ray, so that each node without GPUs holds workers as it has cores."""
+"""CPUs that a worker asks Ray for; a node without GPUs then holds as many workers as cores."""
 _CONNECT_S = 10.0
 _CLIENT_TRIES = 3
 
 
 class RayCluster:
-    """A connection to a Ray cluster, and what each worker of a build gets of it.
+    """A connection to a Ray cluster, and the size of a build's workers.
 
-    A context manager. A cluster that this process is connected to already is taken, and stays so.
+    A context manager. If this process is connected to a cluster already, that connection is used
+    and stays open.
 
     Args:
         address: ``auto`` (the cluster that this machine is a node of), ``host:port``,
-            ``ray://host:port``, or ``local`` (this machine alone).
-        num_workers: how many, at most; unless given one a GPU, or one a node without GPUs, of the
-            nodes that there are at the moment.
-        num_gpus_per_worker: may be a fraction; unless given 1 where the device is a GPU.
-        num_decoders: processes that decode images, of each worker; unless given the cores that
-            there are for each, but one.
+            ``ray://host:port``, or ``local`` (only this machine).
+        num_workers: maximum number of workers. Default: one per GPU, or one per node in a cluster
+            without GPUs, counted over the nodes that are alive.
+        num_gpus_per_worker: may be a fraction. Default: 1 if the device is a GPU.
+        num_decoders: processes per worker that decode images. Default: all cores of the worker's
+            share but one.
         device: ``auto``, ``cpu`` or ``cuda``.
-        is_verbose: whether Ray's own messages are shown.
+        is_verbose: whether to show Ray's own messages.
 
     Attributes:
         device: cpu or cuda.
-        num_gpus: of each worker.
-        num_decoders: of each worker.
+        num_gpus: GPUs per worker.
+        num_decoders: decoding processes per worker.
 
     Raises:
-        ConfigError: Ray is not installed, or no cluster answers; or no worker would fit into it.
+        ConfigError: Ray is not installed, no cluster answers, or no worker fits into it.
     """
 
     def __init__(
@@ -63,26 +63,22 @@ class RayCluster:
         self.device = device
         self.ray: Any = _import_ray(is_verbose)
         self.num_gpus, self.num_decoders = 0.0, 1
-        self._left = ExitStack()
+        self._on_exit = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as left:
+        with ExitStack() as on_exit:
             if not self.ray.is_initialized():
                 self._connect()
-                left.callback(self.ray.shutdown)
-                if not self.is_verbose:  # Ray prints there that a node was lost
-                    left.enter_context(redirect_stdout(left.enter_context(_nowhere())))
-            self._take_measure()
-            self._left = left.pop_all()
+                on_exit.callback(self.ray.shutdown)
+                if not self.is_verbose:  # Ray prints lost nodes to stdout
+                    devnull = on_exit.enter_context(open(os.devnull, "w"))
+                    on_exit.enter_context(redirect_stdout(devnull))
+            self._size_workers()
+            self._on_exit = on_exit.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._left.close()
+    def __exit__(self, *error: object) -> None:
+        self._on_exit.close()
 
     def _connect(self) -> None:
         _require_answer(self._address)
@@ -91,18 +87,18 @@ class RayCluster:
         try:
             with nullcontext() if self.is_verbose else _no_stderr():
                 self._init(log_to_driver=self.is_verbose, logging_level=level, **own)
-        except Exception as error:  # of many kinds, by version and address
+        except Exception as error:  # its class depends on Ray's version and on the address
             said = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"no Ray cluster can be used at --address {self._address}: {said} Start one with "
                 "`ray start --head` (and `ray start --address HOST:6379` on the other machines), "
-                "or give --address local for this machine alone."
+                "or give --address local to use only this machine."
             ) from None
 
     def _init(self, **options: Any) -> None:
-        """Connect, again where Ray's server for clients lost the process that it forked for us.
+        """Connect; retry if Ray's client server loses the process that it forks for a client.
 
-        It forks while its threads are busy; now and then the child dies at once.
+        The server forks while its threads are busy, so the child sometimes dies at once.
         """
         for left in reversed(range(_CLIENT_TRIES)):
             try:
@@ -113,7 +109,7 @@ class RayCluster:
                     raise
 
     def _nodes(self) -> list[dict[str, Any]]:
-        """Return the living nodes that have room for a worker when nothing else runs there."""
+        """Return the living nodes that can hold a worker when nothing else runs on them."""
         return [
             node
             for node in self.ray.nodes()
@@ -121,8 +117,8 @@ class RayCluster:
             if _has(node, "GPU") >= self.num_gpus
         ]
 
-    def _take_measure(self) -> None:
-        """Settle what each worker has."""
+    def _size_workers(self) -> None:
+        """Set device, GPUs and decoding processes per worker."""
         most_gpus = max((_has(node, "GPU") for node in self._nodes()), default=0)
         num_workers, num_gpus, num_decoders = self._asked
         if num_workers is not None and num_workers < 1:
@@ -139,26 +135,27 @@ class RayCluster:
         if (self.device == "cuda") != bool(num_gpus):
             raise ConfigError(
                 f"--device {self.device} and --num-gpus-per-worker {num_gpus:g} contradict each "
-                "other: a worker sees the GPUs that it claims. Leave one of the two out."
+                "other: a worker sees only the GPUs that it asks for. Leave one of the two out."
             )
         if num_gpus > 1 and num_gpus % 1:
             raise ConfigError(
-                f"--num-gpus-per-worker is {num_gpus:g}; Ray gives whole GPUs, or a part of one."
+                f"--num-gpus-per-worker is {num_gpus:g}; Ray gives whole GPUs or a fraction of "
+                "one. Give a whole number, or one below 1."
             )
         self.num_gpus = num_gpus
         if not self._nodes():
             raise ConfigError(
-                f"a worker takes {WORKER_CPUS} CPU and {num_gpus:g} GPUs, and no node of the "
+                f"a worker needs {WORKER_CPUS} CPU and {num_gpus:g} GPUs, and no node of the "
                 f"cluster at --address {self._address} has them; the most GPUs of a node are "
                 f"{most_gpus:g}. Give --num-gpus-per-worker 0 to build on CPUs, or add nodes."
             )
         if num_decoders is None:
             cpus = sum(_has(node, "CPU") for node in self._nodes())
-            num_decoders = max(int(cpus / self.num_places()) - 1, 1)
+            num_decoders = max(int(cpus / self.num_workers()) - 1, 1)
         self.num_decoders = num_decoders
 
-    def num_places(self) -> int:
-        """Return how many workers there are to be at the moment; nodes come and go."""
+    def num_workers(self) -> int:
+        """Return the number of workers for the nodes that are alive now."""
         if self._asked[0] is not None:
             return self._asked[0]
         nodes = self._nodes()
@@ -167,48 +164,67 @@ class RayCluster:
         return max(sum(int(_has(node, "GPU") / self.num_gpus + 1e-6) for node in nodes), 1)
 
     def require_alike(self, expected: NodeEnvironment) -> None:
-        """Look around on every node; one that joins later is looked at by its workers."""
+        """Check every node; the workers of a node that joins later check it themselves."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        look = self.ray.remote(num_cpus=0, max_retries=0)(environment.probe_node())
+        probe = self.ray.remote(num_cpus=0, max_retries=0)(probe_node())
         nodes, exceptions = self._nodes(), self.ray.exceptions
         asked = [
-            look.options(
+            probe.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(asdict(expected), list(environment.PACKAGES))
+            ).remote(asdict(expected))
             for node in nodes
         ]
         for node, answer in zip(nodes, asked, strict=True):
             name = node_name(node["NodeManagerHostname"], node["NodeID"])
             try:
-                found = self.ray.get(answer)
+                versions, problem = self.ray.get(answer)
             except (
                 exceptions.TaskUnschedulableError,
                 exceptions.WorkerCrashedError,
                 exceptions.NodeDiedError,
             ):
-                continue  # the node has just gone
+                continue  # the node has just left
             try:
-                environment.require_versions(found["versions"], expected.versions)
+                environment.require_versions(versions, expected.versions)
             except CacheError as error:
                 raise CacheError(f"{name}: {error}") from None
-            if found["problem"] is not None:
-                raise CacheError(f"{name}: {found['problem']}")
+            if problem is not None:
+                raise CacheError(f"{name}: {problem}")
 
     @contextmanager
-    def sentences(self) -> Iterator[None]:
-        """Turn what becomes of a cluster into a sentence."""
+    def errors_as_messages(self) -> Iterator[None]:
+        """Turn Ray's errors into a CacheError of one line."""
         try:
             yield
         except (self.ray.exceptions.RayError, ConnectionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             said = lines[-1] if lines else type(error).__name__
             failure = CacheError(
-                f"the Ray cluster could not go on ({type(error).__name__}: {said[:300]}). What is "
-                "sealed is safe; see that its nodes are up and run the same command again."
+                f"the Ray cluster failed ({type(error).__name__}: {said[:300]}). What is sealed is "
+                "safe; see that its nodes are up and run the same command again."
             )
             failure.add_note(str(error))
             raise failure from None
+
+
+def probe_node() -> Callable[[dict[str, Any]], tuple[dict[str, str | None], str | None]]:
+    """Return a function: fields of a NodeEnvironment -> versions of a node, and another problem."""
+    read_versions = environment.version_reader()
+
+    def probe(expected: dict[str, Any]) -> tuple[dict[str, str | None], str | None]:
+        versions = read_versions(list(expected["versions"]))
+        if versions == expected["versions"]:  # only then may the node's movekd be imported
+            from movekd.errors import MovekdError
+            from movekd.extract.ray.environment import NodeEnvironment, check_visible
+
+            try:
+                check_visible(NodeEnvironment(**expected))
+            except MovekdError as error:
+                return versions, str(error)
+        return versions, None
+
+    return probe
 
 
 def _has(node: Mapping[str, Any], resource: str) -> float:
@@ -216,7 +232,7 @@ def _has(node: Mapping[str, Any], resource: str) -> float:
 
 
 def _import_ray(is_verbose: bool) -> Any:
-    """Return Ray, told to be quiet before it is loaded and would not listen any more."""
+    """Import Ray after setting the variables that make it quiet; it reads them only at import."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not is_verbose:
@@ -230,28 +246,24 @@ def _import_ray(is_verbose: bool) -> Any:
     return ray
 
 
-def _nowhere() -> IO[str]:
-    return open(os.devnull, "w")
-
-
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Drop what the compiled part of Ray says while it starts; that it was told to be quiet."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Drop stderr while Ray starts: its compiled part writes there whatever Python redirects."""
+    kept, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+        os.close(devnull)
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address where nobody listens: Ray itself tries for minutes, then ends the process.
+    """Refuse an address where nobody listens; Ray would try for minutes, then end the process.
 
     Raises:
-        ConfigError: it is no address, or nobody answers.
+        ConfigError: not an address, or nobody answers.
     """
     if address in ("auto", "local"):
         return
@@ -265,6 +277,6 @@ def _require_answer(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"--address {address}: nobody answers there ({error}). Start a cluster with "
-            "`ray start --head`, which prints its address; or give --address local for this "
-            "machine alone."
+            "`ray start --head`, which prints its address; or give --address local to use only "
+            "this machine."
         ) from None

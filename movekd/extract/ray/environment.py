@@ -1,15 +1,11 @@
-"""What a node of a cluster must have in common with the driver of a build.
+"""Check that a node of a cluster has the driver's versions, cache and corpus.
 
-Comes in: what the driver has and sees. Goes out: nothing, or a sentence that says what differs.
-``extract.ray.cluster`` looks around on every node at the beginning, ``extract.ray.worker`` where
-it is.
+Input: what the driver has. Output: nothing, or an error that names what differs.
+``extract.ray.cluster`` checks every node at the start, ``extract.ray.worker`` its own node.
 """
 
-import importlib.metadata
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from movekd.cache.storage import open_storage
 from movekd.corpus.index import open_corpus
@@ -27,20 +23,20 @@ PACKAGES = (
     "transformers",
     "zarr",
 )
-"""Packages that decide what bytes come out; the driver's versions are everybody's."""
+"""Packages whose versions decide the bytes of a cache; all nodes need the driver's."""
 
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """What every node must see and have, as far as it can be told without loading anything.
+    """What every node must have and see, as far as it can be checked without loading a teacher.
 
     Attributes:
         cache_url: the cache, an absolute path or a URL.
         data_dir: the corpus, an absolute path.
-        versions: of the driver, see ``PACKAGES``.
-        marks: files in the cache -> content, which tell this cache from another one at its place.
-        corpus_fingerprint: of the first ``num_images`` of the corpus.
-        num_images: images of the cache.
+        versions: the driver's version of each of ``PACKAGES``.
+        marks: file in the cache -> content; they tell this cache from another one at the same path.
+        corpus_fingerprint: fingerprint of the first ``num_images`` images of the corpus.
+        num_images: number of images in the cache.
     """
 
     cache_url: str
@@ -51,36 +47,33 @@ class NodeEnvironment:
     num_images: int
 
 
-def probe_node() -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
-    """Return a function that says what a node has, by its versions and what is wrong beside them.
+def version_reader() -> Callable[[Sequence[str]], dict[str, str | None]]:
+    """Return a function: names of packages -> installed versions, None where not installed.
 
-    It is made here and not imported there, so that it also runs where there is no movekd.
+    It is nested because Ray pickles nested functions by value: it must also run on nodes that have
+    another movekd, or none.
     """
 
-    def look(expected: dict[str, Any], packages: list[str]) -> dict[str, Any]:
+    def read_versions(packages: Sequence[str]) -> dict[str, str | None]:
         import importlib.metadata
         import warnings
 
         versions: dict[str, str | None] = {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # about broken metadata of unrelated packages
             for name in packages:
                 try:
                     versions[name] = importlib.metadata.version(name)
                 except importlib.metadata.PackageNotFoundError:
                     versions[name] = None
-        problem = None
-        if versions == expected["versions"]:
-            from movekd.errors import MovekdError
-            from movekd.extract.ray.environment import NodeEnvironment, check_visible
+        return versions
 
-            try:
-                check_visible(NodeEnvironment(**expected))
-            except MovekdError as error:
-                problem = str(error)
-        return {"versions": versions, "problem": problem}
+    return read_versions
 
-    return look
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the version of each of ``PACKAGES`` here, None where it is not installed."""
+    return version_reader()(PACKAGES)
 
 
 def require_versions(found: Mapping[str, str | None], expected: Mapping[str, str | None]) -> None:
@@ -96,48 +89,35 @@ def require_versions(found: Mapping[str, str | None], expected: Mapping[str, str
     ]
     if differs:
         raise CacheError(
-            f"it has {', '.join(differs)}. Features of other versions differ in their last bits: "
-            "install the driver's there, or keep workers off it."
+            f"it has {', '.join(differs)}. Other versions give features with other last bits; "
+            "install the driver's versions there, or keep workers off this node."
         )
 
 
 def check_visible(expected: NodeEnvironment) -> None:
-    """Refuse a place from which the driver's cache and corpus are not seen.
+    """Refuse a node that does not see the driver's cache and corpus.
 
     Raises:
-        CacheError: another cache lies there, or none; or another corpus.
-        CorpusError: no corpus.
+        CacheError: the node sees another cache, none, or another corpus.
+        CorpusError: the node sees no corpus.
     """
     storage = open_storage(expected.cache_url)
     if storage.read_many(list(expected.marks)) != expected.marks:
         raise CacheError(
             f"it does not see the cache that the driver builds at {expected.cache_url}. A cache "
-            "of several machines lies in a folder that all of them mount at the same place, or in "
+            "of several machines lies in a folder that all of them mount at the same path, or in "
             "an object store (s3://bucket/prefix)."
         )
     corpus = open_corpus(expected.data_dir)
     if corpus.fingerprint(expected.num_images) != expected.corpus_fingerprint:
         raise CacheError(
-            f"{expected.data_dir} holds another corpus there than the driver's; copy or mount the "
-            "same one at the same place on every node."
+            f"{expected.data_dir} holds another corpus there than on the driver; copy or mount the "
+            "same one at the same path on every node."
         )
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Return the version of each of ``PACKAGES`` here, None where it is not installed."""
-    versions: dict[str, str | None] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metadata of other packages is not ours to judge
-        for name in PACKAGES:
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                versions[name] = None
-    return versions
-
-
 def node_name(host: str, node_id: str) -> str:
-    """Return what an error calls a node."""
+    """Return the name of a node in errors."""
     return f"node {host} (Ray id {node_id[:8]})"
 
 

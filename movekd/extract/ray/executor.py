@@ -1,9 +1,10 @@
-"""The engine for many machines: work items for the workers of a Ray cluster.
+"""The executor for many machines: split a build into items for the workers of a Ray cluster.
 
-Comes in: which Zarr shards of which teachers are missing. Goes out: those, sealed. A worker is a
-process with the teachers loaded and the local engine inside (``extract.ray.worker``), kept busy by
-``extract.ray.worker_pool``. The driver loads no teacher and needs no GPU; it holds the build's
-locks.
+Input: which Zarr shards of which teachers are missing. Output: those, sealed.
+
+A worker is a process that has loaded the teachers and runs the local executor
+(``extract.ray.worker``). ``extract.ray.worker_pool`` gives it items. The driver loads no teacher,
+needs no GPU, and holds the locks of the build.
 """
 
 import time
@@ -19,86 +20,89 @@ from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.extract.calibrate import sealed_calibration
-from movekd.extract.executor import BuildContext, JobResult, TeacherJob
-from movekd.extract.locks import lock_name
-from movekd.extract.options import BuildOptions
+from movekd.extract.executor import JobResult, TeacherJob
+from movekd.extract.locks import part_lock
+from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.ray import worker
 from movekd.extract.ray.cluster import WORKER_CPUS, RayCluster
 from movekd.extract.ray.environment import NodeEnvironment, installed_versions
 from movekd.extract.ray.worker import Assignment, Item, Report
-from movekd.extract.ray.worker_pool import Pool
+from movekd.extract.ray.worker_pool import WorkerPool
 
-ITEMS_A_WORKER = 8
-"""Work items that each worker gets at least, as long as an item is more than one Zarr shard."""
+ITEMS_PER_WORKER = 8
+"""Minimum number of items per worker, as long as an item holds more than one Zarr shard."""
 
 
 class RayExecutor:
-    """Teachers that run in the workers of a Ray cluster, while that is connected."""
+    """Runs teachers in the workers of a connected Ray cluster."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
-        self._surroundings: NodeEnvironment | None = None
+        self._environment: NodeEnvironment | None = None
 
-    def begin(self, site: BuildContext, specs: Sequence[CacheSpec]) -> None:
-        """Refuse nodes that are not like the driver, or that do not see what it builds."""
-        storage = site.storage
+    def begin(self, context: BuildContext, specs: Sequence[CacheSpec]) -> None:
+        """Refuse nodes with other versions than the driver, or that do not see its cache."""
+        storage = context.storage
         if storage.url.startswith("memory:"):
-            raise ConfigError(f"{storage.url} is of one process; workers cannot see it.")
+            raise ConfigError(
+                f"{storage.url} is in the memory of one process; workers cannot see it. Give a "
+                "folder or an object store as --cache."
+            )
         if storage.local_dir is None:
             marks, url = [layout.CACHE_JSON], storage.url
-        else:  # the lock says which process on which host holds it
-            marks = [lock_name(spec.name) for spec in specs]
+        else:  # the content of the locks names this process and host
+            marks = [part_lock(spec.name) for spec in specs]
             url = str(storage.local_dir.absolute())
-        catalog = site.catalog
-        self._surroundings = NodeEnvironment(
+        catalog = context.catalog
+        self._environment = NodeEnvironment(
             cache_url=url,
-            data_dir=str(Path(site.corpus.data_dir).absolute()),
+            data_dir=str(Path(context.corpus.data_dir).absolute()),
             versions=installed_versions(),
             marks=storage.read_many(marks),
             corpus_fingerprint=catalog.corpus_fingerprint,
             num_images=catalog.num_images,
         )
-        with self._cluster.sentences():
-            self._cluster.require_alike(self._surroundings)
+        with self._cluster.errors_as_messages():
+            self._cluster.require_alike(self._environment)
 
     def require_loadable(self, spec: CacheSpec, options: BuildOptions) -> None:
         """Load a teacher in a worker."""
         self._once(worker.require_loadable, self._assignment([spec], options))
 
-    def calibrate(self, site: BuildContext, spec: CacheSpec) -> Calibration:
-        """Seal a new teacher's calibration and make its group, in a worker."""
-        what = f"{spec.name}: calibrate"
-        num_images = min(spec.calibration_images, len(site.corpus))
-        site.progress(what, 0, num_images)
-        self._once(worker.calibrate, self._assignment([spec], site.options))
-        site.progress(what, num_images, num_images)
-        calibration = sealed_calibration(site.storage, spec)
+    def calibrate(self, context: BuildContext, spec: CacheSpec) -> Calibration:
+        """Seal a new teacher's calibration and create its group, in a worker."""
+        label = f"{spec.name}: calibrate"
+        num_images = min(spec.calibration_images, len(context.corpus))
+        context.progress(label, 0, num_images)
+        self._once(worker.calibrate, self._assignment([spec], context.options))
+        context.progress(label, num_images, num_images)
+        calibration = sealed_calibration(context.storage, spec)
         assert calibration is not None
         return calibration
 
-    def build(self, site: BuildContext, jobs: Sequence[TeacherJob]) -> list[JobResult]:
-        """Build and seal the Zarr shards of some teachers, in all workers."""
+    def build(self, context: BuildContext, jobs: Sequence[TeacherJob]) -> list[JobResult]:
+        """Build and seal the Zarr shards of all jobs in the workers."""
         started = time.perf_counter()
-        items = work_items(jobs, self._cluster.num_places())
+        items = work_items(jobs, self._cluster.num_workers())
         by_name = {job.spec.name: job for job in jobs}
         num_rows, seconds = dict.fromkeys(by_name, 0), dict.fromkeys(by_name, 0.0)
-        total = sum(_num_rows(site, job, job.shards) for job in jobs)
-        what = f"{', '.join(job.spec.name for job in jobs if job.shards)}: build"
-        assignment = self._assignment([job.spec for job in jobs if job.shards], site.options)
+        total = sum(_num_rows(context, job, job.shards) for job in jobs)
+        label = f"{', '.join(job.spec.name for job in jobs if job.shards)}: build"
+        assignment = self._assignment([job.spec for job in jobs if job.shards], context.options)
         if items:
-            with self._cluster.sentences():
-                for item, report in Pool(self._cluster, assignment).work_through(items):
+            with self._cluster.errors_as_messages():
+                for item, report in WorkerPool(self._cluster, assignment).work_through(items):
                     for name, shards in item.items():
-                        num_rows[name] += _num_rows(site, by_name[name], shards)
+                        num_rows[name] += _num_rows(context, by_name[name], shards)
                         seconds[name] += report.seconds[name]
-                    site.progress(what, sum(num_rows.values()), total)
-        # of the wall's time, as much as was the teacher's in the workers
+                    context.progress(label, sum(num_rows.values()), total)
+        # Workers run in parallel, so their seconds are scaled to sum up to the elapsed time.
         scale = (time.perf_counter() - started) / max(sum(seconds.values()), 1e-9)
         return [JobResult(num_rows[name], seconds[name] * scale) for name in by_name]
 
     def _once(self, task: Any, assignment: Assignment) -> None:
-        """Run a task in one process of the cluster, with what a worker has."""
-        with self._cluster.sentences():
+        """Run a task in one process of the cluster that has a worker's size."""
+        with self._cluster.errors_as_messages():
             remote = self._cluster.ray.remote(
                 num_cpus=WORKER_CPUS, num_gpus=self._cluster.num_gpus
             )(task)
@@ -106,22 +110,22 @@ class RayExecutor:
         report.checked()
 
     def _assignment(self, specs: Sequence[CacheSpec], options: BuildOptions) -> Assignment:
-        """Return what workers are told; they use as many threads as the driver would."""
-        assert self._surroundings is not None
+        """Return what workers need; they use as many threads as the driver would."""
+        assert self._environment is not None
         options = replace(
             options,
             num_workers=self._cluster.num_decoders,
             num_threads=options.num_threads or torch.get_num_threads(),
         )
-        return Assignment(self._surroundings, specs, options)
+        return Assignment(self._environment, specs, options)
 
 
 def work_items(jobs: Sequence[TeacherJob], num_workers: int) -> list[Item]:
-    """Return the missing Zarr shards in groups, teacher -> shards: what a worker takes at once.
+    """Return the missing Zarr shards as items, teacher -> shards; a worker takes one at a time.
 
-    A group is a row range that is whole Zarr shards of every teacher, so that an image is decoded
-    once for all of them. It grows to 1,024 rows, because the device idles between two groups, as
-    long as there are enough for every worker.
+    An item is a row range that holds whole Zarr shards of every teacher, so that an image is
+    decoded once for all of them. Items grow up to 1,024 rows, because the device idles between two
+    items, as long as every worker gets enough of them.
     """
     jobs = [job for job in jobs if job.shards]
     rows = max((job.store.layout.rows_per_shard for job in jobs), default=1)
@@ -129,7 +133,7 @@ def work_items(jobs: Sequence[TeacherJob], num_workers: int) -> list[Item]:
     while 2 * rows <= layout.MAX_SHARD_ROWS:
         rows *= 2
         larger = _grouped(jobs, rows)
-        if len(larger) < ITEMS_A_WORKER * num_workers:
+        if len(larger) < ITEMS_PER_WORKER * num_workers:
             break
         items = larger
     return items
@@ -144,9 +148,9 @@ def _grouped(jobs: Sequence[TeacherJob], rows: int) -> list[Item]:
     return [group for _, group in sorted(groups.items())]
 
 
-def _num_rows(site: BuildContext, job: TeacherJob, shards: Sequence[int]) -> int:
+def _num_rows(context: BuildContext, job: TeacherJob, shards: Sequence[int]) -> int:
     """Return how many rows of some Zarr shards stand for a view of an image."""
-    wanted = torch.zeros(job.store.layout.num_shards(site.catalog.num_rows), dtype=torch.bool)
+    wanted = torch.zeros(job.store.layout.num_shards(context.catalog.num_rows), dtype=torch.bool)
     wanted[list(shards)] = True
-    of_rows = torch.from_numpy(site.catalog.rows // job.store.layout.rows_per_shard)
+    of_rows = torch.from_numpy(context.catalog.rows // job.store.layout.rows_per_shard)
     return int(wanted[of_rows].sum())

@@ -1,10 +1,10 @@
-"""The workers of a build in a Ray cluster: hired, given one work item at a time, replaced if lost.
+"""Start workers in a Ray cluster, give them one item at a time, and replace those that die.
 
-Comes in: an assignment, and work items from ``extract.ray.executor``. Goes out: a report of each
-item,
-in the order in which they are finished. A worker loads the teachers once and keeps them. One that
-dies takes nothing with it but its item's time: the item goes to another worker, which builds what
-of it is not sealed. RowIds for workers are those of the nodes that there are at the moment.
+Input: an assignment, and items from ``extract.ray.executor``. Output: one report per item, in the
+order in which they finish.
+
+A worker loads the teachers once and keeps them. If it dies, another worker gets its item and builds
+what is not sealed. The number of workers follows the nodes that are alive.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from movekd.extract.ray.cluster import WORKER_CPUS, RayCluster
 from movekd.extract.ray.worker import Assignment, Item, Report, Worker
 
 LIVES = 5
-"""So many workers may die over one work item, or loading in each place, before it is a failure."""
+"""Workers that may die over one item, or while loading per running worker, until a build fails."""
 LOOK_S = 10.0
-"""How often, at least, the cluster is asked whether nodes have joined."""
+"""Seconds between checks for nodes that have joined."""
 
 Awaited = tuple[Any, int | None]
-"""A worker, and the number of the item that it has; None while it loads."""
+"""A worker, and the number of its item; None while it loads."""
 
 
-class Pool:
+class WorkerPool:
     """Workers of one build; ``work_through`` may be called once.
 
     Args:
-        cluster: where they run, connected.
-        assignment: what all of them are told.
+        cluster: the connected cluster.
+        assignment: what all workers need.
     """
 
     def __init__(self, cluster: RayCluster, assignment: Assignment) -> None:
@@ -39,25 +39,25 @@ class Pool:
         self._worker = self._ray.remote(
             num_cpus=WORKER_CPUS,
             num_gpus=cluster.num_gpus,
-            max_restarts=0,  # a restarted one would sit on its item until there is room for it
+            max_restarts=0,  # Ray would keep the item of a restarting worker until it has room
             scheduling_strategy="SPREAD",
         )(Worker)
         self._awaited: dict[Any, Awaited] = {}
-        self._hired: list[Any] = []
+        self._workers: list[Any] = []
         self._idle: list[Any] = []
         self._deaths: Counter[int | None] = Counter()
 
     def work_through(self, items: Sequence[Item]) -> Iterator[tuple[Item, Report]]:
-        """Yield every item with what became of it, as workers finish them.
+        """Yield every item with its report, as workers finish them.
 
         Raises:
-            MovekdError: what a worker failed with.
+            MovekdError: the error of a worker.
             CacheError: workers keep dying.
         """
         waiting = deque(range(len(items)))
         try:
             while waiting or any(number is not None for _, number in self._awaited.values()):
-                self._hire(len(waiting))
+                self._start_workers(len(waiting))
                 while waiting and self._idle:
                     worker, first = self._idle.pop(), waiting.popleft()
                     self._awaited[worker.build.remote(items[first])] = worker, first
@@ -72,16 +72,16 @@ class Pool:
                     elif number is not None:
                         waiting.appendleft(number)
         finally:
-            for worker in list(self._hired):
-                self._dismiss(worker)
+            for worker in list(self._workers):
+                self._stop(worker)
 
-    def _hire(self, num_waiting: int) -> None:
-        """Start as many workers as there are places and items for; Ray waits for places."""
+    def _start_workers(self, num_waiting: int) -> None:
+        """Start the workers that nodes and items call for; Ray queues those without room."""
         num_busy = sum(number is not None for _, number in self._awaited.values())
-        wanted = min(self._cluster.num_places(), num_waiting + num_busy)
-        for _ in range(wanted - len(self._hired)):
+        wanted = min(self._cluster.num_workers(), num_waiting + num_busy)
+        for _ in range(wanted - len(self._workers)):
             worker = self._worker.remote(self._assignment)
-            self._hired.append(worker)
+            self._workers.append(worker)
             self._awaited[worker.loaded.remote()] = worker, None
 
     def _answer(self, answer: Any, worker: Any, number: int | None) -> Report | None:
@@ -96,16 +96,16 @@ class Pool:
             exceptions.ObjectLostError,
             exceptions.OutOfMemoryError,
         ) as error:
-            self._dismiss(worker)  # one that is merely out of reach as well
+            self._stop(worker)  # kills it if it is only out of reach
             self._deaths[number] += 1
             if self._deaths[number] >= LIVES * (
                 1 if number is not None else len(self._awaited) + 1
             ):
                 doing = "loading the teachers" if number is None else "over the same work item"
                 failure = CacheError(
-                    f"{self._deaths[number]} workers died one after the other {doing}: killed for "
-                    "want of memory, perhaps (--debug shows what Ray says). What is sealed is "
-                    "safe; mend it and run the same command again."
+                    f"{self._deaths[number]} workers died one after the other {doing}; perhaps the "
+                    "system killed them for lack of memory (--debug shows what Ray says). What is "
+                    "sealed is safe; correct the cause and run the same command again."
                 )
                 failure.add_note(str(error))
                 raise failure from None
@@ -113,7 +113,7 @@ class Pool:
         self._deaths.pop(None, None)
         return report.checked()
 
-    def _dismiss(self, worker: Any) -> None:
-        self._hired.remove(worker)
+    def _stop(self, worker: Any) -> None:
+        self._workers.remove(worker)
         with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError):
             self._ray.kill(worker)

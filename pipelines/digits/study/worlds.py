@@ -28,7 +28,7 @@ from movekd.cache import open_cache
 from movekd.cache.layout import CACHE_JSON, INDEX, NAMES, skipped_name, skipped_seal_name
 from movekd.cache.spec import load_spec
 from movekd.cache.storage import open_storage
-from movekd.cache.writer import create_group, write_shard
+from movekd.cache.writer import TeacherWriter, create_group
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.extract.options import BuildOptions
@@ -190,12 +190,10 @@ def shuffle_cache(source: Path, target: Path, seed: int) -> None:
         other = np.empty_like(order)
         other[order] = np.roll(order, 1)
         create_group(storage, store.spec, store.calibration, store.stats, store.num_rows)
+        writer = TeacherWriter(storage, teacher, store.num_rows)
         for shard, seal in store.seals.items():
             stored = store.read(other[slice(*seal.rows)]).stored
-            write_shard(
-                storage,
-                store.spec,
-                store.calibration,
+            writer.write_shard(
                 shard,
                 {array: values.numpy() for array, values in stored.items()},
                 keys_xxh3_128=seal.keys_xxh3_128,

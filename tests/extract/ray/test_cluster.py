@@ -26,7 +26,7 @@ def measured(monkeypatch):
         ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: found)
         monkeypatch.setattr("movekd.extract.ray.cluster._import_ray", lambda _: ray)
         with RayCluster(address, **asked) as cluster:
-            return cluster.device, cluster.num_places(), cluster.num_gpus, cluster.num_decoders
+            return cluster.device, cluster.num_workers(), cluster.num_gpus, cluster.num_decoders
 
     return connect
 
@@ -55,7 +55,7 @@ def test_what_a_worker_gets(measured, nodes, asked, expected) -> None:
         ({"device": "cuda:1"}, r"--device cuda:1 with --engine ray"),
         ({"device": "cpu", "num_gpus_per_worker": 1}, r"contradict each other"),
         ({"device": "cuda", "num_gpus_per_worker": 0}, r"contradict each other"),
-        ({"num_gpus_per_worker": 1.5}, r"whole GPUs, or a part of one"),
+        ({"num_gpus_per_worker": 1.5}, r"whole GPUs or a fraction of one"),
         ({"num_gpus_per_worker": 8}, r"1 CPU and 8 GPUs, .*most GPUs of a node are 4\. Give"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_server_for_clients_that_died_at_once_is_asked_again(
         address = f"ray://127.0.0.1:{server.getsockname()[1]}"
         if is_connected:
             with RayCluster(address) as cluster:
-                assert cluster.num_places() == 1
+                assert cluster.num_workers() == 1
         else:
             with pytest.raises(ConfigError, match="Initialization failure from server"):
                 RayCluster(address).__enter__()

@@ -1,4 +1,4 @@
-"""The engine for a cluster and its workers, without a cluster: a worker in this process."""
+"""The executor for a cluster and its workers, without a cluster: a worker in this process."""
 
 import contextlib
 import json
@@ -14,8 +14,8 @@ from builds import build
 from movekd.cache import layout
 from movekd.cache.reader import open_cache
 from movekd.errors import CacheError, ConfigError
-from movekd.extract.ray import executor, worker
-from movekd.extract.ray.executor import ITEMS_A_WORKER, RayExecutor, work_items
+from movekd.extract.ray import worker
+from movekd.extract.ray.executor import ITEMS_PER_WORKER, RayExecutor, work_items
 from movekd.extract.ray.worker import Worker
 from movekd.teachers import load_teacher
 
@@ -32,14 +32,14 @@ class Here:
 
 
 @pytest.fixture
-def engine(monkeypatch) -> RayExecutor:
-    monkeypatch.setattr(executor, "Pool", Here)
+def executor(monkeypatch) -> RayExecutor:
+    monkeypatch.setattr("movekd.extract.ray.executor.WorkerPool", Here)
     monkeypatch.setattr(worker, "_here", lambda: "node here")
     return RayExecutor(
         SimpleNamespace(
-            sentences=contextlib.nullcontext,
-            require_alike=lambda surroundings: None,
-            num_places=lambda: 2,
+            errors_as_messages=contextlib.nullcontext,
+            require_alike=lambda environment: None,
+            num_workers=lambda: 2,
             num_decoders=0,
         )
     )
@@ -54,20 +54,20 @@ def begun(tmp_path, corpus_dir, tiny_specs, small_shards):
 
 
 def test_an_error_of_a_teacher_arrives_as_its_sentence(
-    engine, begun, corpus_dir, tiny_specs
+    executor, begun, corpus_dir, tiny_specs
 ) -> None:
     worst = json.loads((begun / "clip.seals/00000.json").read_text())["error"]["max"]
     strict = tiny_specs[0].with_changes(max_error=worst * 0.5)
     sentence = r"teacher 'clip', rows .*; the spec allows max_error .* or raise max_error\."
     with pytest.raises(CacheError) as caught:
-        build(begun, corpus_dir, [strict], engine=engine)
+        build(begun, corpus_dir, [strict], executor=executor)
     assert re.fullmatch(sentence, str(caught.value))
     assert "in add" in caught.value.__notes__[0]  # where, for --debug
     assert open_cache(begun)["clip"].missing_shards == [1]
 
 
 def test_an_error_that_is_none_of_ours_says_where(
-    engine, begun, corpus_dir, tiny_specs, monkeypatch
+    executor, begun, corpus_dir, tiny_specs, monkeypatch
 ) -> None:
     def fail(*_):
         raise RuntimeError("device-side assert\nand more")
@@ -75,11 +75,11 @@ def test_an_error_that_is_none_of_ours_says_where(
     monkeypatch.setattr("movekd.extract.executor.run_teachers", fail)
     said = r"^a worker on node here failed: RuntimeError: device-side assert What is sealed is safe"
     with pytest.raises(CacheError, match=said):
-        build(begun, corpus_dir, tiny_specs[:1], engine=engine)
+        build(begun, corpus_dir, tiny_specs[:1], executor=executor)
 
 
 def test_other_weights_on_a_node_are_refused_with_its_name(
-    engine, tmp_path, corpus_dir, tiny_specs, small_shards
+    executor, tmp_path, corpus_dir, tiny_specs, small_shards
 ) -> None:
     paths = []
     for seed in (0, 1):
@@ -91,17 +91,17 @@ def test_other_weights_on_a_node_are_refused_with_its_name(
     seal = out / layout.seal_name("clip", 0)
     sealed = seal.read_bytes()
     seal.unlink()
-    build(out, corpus_dir, [spec], engine=engine)
+    build(out, corpus_dir, [spec], executor=executor)
     assert seal.read_bytes() == sealed
     seal.unlink()
     paths[1].replace(paths[0])
     with pytest.raises(CacheError, match=r"^node here: the weights of 'clip' have SHA-256"):
-        build(out, corpus_dir, [spec], engine=engine)
+        build(out, corpus_dir, [spec], executor=executor)
 
 
-def test_a_cache_that_only_this_process_sees_is_refused(engine, corpus_dir, tiny_specs) -> None:
+def test_a_cache_that_only_this_process_sees_is_refused(executor, corpus_dir, tiny_specs) -> None:
     with pytest.raises(ConfigError, match=r"of one process; workers cannot see it"):
-        build("memory://ray-engine/cache", corpus_dir, tiny_specs, engine=engine)
+        build("memory://ray-executor/cache", corpus_dir, tiny_specs, executor=executor)
 
 
 @given(
@@ -141,7 +141,7 @@ def test_work_items_hold_every_zarr_shard_once(missing, num_workers) -> None:
         for item in items
     ]
     assert sum(map(len, ranges)) == len(set().union(*ranges))
-    if len(items) < ITEMS_A_WORKER * num_workers:  # no larger than they must be for that
+    if len(items) < ITEMS_PER_WORKER * num_workers:  # no larger than they must be for that
         largest = max((rows for rows, shards in missing.values() if shards), default=1)
         assert len(items) == len(
             {s * r // largest for r, shards in missing.values() for s in shards}

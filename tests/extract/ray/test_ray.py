@@ -30,7 +30,7 @@ from movekd.extract.ray.cluster import RayCluster
 from movekd.extract.ray.executor import RayExecutor
 from s3 import s3_server
 
-SITE = Path(__file__).parents[1] / "helpers" / "ray_site"
+SITE = Path(__file__).parents[2] / "helpers" / "ray_site"
 PYTHONPATH = os.pathsep.join([str(SITE), *filter(None, sys.path)])
 SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
 """So that a lost node is noticed in seconds."""
@@ -44,7 +44,7 @@ places = pytest.mark.parametrize(
 
 
 @dataclass
-class BuildContext:
+class RunningCluster:
     """The cluster, the port of its client server, and the folder of its faults."""
 
     cluster: Any
@@ -62,7 +62,7 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def site(request, tmp_path_factory):
+def nodes(request, tmp_path_factory):
     """A head, where nothing is built, and two nodes with a CPU each."""
     if any("s3" in item.name for item in request.session.items if item.module is request.module):
         request.getfixturevalue("server")  # whose address the nodes find in their environment
@@ -79,7 +79,7 @@ def site(request, tmp_path_factory):
         head = {"num_cpus": 0, "_system_config": SYSTEM, "ray_client_server_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            running = BuildContext(cluster, port, faults)
+            running = RunningCluster(cluster, port, faults)
             for _ in range(2):
                 running.add_node()
             yield running
@@ -88,14 +88,14 @@ def site(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def connected(site):
+def connected(nodes):
     """A driver's connection to the cluster."""
-    with RayCluster(site.cluster.address, num_decoders=0) as cluster:
+    with RayCluster(nodes.cluster.address, num_decoders=0) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def engine(connected):
+def executor(connected):
     return RayExecutor(connected)
 
 
@@ -105,8 +105,8 @@ def place(request, tmp_path, monkeypatch) -> str:
     if request.param == "folder":
         return str(tmp_path / "cache")
     request.getfixturevalue("server").fail()
-    monkeypatch.setattr("movekd.extract.lock.RENEW_S", 0.3)
-    monkeypatch.setattr("movekd.extract.lock.STALE_S", 4.0)
+    monkeypatch.setattr("movekd.extract.locks.RENEW_S", 0.3)
+    monkeypatch.setattr("movekd.extract.locks.STALE_S", 4.0)
     return f"s3://bucket/{uuid.uuid4().hex}/cache"
 
 
@@ -132,7 +132,7 @@ def everything(place: str | Path) -> dict[str, bytes]:
 
 @places
 def test_other_versions_are_refused_and_who_is_killed_costs_time_alone(
-    site, engine, place, tmp_path, corpus_dir, tiny_specs, small_shards
+    nodes, executor, place, tmp_path, corpus_dir, tiny_specs, small_shards
 ) -> None:
     """From nothing: a worker, the driver and all nodes are killed in the middle of Zarr shards."""
     spec, storage = tiny_specs[0], open_storage(place)
@@ -140,38 +140,38 @@ def test_other_versions_are_refused_and_who_is_killed_costs_time_alone(
     expected = everything(tmp_path / "alone")
 
     other = other_versions(tmp_path, timm="0.0.1", torch="9.9")
-    node = site.add_node(PYTHONPATH=os.pathsep.join([str(other), PYTHONPATH]))
+    node = nodes.add_node(PYTHONPATH=os.pathsep.join([str(other), PYTHONPATH]))
     has = r"it has timm 0\.0\.1 \(the driver has .*\), torch 9\.9 \(the driver has"
     with pytest.raises(CacheError, match=rf"^node .* \(Ray id {node.node_id[:8]}\): {has}"):
-        build(place, corpus_dir, [spec], engine=engine)
-    site.cluster.remove_node(node, allow_graceful=False)
+        build(place, corpus_dir, [spec], executor=executor)
+    nodes.cluster.remove_node(node, allow_graceful=False)
 
-    (site.faults / "kill-worker").write_text(r"clip\.zarr\.tokens\.c\.1\.")
-    (site.faults / "hold").write_text(r"clip\.zarr\.tokens\.c\.[2345]\.")
-    with drive(site.cluster.address, place, tmp_path, corpus_dir, spec) as driver:
+    (nodes.faults / "kill-worker").write_text(r"clip\.zarr\.tokens\.c\.1\.")
+    (nodes.faults / "hold").write_text(r"clip\.zarr\.tokens\.c\.[2345]\.")
+    with drive(nodes.cluster.address, place, tmp_path, corpus_dir, spec) as driver:
         first = [layout.seal_name("clip", shard) for shard in (0, 1)]
         while not all(map(storage.exists, first)) and driver.poll() is None:
             threading.Event().wait(0.05)
-        assert not (site.faults / "kill-worker").exists()
+        assert not (nodes.faults / "kill-worker").exists()
         driver.send_signal(signal.SIGKILL)
         said = driver.communicate()
-    (site.faults / "hold").unlink()
+    (nodes.faults / "hold").unlink()
     assert driver.returncode == -signal.SIGKILL, said
     assert PROGRESS.fullmatch(said[1])
     # its workers go on for a moment beside those of the next driver
 
-    lost = site.cluster.list_all_nodes()[1:]
+    lost = nodes.cluster.list_all_nodes()[1:]
     for number in range(len(lost)):
-        (site.faults / f"kill-node-{number}").write_text(r"clip\.zarr\.tokens\.c\.")
+        (nodes.faults / f"kill-node-{number}").write_text(r"clip\.zarr\.tokens\.c\.")
     with ThreadPoolExecutor(1) as thread:  # Ray starts nodes in the main thread alone
-        built = thread.submit(build, place, corpus_dir, [spec], engine=engine)
-        while list(site.faults.glob("kill-node*")) and not built.done():
+        built = thread.submit(build, place, corpus_dir, [spec], executor=executor)
+        while list(nodes.faults.glob("kill-node*")) and not built.done():
             threading.Event().wait(0.05)
-        site.add_node()
+        nodes.add_node()
         built.result()
     for node in lost:
-        site.cluster.remove_node(node, allow_graceful=False)
-    assert not list(site.faults.iterdir())
+        nodes.cluster.remove_node(node, allow_graceful=False)
+    assert not list(nodes.faults.iterdir())
     assert everything(place) == expected
     assert list(verify(place)) == []
 
@@ -188,10 +188,10 @@ def other_versions(folder: Path, **versions: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_one_bar_counts_all_rows_and_nobody_else_may_begin(
-    server, site, engine, place, corpus_dir, tiny_specs, undisturbed
+    server, nodes, executor, place, corpus_dir, tiny_specs, undisturbed
 ) -> None:
     """Two teachers in S3, and a worker that is killed; every seal is put once."""
-    (site.faults / "kill-worker").write_text(r"conv\.zarr\.tokens\.c\.1\.")
+    (nodes.faults / "kill-worker").write_text(r"conv\.zarr\.tokens\.c\.1\.")
     begin(place, undisturbed)
     seen = []
 
@@ -201,8 +201,8 @@ def test_one_bar_counts_all_rows_and_nobody_else_may_begin(
             with pytest.raises(CacheError, match=rf"another build .*\(pid {os.getpid()} on "):
                 build(place, corpus_dir, tiny_specs)
 
-    summaries = build(place, corpus_dir, tiny_specs, engine=engine, progress=progress)
-    assert not list(site.faults.iterdir())
+    summaries = build(place, corpus_dir, tiny_specs, executor=executor, progress=progress)
+    assert not list(nodes.faults.iterdir())
     assert everything(place) == undisturbed
     assert [summary.images_built for summary in summaries] == [24, 24]
     assert seen == [("clip, conv: build", done, 48) for done in range(8, 49, 8)]
@@ -214,7 +214,7 @@ def test_one_bar_counts_all_rows_and_nobody_else_may_begin(
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_of_two_clusters_one_writes(
-    server, site, place, tmp_path, corpus_dir, tiny_specs, small_shards
+    server, nodes, place, tmp_path, corpus_dir, tiny_specs, small_shards
 ) -> None:
     """Each has its own head, nodes and driver; the second comes while the first is at work."""
     from ray.cluster_utils import Cluster
@@ -223,19 +223,19 @@ def test_of_two_clusters_one_writes(
     build(tmp_path / "alone", corpus_dir, [spec])
     other = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": SYSTEM})
     try:
-        for cluster in (site.cluster, other):
+        for cluster in (nodes.cluster, other):
             for _ in range(2):
                 cluster.add_node(num_cpus=1)
-        assert other.address != site.cluster.address
-        (site.faults / "hold").write_text(r"clip\.zarr\.tokens\.c\.[2345]\.")
-        with drive(site.cluster.address, place, tmp_path, corpus_dir, spec) as first:
+        assert other.address != nodes.cluster.address
+        (nodes.faults / "hold").write_text(r"clip\.zarr\.tokens\.c\.[2345]\.")
+        with drive(nodes.cluster.address, place, tmp_path, corpus_dir, spec) as first:
             while not storage.exists(layout.seal_name("clip", 0)) and first.poll() is None:
                 threading.Event().wait(0.05)
             with drive(other.address, place, tmp_path, corpus_dir, spec) as second:
                 said = second.communicate()
             assert second.returncode == 2, said
             assert re.search(rf"another build .*\(pid {first.pid} on ", said[1])
-            (site.faults / "hold").unlink()
+            (nodes.faults / "hold").unlink()
             said = first.communicate()
             assert first.returncode == 0, said
         with drive(other.address, place, tmp_path, corpus_dir, spec) as second:
@@ -251,10 +251,10 @@ def test_of_two_clusters_one_writes(
 
 @pytest.mark.slow
 def test_a_driver_outside_of_the_cluster(
-    site, tmp_path, corpus_dir, tiny_specs, small_shards
+    nodes, tmp_path, corpus_dir, tiny_specs, small_shards
 ) -> None:
     """As a client of the cluster's head."""
-    address, out = f"ray://127.0.0.1:{site.client_port}", tmp_path / "cache"
+    address, out = f"ray://127.0.0.1:{nodes.client_port}", tmp_path / "cache"
     with drive(address, out, tmp_path, corpus_dir, tiny_specs[0]) as driver:
         said = driver.communicate()
     assert driver.returncode == 0, said
@@ -275,15 +275,15 @@ def drive(address, out, folder, corpus_dir, spec) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_node_that_does_not_see_the_cache_is_refused_by_name(
-    site, engine, corpus_dir, tiny_specs, tmp_path
+    nodes, executor, corpus_dir, tiny_specs, tmp_path
 ) -> None:
     out = tmp_path / "cache"
-    node = site.add_node(MOVEKD_BLIND=str(out))
+    node = nodes.add_node(MOVEKD_BLIND=str(out))
     expected = rf"it does not see the cache that the driver builds at {out}\. A cache"
     try:
         with pytest.raises(
             CacheError, match=rf"^node .* \(Ray id {node.node_id[:8]}\): {expected}"
         ):
-            build(out, corpus_dir, tiny_specs, engine=engine)
+            build(out, corpus_dir, tiny_specs, executor=executor)
     finally:
-        site.cluster.remove_node(node, allow_graceful=False)
+        nodes.cluster.remove_node(node, allow_graceful=False)

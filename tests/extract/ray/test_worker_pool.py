@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.ray.worker import Report
-from movekd.extract.ray.worker_pool import LIVES, Pool
+from movekd.extract.ray.worker_pool import LIVES, WorkerPool
 
 
 class Died(Exception):
@@ -64,8 +64,8 @@ class Ray:
 
 def pool(fates, places=(), asked=3):
     ray = Ray(fates, places)
-    cluster = SimpleNamespace(ray=ray, num_gpus=0, num_places=lambda: next(ray.places, asked))
-    return Pool(cluster, None), ray
+    cluster = SimpleNamespace(ray=ray, num_gpus=0, num_workers=lambda: next(ray.places, asked))
+    return WorkerPool(cluster, None), ray
 
 
 ITEMS = [{"clip": [number]} for number in range(7)]

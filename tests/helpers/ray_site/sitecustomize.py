@@ -54,10 +54,10 @@ def audit(event: str, arguments: tuple[object, ...]) -> None:
 
 if FAULTS:
     from movekd.cache import layout, object_storage
-    from movekd.extract import lock
+    from movekd.extract import locks
 
     layout.MAX_SHARD_ROWS = 4
-    lock.RENEW_S, lock.STALE_S = 0.3, 4.0
+    locks.RENEW_S, locks.STALE_S = 0.3, 4.0
     write = object_storage.ObjectStorage.write
 
     def write_unless_struck(self, name, buffers):

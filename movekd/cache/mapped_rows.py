@@ -1,6 +1,7 @@
-"""Uncompressed Zarr shards on a local disk, mapped and read through their own indexes.
+"""Read rows of uncompressed Zarr shards on a local disk through memory maps.
 
-The fast path of ``reader``: a row is one copy from the file into the batch.
+A row is one copy per array, from the mapped file into the batch. Compressed rows and object stores
+are read by ``tensorstore_rows``.
 """
 
 import contextlib
@@ -15,24 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from movekd.cache.layout import ArrayLayout, TeacherLayout, shard_file
+from movekd.cache.codecs import ArrayLayout
+from movekd.cache.layout import TeacherLayout, shard_file
+from movekd.cache.shard_file import ABSENT, index_bytes, parse_index
 from movekd.errors import CacheError, CorruptCacheError
 
 MAX_SHARDS = 1024
-"""Zarr shards a teacher keeps mapped. Five teachers of four arrays each are then 20,480 maps, and
-Linux allows a process 65,530; a cache can have hundreds of thousands of files."""
+"""Most Zarr shards that a teacher keeps mapped. Five teachers of four arrays then need 20,480 maps;
+Linux allows a process 65,530. A cache can have hundreds of thousands of files."""
 WANTED_FILES = 65_536
 CACHED_BATCHES = 16
-"""After so many batches in a row that were in memory, one row is asked about instead of all."""
+"""After so many batches in memory, the page cache is asked about one row instead of all."""
 MAX_THREADS, THREADED_BYTES = 4, 4 * 2**20
-"""Of one read; a small batch is copied before a thread has woken up."""
+"""Limits of one read: a small batch is copied before a second thread has woken up."""
 
-_RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux alone has it
+_RWF_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # only Linux has it
 
 
 class MappedRows:
@@ -94,7 +96,7 @@ class MappedRows:
     ) -> None:
         """Copy the rows of each array, in as many threads as torch would compute with.
 
-        One core does not use up the memory's rate; in a DataLoader's worker it is one thread.
+        One core does not reach the rate of the memory. A DataLoader's worker has one thread.
         """
         num_threads = min(torch.get_num_threads(), MAX_THREADS, len(views[0]))
         if num_threads < 2 or sum(target.nbytes for target in into) < THREADED_BYTES:
@@ -118,12 +120,12 @@ class MappedRows:
     def _is_cached(self, picked: Sequence[tuple["MappedShard", int]]) -> bool:
         """Return whether the rows seem to be in the page cache.
 
-        A cache of terabytes is never in memory, and rows that are not must all be on their way
-        from the disk before the first copy waits for one: ten times the rate. But announcing rows
-        that are in memory makes the kernel walk all of their pages, a third of the time of a
-        batch. So the last byte of a row's largest array is asked for, without waiting; the kernel
-        drops what was read together at about the same time. Even that costs a tenth of a batch:
-        after many batches that were all in memory, one row stands for the rest until it is not.
+        If rows are on the disk, all of them must be announced before the first copy waits: that
+        gives ten times the rate. If rows are in memory, announcing them costs a third of the batch,
+        because the kernel walks all their pages. So the last byte of each row's largest array is
+        read without waiting; the kernel drops pages that were read together at about the same
+        time. This costs a tenth of a batch. After many batches in memory only one row is asked,
+        until it is not in memory.
         """
         probed = picked if self._cached_batches < CACHED_BATCHES else picked[:1]
         is_cached = all(shard.largest.is_cached(offset) for shard, offset in probed)
@@ -133,9 +135,9 @@ class MappedRows:
     def _mapped(
         self, numbers: Iterable[int]
     ) -> tuple[dict[int, "MappedShard"], dict[int, "MappedShard"]]:
-        """Return the Zarr shards, and those of them whose indexes are yet to be read.
+        """Return the Zarr shards, and the new ones among them, whose indexes are not read yet.
 
-        The caller's reference keeps one mapped that another thread evicts.
+        The caller's reference keeps a Zarr shard mapped that another thread evicts.
         """
         if self._lock_pid != os.getpid():  # forked, perhaps while a thread of the parent had it
             self._lock, self._lock_pid, self._pool = threading.Lock(), os.getpid(), None
@@ -155,7 +157,7 @@ class MappedRows:
 
 
 class MappedShard:
-    """One Zarr shard: a mapped file for each array, in the layout's order."""
+    """One Zarr shard: one mapped file per array, in the layout's order."""
 
     def __init__(self, group: Path, layout: TeacherLayout, number: int) -> None:
         arrays = list(layout.arrays.values())
@@ -172,7 +174,7 @@ class MappedShard:
         """Read the indexes."""
         for file in self.files:
             file.read_index()
-        # side by side, for the loop over the rows of a batch
+        # tuples, for the loop over the rows of a batch
         self.rows = tuple(file.rows for file in self.files)
         self.orders = tuple(file.order for file in self.files)
 
@@ -187,10 +189,10 @@ class MappedShard:
 
 
 class MappedFile:
-    """One uncompressed shard file, mapped; its chunks lie at equal distances in any order.
+    """One uncompressed shard file, mapped. Its chunks lie at equal distances, in any order.
 
-    ``read_index`` must follow. It waits for the disk, so that many files are first mapped, and
-    rows of them announced where movekd writes them: in their order.
+    Call ``read_index`` next. It waits for the disk; so first map all files and announce their rows
+    at the places where movekd writes them.
 
     Args:
         path: the file.
@@ -204,8 +206,8 @@ class MappedFile:
     ) -> None:
         self.path, self._array, self._rows_per_shard = path, array, rows_per_shard
         self.order: range | dict[int, int] = range(rows_per_shard)
-        """Row -> place of its chunk. Mostly all in order, and a range takes no memory."""
-        self._index_bytes = 16 * rows_per_shard + 4
+        """Row -> place of its chunk. Mostly in order: a range takes no memory."""
+        self._index_bytes = index_bytes(rows_per_shard)
         self._descriptor = -1
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -238,26 +240,25 @@ class MappedFile:
             os.close(self._descriptor)
 
     def read_index(self) -> None:
-        """Find out where each row lies.
+        """Read where each row lies.
 
         Raises:
             CorruptCacheError: the index is damaged, or the file shorter than it says.
         """
         path, row_bytes = self.path, self._array.row_bytes
-        raw_index = self._bytes[-self._index_bytes : -4]
-        if google_crc32c.value(raw_index) != int.from_bytes(self._bytes[-4:], "little"):
+        index = parse_index(self._bytes[-self._index_bytes :])
+        if index is None:
             raise CorruptCacheError(
                 f"{path}: the checksum of the shard index is wrong; the file is truncated or "
                 "damaged. Run `movekd cache verify`."
             )
-        index = np.frombuffer(raw_index, "<u8").reshape(self._rows_per_shard, 2)
-        present = np.flatnonzero(index[:, 0] != 2**64 - 1)
+        present = np.flatnonzero(index[:, 0] != ABSENT)
         offsets, sizes = index[present].T.astype(np.int64)
         data_bytes = len(self._bytes) - self._index_bytes
         if (sizes != row_bytes).any() or (offsets % row_bytes).any():
             raise CorruptCacheError(
                 f"{path} holds chunks of other sizes than the {row_bytes} bytes of a row; "
-                "it was not written by movekd. Run `movekd cache verify`."
+                "movekd did not write it. Run `movekd cache verify`."
             )
         if len(offsets) and int(offsets.max()) + row_bytes > data_bytes:
             raise CorruptCacheError(f"{path} is truncated. Run `movekd cache verify`.")
@@ -268,39 +269,39 @@ class MappedFile:
         self.rows: npt.NDArray[Any] = np.ndarray(shape, self._array.dtype, self._bytes)
 
     def is_cached(self, offset: int) -> bool:
-        """Return whether the row's last byte can be had without waiting; False when unknown.
+        """Return whether the row's last byte is in memory; False if that is unknown.
 
         Raises:
-            CorruptCacheError: the file was cut short since it was opened. To read on through the
-                map would kill the process (SIGBUS).
+            CorruptCacheError: the file was cut short since it was opened. Reading through the map
+                would kill the process (SIGBUS).
         """
         if _RWF_NOWAIT is None:
             return False
         last = (self.order[offset] + 1) * self._array.row_bytes - 1
         try:
             count = os.preadv(self._descriptor, (bytearray(1),), last, _RWF_NOWAIT)
-        except OSError:  # it would have to wait, or the file system cannot say
+        except OSError:  # it would wait, or the file system cannot tell
             return False
         if not count:
             raise CorruptCacheError(f"{self.path} is truncated. Run `movekd cache verify`.")
         return True
 
     def announce(self, offset: int) -> None:
-        """Tell the kernel that this row is about to be read."""
+        """Tell the kernel that this row will be read next."""
         self._will_need(self.order[offset] * self._array.row_bytes, self._array.row_bytes)
 
     def _will_need(self, start: int, length: int) -> None:
         aligned = start - start % mmap.PAGESIZE
-        with contextlib.suppress(OSError, ValueError):  # advice: what is wrong will show in time
+        with contextlib.suppress(OSError, ValueError):  # only advice: the read itself raises
             self._bytes.madvise(mmap.MADV_WILLNEED, aligned, start - aligned + length)
 
 
 def _shards_within_file_limit(num_arrays: int) -> int:
     """Return how many Zarr shards a teacher may keep open: an eighth of the process's files.
 
-    Python's ``mmap`` keeps a descriptor of its own, and one file of a Zarr shard is probed. The
-    usual soft limit of 1,024 files would be 25 Zarr shards, mapped anew with every batch, so it is
-    raised to what the system allows this process.
+    Python's ``mmap`` keeps a file descriptor, and one file per Zarr shard is probed. With the usual
+    soft limit of 1,024 files, 25 Zarr shards would fit and every batch would map new ones. So the
+    limit is raised to what the system allows this process.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)

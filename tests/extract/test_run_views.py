@@ -1,4 +1,4 @@
-"""A cache of views: base view and tiles of every image, from one end to the other."""
+"""Builds of base views and tiles, from the corpus to what reads the cache."""
 
 import itertools
 import shutil
@@ -12,8 +12,8 @@ import zarr
 from movekd.analysis.fidelity import measure_fidelity
 from movekd.analysis.plan import plan_cache
 from movekd.analysis.verify_features import verify_features
-from movekd.cache.codec import StatsAccumulator
 from movekd.cache.reader import open_cache
+from movekd.cache.stats import StatsAccumulator
 from movekd.cache.verify import verify
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, UnknownKeyError

@@ -4,6 +4,7 @@ import gc
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -13,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from movekd.cache import layout, mapped
+from movekd.cache import layout, mapped_rows
 from movekd.cache.layout import TeacherLayout, shard_file, teacher_layout
-from movekd.cache.mapped import MappedRows
+from movekd.cache.mapped_rows import MappedRows
 from movekd.errors import CacheError, CorruptCacheError
 
 ROWS = 8
@@ -92,7 +93,7 @@ def test_any_rows_in_any_order_are_what_was_written(
     teacher, arrays, groups, batches, is_shuffled, max_shards
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "MAX_SHARDS", max_shards)
+        patch.setattr(mapped_rows, "MAX_SHARDS", max_shards)
         store = MappedRows(groups[is_shuffled], teacher)
     for rows in batches:
         assert_equal(read(store, teacher, rows), arrays, np.array(rows, np.int64))
@@ -112,7 +113,7 @@ def test_buffers_need_not_be_contiguous(teacher, arrays, groups) -> None:
 def test_threads_that_evict_each_other_read_what_was_written(
     teacher, arrays, groups, max_shards, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mapped, "MAX_SHARDS", max_shards)
+    monkeypatch.setattr(mapped_rows, "MAX_SHARDS", max_shards)
     store = MappedRows(groups[True], teacher)
     valid = np.array([row for row in range(NUM_ROWS) if row not in GAP])
     orders = [np.random.default_rng(seed).permutation(valid) for seed in range(64)]
@@ -130,7 +131,7 @@ def open_maps(group: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("max_shards", [1, 3])
 def test_maps_and_files_stay_bounded(teacher, groups, max_shards, monkeypatch) -> None:
-    monkeypatch.setattr(mapped, "MAX_SHARDS", max_shards)
+    monkeypatch.setattr(mapped_rows, "MAX_SHARDS", max_shards)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     store = MappedRows(groups[False], teacher)
@@ -157,7 +158,7 @@ def test_a_low_limit_of_open_files_is_raised_or_kept(teacher, arrays, groups, mo
 
 
 def test_several_threads_copy_what_one_does(teacher, arrays, groups, monkeypatch) -> None:
-    monkeypatch.setattr(mapped, "THREADED_BYTES", 0)
+    monkeypatch.setattr(mapped_rows, "THREADED_BYTES", 0)
     generator, store = np.random.default_rng(3), MappedRows(groups[False], teacher)
     for num_threads in (1, 2, 3, 4, 9):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
@@ -181,28 +182,28 @@ def test_cold_and_warm_reads_give_the_same(teacher, arrays, groups, monkeypatch)
     for group in groups.values():
         drop_from_page_cache(group)
         store = MappedRows(group, teacher)
-        for _ in range(mapped.CACHED_BATCHES + 3):
+        for _ in range(mapped_rows.CACHED_BATCHES + 3):
             assert_equal(read(store, teacher, rows), arrays, rows)
         drop_from_page_cache(group)
         assert_equal(read(store, teacher, rows), arrays, rows)
         with monkeypatch.context() as patch:
-            patch.setattr(mapped, "_RWF_NOWAIT", None)
+            patch.setattr(mapped_rows, "_RWF_NOWAIT", None)
             assert_equal(read(store, teacher, rows), arrays, rows)
 
 
-@pytest.mark.skipif(mapped._RWF_NOWAIT is None, reason="Linux alone can tell")
+@pytest.mark.skipif(mapped_rows._RWF_NOWAIT is None, reason="only Linux can tell")
 def test_rows_are_announced_only_when_one_is_not_in_memory(teacher, groups, monkeypatch) -> None:
     announced = []
-    announce = mapped.MappedFile.announce
+    announce = mapped_rows.MappedFile.announce
     monkeypatch.setattr(
-        mapped.MappedFile,
+        mapped_rows.MappedFile,
         "announce",
         lambda file, offset: (announced.append(offset), announce(file, offset)),
     )
     store = MappedRows(groups[False], teacher)
     read(store, teacher, [0, 9])
     assert announced == [0, 1] * len(teacher.arrays)  # of new files, before the indexes
-    for _ in range(mapped.CACHED_BATCHES + 3):
+    for _ in range(mapped_rows.CACHED_BATCHES + 3):
         read(store, teacher, [0, 9])
     assert len(announced) == 2 * len(teacher.arrays)
 
@@ -264,7 +265,7 @@ def test_a_file_cut_short_anywhere_is_a_sentence(teacher, own_group, name) -> No
             read(MappedRows(own_group, teacher), teacher, [1, 9])
 
 
-@pytest.mark.skipif(mapped._RWF_NOWAIT is None, reason="Linux alone can tell")
+@pytest.mark.skipif(mapped_rows._RWF_NOWAIT is None, reason="only Linux can tell")
 def test_a_file_cut_short_after_it_was_opened_is_a_sentence(teacher, own_group) -> None:
     store = MappedRows(own_group, teacher)
     read(store, teacher, [0, 9])
@@ -297,7 +298,7 @@ def test_a_missing_file_and_foreign_chunks_are_a_sentence(teacher, arrays, own_g
     with pytest.raises(CorruptCacheError, match=r"is sealed but cannot be opened \(No such file"):
         read(MappedRows(own_group, teacher), teacher, [1])
     other = teacher_layout("int8", 49, 256, cls_width=200, num_heads=3)
-    other = TeacherLayout(other.arrays, ROWS)
+    other = replace(other, rows_per_shard=ROWS)
     with pytest.raises(CorruptCacheError, match="chunks of other sizes than the 12544 bytes"):
         read(MappedRows(own_group, other), other, [9])
 

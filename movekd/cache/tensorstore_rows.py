@@ -1,9 +1,10 @@
-"""Rows of compressed caches and of object stores, read through TensorStore.
+"""Read rows of compressed caches and of object stores through TensorStore.
 
-The second way of reading rows, beside ``mapped``: every array of every row of a batch is asked
-for before the first one is waited for. Where TensorStore cannot be used, ``zarr`` reads the rows
-one after the other: in a process forked from one that has read through TensorStore, which would
-abort, and for ``memory://``, which is known to this process' fsspec alone.
+All ranges of a batch are requested before the first one is waited for. ``zarr`` reads the rows one
+after the other in two cases that TensorStore cannot serve: a process forked after its parent read
+through TensorStore (it would abort), and ``memory://`` (only fsspec of this process knows it).
+
+Uncompressed rows on a local disk are read by ``mapped_rows``, which is faster for them.
 """
 
 import os
@@ -23,18 +24,18 @@ from movekd.cache.storage import Storage
 from movekd.errors import CacheError, CorruptCacheError
 
 _CONTEXT = {
-    # Keeps the shards' indexes, so that a row costs one range read an array instead of two.
+    # keeps the indexes of Zarr shards: a row then costs one range per array, not two
     "cache_pool": {"total_bytes_limit": 32 * 2**20},
-    # TensorStore's own defaults go on for many minutes.
+    # TensorStore's defaults retry for many minutes
     "s3_request_retries": {"max_retries": 6, "initial_delay": "100ms", "max_delay": "4s"},
     "gcs_request_retries": {"max_retries": 6, "initial_delay": "100ms", "max_delay": "4s"},
 }
 _used_in: int | None = None
-"""The process that has read through TensorStore: it aborts a forked child that goes on with it."""
+"""The process that has read through TensorStore: a forked child that uses it again aborts."""
 
 
-class RowsInFlight:
-    """Rows of one teacher's group anywhere, compressed or not. Thread-safe."""
+class TensorStoreRows:
+    """Rows of one teacher's group, local or remote, compressed or not. Thread-safe."""
 
     def __init__(self, storage: Storage, teacher: str, teacher_layout: TeacherLayout) -> None:
         self._storage, self._teacher, self._layout = storage, teacher, teacher_layout
@@ -45,7 +46,7 @@ class RowsInFlight:
         """Copy every array of each row to its place in ``into``.
 
         Raises:
-            CorruptCacheError: something sealed is missing or cannot be decoded.
+            CorruptCacheError: a sealed file is missing or cannot be decoded.
             CacheError: the object store does not answer.
         """
         global _used_in
@@ -59,7 +60,7 @@ class RowsInFlight:
             for name in self._layout.arrays:
                 store = self._store(name, kvstore)
                 reads += [(into[name], i, store[row].read()) for i, row in enumerate(rows.tolist())]
-            for _ in range(len(reads)):  # dropped as they are copied: the batch is held once
+            for _ in range(len(reads)):  # each is freed after its copy: one batch is in memory
                 array, position, future = reads.pop()
                 array[position] = future.result()
         except ValueError as error:
@@ -90,7 +91,7 @@ class RowsInFlight:
         group = layout.group_name(self._teacher)
         shards = np.unique(rows // self._layout.rows_per_shard).tolist()
         for array in self._layout.arrays.values():
-            for shard in shards:  # zarr would read a file that is missing as the fill value
+            for shard in shards:  # zarr would read a missing file as the fill value
                 if not self._storage.exists(f"{group}/{layout.shard_file(array, shard)}"):
                     raise self._error(f"Zarr shard {shard} of {array.name} is missing")
             try:
@@ -99,8 +100,8 @@ class RowsInFlight:
                 )
                 for position, row in enumerate(rows.tolist()):
                     into[array.name][position] = opened[row]
-            except Exception as error:  # zarr has no common base of what damaged bytes can raise
-                # an object store that has gone away says so itself
+            except Exception as error:  # zarr raises errors of many kinds for damaged bytes
+                # raises the right error if the object store does not answer
                 self._storage.exists(layout.metadata_name(self._teacher))
                 raise self._error(str(error)) from None
 
@@ -118,7 +119,7 @@ class RowsInFlight:
 
 
 def kvstore_spec(storage: Storage, folder: str) -> dict[str, Any] | None:
-    """Return what TensorStore opens a folder of a cache by; None where it cannot."""
+    """Return TensorStore's spec of a folder of a cache; None if TensorStore cannot open it."""
     if storage.local_dir is not None:
         return {"driver": "file", "path": f"{(storage.local_dir / folder).resolve()}/"}
     assert isinstance(storage, ObjectStorage)
@@ -132,7 +133,7 @@ def kvstore_spec(storage: Storage, folder: str) -> dict[str, Any] | None:
 
 
 def zarr_store(storage: Storage, folder: str) -> Any:
-    """Return what zarr opens a folder of a cache by."""
+    """Return the store through which zarr opens a folder of a cache."""
     if storage.local_dir is not None:
         return storage.local_dir / folder
     assert isinstance(storage, ObjectStorage)

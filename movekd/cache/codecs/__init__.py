@@ -1,0 +1,51 @@
+"""Codecs by name: how the tokens of a teacher are stored.
+
+A new codec is one file in this folder, with a class after ``interface.Codec``, and one name in the
+last line of this file. Code outside this package calls ``register_codec``.
+"""
+
+from movekd.cache.codecs.float16 import Float16
+from movekd.cache.codecs.int8 import Int8
+from movekd.cache.codecs.interface import ArrayLayout, Codec
+from movekd.errors import ConfigError, did_you_mean
+
+__all__ = ["ArrayLayout", "Codec", "codec", "codec_names", "register_codec"]
+
+_CODECS: dict[str, Codec] = {}
+
+
+def register_codec(new: Codec) -> None:
+    """Make a codec available to specs, builds, readers and commands by its name.
+
+    Raises:
+        ConfigError: another codec has this name; caches of that codec would be decoded wrongly.
+    """
+    if type(_CODECS.get(new.name, new)) is not type(new):
+        raise ConfigError(
+            f"a codec '{new.name}' exists already ({type(_CODECS[new.name]).__qualname__}), and "
+            "caches are decoded by name; give the new codec another name."
+        )
+    _CODECS[new.name] = new
+
+
+def codec_names() -> tuple[str, ...]:
+    """Return the names of all codecs, in the order in which they were registered."""
+    return tuple(_CODECS)
+
+
+def codec(name: str) -> Codec:
+    """Return the codec of this name.
+
+    Raises:
+        ConfigError: the name is unknown. Names the nearest one.
+    """
+    if name not in _CODECS:
+        raise ConfigError(
+            f"no codec '{name}'.{did_you_mean(name, _CODECS)} Known: {', '.join(_CODECS)}; add "
+            "another one with movekd.cache.codecs.register_codec."
+        )
+    return _CODECS[name]
+
+
+for _shipped in (Float16(), Int8()):
+    register_codec(_shipped)

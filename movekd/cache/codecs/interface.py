@@ -1,0 +1,98 @@
+"""The interface of a codec: its arrays, encode, decode, and the error between the two.
+
+Input: tokens of a teacher on any device, and the channel statistics of the calibration.
+Output: the arrays of the teacher's Zarr group, and tokens again.
+
+``cache ls`` and ``cache verify`` ask a codec for its arrays and load no torch. So the files of this
+package import torch inside functions only.
+
+Legend: B batch, N tokens, D channels.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from movekd.cache.stats import ChannelStats
+
+SHIPPED_DECODING = (
+    "float16: tokens. int8: channel_mean + channel_std * token_scale[group of 128 channels] * "
+    "tokens"
+)
+"""``Codec.decoding`` of float16 and int8. Checksums cover it: a change makes new caches differ."""
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a teacher's group. A row of the array is one chunk."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    """A name that numpy, torch and Zarr share: ``int8``, ``uint8``, ``float16``, ``float32`` ..."""
+    dimension_names: tuple[str, ...]
+    fill_value: float | int = float("nan")
+    """The value of rows that were never written. Integer arrays give their own."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        bits = int("".join(filter(str.isdigit, self.dtype)))  # `--help` loads no numpy
+        return math.prod(self.row_shape) * bits // 8
+
+
+class Codec(ABC):
+    """How tokens are stored. Rows have one fixed size, which depends on the shapes only."""
+
+    name: ClassVar[str]
+    """The value of ``CacheSpec.codec`` and ``--codec``."""
+    decoding: ClassVar[str]
+    """The formula in the group's attributes, for readers without movekd."""
+
+    @abstractmethod
+    def arrays(self, num_tokens: int, width: int) -> tuple[ArrayLayout, ...]:
+        """Return the arrays of ``num_tokens`` tokens of ``width`` channels.
+
+        The first array is called ``tokens``. Fill values must decode to NaN, because a row without
+        features must not look like one with features.
+        """
+
+    @abstractmethod
+    def encode(self, tokens_BND: "Tensor", stats: "ChannelStats") -> "dict[str, Tensor]":
+        """Return the values of ``arrays`` for a batch, on the device of the tokens.
+
+        Raises:
+            CacheError: a value is not finite, or is beyond the codec's range.
+        """
+
+    @abstractmethod
+    def decode_standardised(
+        self, stored: "Mapping[str, Tensor]", stats: "ChannelStats"
+    ) -> "Tensor":
+        """Return standardised tokens (B, N, D) float32, on the device of the stored arrays.
+
+        The result is a new tensor: ``decode`` writes over it.
+        """
+
+    def decode(self, stored: "Mapping[str, Tensor]", stats: "ChannelStats") -> "Tensor":
+        """Return tokens (B, N, D) float32 in the teacher's units."""
+        return stats.restore_(self.decode_standardised(stored, stats))
+
+    def error(
+        self, exact_BND: "Tensor", stored: "Mapping[str, Tensor]", stats: "ChannelStats"
+    ) -> "tuple[Tensor, Tensor]":
+        """Return the sum and the maximum of ``||decoded - exact|| / ||exact||`` over all tokens.
+
+        Both norms are taken in standardised channels, so that a channel of large values hides
+        no error in the other channels.
+        """
+        exact = stats.standardise(exact_BND)
+        difference = (self.decode_standardised(stored, stats) - exact).norm(dim=-1)
+        norm = exact.norm(dim=-1)
+        error_BN = (difference / norm.clamp(min=1e-30)).masked_fill(~(norm > 0), 0.0).double()
+        return error_BN.sum(), error_BN.max()

@@ -1,0 +1,85 @@
+"""Channel statistics of a teacher's features: mean and standard deviation.
+
+The calibration settles them before the first Zarr shard. Codecs standardise channels with them.
+
+Legend: B batch, N tokens, D channels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from movekd.errors import CacheError
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """Mean and standard deviation of each channel, float32 (D,). A constant channel has std 1."""
+
+    mean_D: Tensor
+    std_D: Tensor
+
+    @classmethod
+    def from_numpy(
+        cls, mean_D: npt.NDArray[np.float32], std_D: npt.NDArray[np.float32]
+    ) -> "ChannelStats":
+        """Return statistics that share the arrays' memory."""
+        return cls(torch.from_numpy(mean_D), torch.from_numpy(std_D))
+
+    def to(self, device: torch.device) -> "ChannelStats":
+        """Return the same statistics on ``device``."""
+        return ChannelStats(self.mean_D.to(device), self.std_D.to(device))
+
+    def standardise(self, tokens_BND: Tensor) -> Tensor:
+        """Return ``(tokens - mean) / std`` in float32."""
+        return (tokens_BND.float() - self.mean_D) / self.std_D
+
+    def restore_(self, standardised_BND: Tensor) -> Tensor:
+        """Return ``mean + std * standardised``, written over the argument."""
+        return torch.addcmul(self.mean_D, standardised_BND, self.std_D, out=standardised_BND)
+
+
+class StatsAccumulator:
+    """Channel statistics over many batches, in float64. No batch is kept.
+
+    Source: Chan, Golub, LeVeque (1979), the merge of two sets' means and squared deviations.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def add(self, tokens_BND: Tensor) -> None:
+        """Add every token of a batch."""
+        values = tokens_BND.flatten(0, 1).double().cpu()
+        count, mean = len(values), values.mean(0)
+        squares = (values - mean).square().sum(0)
+        if self._mean is None or self._squares is None:
+            self._count, self._mean, self._squares = count, mean, squares
+            return
+        total = self._count + count
+        delta = mean - self._mean
+        self._squares = self._squares + squares + delta.square() * (self._count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self._count = total
+
+    def result(self) -> ChannelStats:
+        """Return the statistics of everything added.
+
+        Raises:
+            CacheError: nothing was added, or a feature was not finite.
+        """
+        if self._mean is None or self._squares is None:
+            raise CacheError("no image of the calibration could be read; check the corpus.")
+        std = (self._squares / self._count).sqrt()
+        if not bool(torch.isfinite(std).all()):
+            raise CacheError(
+                "the teacher gave features that are not finite numbers during the calibration; "
+                "check its weights, or use --dtype float32."
+            )
+        is_constant = std <= 1e-6 * self._mean.abs().clamp(min=1e-12)
+        return ChannelStats(self._mean.float(), torch.where(is_constant, 1.0, std).float())

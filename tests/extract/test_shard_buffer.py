@@ -1,0 +1,58 @@
+"""One Zarr shard in memory: what it refuses, what it leaves out."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from builds import build
+from movekd.cache import layout
+from movekd.cache.reader import open_cache
+from movekd.cache.verify import verify
+from movekd.errors import CacheError
+
+
+def test_a_damaged_image_is_skipped_and_its_neighbours_are_not(
+    tmp_path, corpus_dir, tiny_specs, damaged_corpus, undisturbed
+) -> None:
+    data, damaged = damaged_corpus
+    out = tmp_path / "cache"
+    whole = open_cache(tmp_path / "undisturbed")
+    summaries = build(out, data, tiny_specs)
+    cache = open_cache(out)
+    key = cache.keys[damaged].as_py()
+    others = [row for row in range(24) if row != damaged]
+    for summary in summaries:
+        store = cache[summary.status.teacher]
+        assert list(summary.skipped) == [key]
+        table = pq.read_table(out / layout.skipped_name(store.teacher)).to_pylist()
+        assert table == [{"row": damaged, "key": key, "reason": summary.skipped[key]}]
+        assert list(store.skipped) == [damaged]
+        targets = store.read([damaged])
+        assert torch.isnan(targets.tokens_BND).all()
+        if store.calibration == whole[store.teacher].calibration:
+            expected = whole[store.teacher].read(others).stored
+            for name, values in store.read(others).stored.items():
+                assert torch.equal(values, expected[name])
+        else:  # the damaged image was one of the calibration
+            assert not torch.isnan(store.read(others).tokens_BND).any()
+    assert list(verify(out)) == []
+
+
+def test_features_beyond_float16_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
+    spec = tiny_specs[0].with_changes(codec="float16", cls=False, mean=(0, 0, 0), std=(1e-9,) * 3)
+    conv = tiny_specs[1].with_changes(layer="last")
+    huge = spec.with_changes(model_args={**spec.model_args, "initializer_factor": 1e4})
+    with pytest.raises(CacheError, match=r"teacher 'clip': a feature is .*65504.*--codec int8"):
+        build(tmp_path / "cache", corpus_dir, [huge])
+    build(tmp_path / "cache", corpus_dir, [conv])
+
+
+def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_specs, cache_dir):
+    worst = open_cache(cache_dir)["clip"].seals[0].error.max
+    strict = tiny_specs[0].with_changes(max_error=worst * 0.9)
+    with pytest.raises(CacheError, match=r"'clip', rows .*; the spec allows max_error .*float16"):
+        build(tmp_path / "cache", corpus_dir, [strict])
+    assert open_cache(tmp_path / "cache")["clip"].missing_shards == [0]
+    allowed = tiny_specs[0].with_changes(max_error=worst * 1.1)
+    build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
+    assert list(verify(tmp_path / "cache")) == []
