@@ -19,14 +19,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# One thread a worker: the two workers have the two cores.
+# One thread per worker: the two workers use the two cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not web'
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not web'
 
-# The page in Debian's Chromium; SCREENSHOTS=docs/images makes the pictures of the docs anew.
+# The page in Debian's Chromium; SCREENSHOTS=docs/images renews the pictures of the docs.
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends
 
 test-web: install
@@ -51,7 +51,7 @@ bench-train: install
 bench-%: install
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
 
-# docs/study.md; interrupted, the same command goes on. One thread a process, two processes.
+# docs/study.md; after an interruption the same command resumes. Two processes, one thread each.
 STUDY := OMP_NUM_THREADS=1 PYTHONPATH=pipelines/digits $(BIN)/python -m study
 
 study: install

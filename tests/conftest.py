@@ -1,6 +1,6 @@
-"""What several rooms test with: a small corpus of real images, and a cache of two tiny teachers.
+"""Fixtures for all tests: a small corpus of real images, and a cache of two tiny teachers.
 
-``corpus_dir``, ``tiny_specs`` and ``cache_dir`` are built once and shared: never write into them,
+``corpus_dir``, ``tiny_specs`` and ``cache_dir`` are built once and shared. Never write into them;
 copy them (``shutil.copytree``).
 """
 
@@ -129,7 +129,7 @@ SHRUNKEN: dict[str, dict[str, Any]] = {
         "model_args": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4},
     },
 }
-"""Shipped spec -> what makes it small."""
+"""Shipped spec -> the keys that make it small."""
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +226,7 @@ def cache_dir(
 
 @pytest.fixture
 def damaged_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
-    """A copy of the corpus whose shard was damaged after packing, and the image that it hit."""
+    """Return a copy of the corpus with a damaged shard, and the position of the damaged image."""
     data = tmp_path / "damaged"
     shutil.copytree(corpus_dir, data)
     position = 11
@@ -239,9 +239,9 @@ def damaged_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
 
 @pytest.fixture(scope="session")
 def view_corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A corpus of seven images that have 3, 5, 4, 4, 3, 3 and 5 views, and the same with two more.
+    """Return a corpus of seven images with 3, 5, 4, 4, 3, 3 and 5 views, and one with two more.
 
-    Their names are ``0.png`` to ``8.png``.
+    The names are ``0.png`` to ``8.png``.
     """
     photo = Image.fromarray(load_sample_images().images[0])
     sizes = [(40, 30), (700, 690), (1100, 350), (350, 1100), (30, 45), (680, 340), (640, 427)]
@@ -259,7 +259,7 @@ def view_corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Eight rows a Zarr shard instead of 1,024, so that the small corpus has several."""
+    """Set eight rows per Zarr shard instead of 1,024, so that the small corpus has several."""
     monkeypatch.setattr("movekd.cache.layout.MAX_SHARD_ROWS", 8)
     monkeypatch.setattr("movekd.cache.catalog.MAX_SHARD_ROWS", 8)
     return 8

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import scenes
 from movekd.cache.spec import load_spec
+from movekd.cli.main import app
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.extract.options import BuildOptions
@@ -35,16 +37,34 @@ def heavy(modules, packages=HEAVY):
     return [m for m in modules if any(m == p or m.startswith(f"{p}.") for p in packages)]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], ["train"], ["ask"], ["export"], ["import"], ["cache", "build"], ["shards", "pack"]],
+RUN = (
+    "import sys\nfrom movekd.cli.main import app\n"
+    "try:\n    app(sys.argv[1:])\nexcept SystemExit as done:\n    assert not done.code"
 )
-def test_help_loads_nothing_heavy(command):
+
+
+def commands(command, words=()):
+    """Yield the words of every command and group, read off the app."""
+    yield words
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+def test_help_loads_nothing_heavy():
+    """One process prints the help of all commands; only a failure is looked into one by one."""
     script = (
         "import sys\nfrom movekd.cli.main import app\n"
-        "try:\n    app(sys.argv[1:])\nexcept SystemExit as done:\n    assert not done.code"
+        "for words in sys.argv[1:]:\n"
+        "    try:\n        app([*words.split(), '--help'])\n"
+        "    except SystemExit as done:\n        assert not done.code"
     )
-    assert heavy(loaded_after(script, *command, "--help")) == []
+    assert len(COMMANDS) > 15
+    every = [" ".join(words) for words in COMMANDS]
+    if heavy(loaded_after(script, *every)):
+        assert [words for words in every if heavy(loaded_after(script, words))] == []
 
 
 def test_importing_movekd_loads_nothing_heavy():
@@ -53,12 +73,18 @@ def test_importing_movekd_loads_nothing_heavy():
 
 @pytest.mark.parametrize("command", ["ls", "verify"])
 def test_looking_at_a_cache_loads_no_torch(cache_dir, command):
-    script = (
-        "import sys\nfrom movekd.cli.main import app\n"
-        "try:\n    app(['cache', *sys.argv[1:]])\n"
-        "except SystemExit as done:\n    assert not done.code"
-    )
-    assert heavy(loaded_after(script, command, cache_dir), ("torch", "transformers")) == []
+    modules = loaded_after(RUN, "cache", command, "--cache", cache_dir)
+    assert heavy(modules, ("torch", "transformers")) == []
+
+
+def test_packing_and_listing_shards_load_no_torch(tmp_path, crops):
+    images = tmp_path / "images"
+    images.mkdir()
+    crops[0].save(images / "a.png")
+    packed = loaded_after(RUN, "shards", "pack", "--images", images, "--output", tmp_path / "data")
+    assert (tmp_path / "data" / "index.parquet").exists()
+    listed = loaded_after(RUN, "shards", "ls", tmp_path / "data")
+    assert heavy([*packed, *listed], ("torch", "transformers", "zarr")) == []
 
 
 def test_training_loads_no_teacher_code(tmp_path):

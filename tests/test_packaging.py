@@ -1,4 +1,4 @@
-"""A wheel that works without the checkout beside it, and what goes with a release."""
+"""The wheel works without the checkout; the files of a release are consistent."""
 
 import json
 import os
@@ -29,10 +29,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def movekd(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of the wheel, installed into an environment of its own.
+    """Return the command of the wheel, installed into a new environment.
 
-    Its dependencies are those of this environment, found behind the environment's own packages;
-    the checkout is not among them.
+    Dependencies come from this environment through a .pth file; the checkout does not.
     """
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, symlinks=True)

@@ -1,4 +1,4 @@
-"""The suite itself: every test on the disk is collected, and some make target runs it."""
+"""Every test file is collected, and every test is run by a make target."""
 
 import fcntl
 import json
@@ -32,7 +32,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one call of pytest runs: the tests below ``paths`` that ``expression`` names."""
+    """The tests that a call of pytest runs: those below ``paths`` that ``expression`` selects."""
 
     paths: tuple[str, ...]
     expression: str
@@ -115,7 +115,7 @@ def selected_by_none(tests: Sequence[Test], targets: Mapping[str, Selection]) ->
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> list[Test]:
-    """All tests of the suite, collected once: it takes some fifteen seconds of one core."""
+    """All tests of the suite, collected once: it takes about fifteen seconds."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # all workers have this folder; one collects, the others wait
@@ -155,7 +155,7 @@ test-web:
 
 
 def test_what_is_missed_is_found(tmp_path: Path) -> None:
-    """By the two functions above, in a suite that has each fault."""
+    """The functions above find each fault in a suite that has them all."""
     for name, content in SMALL_SUITE.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)

@@ -1,7 +1,7 @@
-"""reference/cli.md: every command of `movekd` with its arguments, options and examples.
+"""Write reference/cli.md: every command of `movekd` with its arguments, options and examples.
 
-Read off the tree that Typer builds, so that the page says what ``--help`` says. Typer has a Click
-of its own inside, which tools for Click's commands do not recognise.
+Input: the command tree that Typer builds, so the page says what ``--help`` says. Typer contains its
+own copy of Click; tools for Click's commands do not recognise it.
 """
 
 import re
@@ -14,7 +14,7 @@ from movekd.cli.main import app
 
 _HEAD = """# Commands
 
-What `--help` says, of every command. `-q`, `-v` and `--debug` may stand anywhere on the line.
+The `--help` of every command. `-q`, `-v` and `--debug` work anywhere on the line.
 """
 
 
@@ -35,7 +35,7 @@ def _below(path: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _section(path: str, command: Any) -> str:
-    """Return the part of the page that is about one command."""
+    """Return one command's section of the page."""
     context = typer.Context(command, info_name=path)
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     prose, examples = _prose_and_examples(command.help or "")
@@ -44,19 +44,19 @@ def _section(path: str, command: Any) -> str:
         parts.append("\n".join(_link(f"{path} {name}", child) for name, child in children.items()))
     rows = [row for parameter in command.params if (row := _row(parameter, context))]
     if rows:
-        parts.append("\n".join(["| option | default | what |", "|---|---|---|", *rows]))
+        parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
     parts += [f"```sh\n{example}\n```" for example in examples]
     return "\n\n".join(parts) + "\n"
 
 
 def _link(path: str, command: Any) -> str:
-    """Return the line of a list that leads to a command's own part of the page."""
+    """Return a list item that links to a command's section."""
     first = " ".join((command.help or "").partition("\n\n")[0].split())
     return f"- [{path}](#{path.replace(' ', '-')}): {escaped(first)}"
 
 
 def _prose_and_examples(text: str) -> tuple[list[str], list[str]]:
-    """Return the paragraphs of a help text as Markdown, and the commands that it shows."""
+    """Return the paragraphs of a help text as Markdown, and its example commands."""
     prose, examples = [], []
     for paragraph in text.split("\n\n"):
         line = " ".join(paragraph.split())
@@ -68,7 +68,7 @@ def _prose_and_examples(text: str) -> tuple[list[str], list[str]]:
 
 
 def _row(parameter: Any, context: typer.Context) -> str:
-    """Return the table's row about an argument or option, or nothing for a hidden one."""
+    """Return the table row of an argument or option; a hidden one has none."""
     if (record := parameter.get_help_record(context)) is None:
         return ""
     names, text = record
@@ -77,7 +77,7 @@ def _row(parameter: Any, context: typer.Context) -> str:
 
 
 def _without_default(text: str) -> tuple[str, str]:
-    """Part a help text from what Typer appends: ``[default: 32; x>=1]``, ``[required]``."""
+    """Split a help text from Typer's suffix: ``[default: 32; x>=1]``, ``[required]``."""
     found = re.fullmatch(r"(.*?)\s*\[((?:default: |required|x>=|\d).*)\]", text, re.DOTALL)
     if found is None:
         return text, ""
@@ -91,7 +91,7 @@ def _without_default(text: str) -> tuple[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Return plain text as Markdown that shows it unchanged; what is in backticks stays code."""
+    """Return plain text escaped for Markdown; text in backticks stays code."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([\\*_<>|\[\]])", r"\\\1", part) for part in parts[::2]]
     parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]

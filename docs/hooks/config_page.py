@@ -1,7 +1,7 @@
-"""reference/config.md: every key of student.yaml and of a teacher's YAML file.
+"""Write reference/config.md: every key of student.yaml and of a teacher's YAML file.
 
-Made from the pydantic models that check these files: their fields, defaults and descriptions are
-what the page says. ``RECIPES`` gives the values in which the two recipes differ.
+Input: the pydantic models that check these files (fields, defaults, descriptions), and ``RECIPES``,
+which holds the values that differ between the two recipes.
 """
 
 import json
@@ -17,24 +17,23 @@ from movekd.train.config import RECIPES, TrainConfig
 
 _HEAD = """# Keys of the YAML files
 
-A key that is not listed is refused, with the nearest right one. *Needed* keys have no default.
+movekd refuses an unknown key and names the nearest right one. *Needed* keys have no default.
 
 ## student.yaml
 
-One training: `movekd train --config student.yaml`, in which `--set distill.kd_weight=1` overrides a
-key. `--dry-run` prints all of them resolved; [training](../training.md) says what they do. Where
-the recipes differ, their values stand beside each other, and the key's own default, null, takes
-that of `recipe`.
+The config of one training: `movekd train --config student.yaml`. `--set distill.kd_weight=1`
+overrides a key, and `--dry-run` prints all resolved keys. [Training](../training.md) explains them.
+If the recipes differ, the table shows both values; the default, null, takes the value of `recipe`.
 """
 
 _TEACHER = """## A teacher's YAML file
 
-What `--teacher mine.yaml` names, like those in cache_specs/; [teachers](../teachers.md) goes
-through one step by step.
+The file of `--teacher mine.yaml`, like those in cache_specs/; [teachers](../teachers.md) explains
+one step by step.
 """
 
 _PLACES = {"mole": "student.mole", "distill": "distill"}
-"""Section of ``RECIPES`` -> where its keys are in student.yaml."""
+"""Section of ``RECIPES`` -> path of its keys in student.yaml."""
 
 _WORDS = {
     "integer": "integer",
@@ -44,7 +43,7 @@ _WORDS = {
     "null": "null",
     "object": "mapping",
 }
-"""Type of JSON Schema -> what a reader of YAML calls it."""
+"""Type of JSON Schema -> its name in YAML."""
 
 _LIMITS = {
     "minimum": ">=",
@@ -62,7 +61,7 @@ def config_page() -> str:
 
 
 def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield the key that a model is under, and it; the same of the models inside it."""
+    """Yield a model with its key, then the models inside it."""
     yield path, model
     for name, field in model.model_fields.items():
         if (inner := _inner(field)) is not None:
@@ -81,7 +80,7 @@ def recipe_values() -> dict[str, list[str]]:
 
 
 def _section(path: str, model: type[BaseModel], recipes: Mapping[str, list[str]]) -> str:
-    """Return the keys of one model as a table below its heading and its docstring."""
+    """Return the heading, the docstring and the table of keys of one model."""
     properties = model.model_json_schema()["properties"]
     has_recipes = any(_join(path, name) in recipes for name in model.model_fields)
     head = ["key", "type", "default", *(RECIPES if has_recipes else ()), "what"]
@@ -117,7 +116,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """Return the default as one writes it in YAML."""
+    """Return the default in YAML's form."""
     if field.is_required():
         return "*needed*"
     if _inner(field) is not None and field.default is not None:
@@ -126,7 +125,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _inner(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the model that a key holds, where it is a section."""
+    """Return the model of a key that is a section, else None."""
     kinds = (field.annotation, *get_args(field.annotation))
     models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return models[0] if models else None

@@ -1,8 +1,8 @@
-"""The reference part of the site, made from the code whenever the site is built.
+"""Generate the reference pages of the site from the code.
 
-MkDocs calls ``on_files``, which adds pages that no file in docs/ holds: the commands
-(``cli_page``), the keys of the YAML files (``config_page``) and the public names of each room,
-which mkdocstrings fills in. mkdocs.yml gives them their places.
+MkDocs calls ``on_files``, which adds the generated pages: the commands (``cli_page``), the keys of
+the YAML files (``config_page``) and the public names of each room, which mkdocstrings fills in.
+mkdocs.yml lists them in its navigation.
 """
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,10 +28,10 @@ ROOMS = {
         "movekd.evaluate.exact_match",
     ),
 }
-"""Page -> the modules on it; those without ``__all__`` show all that is public."""
+"""Page -> its modules; a module without ``__all__`` shows all public names."""
 
 _LETTERS = (
-    "Capitals at the end of a name are the tensor's dimensions, `tokens_BND` for one: B batch, "
+    "Capitals at the end of a name are the tensor's dimensions, such as `tokens_BND`: B batch, "
     "N tokens, D channels, H heads, T teachers, L layers, E experts."
 )
 _NOTES = {
@@ -42,11 +42,11 @@ _NOTES = {
     "distill": _LETTERS,
     "train": "The fields of `TrainConfig` are [the keys of student.yaml](config.md#studentyaml).",
 }
-"""Page -> what stands above its names."""
+"""Page -> text above its names."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages to those that were found in docs/."""
+    """Add the generated pages to those in docs/."""
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -59,7 +59,7 @@ def pages() -> dict[str, str]:
 
 
 def api_page(room: str) -> str:
-    """Return the page of a room: what mkdocstrings is to put there."""
+    """Return the page of a room: its directives for mkdocstrings."""
     first, *others = ROOMS[room]
     parts = [f"# {first}", _NOTES.get(room, ""), f"::: {first}"]
     parts += [f"## {module}\n\n::: {module}" for module in others]

@@ -133,12 +133,12 @@ def update_catalog(
     if old.views != views:
         raise CacheError(
             f"{storage.url} is of views '{old.views}', the build asks for '{views}'. A cache has "
-            f"the same views of every image: give --views {old.views}, or another --cache."
+            f"the same views of every image: give --tiles {old.views}, or another --cache."
         )
     if old.geometry != geometry:
         raise CacheError(
             f"{storage.url} is of geometry '{old.geometry}', the build asks for '{geometry}'. A "
-            f"cache has one geometry: give --geometry {old.geometry}, or another --cache."
+            f"cache has one geometry: give --resize-mode {old.geometry}, or another --cache."
         )
     num_old, num_new = old.num_images, len(corpus) - old.num_images
     if num_new < 0 or corpus.fingerprint(num_old) != old.corpus_fingerprint:

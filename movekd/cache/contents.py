@@ -206,7 +206,7 @@ class TeacherContents:
                 f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
                 f"{', '.join(map(str, others[:5]))}{'...' if len(others) > 5 else ''} were sealed "
                 f"for other images than {layout.INDEX} lists; one of the two comes from another "
-                "cache. Restore it, or --replace the teacher."
+                "cache. Restore it, or --overwrite the teacher."
             )
 
 

@@ -51,7 +51,7 @@ class CacheRecord(Record):
 class Calibration(Record):
     """calibration.json: what was settled once, for every worker, resume and appended image."""
 
-    remedy = "Restore it from a copy, or --replace the teacher."
+    remedy = "Restore it from a copy, or --overwrite the teacher."
 
     spec_fingerprint: str
     weights_sha256: str
@@ -87,7 +87,7 @@ class Calibration(Record):
 class GroupRecord(Record):
     """metadata.json: the small files of a teacher's group, and for how many rows they were made."""
 
-    remedy = "Restore it from a copy, or --replace the teacher."
+    remedy = "Restore it from a copy, or --overwrite the teacher."
 
     num_rows: Count
     files: dict[str, FileEntry]

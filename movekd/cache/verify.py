@@ -117,7 +117,7 @@ def _verify_teacher(
         group,
         metadata,
         progress,
-        "Run its `movekd cache build` again, which mends an array's metadata; else --replace it.",
+        "Run its `movekd cache build` again, which mends an array's metadata; else --overwrite it.",
     )
     teacher = cache.sealed(name)  # after its metadata's checksums: damaged ones may not open
     statistics = [part.tobytes() for part in (teacher.channel_mean, teacher.channel_std)]
@@ -169,7 +169,7 @@ def _verify_teacher(
         if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
             yield (
                 f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
-                "one of the two comes from another cache. Restore it, or --replace the teacher."
+                "one of the two comes from another cache. Restore it, or --overwrite the teacher."
             )
         known.update(seal.files)
         yield from _check_files(storage, group, seal.files, progress)

@@ -1,4 +1,4 @@
-"""`movekd ask`."""
+"""`movekd ask`: ask a trained student about one image."""
 
 import sys
 from collections.abc import Iterator
@@ -7,32 +7,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.output import quiet_libraries
+from movekd.cli.options import Device, Run, resolve_device
+from movekd.cli.output import print_json, quiet_libraries
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.corpus.conversations import Role
 
 
 def ask(
-    run: Annotated[
-        Path,
-        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
-    ],
+    run: Run,
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[
-        str | None, typer.Argument(help="What to ask about it; with --chat, the first question.")
+        str | None, typer.Argument(help="The question; with --chat, the first one.")
     ] = None,
     chat: Annotated[
         bool,
         typer.Option(
             "--chat",
-            help="Go on: a question a line on standard input, to an empty line or its end.",
+            help="Read further questions from standard input, one per line.",
         ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum new tokens per answer.")
+    ] = 256,
+    device: Device = "auto",
     json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each answer.")
+        bool, typer.Option("--json", help="Print one line of JSON per answer.")
     ] = False,
 ) -> None:
     """Ask a trained student about an image.
@@ -43,20 +44,19 @@ def ask(
 
     movekd ask my-model cat.jpg --chat
     """
-    from movekd.errors import ConfigError
     from movekd.evaluate.chat import answer
     from movekd.student.checkpoint import load_student
 
     quiet_libraries()
     if not image.is_file():
-        raise ConfigError(f"{image} is no file; expected an image such as a JPEG or PNG.")
+        raise ConfigError(f"{image} is not a file; expected an image such as a JPEG or PNG.")
     if question is None and not chat:
-        raise ConfigError("there is no question; give one behind the image, or --chat.")
+        raise ConfigError("the question is missing; give it after the image, or give --chat.")
     trained = load_student(run, resolve_device(device))
     if chat and trained.prompt == "plain":
         raise ConfigError(
-            f"{run} was trained with prompt format 'plain', which knows an image and its caption "
-            "alone; --chat needs a model of stage finetune."
+            f"{run} was trained with prompt format 'plain', which holds only an image and its "
+            "caption; --chat needs a model of stage finetune."
         )
     turns: list[tuple[Role, str]] = []
     for asked in _questions(question, chat=chat):
@@ -64,13 +64,13 @@ def ask(
         said = answer(trained, image.read_bytes(), turns, max_new_tokens).text
         turns.append(("gpt", said))
         if json:
-            _print_line({"question": asked, "answer": said})
+            print_json({"question": asked, "answer": said}, indent=None)
         else:
             typer.echo(said)
 
 
 def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
-    """Yield the first question, then a line of standard input each, if it is a chat."""
+    """Yield the first question; in a chat, then each line of standard input."""
     if first is not None:
         yield first
     while chat:
@@ -80,18 +80,3 @@ def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _print_line(value: dict[str, str]) -> None:
-    import json
-
-    typer.echo(json.dumps(value, ensure_ascii=False))
-
-
-def resolve_device(device: str) -> str:
-    """Return the device that `auto` stands for."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,30 +1,31 @@
-"""`movekd cache build`: on this machine, as one of many parts, or in a Ray cluster."""
+"""`movekd cache build`: run teachers over a corpus, here or in a Ray cluster."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from movekd.cli.options import (
     AutoBatchSize,
     Cache,
+    CalibrationImages,
     CodecOption,
     Device,
     Dtype,
-    Geometry,
     GridOption,
     Json,
     RecipeOption,
+    ResizeMode,
     Shards,
     Teachers,
-    ViewsOption,
+    Tiles,
     WeightsOption,
     build_options,
-    check_geometry,
     check_one_of,
-    check_views,
+    check_resize_mode,
+    check_tiles,
     read_specs,
 )
 from movekd.cli.output import (
@@ -35,6 +36,7 @@ from movekd.cli.output import (
     progress_bar,
     size,
 )
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.extract.executor import Executor
@@ -45,13 +47,13 @@ def build(
     teacher: Teachers,
     shards: Shards,
     cache: Cache = "cache",
-    views: ViewsOption = "base",
-    geometry: Geometry = None,
+    tiles: Tiles = "base",
+    resize_mode: ResizeMode = None,
     codec: CodecOption = None,
     grid: GridOption = None,
     recipe: RecipeOption = None,
     compressor: Annotated[
-        str | None, typer.Option(help="none, zstd or blosc (archives), instead of the spec's.")
+        str | None, typer.Option(help="none, zstd or blosc (archives). Default: the spec's.")
     ] = None,
     weights: WeightsOption = None,
     device: Device = "auto",
@@ -61,32 +63,35 @@ def build(
         int | None,
         typer.Option(
             min=0,
-            help="Local: processes that decode images; all cores but one. Ray: workers, each with "
-            "the teachers loaded; one a GPU, or one a node without GPUs.",
+            help="Local: processes that decode images. Default: all cores but one. Ray: workers "
+            "that hold the teachers. Default: one per GPU (one per node without GPUs).",
         ),
     ] = None,
     num_threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="CPU threads of a forward pass; equal ones give equal bytes. torch's."
+            min=1,
+            help="CPU threads per forward pass. Use the same value for identical output. "
+            "Default: torch's setting.",
         ),
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Fuse teachers with torch.compile (minutes, once).")
+        bool, typer.Option("--compile", help="Compile teachers with torch.compile (minutes).")
     ] = False,
     concurrent: Annotated[
         bool,
-        typer.Option("--concurrent", help="Keep all teachers on the device instead of by turns."),
+        typer.Option(
+            "--concurrent", help="Keep all teachers on the device. Default: one after another."
+        ),
     ] = False,
-    calibration_images: Annotated[
-        int | None, typer.Option(min=1, help="Images that fix the channel statistics.")
-    ] = None,
-    max_skipped: Annotated[
-        float, typer.Option(min=0, max=1, help="Exit 1 if a larger share could not be read.")
+    calibration_images: CalibrationImages = None,
+    max_skipped_fraction: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Exit 1 if a larger fraction of images is unreadable."),
     ] = 0.001,
     channel_stats: Annotated[
         str | None,
-        typer.Option(help="Cache whose calibration to take over: parts of one corpus by machine."),
+        typer.Option(help="Cache whose calibration to use: for parts of one corpus."),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="local: this process; ray: workers of a Ray cluster.")
@@ -94,33 +99,33 @@ def build(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Ray: auto (the cluster that this machine is a node of), HOST:PORT, "
-            "ray://HOST:PORT, or local (this machine alone). auto."
+            help="Ray: auto (the cluster of this machine), HOST:PORT, ray://HOST:PORT, or local "
+            "(only this machine). Default: auto."
         ),
     ] = None,
     num_gpus_per_worker: Annotated[
         float | None,
-        typer.Option(min=0, help="Ray: GPUs, or a fraction of one; 1 unless on CPUs."),
+        typer.Option(min=0, help="Ray: GPUs per worker, or a fraction. Default: 1 (0 on CPUs)."),
     ] = None,
     num_decoders: Annotated[
         int | None,
-        typer.Option(min=0, help="Ray: processes of each worker that decode images."),
+        typer.Option(min=0, help="Ray: processes per worker that decode images."),
     ] = None,
     partition: Annotated[
         str | None,
         typer.Option(
-            help="Build part i of n, counted from 0, as i/n: many machines without Ray, at the "
-            "same time or not. The first to come calibrates."
+            help="i/n: build part i of n, counted from 0. For many machines without Ray; the "
+            "first one calibrates."
         ),
     ] = None,
-    replace: Annotated[
-        bool, typer.Option(help="Delete what the cache holds of these teachers first.")
+    overwrite: Annotated[
+        bool, typer.Option(help="First delete these teachers from the cache.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Run frozen teachers once over a corpus and store their features.
 
-    Interrupt it at any time: the same command goes on where it stopped.
+    Interrupt it at any time: the same command resumes.
 
     Example: movekd cache build --teacher clip --teacher eva02 --shards data/ --cache cache/
 
@@ -145,21 +150,25 @@ def build(
     )
     part = None if partition is None else parse_partition(partition)
     corpus, summaries = open_corpus(shards), []
-    _check_engine(
-        engine,
-        part is not None,
-        {
-            "--address": address,
-            "--num-gpus-per-worker": num_gpus_per_worker,
-            "--num-decoders": num_decoders,
-        },
-    )
-    with (
-        _cluster(
-            engine, address, num_workers, num_gpus_per_worker, num_decoders, device
-        ) as cluster,
-        progress_bar() as progress,
-    ):
+    of_ray = {
+        "--address": address,
+        "--num-gpus-per-worker": num_gpus_per_worker,
+        "--num-decoders": num_decoders,
+    }
+    _check_engine(engine, part is not None, of_ray)
+    place: AbstractContextManager[Any] = nullcontext()
+    if engine == "ray":
+        from movekd.extract.ray.cluster import RayCluster
+
+        place = RayCluster(
+            address or "auto",
+            num_workers=num_workers,
+            num_gpus_per_worker=num_gpus_per_worker,
+            num_decoders=num_decoders,
+            device=device,
+            is_verbose=is_verbose(),
+        )
+    with place as cluster, progress_bar() as progress:
         options = build_options(
             device if cluster is None else cluster.device,
             dtype,
@@ -174,14 +183,14 @@ def build(
             cache,
             corpus,
             specs,
-            geometry=check_geometry(geometry, views),
-            views=check_views(views),
+            geometry=check_resize_mode(resize_mode, tiles),
+            views=check_tiles(tiles),
             options=options,
             executor=_engine(cluster),
             partition=part,
-            replace=replace,
+            replace=overwrite,
             channel_stats=channel_stats,
-            deletes=_say_deleting,
+            deletes=_print_deletion,
             progress=progress,
         ):
             summaries.append(summary)
@@ -209,51 +218,27 @@ def build(
     for s in summaries:
         for key, reason in list(s.skipped.items())[:10]:
             typer.echo(f"{s.status.teacher}: skipped {key}: {reason}", err=True)
-        has_problem |= len(s.skipped) > max_skipped * s.status.images
+        has_problem |= len(s.skipped) > max_skipped_fraction * s.status.images
     if has_problem:
-        typer.echo(f"more than {max_skipped:.2%} of the images were skipped", err=True)
+        typer.echo(f"more than {max_skipped_fraction:.2%} of the images were skipped", err=True)
         raise typer.Exit(1)
 
 
 def _check_engine(engine: str, is_part: bool, of_ray: Mapping[str, object]) -> None:
-    """Refuse an unknown engine, and options of the other one."""
-    from movekd.errors import ConfigError
+    """Refuse an unknown engine, and options of Ray without it."""
 
     check_one_of("--engine", engine, ("local", "ray"))
     given = [option for option, value in of_ray.items() if value is not None]
     if engine == "local" and given:
         raise ConfigError(
-            f"{given[0]} goes with --engine ray; the build would run in this process. Add "
-            "--engine ray, or leave it out."
+            f"{given[0]} goes with --engine ray, but the engine is local. Add --engine ray, or "
+            f"leave {given[0]} out."
         )
     if engine == "ray" and is_part:
         raise ConfigError(
-            "--partition is for machines that know nothing of each other, --engine ray shares the "
-            "work among its own; leave one of the two out."
+            "--partition divides the work by hand, --engine ray divides it among its workers; "
+            "leave one of the two out."
         )
-
-
-def _cluster(
-    engine: str,
-    address: str | None,
-    num_workers: int | None,
-    num_gpus_per_worker: float | None,
-    num_decoders: int | None,
-    device: str,
-) -> "AbstractContextManager[RayCluster | None]":
-    """Return the cluster to build in, or None for this machine."""
-    if engine == "local":
-        return nullcontext()
-    from movekd.extract.ray.cluster import RayCluster
-
-    return RayCluster(
-        address or "auto",
-        num_workers=num_workers,
-        num_gpus_per_worker=num_gpus_per_worker,
-        num_decoders=num_decoders,
-        device=device,
-        is_verbose=is_verbose(),
-    )
 
 
 def _engine(cluster: "RayCluster | None") -> "Executor | None":
@@ -264,6 +249,6 @@ def _engine(cluster: "RayCluster | None") -> "Executor | None":
     return RayExecutor(cluster)
 
 
-def _say_deleting(folder: str, sizes: Mapping[str, int]) -> None:
+def _print_deletion(folder: str, sizes: Mapping[str, int]) -> None:
     there = f"{len(sizes)} files, {size(sum(sizes.values()))}"
-    typer.echo(f"deleting {folder} ({there}); if interrupted, go on without --replace", err=True)
+    typer.echo(f"deleting {folder} ({there}); if interrupted, resume without --overwrite", err=True)

@@ -1,4 +1,4 @@
-"""`movekd cache plan`: what a cache costs and when it pays, before it is built."""
+"""`movekd cache plan`: estimate the size, time and break-even point of a cache."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,19 +12,21 @@ from movekd.cli.options import (
     Cache,
     Device,
     Dtype,
+    GridOption,
     Json,
     RecipeOption,
     Shards,
     StudentGrid,
     Teachers,
-    ViewsOption,
+    Tiles,
     WeightsOption,
     build_options,
-    check_views,
+    check_tiles,
     named_values,
     read_specs,
 )
 from movekd.cli.output import print_json, print_table, progress_bar, size
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.analysis.plan import CachePlan
@@ -34,48 +36,47 @@ def plan(
     teacher: Teachers,
     shards: Shards,
     cache: Cache = "cache",
-    views: ViewsOption = "base",
+    tiles: Tiles = "base",
     weights: WeightsOption = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Plan for so many images instead of the corpus'.")
+        int | None, typer.Option(min=1, help="Images to plan for. Default: those of the corpus.")
     ] = None,
     student_grid: StudentGrid = STUDENT_GRID,
+    grid: GridOption = None,
     recipe: RecipeOption = None,
     assume_rate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Images/s of the teachers instead of measuring; NAME=RATE, repeated, for one."
+            help="Images/s of all teachers, or NAME=RATE for one; they are then not measured."
         ),
     ] = None,
     assume_write: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process writes to --cache; not measured then."),
+        typer.Option(min=1e-9, help="MB/s that one process writes to --cache. Default: measured."),
     ] = None,
     assume_read: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process reads from it; not measured then."),
+        typer.Option(min=1e-9, help="MB/s that one process reads from it. Default: measured."),
     ] = None,
     build_hours: Annotated[
-        float, typer.Option(min=1e-9, help="How long the build may take: how many writers?")
+        float, typer.Option(min=1e-9, help="Hours for the build; gives the number of writers.")
     ] = 24.0,
     train_rate: Annotated[
-        float, typer.Option(min=1e-9, help="Images/s that a training run takes.")
+        float, typer.Option(min=1e-9, help="Images/s of a training run.")
     ] = 100.0,
-    epochs: Annotated[
-        float, typer.Option(min=1e-9, help="How often a training run sees each image.")
-    ] = 1.0,
+    epochs: Annotated[float, typer.Option(min=1e-9, help="Epochs of a training run.")] = 1.0,
     measure_disk: Annotated[
-        bool, typer.Option(help="Write to --cache (256 MB at most, deleted again) for its rates.")
+        bool,
+        typer.Option(help="Measure the disk: write up to 256 MB to --cache and delete them."),
     ] = True,
     json: Json = False,
 ) -> None:
-    """Say what a cache will cost before it is built, and when it pays: bytes, hours, runs.
+    """Estimate the bytes and hours of a cache before it is built, and when it pays.
 
-    Every teacher runs on a few images of the corpus and the disk is written to and read from, so
-    that rates are measured, not looked up.
+    The command measures its rates: it runs each teacher on a few images and uses the disk.
 
     Example: movekd cache plan --teacher clip --teacher sam --shards data/ --num-images 558000
     """
@@ -84,7 +85,7 @@ def plan(
     from movekd.analysis.plan import plan_cache
     from movekd.corpus.index import open_corpus
 
-    specs = read_specs(teacher, recipe=recipe, weights=weights)
+    specs = read_specs(teacher, recipe=recipe, grid=grid, weights=weights)
     assumed_disk = None
     if assume_write is not None or assume_read is not None:
         write, read = (None if rate is None else rate * 1e6 for rate in (assume_write, assume_read))
@@ -94,7 +95,7 @@ def plan(
             specs,
             open_corpus(shards),
             cache,
-            views=check_views(views),
+            views=check_tiles(tiles),
             options=build_options(device, dtype, batch_size, 0),
             num_images=num_images,
             student_grid=student_grid,
@@ -115,7 +116,6 @@ def plan(
 
 
 def _rates(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    from movekd.errors import ConfigError
 
     rates = {}
     for name, value in named_values(given, names, "--assume-rate").items():
@@ -123,7 +123,7 @@ def _rates(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
             rates[name] = float(value)
         except ValueError:
             raise ConfigError(
-                f"--assume-rate says '{value}' for '{name}'; expected images/s, 120 for one."
+                f"--assume-rate says '{value}' for '{name}'; expected images/s, such as 120."
             ) from None
     return rates
 
@@ -154,7 +154,7 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     row_bytes = sum(p.row_bytes for p in planned.teachers if p.is_spec)
     totals = [size(row_bytes), size(planned.total_bytes), "", f"{planned.hours:,.2f}", ""]
     rows.append(["all *", "", "", *totals, *_run_cells(planned)])
-    columns = ["teacher", "codec", "features", "a row", "total", "images/s", "hours", "bound by"]
+    columns = ["teacher", "codec", "features", "per row", "total", "images/s", "hours", "bound by"]
     print_table(
         f"{planned.num_images:,} images, {planned.num_rows:,} rows; {free} free at {cache}; "
         f"{rates}",
@@ -166,13 +166,13 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     plural = "" if runs.epochs == 1 else "s"
     typer.echo(
         "* as the spec says. Rates are of this machine; decoding runs beside the teacher.\n"
-        f"read: what a training of (assumed) {runs.images_per_s:g} images/s needs, --train-rate; "
-        "! where the disk is slower.\n"
-        f"pays after: runs of {runs.epochs:g} epoch{plural} until building the cache costs no more "
-        "than teachers in the loop.\n"
-        f"writers: processes, a device each, that build it in {planned.asked_hours:g} hours, "
-        "--build-hours;\nreaders: processes that read what a training needs. "
-        "PUT, GET: requests to an object store, of\nthe build and of one training."
+        f"read: what a training of (assumed) {runs.images_per_s:g} images/s needs (--train-rate). "
+        "!: the disk is slower.\n"
+        f"pays after: runs of {runs.epochs:g} epoch{plural} after which the cache costs less than "
+        "teachers in the loop.\n"
+        f"writers: processes, one device each, that build it in {planned.asked_hours:g} hours "
+        "(--build-hours).\nreaders: processes that read as fast as a training needs. "
+        "PUT, GET: requests to an object store by\nthe build and by one training."
     )
     assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
     if assumed:

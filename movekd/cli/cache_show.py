@@ -1,12 +1,21 @@
-"""`movekd cache show`."""
+"""`movekd cache show`: draw the features of images as PNG files or in the terminal."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.options import Cache, Device, Json, build_options, named_values
+from movekd.cli.options import (
+    Cache,
+    CacheShards,
+    Device,
+    Json,
+    NamedWeights,
+    build_options,
+    named_weights,
+)
 from movekd.cli.output import print_json, progress_bar
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.cache.reader import FeatureCache
@@ -21,34 +30,28 @@ def show(
         typer.Option("--key", help="Key or name of an image. Repeat for several."),
     ] = None,
     random: Annotated[
-        int, typer.Option("--random", min=0, help="So many images, drawn by --seed.")
+        int, typer.Option("--random", min=0, help="Number of images to draw at random.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
-    shards: Annotated[
-        Path | None,
-        typer.Option(help="The corpus that it was built from: shows the pictures, too."),
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for --random.")] = 0,
+    shards: CacheShards = None,
     teacher: Annotated[
         list[str] | None,
-        typer.Option("--teacher", help="Whose features; all unless given. Repeat for several."),
+        typer.Option("--teacher", help="Teacher to show. Repeat for several. Default: all."),
     ] = None,
     view: Annotated[int, typer.Option(min=0, help="0: the whole image; 1, 2, ...: tiles.")] = 0,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Run the teachers and show the error of each token, too."),
+        typer.Option("--exact", help="Run the teachers; show the error of each stored token."),
     ] = False,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(help="With --exact: NAME=PATH, as for `verify --recompute`."),
-    ] = None,
+    weights: NamedWeights = None,
     device: Device = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of the PNG files.")] = Path("sheets"),
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("sheets"),
     inline: Annotated[
-        bool, typer.Option("--inline", help="Show the sheets in the terminal, write no files.")
+        bool, typer.Option("--inline", help="Show the sheets in the terminal; write no files.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Draw what the teachers say of an image: tokens as colours, [CLS] attention, codec error.
+    """Draw features of images: tokens as colours, [CLS] attention, codec error.
 
     Examples:
 
@@ -58,7 +61,6 @@ def show(
     """
     from movekd.cache.reader import open_cache
     from movekd.corpus.index import open_corpus
-    from movekd.errors import ConfigError
     from movekd.view.contact_sheet import draw_sheet, save_sheet
     from movekd.view.features import FeatureViewer
 
@@ -70,25 +72,26 @@ def show(
         raise ConfigError("--weights goes with --exact, which runs the teachers.")
     opened = open_cache(cache)
     names = tuple(teacher or opened.teachers)
-    specs = _specs_to_run(opened, names, weights or []) if exact else {}
+    specs = _specs_to_run(opened, names, weights) if exact else {}
     options = build_options(device, "float32", 1, 0) if exact else None
-    looker = FeatureViewer(
+    viewer = FeatureViewer(
         opened, None if shards is None else open_corpus(shards), names, specs, options
     )
     wanted = [*(key or []), *_draw(opened, random, seed)]
-    written = []
+    written: list[dict[str, object]] = []
     with progress_bar() as progress:
         for number, name in enumerate(wanted):
-            found = looker.key_of(name)
-            looks = looker.look(found, view)
-            figure = draw_sheet(looks, f"{name}  view {view}  key {found[:16]}")
+            found = viewer.key_of(name)
+            features = viewer.show(found, view)
+            figure = draw_sheet(features, f"{name}  view {view}  key {found[:16]}")
             if inline:
                 _print_inline(figure)
             else:
                 path = output / f"{found[:16]}-{view}.png"
                 save_sheet(figure, path)
-                written.append({"name": name, "key": found, "view": view, "sheet": str(path)})
-                written[-1]["teachers"] = [_figures(look) for look in looks]
+                teachers = [_summary(each) for each in features]
+                sheet = {"name": name, "key": found, "view": view, "sheet": str(path)}
+                written.append(sheet | {"teachers": teachers})
                 if not json:
                     typer.echo(str(path))
             progress("show", number + 1, len(wanted))
@@ -97,22 +100,17 @@ def show(
 
 
 def _specs_to_run(
-    cache: "FeatureCache", names: tuple[str, ...], weights: list[str]
+    cache: "FeatureCache", names: tuple[str, ...], weights: list[str] | None
 ) -> "dict[str, CacheSpec]":
     """Return the spec of each teacher, with the weights that the command line names."""
     from movekd.analysis.resolve_spec import spec_to_run
-    from movekd.cache.spec import WEIGHTS_WORDS
 
-    given = named_values(weights, names, "--weights")
-    places = {
-        name: place if place in WEIGHTS_WORDS else str(Path(place).resolve())
-        for name, place in given.items()
-    }
+    places = named_weights(weights, names)
     return {name: spec_to_run(cache[name], None, places.get(name)) for name in names}
 
 
 def _draw(cache: "FeatureCache", number: int, seed: int) -> list[str]:
-    """Return keys of images, drawn without repeats."""
+    """Return the keys of some images, drawn without repeats."""
     import numpy as np
 
     keys = cache.keys
@@ -120,19 +118,19 @@ def _draw(cache: "FeatureCache", number: int, seed: int) -> list[str]:
     return [str(key) for key in keys.take(drawn).to_pylist()]
 
 
-def _figures(look: "FeatureView") -> dict[str, object]:
-    error = look.error_GG
+def _summary(features: "FeatureView") -> dict[str, object]:
+    error, attention = features.error_GG, features.attention_GG
     return {
-        "teacher": look.teacher,
-        "reason": look.reason,
+        "teacher": features.teacher,
+        "reason": features.reason,
         "error_mean": None if error is None else float(error.mean()),
         "error_max": None if error is None else float(error.max()),
-        "attention_max": None if look.attention_GG is None else float(look.attention_GG.max()),
+        "attention_max": None if attention is None else float(attention.max()),
     }
 
 
 def _print_inline(figure: object) -> None:
-    """Print a sheet with half blocks of 24-bit colour, as wide as the terminal."""
+    """Print a sheet in the width of the terminal, as half blocks of 24-bit colour."""
     from typing import cast
 
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""`movekd demo`: the whole way on the embedded corpus."""
+"""`movekd demo`: run both pipelines on the embedded corpus of handwritten digits."""
 
 import subprocess
 import sys
@@ -9,18 +9,18 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("demo"),
     retrain: Annotated[
         bool, typer.Option(help="Train the small teachers and the language model first (minutes).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the scenes and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes and the training.")] = 0,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON; what is done, to stderr.")
+        bool, typer.Option("--json", help="Print JSON; the commands go to stderr.")
     ] = False,
 ) -> None:
-    """Pack, plan, cache four teachers, train with and without them, evaluate, look: a minute.
+    """Pack, plan, cache four teachers, train with and without them, evaluate: one minute.
 
-    The script is pipelines/digits/demo.py; it calls the same commands as you would.
+    The script is pipelines/digits/demo.py; it calls the commands of this tool.
 
     Example: movekd demo --output demo/
     """

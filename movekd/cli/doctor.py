@@ -1,4 +1,4 @@
-"""`movekd doctor`."""
+"""`movekd doctor`: check packages, devices, disk and weights of this machine."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -12,11 +12,11 @@ from movekd.cli.output import print_json, print_table, size
 def doctor(
     cache: Cache = "cache",
     no_disk: Annotated[
-        bool, typer.Option("--no-disk", help="Do not measure the disk (two seconds, 256 MiB).")
+        bool, typer.Option("--no-disk", help="Do not measure the disk (2 seconds, 256 MiB).")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print versions, devices, disk rates, which teachers' weights are here, and what to do.
+    """Check this machine: package versions, devices, disk rates, downloaded teacher weights.
 
     Exit code 1 if a package is missing or does not fit.
 
@@ -35,34 +35,23 @@ def doctor(
             f"Python {found.python}, {found.system}",
             ["package", "installed", "needed", "extra", ""],
             [
-                [
-                    p.name,
-                    p.version or "-",
-                    p.needs,
-                    p.extra,
-                    "" if p.is_fit else "does not fit",
-                ]
+                [p.name, p.version or "-", p.needs, p.extra, "" if p.is_fit else "does not fit"]
                 for p in found.packages
             ],
         )
         print_table(
             "devices",
-            ["device", "what", "memory", "bfloat16"],
+            ["device", "model", "memory", "bfloat16"],
             [
                 [d.name, d.what, _size(d.memory_bytes), "yes" if d.bfloat16 else "no"]
                 for d in found.devices
             ],
         )
+        rates = (found.disk.write_bytes_per_s, found.disk.read_bytes_per_s)
         print_table(
             f"disk of {found.cache}",
-            ["free", "writes a second", "random reads a second"],
-            [
-                [
-                    _size(found.free_bytes),
-                    _size(found.disk.write_bytes_per_s),
-                    _size(found.disk.read_bytes_per_s),
-                ]
-            ],
+            ["free", "writes per second", "random reads per second"],
+            [[_size(found.free_bytes), *map(_size, rates)]],
         )
         if found.disk.reason:
             typer.echo(f"not measured: {found.disk.reason}")
@@ -73,10 +62,10 @@ def doctor(
         )
         if not all(t.path for t in found.teachers):
             typer.echo(
-                "what is not here is downloaded by the first build that needs it. Without a "
+                "The first build that needs missing weights downloads them. Without a "
                 "network:\n`hf download REPOSITORY --local-dir DIRECTORY` elsewhere, then "
-                "`movekd cache build --teacher NAME --weights DIRECTORY`.\nThe repository's page "
-                "says whose licence is to be accepted (dinov3's is)."
+                "`movekd cache build --teacher NAME --weights DIRECTORY`.\nSome repositories "
+                "ask you to accept a licence on their page (dinov3's does)."
             )
         for problem in found.problems:
             typer.echo(problem)

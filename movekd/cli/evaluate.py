@@ -1,11 +1,14 @@
-"""`movekd evaluate`."""
+"""`movekd evaluate`: score a trained student by exact match or on a benchmark."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from movekd.cli.options import Device, Json, Run, resolve_device
 from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries
+from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.evaluate.benchmarks.run import BenchmarkRun
@@ -13,59 +16,55 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[
-        Path,
-        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
-    ],
+    run: Run,
     questions: Annotated[
         Path,
         typer.Option(
-            help="LLaVA JSON whose last turns are the right answers; with --benchmark its own file."
+            help="LLaVA JSON whose last turns are the right answers; with --benchmark, its "
+            "question file."
         ),
     ],
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder that the questions' images are in; mmbench's hold theirs."),
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the questions' images.")] = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="pope, textvqa, gqa, sqa, vqav2, vizwiz, mme or mmbench, as LLaVA's."),
+        typer.Option(help="Name of a benchmark, such as pope, gqa or mme; a wrong name lists all."),
     ] = None,
     annotations: Annotated[
         Path | None,
-        typer.Option(
-            help="The benchmark's right answers: coco/ of pope, TextVQA_0.5.1_val.json, "
-            "testdev_balanced_questions.json of gqa, folder of sqa's problems.json, annotations of "
-            "vqav2, val.json of vizwiz, folder of mme (else --images)."
-        ),
+        typer.Option(help="The benchmark's right answers; without it, the command names the file."),
     ] = None,
     answers: Annotated[
         Path | None,
         typer.Option(
-            help="Write the answers here, in LLaVA's jsonl. A benchmark always does, to "
-            "RUN/answers/ unless told, and goes on from what is there."
+            help="Answers file, in LLaVA's jsonl; a benchmark resumes it. Default: none; with "
+            "--benchmark, RUN/answers/QUESTIONS.jsonl."
         ),
     ] = None,
-    upload: Annotated[
-        Path | None,
-        typer.Option(help="Write what the server of gqa, vqav2, vizwiz or mmbench takes."),
+    submission: Annotated[
+        Path | None, typer.Option(help="Write the file for the benchmark's server.")
     ] = None,
-    upload_split: Annotated[
+    submission_split: Annotated[
         Path | None,
-        typer.Option(help="vqav2: question file of the whole split, which its server wants."),
+        typer.Option(help="vqav2: question file of the whole split, for its server."),
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: answer part i of n, counted from 0; at the end, run without it to score."
+        ),
     ] = None,
     part: Annotated[
-        str | None,
-        typer.Option(help="K/N: answer every N-th question only; afterwards run without it."),
+        str | None, typer.Option(hidden=True, help="Old form of --partition, counted from 1.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer: 32, of benchmarks 128, unless given.")
+        int | None,
+        typer.Option(min=1, help="Maximum new tokens. Default: 32 (128 with --benchmark)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "auto",
+    json: Json = False,
 ) -> None:
-    """Answer the questions of a LLaVA-style file; print exact match, or a benchmark's own figures.
+    """Answer the questions of a file; print exact match, or a benchmark's figures.
 
     Examples:
 
@@ -80,15 +79,24 @@ def evaluate(
     if benchmark is None:
         for option, value in {
             "--annotations": annotations,
-            "--upload": upload,
-            "--upload-split": upload_split,
-            "--part": part,
+            "--submission": submission,
+            "--submission-split": submission_split,
+            "--partition": partition or part,
         }.items():
-            _refuse_without_benchmark(option, value)
+            if value is not None:
+                raise ConfigError(
+                    f"{option} goes with --benchmark, which is not given; name one, or leave "
+                    f"{option} out for exact match."
+                )
         _exact_match(
             run, questions, images, batch_size, max_new_tokens or 32, answers, device, is_json=json
         )
         return
+    if part is not None and partition is not None:
+        raise ConfigError("--part is the old form of --partition; give only --partition.")
+    chosen = None if partition is None else Part.parse(partition)
+    if part is not None:
+        chosen = Part.parse(part, option="--part", first=1)
     todo = BenchmarkRun(
         run=run,
         benchmark=benchmark,
@@ -96,27 +104,16 @@ def evaluate(
         images=images,
         annotations=annotations,
         answers=answers,
-        upload=upload,
-        upload_split=upload_split,
-        part=None if part is None else Part.parse(part),
+        submission=submission,
+        submission_split=submission_split,
+        part=chosen,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
     )
     _benchmark(todo, device, is_json=json)
 
 
-def _refuse_without_benchmark(option: str, value: object) -> None:
-    from movekd.errors import ConfigError
-
-    if value is not None:
-        raise ConfigError(
-            f"{option} goes with --benchmark, which is not given; name one, or leave {option} out "
-            "for exact match."
-        )
-
-
 def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
-    from movekd.cli.ask import resolve_device
     from movekd.evaluate.benchmarks.run import run_benchmark
 
     def load() -> "TrainedStudent":
@@ -129,19 +126,17 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
         outcome = run_benchmark(todo, load, progress)
     report = outcome.report
     if is_json:
-        print_json(
-            {
-                "benchmark": todo.benchmark,
-                "figure": None
-                if report is None
-                else {"name": report.figure, "value": report.value},
-                "rows": None if report is None else report.rows,
-                "answers": str(outcome.answers),
-                "questions": outcome.num_questions,
-                "asked": outcome.num_asked,
-                "upload": None if todo.upload is None else str(todo.upload),
-            }
-        )
+        figure = None if report is None else {"name": report.figure, "value": report.value}
+        facts: dict[str, object] = {
+            "benchmark": todo.benchmark,
+            "figure": figure,
+            "rows": None if report is None else report.rows,
+            "answers": outcome.answers,
+            "questions": outcome.num_questions,
+            "asked": outcome.num_asked,
+            "upload": todo.submission,
+        }
+        print_json(facts)
         return
     if report is not None:
         print_table(
@@ -174,15 +169,13 @@ def _exact_match(
     *,
     is_json: bool,
 ) -> None:
-    from movekd.cli.ask import resolve_device
     from movekd.corpus.conversations import load_conversations
-    from movekd.errors import ConfigError
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
     from movekd.student.checkpoint import load_student
 
     if images is None:
-        raise ConfigError("--images is missing; give the folder that the questions' images are in.")
+        raise ConfigError("--images is missing; give the folder of the questions' images.")
 
     quiet_libraries()
     asked, right = split_questions(load_conversations(questions))
@@ -206,12 +199,7 @@ def _exact_match(
     if is_json:
         print_json(
             {
-                name: {
-                    "accuracy": s.accuracy,
-                    "correct": s.correct,
-                    "total": s.total,
-                    "interval": s.interval,
-                }
+                name: asdict(s) | {"accuracy": s.accuracy, "interval": s.interval}
                 for name, s in scores.items()
             }
         )

@@ -1,64 +1,57 @@
-"""`movekd export` and `movekd import`."""
+"""`movekd export` and `movekd import`: write and read models in other formats."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from movekd.cli.output import print_json, quiet_libraries
+from movekd.cli.options import Json, Run, check_one_of
+from movekd.cli.output import print_json, quiet_libraries, size
 
 FORMATS = ("hf", "encoder", "onnx", "official")
 
 
 def export(
-    model: Annotated[
-        Path,
-        typer.Argument(help="Output of `movekd train` or `import`, or an export of format hf."),
-    ],
+    model: Run,
     format: Annotated[
         str,
         typer.Option(
-            help="hf: the whole model for transformers. encoder: its vision encoder, for "
-            "AutoModel. onnx: the encoder for onnxruntime. official: files of the released code."
+            help="hf: the whole model, for transformers. encoder: its vision encoder, for "
+            "AutoModel. onnx: the encoder, for onnxruntime. official: files of the released code."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
     overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier export or import in --out.")
+        bool, typer.Option(help="Replace an earlier export or import in --output.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    json: Json = False,
 ) -> None:
-    """Write a trained student in a format that others use, with a model card.
+    """Write a trained student in the format of another library, with a model card.
 
     Examples:
 
-    movekd export runs/finetune --format hf --out my-model
+    movekd export runs/finetune --format hf --output my-model
 
-    movekd export runs/finetune --format official --out released
+    movekd export runs/finetune --format official --output released
     """
-    from movekd.errors import ConfigError, did_you_mean
 
-    if format not in FORMATS:
-        raise ConfigError(
-            f"--format '{format}' is unknown; expected one of {', '.join(FORMATS)}."
-            f"{did_you_mean(format, FORMATS)}"
-        )
+    check_one_of("--format", format, FORMATS)
     from movekd.student.checkpoint import load_student
     from movekd.student.export.formats import export as write
     from movekd.student.export.model_card import random_parts
 
     quiet_libraries()
     trained = load_student(model, takes_encoder=True)
-    said = write(trained, format, out, overwrite=overwrite, source=model)  # type: ignore[arg-type]
-    files = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
+    said = write(trained, format, output, overwrite=overwrite, source=model)  # type: ignore[arg-type]
+    files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     random = random_parts(trained.student.vlm)
     if json:
-        print_json({"format": format, "out": out, "files": files, "random": random, "check": said})
+        print_json(
+            {"format": format, "out": output, "files": files, "random": random, "check": said}
+        )
         return
-    from movekd.cli.output import size
-
     for name, num_bytes in files.items():
-        typer.echo(f"{out / name}  {size(num_bytes)}")
+        typer.echo(f"{output / name}  {size(num_bytes)}")
     if said:
         typer.echo(said)
     if random:
@@ -67,63 +60,55 @@ def export(
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A released checkpoint, or the three files of its stage 1.")
+        Path,
+        typer.Argument(help="A released checkpoint, or the folder of its stage 1 (three files)."),
     ],
-    out: Annotated[Path, typer.Option(help="A new directory; OUT/model is written.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; the model goes to OUTPUT/model.")],
     vision_tower: Annotated[
         str | None,
-        typer.Option(help="Hub id or directory of the CLIP, instead of config.json's."),
+        typer.Option(help="Hub id or directory of the CLIP. Default: that of config.json."),
     ] = None,
     language_model: Annotated[
-        str | None, typer.Option(help="Hub id or directory; the files of stage 1 need it.")
+        str | None, typer.Option(help="Hub id or directory; needed for the files of stage 1.")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Hub id or directory of a fast tokenizer, where SOURCE has none."),
+        typer.Option(help="Hub id or directory of a fast tokenizer, if SOURCE has none."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier export or import in --out.")
+        bool, typer.Option(help="Replace an earlier export or import in --output.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    json: Json = False,
 ) -> None:
-    """Turn files of the released code into a model that `ask`, `evaluate` and `export` take.
+    """Convert files of the released code to a model for `ask`, `evaluate` and `export`.
 
-    Names, shapes and values are kept exactly: `export --format official` gives them back. Nothing
-    in the files is executed.
+    `export --format official` writes back the same names, shapes and values. The command executes
+    nothing in the files.
 
     Examples:
 
-    movekd import MoVE-KD-7b-v1.1 --out models/7b
+    movekd import MoVE-KD-7b-v1.1 --output models/7b
 
-    movekd import pretrain-files --language-model lmsys/vicuna-7b-v1.5 --out models/stage-1
+    movekd import pretrain-files --language-model lmsys/vicuna-7b-v1.5 --output models/stage-1
     """
     from movekd.student.export.formats import new_directory
     from movekd.student.official.import_checkpoint import import_official
 
     quiet_libraries()
-    named = (vision_tower, language_model, tokenizer)
-    kept = [source, *(Path(value) for value in named if value is not None)]
-    with new_directory(out, overwrite=overwrite, kept=kept) as directory:
-        found = import_official(
-            source,
-            directory,
-            vision_tower=vision_tower,
-            language_model=language_model,
-            tokenizer=tokenizer,
-        )
+    named = {
+        "vision_tower": vision_tower,
+        "language_model": language_model,
+        "tokenizer": tokenizer,
+    }
+    kept = [source, *(Path(value) for value in named.values() if value is not None)]
+    with new_directory(output, overwrite=overwrite, kept=kept) as directory:
+        found = import_official(source, directory, **named)
     if json:
-        print_json(
-            {
-                "out": out,
-                "stage": int(found.stage),
-                "tensors": found.num_tensors,
-                "dtype": found.dtype,
-                "adapters": list(found.adapters),
-            }
-        )
+        facts = {"out": output, "stage": int(found.stage), "tensors": found.num_tensors}
+        print_json(facts | {"dtype": found.dtype, "adapters": list(found.adapters)})
         return
     adapters = f", adapters of {', '.join(found.adapters)}" if found.adapters else ""
     typer.echo(
         f"stage {found.stage}: {found.num_tensors} tensors, {found.dtype}{adapters}; model in "
-        f"{out / 'model'}"
+        f"{output / 'model'}"
     )

@@ -1,4 +1,4 @@
-"""`movekd`: the commands, and how their errors are shown.
+"""The entry point of `movekd`: its commands, and how their errors are printed.
 
 Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted.
 """
@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -25,6 +26,7 @@ from movekd.cli import (
     train,
     view,
 )
+from movekd.cli.aliases import Command
 from movekd.errors import MovekdError
 
 app = typer.Typer(
@@ -35,17 +37,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(shards.app, name="shards", help="Image corpora: pack and look.")
-app.add_typer(cache.app, name="cache", help="Pipeline 1: features of teachers, on disk.")
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("ask")(ask.ask)
-app.command("export")(export.export)
-app.command("import")(export.import_)
-app.command("report")(report.report)
-app.command("view")(view.view)
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.add_typer(shards.app, name="shards", help="Pipeline 1: image corpora, packed into tar shards.")
+app.add_typer(cache.app, name="cache", help="Pipeline 1: teacher features on disk.")
+command = partial(app.command, cls=Command)
+command("train")(train.train)
+command("evaluate")(evaluate.evaluate)
+command("ask")(ask.ask)
+command("export")(export.export)
+command("import")(export.import_)
+command("report")(report.report)
+command("view")(view.view)
+command("doctor")(doctor.doctor)
+command("demo")(demo.demo)
 
 
 def _version(is_asked: bool) -> None:
@@ -59,16 +62,16 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Also what libraries say, and what the command took."),
+        typer.Option("--verbose", "-v", help="Also show library logs, time and memory."),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Distil several vision encoders into one, from a cache of their features.
 
-    -q, -v and --debug may stand anywhere on the line. `movekd COMMAND --help` has examples.
+    -q, -v and --debug work anywhere on the line. `movekd COMMAND --help` shows examples.
 
     Exit codes: 0 done, 1 finished with problems, 2 could not start.
     """
@@ -76,7 +79,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; a MovekdError is a sentence, not a traceback."""
+    """Run the command line; print a MovekdError as one line, without a traceback."""
     sys.argv[1:] = _globals_first(sys.argv[1:])
     started = time.monotonic()
     try:
@@ -85,7 +88,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(str(error), 2)
-    except OSError as error:  # of whatever place nobody has thought of
+    except OSError as error:  # of any file that no other handler expected
         if "--debug" in sys.argv:
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -96,13 +99,13 @@ def main() -> None:
         _fail(
             f"the device is out of memory: {str(error).splitlines()[0]} Give a smaller batch size, "
             "or free the device. A teacher keeps the batch size that its calibration settled; "
-            "--replace it to change that.",
+            "build it again with --overwrite to change that.",
             2,
         )
-    if code == 130:  # what typer makes of Ctrl-C
+    if code == 130:  # typer turns Ctrl-C into this code
         _fail(
-            "interrupted. What is sealed or saved stays; run the same command again to go on "
-            "(`train` with --resume, `cache build` without --replace).",
+            "interrupted. What is sealed or saved stays; run the same command again to resume "
+            "(`train` with --resume, `cache build` without --overwrite).",
             130,
         )
     if output.is_verbose():
@@ -117,20 +120,20 @@ _PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def _globals_first(words: Sequence[str]) -> list[str]:
-    """Return the words with the options that every command has before the command."""
+    """Return the words with the global options moved to the front."""
     end = words.index("--") if "--" in words else len(words)
     first = [word for word in words[:end] if word in _GLOBALS]
     return first + [word for at, word in enumerate(words) if at >= end or word not in _GLOBALS]
 
 
 def _run() -> int:
-    """Run the command; return its exit code. Words that it does not take are shown here."""
+    """Run the command, print its usage errors, and return its exit code."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
         return 1
     except Exception as error:
-        show: Callable[[], None] | None = getattr(error, "show", None)  # typer's own have it
+        show: Callable[[], None] | None = getattr(error, "show", None)  # usage errors have it
         if show is None:
             raise
         if distributed.should_print(str(error)):
@@ -140,7 +143,7 @@ def _run() -> int:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    if distributed.should_print(sentence):  # of several processes, one speaks
+    if distributed.should_print(sentence):  # only one of several processes prints
         typer.echo(f"movekd: {sentence}", err=True)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Options that several commands of `movekd cache` share, and what becomes of their values."""
+"""Options that several commands share, and the checks of their values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,91 +6,131 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from movekd.errors import ConfigError, did_you_mean
+
 if TYPE_CHECKING:
     from movekd.cache.spec import CacheSpec
     from movekd.corpus.anyres import Views
-    from movekd.corpus.transforms import Geometry as KnownGeometry
+    from movekd.corpus.transforms import Geometry
     from movekd.extract.options import BuildOptions
 
 STUDENT_GRID = 24
 """Side of the grid of CLIP ViT-L/14 at 336 pixels."""
 
+Run = Annotated[
+    Path,
+    typer.Argument(help="Output of `movekd train` or `movekd import`, or an export of format hf."),
+]
 Teachers = Annotated[
     list[str],
     typer.Option("--teacher", help="Name in cache_specs/, or a YAML file. Repeat for several."),
 ]
-Shards = Annotated[Path, typer.Option(help="Folder that `movekd shards pack` wrote.")]
+Shards = Annotated[Path, typer.Option(help="Corpus: the folder that `movekd shards pack` wrote.")]
+CacheShards = Annotated[
+    Path | None,
+    typer.Option("--shards", help="Corpus that the cache was built from, to show its images."),
+]
 Cache = Annotated[
     str, typer.Option("--cache", help="Folder of the cache, or s3://bucket/prefix, gs://...")
 ]
-CacheArgument = Annotated[str, typer.Argument(help="Folder or URL of the cache.")]
-Geometry = Annotated[
+PositionalCache = Annotated[
+    str | None, typer.Argument(hidden=True, help="Old form of --cache.", metavar="CACHE")
+]
+ResizeMode = Annotated[
     str | None,
     typer.Option(
-        help="How the whole image becomes a square: crop, pad, stretch or longest_side. Unless "
-        "given, crop; with --views anyres, stretch."
+        "--resize-mode",
+        help="How the whole image becomes a square: crop, pad, stretch or longest_side. Default: "
+        "crop (stretch with --tiles anyres).",
     ),
 ]
-ViewsOption = Annotated[
+Tiles = Annotated[
     str,
     typer.Option(
-        "--views", help="base: the whole image; anyres: and its tiles, as LLaVA-NeXT cuts them."
+        "--tiles", help="base: the whole image. anyres: also its tiles, cut as in LLaVA-NeXT."
     ),
 ]
-CodecOption = Annotated[str | None, typer.Option(help="int8 or float16, instead of the spec's.")]
-GridOption = Annotated[
-    str | None, typer.Option(help="Side of the stored grid, or `native`, instead of the spec's.")
+CodecOption = Annotated[
+    str | None, typer.Option(help="Codec of the tokens: int8, float16, ... Default: the spec's.")
 ]
-RecipeOption = Annotated[
+GridOption = Annotated[
     str | None,
     typer.Option(
-        help="revised: the student's 24x24 grid, where that recipe's targets live; official: the "
-        "specs' own grid. --grid goes before it."
+        help="Side of the stored grid: a number, native, or student (24, where the recipe "
+        "`revised` needs its targets). Default: the spec's."
     ),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", hidden=True, help="Old form of --grid student.")
 ]
 WeightsOption = Annotated[
     str | None,
-    typer.Option(help="Directory or file of the weights, instead of the spec's (one teacher)."),
+    typer.Option(help="Directory or file of the weights of one teacher. Default: the spec's."),
+]
+NamedWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        help="Directory or file of the weights; NAME=PATH for one of several teachers. "
+        "Default: the hub's.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 AutoBatchSize = Annotated[
-    str,
-    typer.Option(help="Images a forward pass, or `auto`: the largest that the device holds."),
+    str, typer.Option(help="Images per forward pass, or auto: the largest that the device holds.")
 ]
 StudentGrid = Annotated[
-    int, typer.Option(min=1, help="Side of the student's grid, for what is pooled to it.")
+    int, typer.Option(min=1, help="Side of the student's grid, to which tokens are pooled.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+CalibrationImages = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images for the channel statistics. Default: the spec's number."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def read_specs(
     teachers: list[str], *, recipe: str | None = None, **changes: Any
 ) -> "list[CacheSpec]":
-    """Return the specs of the teachers asked for, with what the command line changes in them."""
-    from movekd.cache.spec import WEIGHTS_WORDS, load_spec
-    from movekd.errors import ConfigError
+    """Return the specs of the teachers, with the changes of the command line.
+
+    Raises:
+        ConfigError: a value is unknown, or one teacher is given twice.
+    """
+    from movekd.cache.spec import load_spec
 
     if recipe not in (None, "official", "revised"):
         raise ConfigError(f"--recipe is '{recipe}'; expected official or revised.")
     if recipe == "revised" and changes.get("grid") is None:
-        changes["grid"] = str(STUDENT_GRID)
-
-    if changes.get("weights") is not None and len(teachers) > 1:
-        raise ConfigError("--weights fits one --teacher; give the others' in YAML files of theirs.")
-    if changes.get("weights") not in (None, *WEIGHTS_WORDS):
-        changes["weights"] = str(Path(changes["weights"]).resolve())
-    if changes.get("grid") is not None and changes["grid"] != "native":
-        if not changes["grid"].isdecimal():
-            raise ConfigError(f"--grid is '{changes['grid']}'; expected `native` or a number.")
-        changes["grid"] = int(changes["grid"])
+        changes["grid"] = "student"
+    if changes.get("weights") is not None:
+        if len(teachers) > 1:
+            raise ConfigError("--weights fits one --teacher; write the others' into YAML files.")
+        changes["weights"] = _resolve_weights(changes["weights"])
+    grid = changes.get("grid")
+    if grid == "student":
+        changes["grid"] = STUDENT_GRID
+    elif grid not in (None, "native"):
+        if not grid.isdecimal():
+            raise ConfigError(f"--grid is '{grid}'; expected native, student or a number.")
+        changes["grid"] = int(grid)
     given = {key: value for key, value in changes.items() if value is not None}
     specs = [load_spec(teacher).with_changes(**given) for teacher in teachers]
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         raise ConfigError(f"a teacher is given twice: {', '.join(sorted(names))}.")
     return specs
+
+
+def resolve_device(device: str) -> str:
+    """Return the device; `auto` becomes the GPU if the machine has one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_options(
@@ -104,16 +144,21 @@ def build_options(
     concurrent: bool = False,
     is_here: bool = True,
 ) -> "BuildOptions":
-    """Return where and how a build runs, `auto` resolved; with the device tried if it is here."""
+    """Return where and how a build runs, with `auto` resolved.
+
+    Args:
+        is_here: the build runs on this machine, so the device is tried.
+
+    Raises:
+        ConfigError: a value is unknown, or the device cannot be used.
+    """
     import os
 
     import torch
 
-    from movekd.errors import ConfigError
     from movekd.extract.options import BuildOptions
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     if is_here:
         _try_device(device)
     if dtype == "auto":
@@ -141,10 +186,8 @@ def build_options(
 def _try_device(device: str) -> None:
     import torch
 
-    from movekd.errors import ConfigError
-
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device} was asked for, but torch sees no GPU; use cpu.")
+        raise ConfigError(f"--device is {device}, but torch sees no GPU; use cpu.")
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
@@ -152,27 +195,34 @@ def _try_device(device: str) -> None:
         raise ConfigError(f"--device {device} cannot be used: {reason}") from None
 
 
-def check_views(views: str) -> "Views":
-    """Return which views there are to be, or say what could be asked for."""
+def check_tiles(tiles: str) -> "Views":
+    """Return the value of --tiles.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
     from movekd.corpus.anyres import Views
 
-    check_one_of("--views", views, get_args(Views))
-    return cast("Views", views)
+    check_one_of("--tiles", tiles, get_args(Views))
+    return cast("Views", tiles)
 
 
-def check_geometry(geometry: str | None, views: str = "base") -> "KnownGeometry":
-    """Return the geometry, that of the views unless given, or say which there are."""
-    from movekd.corpus.transforms import Geometry as Known
+def check_resize_mode(mode: str | None, tiles: str = "base") -> "Geometry":
+    """Return the value of --resize-mode, or its default for --tiles.
 
-    if geometry is None:
-        geometry = "crop" if views == "base" else "stretch"  # LLaVA-1.5's and LLaVA-NeXT's
-    check_one_of("--geometry", geometry, get_args(Known))
-    return cast("KnownGeometry", geometry)
+    Raises:
+        ConfigError: it is unknown.
+    """
+    from movekd.corpus.transforms import Geometry
+
+    if mode is None:
+        mode = "crop" if tiles == "base" else "stretch"  # LLaVA-1.5's and LLaVA-NeXT's
+    check_one_of("--resize-mode", mode, get_args(Geometry))
+    return cast("Geometry", mode)
 
 
 def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
-    """Refuse a value that is not among those known; names the nearest."""
-    from movekd.errors import ConfigError, did_you_mean
+    """Refuse an unknown value and name the nearest known one."""
 
     if given not in known:
         raise ConfigError(
@@ -182,8 +232,7 @@ def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
 
 
 def named_values(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
-    """Return what ``VALUE`` (for all names) or repeated ``NAME=VALUE`` say, by name."""
-    from movekd.errors import ConfigError, did_you_mean
+    """Return the value for each name, from ``VALUE`` (for all) or repeated ``NAME=VALUE``."""
 
     found: dict[str, str] = {}
     for text in given:
@@ -198,3 +247,15 @@ def named_values(given: Sequence[str], names: Sequence[str], option: str) -> dic
                 f"{did_you_mean(name, names)}"
             )
     return found
+
+
+def named_weights(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str]:
+    """Return the weights for each teacher that --weights names, as absolute paths."""
+    values = named_values(given or [], names, "--weights")
+    return {name: _resolve_weights(place) for name, place in values.items()}
+
+
+def _resolve_weights(place: str) -> str:
+    from movekd.cache.spec import WEIGHTS_WORDS
+
+    return place if place in WEIGHTS_WORDS else str(Path(place).resolve())

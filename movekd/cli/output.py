@@ -1,6 +1,6 @@
-"""What commands print: tables, JSON, progress; bars on a terminal, plain lines elsewhere.
+"""Print tables, JSON and progress: bars on a terminal, plain lines elsewhere.
 
-Results go to standard output whatever ``-q`` and ``-v`` say; those are about all the rest.
+Results go to standard output, all else to standard error. ``-q`` and ``-v`` change only the latter.
 """
 
 import json
@@ -20,7 +20,7 @@ _verbosity = 0
 
 
 def set_verbosity(level: int) -> None:
-    """Say how much commands tell: -1 no progress, 0 as usual, 1 also what libraries have to say."""
+    """Set the verbosity: -1 hides progress, 0 is the default, 1 also shows library logs."""
     global _verbosity
     _verbosity = level
 
@@ -31,20 +31,20 @@ def is_verbose() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own messages out of a command's, unless ``-v`` asks for them."""
+    """Hide the messages of transformers if ``-v`` was not given."""
     from movekd.student import hf_loading
 
     if not is_verbose():
         hf_loading.quiet_libraries()
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON on standard output."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print a value as JSON on standard output; without indent, on one line."""
+    typer.echo(json.dumps(value, indent=indent, default=str, ensure_ascii=indent is not None))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; numbers go to the right."""
+    """Print a table; columns of numbers are aligned right."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -56,12 +56,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*[escape(str(cell)) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(escape(title), style="bold", soft_wrap=True)  # as a table's title it would wrap
+    console.print(escape(title), style="bold", soft_wrap=True)  # a rich table title would wrap
     console.print(table)
 
 
 def size(num_bytes: float) -> str:
-    """Return bytes as people read them, in powers of ten as disks are sold."""
+    """Return a number of bytes with its unit, in powers of ten."""
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if abs(num_bytes) < 1000 or unit == "PB":
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.2f} {unit}"
@@ -70,15 +70,15 @@ def size(num_bytes: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Return a share as people read it, a dash for none."""
+    """Return a fraction in percent, a dash for None."""
     return "-" if share is None else f"{share:.3%}"
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Yield a function (what, done, total) that shows progress on standard error.
+    """Yield a function (label, done, total) that shows progress on standard error.
 
-    Of several processes, the first shows it; with ``-q`` none does.
+    Only rank 0 shows it; with ``-q`` no process does.
     """
     if _verbosity < 0 or not distributed.is_first():
         yield lambda what, done, total: None
@@ -86,27 +86,15 @@ def progress_bar() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _plain_progress()
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import (
-        Progress as RichProgress,
-    )
 
-    with RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bars:
-        tasks: dict[str, tuple[TaskID, float]] = {}
+    columns = (
+        *(rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        *(rich.TextColumn("{task.fields[rate]}"), rich.TimeRemainingColumn()),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, tuple[rich.TaskID, float]] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -119,7 +107,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _plain_progress() -> Progress:
-    """Return a progress function that prints a line now and then."""
+    """Return a progress function that prints a line every ten seconds."""
     printed: dict[str, tuple[float, float]] = {}
 
     def show(what: str, done: int, total: int) -> None:

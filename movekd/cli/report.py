@@ -1,32 +1,34 @@
-"""`movekd report`."""
+"""`movekd report`: write one HTML file about a training run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from movekd.cli.options import Device, Json, resolve_device
 from movekd.cli.output import print_json, quiet_libraries
+from movekd.errors import ConfigError
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Output of `movekd train`, ended or not.")],
+    run: Annotated[Path, typer.Argument(help="Output of `movekd train`, finished or not.")],
     output: Annotated[
-        Path | None, typer.Option(help="The HTML file; RUN/report.html unless given.")
+        Path | None, typer.Option(help="The HTML file. Default: RUN/report.html.")
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help="LLaVA JSON whose last turns are the right answers: asks the model."),
+        typer.Option(
+            help="LLaVA JSON with questions for the model; each last turn is the right answer."
+        ),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that the questions' images are in.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many questions.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Folder of the questions' images.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 8,
+    device: Device = "auto",
+    json: Json = False,
 ) -> None:
-    """Write one HTML file about a run: curves, routing, answers, config, the cache's teachers.
+    """Write one HTML file about a run: curves, routing, answers, config, teachers.
 
-    Opens from disk, without a network.
+    The file opens from disk, without a network.
 
     Examples:
 
@@ -34,7 +36,6 @@ def report(
 
     movekd report runs/finetune --questions test.json --images images/
     """
-    from movekd.errors import ConfigError
     from movekd.view.report import ask_samples, stored_answers, write_report
     from movekd.view.run_log import read_run
 
@@ -43,7 +44,6 @@ def report(
     log = read_run(run)
     answers = stored_answers(run, samples)
     if questions is not None and images is not None:
-        from movekd.cli.ask import resolve_device
         from movekd.student.checkpoint import load_student
 
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""`movekd shards`: pack images and conversations into tar shards, and look at what is there."""
+"""`movekd shards`: pack images and conversations into tar shards, and list them."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from movekd.cli.aliases import Command
+from movekd.cli.options import Json
 from movekd.cli.output import progress_bar, size
 from movekd.errors import ConfigError
 
@@ -16,25 +18,25 @@ app = typer.Typer(
     help="Pack images and conversations into tar shards, and list them.", no_args_is_help=True
 )
 
-_DEFAULT_OUT = Path("data")
+_DEFAULT_OUTPUT = Path("data")
 _NUM_EXAMPLES = 3
 
 
-@app.command()
+@app.command(cls=Command)
 def pack(
     llava_json: Annotated[
         list[Path] | None,
-        typer.Option("--llava-json", help="LLaVA conversations, .json or .jsonl; repeatable."),
+        typer.Option("--llava-json", help="LLaVA conversations, .json or .jsonl. Repeat for more."),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder that the paths in them are relative to; alone: pack all of it."),
+        typer.Option(help="Folder of images. Without --llava-json, all of them are packed."),
     ] = None,
     webdataset: Annotated[
         Path | None,
-        typer.Option(help="Index the tars of this folder where they are, instead of packing."),
+        typer.Option(help="Folder of tars to index where they are, instead of packing."),
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="Corpus folder to write.", show_default="data/")
     ] = None,
     overwrite: Annotated[
@@ -44,57 +46,43 @@ def pack(
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode.", show_default="cores, up to 8")
     ] = None,
-    max_shard_mib: Annotated[int, typer.Option(min=1, help="Largest tar, in MiB.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    max_shard_mib: Annotated[int, typer.Option(min=1, help="Maximum size of a tar in MiB.")] = 512,
+    as_json: Json = False,
 ) -> None:
-    """Pack images into tar shards, each distinct one once, and index them.
+    """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: everything was kept. 1: done, but something was dropped; report.json lists it.
+    Exit code 0: everything was kept. 1: done, but entries were dropped; report.json lists them.
 
     Examples:
 
-    movekd shards pack --llava-json conversations.json --images images/ --out data/
+    movekd shards pack --llava-json conversations.json --images images/ --output data/
 
     movekd shards pack --webdataset tars/
     """
-    if (webdataset is None) == (images is None) or (webdataset and (llava_json or out)):
+    if (webdataset is None) == (images is None) or (webdataset and (llava_json or output)):
         raise ConfigError(
             "pack needs one source; expected --images DIR (with --llava-json FILE for "
-            "conversations, and --out DIR), or --webdataset DIR alone."
+            "conversations, and --output DIR), or only --webdataset DIR."
         )
-    from movekd.corpus import pack as packer
+    from movekd import corpus as packer
 
     workers = num_workers or packer.DEFAULT_WORKERS
-    target = webdataset or out or _DEFAULT_OUT
-    shard_bytes = max_shard_mib * 2**20
+    target = webdataset or output or _DEFAULT_OUTPUT
     with progress_bar() as show:
 
         def progress(done: int, total: int) -> None:
             show("index tars" if webdataset else "pack images", done, total)
 
+        given: dict[str, Any] = {"num_workers": workers, "overwrite": overwrite}
+        given["progress"] = progress
         if webdataset is not None:
-            report = packer.index_webdataset(
-                webdataset, num_workers=workers, overwrite=overwrite, progress=progress
-            )
-        elif images is not None and llava_json:
-            report = packer.pack_llava(
-                llava_json,
-                images,
-                target,
-                max_shard_bytes=shard_bytes,
-                num_workers=workers,
-                overwrite=overwrite,
-                progress=progress,
-            )
+            report = packer.index_webdataset(webdataset, **given)
         elif images is not None:
-            report = packer.pack_folder(
-                images,
-                target,
-                max_shard_bytes=shard_bytes,
-                num_workers=workers,
-                overwrite=overwrite,
-                progress=progress,
-            )
+            given["max_shard_bytes"] = max_shard_mib * 2**20
+            if llava_json:
+                report = packer.pack_llava(llava_json, images, target, **given)
+            else:
+                report = packer.pack_folder(images, target, **given)
     report.write(target / "report.json")
     if as_json:
         typer.echo(json.dumps({"out": str(target), **report.counts}))
@@ -104,12 +92,12 @@ def pack(
         raise typer.Exit(1)
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def list_shards(
     data_dir: Annotated[Path, typer.Argument(help="Corpus folder.", metavar="DIR")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what a corpus folder holds.
+    """List a corpus folder: images, shards, sizes, conversations, fingerprint.
 
     Example: movekd shards ls data/
     """
@@ -151,7 +139,7 @@ def list_shards(
 
 
 def _print_report(report: "PackReport", target: Path) -> None:
-    """Print counts, and the first few of each list."""
+    """Print the counts, and the first entries of each list."""
     typer.echo(
         f"{target}: {report.num_images:,} images ({size(report.size_bytes)}) in "
         f"{report.num_shards:,} shards, {report.num_names:,} names\n"

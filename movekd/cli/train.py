@@ -1,4 +1,4 @@
-"""`movekd train`."""
+"""`movekd train`: train a student against a cache."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from movekd import distributed
+from movekd.cli.options import Json
 from movekd.cli.output import print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
@@ -13,33 +14,32 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="student.yaml: the run.")],
+    config: Annotated[Path, typer.Option(help="YAML file of the run.")],
     cache: Annotated[
         str | None,
-        typer.Option(help="Folder or s3://bucket/prefix of the cache; needed to distil."),
+        typer.Option(help="Folder of the cache, or s3://bucket/prefix; needed for distillation."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/student"),
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/student"),
     override: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=c overrides a key of the config.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in --output.")] = False,
     allow_random_teachers: Annotated[
-        bool, typer.Option(help="Take features of teachers with random weights: tests only.")
+        bool, typer.Option(help="Accept features of teachers with random weights (for tests).")
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
     show_samples: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Print so many training samples as tokens, what is learned marked, and stop.",
+            min=1, help="Print this many training samples as tokens, learned ones marked, and stop."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    json: Json = False,
 ) -> None:
-    """Train the student and the projector while streaming cached targets.
+    """Train the student and the projector on cached features.
 
-    Several processes: torchrun --nproc-per-node 8 -m movekd train ...; one of them tells.
+    On several GPUs: torchrun --nproc-per-node 8 -m movekd train ... Only rank 0 prints.
 
     Example: movekd train --cache cache/ --config student.yaml --output runs/pretrain
     """
@@ -94,6 +94,6 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
     for sample in shown:
         typer.echo(sample.as_text() + "\n")
     typer.echo(
-        f"{len(shown)} of {shown[0].num_samples} samples. The model learns what stands in [[ ]]; "
-        "an image is one <image> here."
+        f"{len(shown)} of {shown[0].num_samples} samples. The model learns the text in [[ ]]; each "
+        "image is shown as one <image>."
     )

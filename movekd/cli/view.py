@@ -1,32 +1,31 @@
-"""`movekd view`."""
+"""`movekd view`: open a cache and a student in the browser."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from movekd.cli.options import Cache
+from movekd.cli.options import Cache, CacheShards, Device, resolve_device
 from movekd.cli.output import quiet_libraries
+from movekd.errors import ConfigError
 
 
 def view(
     cache: Cache = "cache",
-    shards: Annotated[
-        Path | None,
-        typer.Option(help="The corpus that it was built from: shows the pictures, too."),
-    ] = None,
+    shards: CacheShards = None,
     run: Annotated[
-        Path | None, typer.Option(help="Output of `movekd train`: its curves, and a chat.")
+        Path | None,
+        typer.Option(help="Output of `movekd train`: adds its curves and a chat with its model."),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; anyone who reaches it sees the cache.")
+        str, typer.Option(help="Address to listen on; whoever reaches it sees the cache.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 7860,
-    device: Annotated[str, typer.Option(help="Of the student: auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Look into a cache and talk to a student in the browser, at http://127.0.0.1:7860.
+    """Show a cache in the browser and chat with a student, at http://127.0.0.1:7860.
 
-    Needs the extra web: pip install 'movekd[web]'. A cache may still be being built.
+    Needs the extra web: pip install 'movekd[web]'. A build of the cache may still run.
 
     Example: movekd view --cache cache/ --shards data/ --run runs/finetune
     """
@@ -35,20 +34,19 @@ def view(
     from importlib.util import find_spec
 
     from movekd.corpus.index import open_corpus
-    from movekd.errors import ConfigError
     from movekd.student.checkpoint import TrainedStudent, load_student
     from movekd.view.browser import Browser
     from movekd.view.run_log import read_run
 
     if find_spec("gradio") is None:
-        raise ConfigError("the page needs Gradio, which is missing: pip install 'movekd[web]'.")
+        raise ConfigError("Gradio is not installed; the page needs it: pip install 'movekd[web]'.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"{host}:{port} cannot be listened on ({error.strerror}); give another --port."
+                f"{host}:{port} cannot be listened on ({error.strerror}); give a free --port."
             ) from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing leaves this machine
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor stays in the browser
@@ -60,8 +58,6 @@ def view(
     if run is not None:
         log = read_run(run)
         if (run / "model").is_dir() and log.config.get("stage") != "distill":
-            from movekd.cli.ask import resolve_device
-
             student = load_student(run, resolve_device(device))
     page = build_page(browser, run, student)
     serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C ends it)"))

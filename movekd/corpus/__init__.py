@@ -1,17 +1,19 @@
-"""Images and words in: tar shards with their index, decoded images, LLaVA conversations.
+"""Images and conversations: tar shards with an index, decoding, model inputs, LLaVA's JSON.
 
-``pack`` writes a corpus folder, ``open_corpus`` (``index``) opens it for both pipelines,
-``images`` makes model inputs of its bytes, ``conversations`` reads the words.
+``pack`` and ``webdataset`` write a corpus folder. ``index`` opens it for both pipelines,
+``transforms`` turns image bytes into model inputs, ``conversations`` reads LLaVA's JSON.
 """
 
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import Corpus, open_corpus
-from movekd.corpus.pack import index_webdataset, pack_folder, pack_llava
+from movekd.corpus.pack import DEFAULT_WORKERS, pack_folder, pack_llava
 from movekd.corpus.report import PackReport
 from movekd.corpus.transforms import ImageTransform
+from movekd.corpus.webdataset import index_webdataset
 
 __all__ = [
+    "DEFAULT_WORKERS",
     "Conversation",
     "Corpus",
     "ImageTransform",

@@ -1,11 +1,11 @@
-"""The views of an image: the whole of it and, as LLaVA-NeXT looks at it, tiles of it.
+"""Choose and cut the views of an image: the whole image and LLaVA-NeXT's tiles.
 
-Comes in: the size of an image as a viewer shows it. Goes out: how many tiles and where, to the
-catalog of a cache (whose rows are views) and to ``ImageTransform`` (which cuts them).
+Input: the size of an image in pixels, after EXIF rotation. Output: the number of tiles and their
+places. Used by the catalog of a cache, whose rows are views, and by ``ImageTransform``.
 
-View 0, the base view, is the whole image as a square. The others are square tiles, row by row, of
-the image in the grid that fits it best. The grid is chosen for tiles of 336 pixels, whatever the
-size of the model that looks at them: all teachers have the same views of an image.
+View 0, the base view, is the whole image as a square. The other views are square tiles, row by
+row, of the image in the grid that fits it best. The grid is chosen for tiles of 336 pixels,
+whatever the model's input size, so that all teachers have the same views of an image.
 
 Source: transformers image_processing_utils.py (select_best_resolution, get_patch_output_size) and
 models/llava_next/image_processing_pil_llava_next.py, with its default image_grid_pinpoints.
@@ -22,19 +22,19 @@ Views = Literal["base", "anyres"]
 """base: the whole image. anyres: the whole image and its tiles."""
 
 TILE = 336
-"""Side of the tiles for which grids are chosen."""
+"""Side in pixels of the tiles for which a grid is chosen."""
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""Rows and columns of tiles; of grids that fit an image equally well, the first is taken."""
+"""Rows and columns of tiles; among grids that fit an image equally well, the first is taken."""
 
 
 def anyres_grids(widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
-    """Return rows and columns of tiles of each image, (N, 2).
+    """Return rows and columns of tiles for each image, (N, 2).
 
-    The grid in which most of an image's own pixels are kept; of those, the smallest.
+    The chosen grid keeps most of the image's own pixels; among equals it is the smallest.
 
     Args:
-        widths: (N,), in pixels, as a viewer shows the image.
+        widths: (N,), in pixels, after EXIF rotation.
         heights: (N,).
     """
     width_N, height_N = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
@@ -61,7 +61,7 @@ def anyres_grid(width: int, height: int) -> tuple[int, int]:
 
 
 def num_views(widths: ArrayLike, heights: ArrayLike, views: Views = "anyres") -> NDArray[np.int64]:
-    """Return how many views each image has, (N,): its tiles and the base view."""
+    """Return the number of views of each image, (N,): its tiles and the base view."""
     if views == "base":
         return np.ones(len(np.asarray(widths)), np.int64)
     tiles_N: NDArray[np.int64] = anyres_grids(widths, heights).prod(axis=1)
@@ -71,7 +71,7 @@ def num_views(widths: ArrayLike, heights: ArrayLike, views: Views = "anyres") ->
 def list_views(
     widths: ArrayLike, heights: ArrayLike, views: Views
 ) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-    """Return the views of all images in order, an image's one after the other.
+    """Return the views of all images in order; the views of an image follow each other.
 
     Returns:
         The position of each view's image in ``widths``, and the number of the view.
@@ -83,7 +83,7 @@ def list_views(
 
 
 def anyres_canvas(image: Image.Image, size: int, kernel: Image.Resampling) -> Image.Image:
-    """Return the image that tiles are cut from: fitted into its grid, black around it.
+    """Return the image fitted into its grid, with black around it; tiles are cut from it.
 
     Args:
         image: RGB, upright.
@@ -104,7 +104,7 @@ def anyres_canvas(image: Image.Image, size: int, kernel: Image.Resampling) -> Im
 
 
 def cut_tile(canvas: Image.Image, size: int, view: int) -> Image.Image:
-    """Return a tile of a canvas by the number of its view, from 1."""
+    """Return the tile of a canvas that is view number ``view``, counted from 1."""
     row, column = divmod(view - 1, canvas.width // size)
     left, top = column * size, row * size
     return canvas.crop((left, top, left + size, top + size))

@@ -1,14 +1,14 @@
-"""LLaVA's conversations in, checked ``Conversation`` objects out, and back.
+"""Read, check and write LLaVA's conversations.
 
-Read by the packer (a JSON file as LLaVA publishes it, or the .json members of a WebDataset), by
-training and by evaluation (the ``conversations.jsonl`` of a packed corpus, or any such file).
+Input: a JSON array as LLaVA publishes it, a .jsonl file such as the ``conversations.jsonl`` of a
+corpus, or a .json member of a WebDataset. Output: ``Conversation`` objects.
 
     {"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                        {"from": "gpt", "value": "A bus."}]}
 
-``image`` is a name, a list of names, or absent in a text-only entry; ``question_type`` is
-optional; further keys are ignored.
+``image`` is a name, a list of names, or absent in a text-only entry. ``question_type`` is optional.
+Other keys are ignored.
 """
 
 import json
@@ -22,7 +22,7 @@ from movekd.errors import ConfigError
 Role = Literal["human", "gpt"]
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Stands in a turn's text where an image belongs."""
+"""Marks the place of an image in a turn's text."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Conversation:
         id: as given; not necessarily unique.
         images: names or keys of its images, empty for text only.
         turns: (role, text) in order.
-        question_type: what evaluation groups by, or None.
+        question_type: evaluation groups by it; may be None.
     """
 
     id: str
@@ -67,7 +67,7 @@ def load_conversations(path: Path | str) -> list[Conversation]:
 
 
 def iter_conversations(path: Path | str) -> Iterator[Conversation]:
-    """Yield the conversations in a file; of a .jsonl, one line at a time is in memory.
+    """Yield the conversations in a file; a .jsonl file is read line by line.
 
     Raises:
         ConfigError: as ``load_conversations``.
@@ -83,13 +83,18 @@ def iter_conversations(path: Path | str) -> Iterator[Conversation]:
                 return
             entries = parse_json(file.read(), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; expected LLaVA conversations there.") from None
+        raise ConfigError(
+            f"{path} does not exist; expected LLaVA conversations. Correct the path."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); expected JSON in UTF-8.") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); expected JSON in UTF-8. Convert the file, or "
+            "correct its permissions."
+        ) from None
     if not isinstance(entries, list):
         raise ConfigError(
             f"{path} holds {_describe(entries)}; expected an array of LLaVA entries. "
-            "Rename the file to .jsonl if it holds one entry a line."
+            "Rename the file to .jsonl if it holds one entry per line."
         )
     for number, entry in enumerate(entries):
         yield parse_conversation(entry, f"{path}: entry {number}")
@@ -98,14 +103,14 @@ def iter_conversations(path: Path | str) -> Iterator[Conversation]:
 def parse_conversation(entry: Any, where: str) -> Conversation:
     """Return one parsed JSON entry as a ``Conversation``.
 
-    Lone surrogates, which no tokenizer and no Parquet file takes, become question marks.
+    Lone surrogates become question marks, because tokenizers and Parquet refuse them.
 
     Args:
-        entry: what the JSON parser made of it.
+        entry: the parsed JSON value.
         where: file and entry number, for the message.
 
     Raises:
-        ConfigError: says where, what was found and what was expected.
+        ConfigError: names the place, what was found and what was expected.
     """
     if not isinstance(entry, dict):
         raise _malformed(where, "the entry", entry, "an object with id and conversations")
@@ -135,19 +140,19 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """Return ``text`` as JSON.
 
     Raises:
-        ConfigError: says where and what is not JSON.
+        ConfigError: ``text`` is not JSON; names the place.
     """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where} is not JSON ({error}); expected an array of LLaVA entries, "
-            "or one entry a line in a file named .jsonl."
+            "or one entry per line in a file named .jsonl."
         ) from None
 
 
 def _turn(turn: Any, where: str) -> tuple[Role, str]:
-    """Return one of LLaVA's turns as role and text."""
+    """Return the role and text of a LLaVA turn."""
     if not isinstance(turn, dict):
         raise _malformed(where, "the turn", turn, '{"from": ..., "value": ...}')
     role, text = turn.get("from"), turn.get("value")
@@ -159,7 +164,7 @@ def _turn(turn: Any, where: str) -> tuple[Role, str]:
 
 
 def _clean(text: str) -> str:
-    """Replace what cannot be encoded: JSON can spell half a surrogate pair."""
+    """Replace what UTF-8 cannot encode: JSON can escape half of a surrogate pair."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Bytes of an image file in, an upright 8-bit RGB image out, as a viewer would show it.
+"""Decode an image file to an upright 8-bit RGB image, as an image viewer shows it.
 
-``corpus.transforms`` makes a model's input of it; the packer asks for ``probe_image`` alone.
-Whatever cannot be decoded, or must not be, is an ``UnreadableImageError``.
+Input: the bytes of the file. Output: a Pillow image, or its size. An image that cannot be decoded,
+or must not be, raises ``UnreadableImageError``.
 """
 
 import io
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from movekd.errors import UnreadableImageError
 
 MAX_ASPECT_RATIO = 200
-"""Longer strips would grow to gigabytes when their short side is brought to a model's size."""
+"""A longer strip takes gigabytes once its short side is resized to a model's input size."""
 
 FILE_EXTENSIONS = {
     "JPEG": "jpg",
@@ -29,13 +29,13 @@ FILE_EXTENSIONS = {
     "TIFF": "tiff",
     "PPM": "ppm",
 }
-"""The formats that are read, by Pillow's name, and the extension that each gets in a shard.
+"""Pillow's names of the formats that are read, and the file extension of each in a shard.
 
-Named one by one: Pillow would otherwise hand an EPS file to Ghostscript.
+The list is explicit because Pillow would pass an EPS file to Ghostscript.
 """
 
-_OPENABLE = tuple(name for name in FILE_EXTENSIONS if name != "MPO")  # opened by way of JPEG
-_UPRIGHT = {  # EXIF orientation -> what brings the image upright
+_OPENABLE = tuple(name for name in FILE_EXTENSIONS if name != "MPO")  # Pillow opens it as JPEG
+_UPRIGHT = {  # EXIF orientation -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,7 +47,7 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
 
 
 class ImageInfo(NamedTuple):
-    """What ``probe_image`` finds: file extension, and size in pixels as a viewer shows it."""
+    """File extension, and size in pixels after EXIF rotation."""
 
     extension: str
     width: int
@@ -55,10 +55,10 @@ class ImageInfo(NamedTuple):
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Return the image in ``data`` as 8-bit RGB, as a viewer would show it.
+    """Return the image in ``data`` as 8-bit RGB, as an image viewer shows it.
 
-    EXIF orientation is applied, transparency lies over white, 16-bit grey is scaled to 8 bits,
-    CMYK is converted, and of an animation the first frame is taken.
+    Applies EXIF orientation, puts transparency over white, scales 16-bit grey to 8 bits, converts
+    CMYK, and takes the first frame of an animation.
 
     Raises:
         UnreadableImageError: not an image, truncated, too large to be decoded safely, or of a
@@ -76,7 +76,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def probe_image(data: bytes) -> ImageInfo:
-    """Return format and size of the image in ``data``, after decoding it whole.
+    """Return format and size of the image in ``data``; decodes all of it to find damage.
 
     Raises:
         UnreadableImageError: as ``decode_image``.
@@ -116,10 +116,10 @@ def _load(data: bytes) -> Image.Image:
         )
     try:
         image.load()
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow's decoders raise anything, too
         raise _unreadable(error) from None
     try:
-        # After load: TIFF turns itself upright and drops the tag, PNG may hold it at its end.
+        # Read after load: Pillow rotates a TIFF itself and drops the tag; a PNG may end with it.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data; a viewer shows the image all the same
         orientation = 1
@@ -136,23 +136,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a decoded image of any mode as RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
-        raise ValueError("32 bits a pixel, of a range that the file does not say")
-    if image.mode.startswith("I"):
-        levels_HW = np.asarray(image).astype(np.uint32)
-        grey = Image.fromarray(((levels_HW + 128) // 257).astype(np.uint8))
+    if image.mode[0] in "FI":  # mode I holds the 16 bits of a PGM, or 32 bits
+        levels_HW = np.asarray(image)
+        if image.mode == "F" or levels_HW.min() < 0 or levels_HW.max() > 65535:
+            raise ValueError("32 bits per pixel, of a range that the file does not say")
+        grey = Image.fromarray(((levels_HW.astype(np.uint32) + 128) // 257).astype(np.uint8))
         return grey.convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, coloured).convert("RGB")
     return image.convert("RGB")
-
-
-def _is_16_bit(image: Image.Image) -> bool:
-    """Return whether the 32-bit integers hold 16-bit values, as of a PGM."""
-    levels_HW = np.asarray(image)
-    return bool(levels_HW.min() >= 0 and levels_HW.max() <= 65535)
 
 
 _quiet_lock = threading.Lock()
@@ -162,10 +156,10 @@ _quiet_filters = warnings.catch_warnings()
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Make Pillow's bomb warning an error and its other warnings silent, in any thread.
+    """Make Pillow's bomb warning an error and silence its other warnings, in all threads.
 
-    ``warnings.catch_warnings`` alone would lose the filters when two threads decode: here the
-    first one in sets them and the last one out restores them.
+    ``warnings.catch_warnings`` changes global state, so two threads would undo each other's
+    filters. Here the first thread to enter sets them and the last one to leave restores them.
     """
     global _quiet_depth, _quiet_filters
     with _quiet_lock:

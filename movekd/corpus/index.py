@@ -1,13 +1,12 @@
-"""The index of a corpus: which image lies where, and by which names it goes.
+"""Find and read the images of a corpus: where each image lies, and its names.
 
-``pack`` writes two Parquet files beside the tar shards; ``open_corpus`` opens them for the build
-(which reads images), for training (which joins names with keys) and for ``movekd shards ls``.
+``pack`` writes two Parquet files beside the tar shards; ``open_corpus`` opens them.
 
-    index.parquet   key, shard, offset, size, width, height    one row a distinct image
-    names.parquet   name, key                                  every path that means an image
+    index.parquet   key, shard, offset, size, width, height    a row per distinct image
+    names.parquet   name, key                                  all names of the images
 
-A key is the SHA-256 of the image's bytes in hex. Ten million rows are a normal size: both tables
-stay on the disk, and look-ups are passes over a column (``stored_table``).
+A key is the SHA-256 of the image's bytes in hex. A corpus may have ten million rows: both tables
+stay on disk, and a look-up reads one column from end to end (``parquet_table``).
 """
 
 import hashlib
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet, write_parquet
+from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet
 from movekd.errors import CorpusError, UnknownKeyError
 
 INDEX_FILE = "index.parquet"
@@ -33,9 +32,9 @@ INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.string()),  # path of the tar, relative to the index
-        ("offset", pa.int64()),  # of the image's first byte in the tar
+        ("offset", pa.int64()),  # place of the image's first byte in the tar
         ("size", pa.int64()),  # in bytes
-        ("width", pa.int32()),  # in pixels, as shown: after EXIF rotation
+        ("width", pa.int32()),  # in pixels, after EXIF rotation
         ("height", pa.int32()),
     ]
 )
@@ -48,11 +47,11 @@ _MAX_OPEN_FILES = 256
 class Corpus:
     """Images in tar shards, read by row number, from any thread and any worker process.
 
-    Pickling one sends the folder's path; the other process opens it anew.
+    Pickling sends the path of the folder; the other process opens it again.
 
     Attributes:
         data_dir: folder of the index.
-        index: table of ``INDEX_SCHEMA``, one row a distinct image.
+        index: table of ``INDEX_SCHEMA``, a row per distinct image.
         names: table of ``NAMES_SCHEMA``.
     """
 
@@ -60,7 +59,7 @@ class Corpus:
         self.data_dir = data_dir
         self.index = index
         self.names = names
-        self._shards, self._shard, self._offset, self._size = _places(index)
+        self._shards, self._shard, self._offset, self._size = _read_places(index)
         self._files: dict[str, int] = {}  # shard -> file descriptor
         weakref.finalize(self, _close_all, self._files)
 
@@ -77,7 +76,7 @@ class Corpus:
 
     @property
     def conversations_path(self) -> Path | None:
-        """The conversations packed with the images, or None for a corpus of images alone."""
+        """The conversations packed with the images, or None for a corpus of images only."""
         path = self.data_dir / CONVERSATIONS_FILE
         return path if path.is_file() else None
 
@@ -89,7 +88,7 @@ class Corpus:
         """Return the bytes of the image file in one row.
 
         Raises:
-            CorpusError: the shard has gone or become shorter since the corpus was opened.
+            CorpusError: the shard was deleted or cut since the corpus was opened.
         """
         shard = self._shards[self._shard[row]]
         offset, size = int(self._offset[row]), int(self._size[row])
@@ -107,20 +106,20 @@ class Corpus:
     def rows(self, names_or_keys: Sequence[str] | pa.Array) -> NDArray[np.int64]:
         """Return the row of each name or key, int64, in the order asked.
 
-        One call costs a pass over the corpus, so ask for many at a time.
+        A call reads the whole index, so ask for many names at once.
 
         Raises:
-            UnknownKeyError: says how many are unknown, and the first three.
+            UnknownKeyError: names how many are unknown, and the first three.
         """
         rows = find_rows(names_or_keys, self.index, self.names)
         require_known(names_or_keys, rows, str(self.data_dir))
         return rows
 
     def fingerprint(self, num_rows: int | None = None) -> str:
-        """Return the SHA-256, in hex, of the keys of the first ``num_rows`` rows (all by default).
+        """Return the SHA-256, in hex, of the keys of the first ``num_rows`` rows. Default: all.
 
-        A hash chain over blocks of 1,024 rows. A corpus that was appended to has, over the old
-        number of rows, the old fingerprint.
+        A hash chain over blocks of 1,024 rows. Appending images does not change the fingerprint of
+        the old number of rows.
         """
         num_rows = len(self) if num_rows is None else min(num_rows, len(self))
         link = hashlib.sha256(b"movekd corpus").digest()
@@ -135,13 +134,13 @@ class Corpus:
         return link.hex()
 
     def shard_ends(self) -> NDArray[np.int64]:
-        """Return how long each of ``shards`` must be at least, in bytes."""
+        """Return the least size of each of ``shards`` in bytes."""
         ends = np.zeros(len(self._shards), np.int64)
         np.maximum.at(ends, self._shard, self._offset + self._size)
         return ends
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
-        """Return up to ``size`` bytes of a shard, keeping it open if few others are."""
+        """Return up to ``size`` bytes of a shard; keep it open unless too many are."""
         file = self._files.get(shard)
         if file is not None:
             return _pread(file, offset, size)
@@ -149,7 +148,8 @@ class Corpus:
         is_kept = False
         try:
             if len(self._files) < _MAX_OPEN_FILES:
-                is_kept = self._files.setdefault(shard, file) == file  # another thread may win
+                # another thread may have opened the same shard first
+                is_kept = self._files.setdefault(shard, file) == file
             return _pread(file, offset, size)
         finally:
             if not is_kept:
@@ -160,16 +160,16 @@ def open_corpus(data_dir: Path | str) -> Corpus:
     """Return the corpus in a folder that ``movekd shards pack`` has written or indexed.
 
     Raises:
-        CorpusError: no index, a damaged one, or a shard that is missing or too short for it.
+        CorpusError: the index is missing or damaged, or a shard is missing or too short.
     """
     data_dir = Path(data_dir)
     if not (data_dir / INDEX_FILE).is_file():
         raise CorpusError(
-            f"{data_dir} holds no {INDEX_FILE}; expected a corpus. "
+            f"{data_dir} holds no {INDEX_FILE}; expected a corpus folder. "
             "Make one with `movekd shards pack`."
         )
     index, names = (
-        _open_table(data_dir / name, schema)
+        open_table(data_dir / name, schema)
         for name, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
     )
     corpus = Corpus(data_dir, index, names)
@@ -188,11 +188,11 @@ def open_corpus(data_dir: Path | str) -> Corpus:
 def find_rows(
     names_or_keys: Sequence[str] | pa.Array, index: ParquetTable, names: ParquetTable
 ) -> NDArray[np.int64]:
-    """Return the position in ``index`` of each name or key, int64; -1 where there is none.
+    """Return the position in ``index`` of each name or key, int64; -1 for an unknown one.
 
     Args:
-        names_or_keys: what is asked for.
-        index: has a column ``key``.
+        names_or_keys: names or keys of images.
+        index: table with a column ``key``.
         names: table of ``NAMES_SCHEMA``.
     """
     asked = pa.array(names_or_keys, pa.string())
@@ -203,10 +203,10 @@ def find_rows(
 def require_known(
     names_or_keys: Sequence[str] | pa.Array, rows: NDArray[np.int64], where: str
 ) -> None:
-    """Refuse rows of -1, as ``find_rows`` gives them.
+    """Refuse rows of -1, which ``find_rows`` returns for unknown names.
 
     Raises:
-        UnknownKeyError: says how many names are unknown in ``where``, and the first three.
+        UnknownKeyError: names how many are unknown in ``where``, and the first three.
     """
     if (rows >= 0).all():
         return
@@ -221,23 +221,12 @@ def require_known(
     )
 
 
-def read_tables(data_dir: Path) -> tuple[pa.Table, pa.Table]:
-    """Return index and names of a corpus in memory, without a look at its shards.
+def open_table(path: Path, schema: pa.Schema) -> ParquetTable:
+    """Open a Parquet file; require the columns of ``schema`` without nulls.
 
     Raises:
-        CorpusError: a file is missing, damaged, or has other columns.
+        CorpusError: the file is missing, damaged, or has other columns.
     """
-    index = _open_table(data_dir / INDEX_FILE, INDEX_SCHEMA).read()
-    return index, _open_table(data_dir / NAMES_FILE, NAMES_SCHEMA).read()
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow table as Parquet: the same table gives the same bytes."""
-    write_parquet(path, [table], table.schema)
-
-
-def _open_table(path: Path, schema: pa.Schema) -> ParquetTable:
-    """Return a Parquet file whose columns are those of ``schema``."""
 
     def damaged(reason: str) -> CorpusError:
         return CorpusError(
@@ -256,12 +245,12 @@ def _open_table(path: Path, schema: pa.Schema) -> ParquetTable:
     return table
 
 
-def _places(
+def _read_places(
     index: ParquetTable,
 ) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the shards in order of first use; and of each row number of its shard, offset, size.
+    """Return the shards in order of first use; and per row the number of its shard, offset, size.
 
-    Twenty bytes a row, all that reading an image needs.
+    Reading an image needs no more than these 20 bytes per row.
     """
     numbers: dict[str, int] = {}
     shard = np.empty(len(index), np.int32)
@@ -286,7 +275,7 @@ def _short_shard(path: Path, found: int, expected: int) -> CorpusError:
 def _pread(file: int, offset: int, size: int) -> bytes:
     """Return ``size`` bytes at ``offset``, fewer at the file's end."""
     data = os.pread(file, size, offset)
-    while 0 < len(data) < size:  # an interrupted or a very large read comes in parts
+    while 0 < len(data) < size:  # pread may return less: a signal, or Linux's limit of 2 GiB
         more = os.pread(file, size - len(data), offset + len(data))
         if not more:
             break
@@ -295,6 +284,6 @@ def _pread(file: int, offset: int, size: int) -> bytes:
 
 
 def _close_all(files: dict[str, int]) -> None:
-    """Close the files of a corpus that nobody holds any more."""
+    """Close the files of a corpus that was garbage-collected."""
     while files:
         os.close(files.popitem()[1])

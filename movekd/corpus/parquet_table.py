@@ -1,9 +1,8 @@
-"""A Parquet table that stays on its disk: ten million rows are looked up in without holding them.
+"""Look up rows in a Parquet table of ten million rows without holding it in memory.
 
-``corpus.index`` and ``cache.catalog`` keep index.parquet and names.parquet as one of these each. A
-pass over a column decodes some row groups at a time and forgets them, which costs less than
-to hold the column: memory that a process touches for the first time is slower than decoding is.
-No row becomes a Python object.
+``corpus.index`` and ``cache.catalog`` open index.parquet and names.parquet this way. A look-up
+decodes a few row groups at a time and drops them. That is faster than keeping the column, because
+touching new memory costs more than decoding. No row becomes a Python object.
 """
 
 import os
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from movekd.errors import MovekdError
 
 PART_ROWS = 1 << 17
-"""Rows that are decoded at a time, and rows of a row group that is written."""
+"""Rows that are decoded at a time, and rows per row group that is written."""
 _MAX_THREADS = 4
 _Result = TypeVar("_Result")
 
@@ -30,12 +29,12 @@ class ParquetTable:
     """A Parquet file, read a few row groups at a time. Thread-safe; usable after a fork.
 
     Args:
-        file: the open file; reads give a position, so that threads and forks share it.
-        damaged: makes the error out of the reason why it cannot be read.
-        columns: those that count; all by default.
+        file: the open file. Reads name a position, so threads and forks can share it.
+        damaged: turns the reason why the file cannot be read into an error.
+        columns: columns to use. Default: all.
 
     Attributes:
-        schema: of those columns.
+        schema: schema of these columns.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class ParquetTable:
         return self.read([column])[column]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the whole table, or whole columns of it."""
+        """Return the whole table, or whole columns."""
         return self._read(range(len(self._starts) - 1), columns)
 
     def slice(
@@ -73,14 +72,14 @@ class ParquetTable:
         columns: Sequence[str] | None = None,
         encoded: Sequence[str] = (),
     ) -> pa.Table:
-        """Return the rows from ``start`` on, as many as there are of ``length``.
+        """Return up to ``length`` rows from ``start``.
 
         Args:
             start: the first row.
-            length: how many; all that follow by default.
-            columns: those that are wanted; all by default.
-            encoded: columns of few distinct strings, which become Arrow dictionaries: as they lie
-                in the file, without a string a row.
+            length: number of rows. Default: up to the end.
+            columns: columns to return. Default: all.
+            encoded: columns of few distinct strings, returned as Arrow dictionaries, as they lie in
+                the file.
         """
         end = len(self) if length is None else min(start + length, len(self))
         if end <= start:
@@ -99,13 +98,13 @@ class ParquetTable:
             yield self.slice(start, PART_ROWS, columns, encoded)
 
     def equals(self, other: "ParquetTable") -> bool:
-        """Return whether two tables hold the same."""
+        """Return whether two tables have equal rows."""
         if not (self.schema.equals(other.schema) and len(self) == len(other)):
             return False
         return all(a.equals(b) for a, b in zip(self.parts(), other.parts(), strict=True))
 
     def has_nulls(self) -> bool:
-        """Return whether some value is missing; the file's statistics mostly tell."""
+        """Return whether a value is null; usually the file's statistics answer it."""
         places = [self._metadata.schema.names.index(name) for name in self.schema.names]
         for group in range(len(self._starts) - 1):
             for name, place in zip(self.schema.names, places, strict=True):
@@ -119,10 +118,10 @@ class ParquetTable:
         return False
 
     def find(self, column: str, asked: Any) -> NDArray[np.int64]:
-        """Return where each asked string first stands in a column, -1 for nowhere.
+        """Return the first row of each string of ``asked`` in a column, -1 for an unknown one.
 
-        Arrow hashes the asked strings, not the column: three to ten times faster on millions of
-        rows. It does so for each part, so parts are no smaller than what is asked for.
+        Arrow hashes ``asked``, not the column, which is three to ten times faster on millions of
+        rows. It does so for each part, so a part is no smaller than ``asked``.
         """
         distinct = asked.unique()
 
@@ -139,7 +138,7 @@ class ParquetTable:
         return np.asarray(first[np.asarray(pc.index_in(asked, value_set=distinct))], np.int64)
 
     def take(self, column: str, places: NDArray[np.int64]) -> pa.ChunkedArray:
-        """Return the values of a column in some places, in the order asked; null for -1."""
+        """Return the values of a column in some rows, in the order of ``places``; null for -1."""
         order = np.argsort(places, kind="stable")
         ascending = places[order]
 
@@ -160,7 +159,7 @@ class ParquetTable:
         return pa.chunked_array(chunks, kind).take(pa.array(back))
 
     def _each_part(self, do: Callable[[range], _Result], min_rows: int) -> list[_Result]:
-        """Return what ``do`` makes of ranges of row groups, in their order; some at once."""
+        """Return the results of ``do`` for ranges of row groups, in order; runs a few threads."""
         parts, first, size = [], 0, max(min_rows, PART_ROWS)
         for group in range(1, len(self._starts)):
             if group == len(self._starts) - 1 or self._starts[group] - self._starts[first] >= size:
@@ -189,7 +188,7 @@ class ParquetTable:
 def open_parquet(
     path: Path, damaged: Callable[[str], MovekdError], columns: Sequence[str] | None = None
 ) -> ParquetTable:
-    """Return the table in a Parquet file; raises what ``damaged`` makes if it cannot be read."""
+    """Open a Parquet file; raise ``damaged(reason)`` if it cannot be read."""
     try:
         file = pa.OSFile(str(path))
     except OSError as error:
@@ -198,10 +197,10 @@ def open_parquet(
 
 
 def write_parquet(sink: Any, parts: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write a table that ``ParquetTable`` reads fast: the same parts give the same bytes.
+    """Write a table that ``ParquetTable`` reads fast. The same parts give the same bytes.
 
-    Keys, offsets and sizes are as good as random: a dictionary or snappy gains little there and
-    makes a pass over them two to five times longer. Of sides and tars there are few.
+    Keys, offsets and sizes look random: a dictionary or snappy saves little and makes reading them
+    two to five times slower. Shards, views and image sizes have few distinct values.
     """
     few = [name for name in schema.names if name in ("shard", "view", "width", "height")]
     packed = {name: "snappy" if name in (*few, "name") else "none" for name in schema.names}
@@ -211,10 +210,10 @@ def write_parquet(sink: Any, parts: Iterable[pa.Table], schema: pa.Schema) -> No
 
 
 def lines(*columns: pa.ChunkedArray) -> tuple[memoryview, NDArray[np.int32]]:
-    """Return a line of text a row, the columns with a space between them, and where each starts.
+    """Return the rows as lines of text, columns separated by a space, and the start of each line.
 
-    One more start than there are rows: the end of the last line. The rows must be few enough for
-    2 GiB of text.
+    The starts have one more entry, the end of the last line. The text must be below 2 GiB, the
+    limit of Arrow's int32 offsets.
     """
     parts = [column.combine_chunks().cast(pa.string()) for column in columns]
     text = pc.binary_join_element_wise(*parts, " ") if len(parts) > 1 else parts[0]

@@ -1,15 +1,14 @@
-"""Tar files: deterministic shards out, and the members of any tar in, by byte offset.
+"""Write shards as tar files, and list the members of any tar with their byte offsets.
 
-Used by ``corpus.pack`` alone. A shard is a plain USTAR file whose members are named as WebDataset
-expects; the same images in the same order give the same bytes.
+A shard is a plain USTAR file whose members have WebDataset's names. The same images in the same
+order give the same bytes.
 """
 
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
 from movekd.errors import CorpusError
 
@@ -18,7 +17,7 @@ _END = 2 * _BLOCK  # two empty blocks end a tar
 
 
 class TarMember(NamedTuple):
-    """A file in a tar: its name, and where its bytes lie."""
+    """A file in a tar: its name, and the offset and size of its bytes."""
 
     name: str
     offset: int
@@ -26,29 +25,18 @@ class TarMember(NamedTuple):
 
 
 class ShardWriter:
-    """Writes members to ``shard-00000.tar``, ``shard-00001.tar`` ... in one folder.
+    """Write members to ``shard-00000.tar``, ``shard-00001.tar`` ... in one folder.
 
-    A shard is closed before the member that would take it over ``max_shard_bytes``; a member
-    larger than that gets a shard of its own.
+    A new shard begins before a member that would exceed ``max_shard_bytes``. A larger member gets
+    its own shard. Call ``close`` at the end.
     """
 
     def __init__(self, out_dir: Path, max_shard_bytes: int):
         self._out_dir = out_dir
         self._max_bytes = max_shard_bytes
-        self._num_shards = 0
+        self._num_shards, self._shard = 0, ""
         self._file: BinaryIO | None = None
         self._position = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
 
     def add(self, name: str, data: bytes) -> tuple[str, int]:
         """Append one member; return the shard's file name and the offset of ``data`` in it."""
@@ -58,34 +46,30 @@ class ShardWriter:
         padding = bytes(-len(data) % _BLOCK)
         length = len(header) + len(data) + len(padding)
         if self._file is None or self._position + length + _END > self._max_bytes:
-            self._close()
-            self._file = (self._out_dir / shard_name(self._num_shards)).open("wb")
+            self.close()
+            self._shard = f"shard-{self._num_shards:05d}.tar"
+            self._file = (self._out_dir / self._shard).open("wb")
             self._num_shards += 1
         self._file.write(header)
         self._file.write(data)
         self._file.write(padding)
         offset = self._position + len(header)
         self._position += length
-        return shard_name(self._num_shards - 1), offset
+        return self._shard, offset
 
-    def _close(self) -> None:
-        """End the open shard, if there is one."""
-        if self._file is not None:
-            with self._file:
-                self._file.write(bytes(_END))
-        self._file, self._position = None, 0
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.tar"
+    def close(self) -> None:
+        """End the open shard."""
+        file, self._file, self._position = self._file, None, 0
+        if file is not None:
+            with file:
+                file.write(bytes(_END))
 
 
 def read_members(path: Path) -> Iterator[TarMember]:
     """Yield the regular files of a tar, without reading their bytes.
 
     Raises:
-        CorpusError: after the members that are whole, if the rest is damaged or truncated.
+        CorpusError: the tar is damaged or truncated; raised after its whole members.
     """
     size = path.stat().st_size
     try:
@@ -101,9 +85,16 @@ def read_members(path: Path) -> Iterator[TarMember]:
                 raise tarfile.ReadError(f"no valid header at byte {stopped_at}")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise CorpusError(
-            f"{path} is not a whole, uncompressed tar ({error}). "
-            "Copy it again, or unpack it if it is compressed."
+            f"{path} is damaged or compressed ({error}); expected a whole, plain tar. "
+            "Copy it again, or decompress it."
         ) from None
+
+
+def read_member(path: Path, member: TarMember) -> bytes:
+    """Return the bytes of a member of a tar."""
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
 
 
 def split_member(name: str) -> tuple[str, str] | None:

@@ -1,14 +1,14 @@
-"""Bytes of an image file in, the square pixels that a model sees out.
+"""Turn the bytes of an image file into a model's input: normalised square pixels.
 
-Comes in from the shards (``corpus.index``) or from a user's own file, decoded by ``corpus.decode``.
-Goes to the build, training and evaluation, which hold one ``ImageTransform`` for each model: the
-same rule on the original pixels at each model's own size, so that all models see the same field.
+Input: bytes from a shard or from a user's file. Output: float32 (3, S, S). Extraction, training and
+evaluation hold one ``ImageTransform`` per model. It applies the same rule to the original pixels at
+the model's own size, so that all models see the same part of the image.
 
 Dimensions: B images, C channels (3, RGB), H height, W width, S side of the square, V views.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from movekd.corpus.decode import decode_image
 from movekd.errors import UnreadableImageError
 
 Geometry = Literal["crop", "pad", "stretch", "longest_side"]
-"""How an image of any shape becomes the square that a model sees.
+"""How an image of any shape becomes a square.
 
 crop: short side to the model's size, then the centre. pad: to a square with the fill colour,
 then to size. stretch: both sides to size. longest_side: long side to size, the fill colour to
@@ -46,9 +46,9 @@ class Square(NamedTuple):
 
     Attributes:
         levels_HWC: uint8 (S, S, 3).
-        width: columns that show the image, from the left; the rest is padding that comes after
-            the normalisation (``longest_side`` alone has any).
-        height: rows that do, from the top.
+        width: columns that show the image, from the left. The rest is padding that is added after
+            the normalisation (only with ``longest_side``).
+        height: rows that show the image, from the top.
     """
 
     levels_HWC: NDArray[np.uint8]
@@ -57,12 +57,12 @@ class Square(NamedTuple):
 
 
 class SeenImage(NamedTuple):
-    """An image as a model sees it.
+    """All views of an image as a model's input.
 
     Attributes:
-        pixels_VCHW: float32, normalised; the base view and the tiles, if any.
-        width: of the image in pixels, as a viewer shows it.
-        height: the same.
+        pixels_VCHW: float32, normalised: the base view, then the tiles.
+        width: width of the image in pixels, after EXIF rotation.
+        height: height of the image in pixels.
     """
 
     pixels_VCHW: NDArray[np.float32]
@@ -72,7 +72,7 @@ class SeenImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Image bytes to one model's input.
+    """Turn image bytes into the input of one model.
 
     ``crop`` is bit-equal to the PIL-backed Hugging Face CLIP processor, ``pad`` to LLaVA's
     padding followed by it, ``longest_side`` to the PIL-backed SAM processor, ``stretch`` and the
@@ -80,11 +80,11 @@ class ImageTransform:
 
     Attributes:
         image_size: side S in pixels.
-        geometry: how the whole image becomes a square; tiles are squares.
+        geometry: how the whole image becomes a square; tiles are squares already.
         resample: Pillow filter.
         mean: channel means, of pixels in 0..1.
         std: channel standard deviations.
-        fill: colour of padding in 0..1; None is the mean. Tiles are padded with black.
+        fill: padding colour in 0..1. Default: the mean. Tiles are padded with black.
     """
 
     image_size: int
@@ -128,10 +128,15 @@ class ImageTransform:
         """Red, green, blue in 0..1."""
         return self.mean if self.fill is None else self.fill
 
-    @property
+    @cached_property
     def normalisation_table(self) -> NDArray[np.float32]:
-        """The model's input for each channel and each of the 256 levels, float32 (3, 256)."""
-        return _normalisation_table(self.mean, self.std)
+        """The model's input for each channel and each of the 256 levels, float32 (3, 256).
+
+        Order of operations and dtypes are those of the Hugging Face processors: bit-equal results.
+        """
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        centred = levels[None, :] - np.array(self.mean, np.float32)[:, None]
+        return np.asarray(centred / np.array(self.std, np.float32)[:, None], np.float32)
 
     @property
     def padding_C(self) -> NDArray[np.float32]:
@@ -144,10 +149,10 @@ class ImageTransform:
 
 
 class ImageViews:
-    """One decoded image for one model: the square of each of its views.
+    """The views of one decoded image as squares of one model's size.
 
     Args:
-        transform: the model's.
+        transform: the model's transform.
         image: RGB, upright.
     """
 
@@ -155,34 +160,33 @@ class ImageViews:
         self._transform, self._image = transform, image
 
     def square(self, view: int = 0) -> Square:
-        """Return one view as the square that is normalised, a byte a channel.
+        """Return one view as a uint8 square, before normalisation.
 
         Raises:
             UnreadableImageError: the image has no such view.
         """
-        of, size = self._transform, self._transform.image_size
+        transform, size = self._transform, self._transform.image_size
         if view:
-            self._require(view)
+            width, height = self._image.size
+            count = int(num_views([width], [height])[0])
+            if not 0 <= view < count:
+                raise UnreadableImageError(
+                    f"view {view} was asked for, but the image is {width} x {height} pixels and "
+                    f"has the views 0 to {count - 1}; the index gives another size. Pack it again."
+                )
             return Square(np.asarray(cut_tile(self._canvas, size, view)), size, size)
-        square = apply_geometry(self._image, size, of.geometry, of.resample, of.padding_colour)
+        square = apply_geometry(
+            self._image, size, transform.geometry, transform.resample, transform.padding_colour
+        )
         width, height = size, size
-        if of.geometry == "longest_side":
+        if transform.geometry == "longest_side":
             width, height = _fit(self._image.size, size)
         return Square(np.asarray(square), width, height)
 
     @cached_property
     def _canvas(self) -> Image.Image:
-        of = self._transform
-        return anyres_canvas(self._image, of.image_size, _FILTERS[of.resample])
-
-    def _require(self, view: int) -> None:
-        width, height = self._image.size
-        count = int(num_views([width], [height])[0])
-        if not 0 <= view < count:
-            raise UnreadableImageError(
-                f"view {view} was asked for, but the image is {width} x {height} pixels and has "
-                f"the views 0 to {count - 1}; its size in the index is another. Pack it again."
-            )
+        transform = self._transform
+        return anyres_canvas(self._image, transform.image_size, _FILTERS[transform.resample])
 
 
 def apply_geometry(
@@ -194,7 +198,7 @@ def apply_geometry(
 ) -> Image.Image:
     """Return an RGB image as a ``size`` x ``size`` square.
 
-    The fill colour is cut to 8 bits as LLaVA cuts its padding: ``int(value * 255)``.
+    The fill colour is cut to 8 bits as in LLaVA: ``int(value * 255)``.
 
     Source: crop, transformers image_transforms.py (get_resize_output_image_size, center_crop);
     pad, haotian-liu/LLaVA llava/mm_utils.py (expand2square); longest_side,
@@ -215,7 +219,7 @@ def apply_geometry(
         square.paste(image.resize(_fit(image.size, size), kernel), (0, 0))
         return square
     if Image.MAX_IMAGE_PIXELS and max(image.size) ** 2 > Image.MAX_IMAGE_PIXELS:
-        image = image.resize(_fit(image.size, size), kernel)  # its square would take gigabytes
+        image = image.resize(_fit(image.size, size), kernel)  # the padded image takes gigabytes
     side = max(image.size)
     square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -227,14 +231,3 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     scale = side / max(size)
     width, height = (max(1, int(length * scale + 0.5)) for length in size)
     return width, height
-
-
-@lru_cache(maxsize=32)
-def _normalisation_table(mean: Colour, std: Colour) -> NDArray[np.float32]:
-    """Return the model's input for each channel and each of the 256 levels, float32 (3, 256).
-
-    The order of operations and dtypes is that of the Hugging Face processors.
-    """
-    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    centred = levels[None, :] - np.array(mean, np.float32)[:, None]
-    return np.asarray(centred / np.array(std, np.float32)[:, None], np.float32)

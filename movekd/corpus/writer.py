@@ -1,30 +1,33 @@
-"""A corpus folder in the making: rows, names and conversations in, a whole folder out.
+"""Build a corpus folder: collect images, names and conversations, then write all files at once.
 
-Used by ``corpus.pack`` alone. Everything is made in a hidden folder beside its place and moved
-at the end, the index last, so that a folder with an index is whole.
+Used by ``corpus.pack`` and ``corpus.webdataset``. Files are made in a hidden folder and moved into
+place at the end, the index last. So a folder with an index is complete.
 """
 
 import filecmp
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
 
-from movekd.corpus.conversations import Conversation
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Conversation
+from movekd.corpus.image_source import RejectedImage, UsableImage
 from movekd.corpus.index import (
     CONVERSATIONS_FILE,
     INDEX_FILE,
     INDEX_SCHEMA,
     NAMES_FILE,
     NAMES_SCHEMA,
-    read_tables,
-    write_table,
+    open_table,
 )
+from movekd.corpus.parquet_table import write_parquet
 from movekd.corpus.report import PackReport, Problem, ProblemKind
+from movekd.corpus.tar import ShardWriter
 from movekd.errors import CorpusError
 
 STAGING_DIR = ".packing"
@@ -33,23 +36,27 @@ _BATCH_ROWS = 4096
 
 
 class CorpusBuilder:
-    """What a pack has found so far; ``building`` makes one and puts its files in place.
+    """The images, conversations and problems found so far. Made by ``build_corpus``.
 
     Attributes:
-        staging: hidden folder that the files are made in.
         num_entries: conversations found, kept or not.
     """
 
-    def __init__(self, out_dir: Path, staging: Path, overwrite: bool):
-        self.staging = staging
+    def __init__(
+        self, out_dir: Path, staging: Path, overwrite: bool, max_shard_bytes: int | None
+    ) -> None:
         self.num_entries = 0
-        self._out_dir = out_dir
+        self._out_dir, self._staging = out_dir, staging
+        self._shards = None if max_shard_bytes is None else ShardWriter(staging, max_shard_bytes)
         self._is_guarded = (out_dir / INDEX_FILE).is_file() and not overwrite
-        index, names = read_tables(out_dir) if self._is_guarded else (None, None)
+        index, names = (
+            open_table(out_dir / file, schema).read() if self._is_guarded else None
+            for file, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
+        )
         self._index = _TableBuilder(INDEX_SCHEMA, index)
         self._names = _TableBuilder(NAMES_SCHEMA, names)
-        self._first_name: dict[bytes, str] = {}  # digest -> the first file of these bytes
-        self._shards: set[str] = set()
+        self._first_name: dict[bytes, str] = {}  # digest -> name of the first file with these bytes
+        self._shard_names: set[str] = set()
         self._size_bytes = 0
         self._conversations: TextIO | None = None
         self._ids: set[str] = set()
@@ -58,42 +65,66 @@ class CorpusBuilder:
         self._problems: defaultdict[ProblemKind, list[Problem]] = defaultdict(list)
 
     def note(self, kind: ProblemKind, identity: str, reason: str) -> None:
-        """Put a problem into the report."""
+        """Add a problem to the report."""
         self._problems[kind].append((identity, reason))
 
-    def add_image(
-        self,
-        key: str,
-        names: list[str],
-        image_size: tuple[int, int],
-        size_bytes: int,
-        place: Callable[[], tuple[str, int]],
-    ) -> None:
-        """Add an image's names and, for bytes not met before, its row.
-
-        Args:
-            key: SHA-256 of its bytes in hex.
-            names: what it is called; the last one identifies it in the report.
-            image_size: width and height as shown.
-            size_bytes: of the file.
-            place: called for a new image; returns its shard and its offset in it.
-        """
-        digest = bytes.fromhex(key)
-        if digest not in self._first_name:
-            self._first_name[digest] = names[-1]
-            shard, offset = place()
-            self._index.add(key, shard, offset, size_bytes, *image_size)
-            self._shards.add(shard)
-            self._size_bytes += size_bytes
+    def add_image(self, image: UsableImage) -> None:
+        """Add the names of an image and, if its bytes are new, its row."""
+        digest, name = bytes.fromhex(image.key), image.source.names[-1]
+        if digest in self._first_name:
+            self.note("duplicate_images", name, f"same bytes as {self._first_name[digest]}")
         else:
-            self.note("duplicate_images", names[-1], f"same bytes as {self._first_name[digest]}")
-        for name in names:
-            self._names.add(name, key)
+            self._first_name[digest] = name
+            shard, offset = self._place(image)
+            size = (image.info.width, image.info.height)
+            self._index.add(image.key, shard, offset, image.size_bytes, *size)
+            self._shard_names.add(shard)
+            self._size_bytes += image.size_bytes
+        for name in image.source.names:
+            self._names.add(name, image.key)
 
-    def add_conversation(self, entry: Conversation) -> None:
-        """Append a conversation whose images are all in the corpus."""
+    def _place(self, image: UsableImage) -> tuple[str, int]:
+        """Return the shard of an image and its offset in it, after writing it if it is a file."""
+        source = image.source
+        if source.member is not None:
+            return source.path.relative_to(self._out_dir).as_posix(), source.member.offset
+        assert self._shards is not None
+        return self._shards.add(f"{image.key}.{image.info.extension}", image.data)
+
+    def match_placeholders(self, entry: Conversation) -> Conversation | None:
+        """Return a conversation with one ``<image>`` per image, or None if that is impossible.
+
+        A missing ``<image>`` is put before the first question. Reports what it changed or refused.
+        """
+        self.num_entries += 1
+        missing = len(entry.images) - entry.num_placeholders
+        found = (
+            f"{entry.num_placeholders} {IMAGE_PLACEHOLDER} in the text, {len(entry.images)} images"
+        )
+        if missing == 0:
+            return entry
+        human = [number for number, (role, _) in enumerate(entry.turns) if role == "human"]
+        if missing < 0:
+            self.note("surplus_placeholders", entry.id, found)
+            return None
+        if not human:
+            reason = f"{found}, and no human turn to hold the rest"
+            self.note("malformed_entries", entry.id, reason)
+            return None
+        self.note("added_placeholders", entry.id, found)
+        turns = list(entry.turns)
+        role, text = turns[human[0]]
+        turns[human[0]] = (role, f"{IMAGE_PLACEHOLDER}\n" * missing + text)
+        return replace(entry, turns=tuple(turns))
+
+    def keep_or_drop(self, entry: Conversation, rejected: Mapping[str, RejectedImage]) -> None:
+        """Write a conversation, or report the first of its images that cannot be used."""
+        for name in entry.images:
+            if name in rejected:
+                self.note(rejected[name].kind, entry.id, rejected[name].reason)
+                return
         if self._conversations is None:
-            path = self.staging / CONVERSATIONS_FILE
+            path = self._staging / CONVERSATIONS_FILE
             self._conversations = path.open("w", encoding="utf-8", newline="\n")
         self._conversations.write(entry.to_json() + "\n")
         self._num_kept += 1
@@ -103,9 +134,9 @@ class CorpusBuilder:
         self._ids.add(entry.id)
 
     def report(self) -> PackReport:
-        """Return what was found."""
+        """Return the counts and problems found."""
         return PackReport(
-            num_shards=len(self._shards),
+            num_shards=len(self._shard_names),
             num_images=len(self._index),
             num_names=len(self._names),
             size_bytes=self._size_bytes,
@@ -125,15 +156,18 @@ class CorpusBuilder:
         if len(self._index) == 0:
             raise self._no_image()
         for file, table in ((INDEX_FILE, self._index), (NAMES_FILE, self._names)):
-            write_table(self.staging / file, table.finish())
+            rows = table.finish()
+            write_parquet(self._staging / file, [rows], rows.schema)
         if self._is_guarded:
-            old, new = (folder / CONVERSATIONS_FILE for folder in (self._out_dir, self.staging))
+            old, new = (folder / CONVERSATIONS_FILE for folder in (self._out_dir, self._staging))
             is_equal = old.is_file() == new.is_file()
             if not is_equal or (old.is_file() and not filecmp.cmp(old, new, shallow=False)):
                 raise _DifferentCorpusError
 
     def close(self) -> None:
-        """Close the conversations."""
+        """Close the open files."""
+        if self._shards is not None:
+            self._shards.close()
         if self._conversations is not None:
             self._conversations.close()
 
@@ -153,17 +187,20 @@ class CorpusBuilder:
 
 
 @contextmanager
-def building(out_dir: Path, overwrite: bool, writes_shards: bool) -> Iterator[CorpusBuilder]:
-    """Give a builder, and put its files in place when the block ends without an error.
+def build_corpus(
+    out_dir: Path, overwrite: bool, max_shard_bytes: int | None = None
+) -> Iterator[CorpusBuilder]:
+    """Yield a builder; move its files into place when the block ends without an error.
 
     Args:
-        out_dir: the corpus folder, made if need be.
+        out_dir: the corpus folder; created if missing.
         overwrite: replace another corpus in it.
-        writes_shards: whether the shards are made too, or lie in ``out_dir`` already.
+        max_shard_bytes: largest tar to write. Default: the shards lie in ``out_dir`` already.
 
     Raises:
-        CorpusError: ``out_dir`` holds another corpus or cannot be written, or there is no image.
+        CorpusError: ``out_dir`` holds another corpus or cannot be written, or no image was found.
     """
+    writes_shards = max_shard_bytes is not None
     staging = out_dir / STAGING_DIR
     try:
         if writes_shards and not overwrite:
@@ -172,7 +209,7 @@ def building(out_dir: Path, overwrite: bool, writes_shards: bool) -> Iterator[Co
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
         try:
-            builder = CorpusBuilder(out_dir, staging, overwrite)
+            builder = CorpusBuilder(out_dir, staging, overwrite, max_shard_bytes)
             try:
                 yield builder
                 builder.finish()
@@ -191,12 +228,12 @@ def building(out_dir: Path, overwrite: bool, writes_shards: bool) -> Iterator[Co
     except OSError as error:
         raise CorpusError(
             f"{out_dir} cannot be written ({error.strerror or error}); expected a folder with "
-            "free space and the right to write. Mend that and run the same command again."
+            "free space and write permission. Correct that and run the same command again."
         ) from None
 
 
 def _refuse_foreign_tars(out_dir: Path) -> None:
-    """Raise for tars that no pack has written: an interrupted one leaves its hidden folder."""
+    """Raise for tars that no pack has written; an interrupted pack leaves its hidden folder."""
     is_ours = (out_dir / INDEX_FILE).exists() or (out_dir / STAGING_DIR).exists()
     if not is_ours and any(out_dir.glob("*.tar")):
         raise CorpusError(
@@ -206,7 +243,7 @@ def _refuse_foreign_tars(out_dir: Path) -> None:
 
 
 def _publish(staging: Path, out_dir: Path, writes_shards: bool) -> None:
-    """Move what was made into place: no index lies there until everything else does."""
+    """Move the files into place, the index last."""
     (out_dir / INDEX_FILE).unlink(missing_ok=True)
     if writes_shards:
         for old in out_dir.glob("shard-[0-9]*.tar"):
@@ -221,13 +258,13 @@ def _publish(staging: Path, out_dir: Path, writes_shards: bool) -> None:
 
 
 class _DifferentCorpusError(Exception):
-    """What is packed differs from what lies there already."""
+    """The folder holds another corpus already."""
 
 
 class _TableBuilder:
-    """Collects rows as Arrow batches, a tenth of the size of Python's rows.
+    """Collect rows as Arrow batches, which take a tenth of the memory of Python tuples.
 
-    ``expected`` is the table that must come out, or None; the first batch that differs raises
+    ``expected`` is None or the table that must result; the first batch that differs from it raises
     ``_DifferentCorpusError``.
     """
 

@@ -1,6 +1,7 @@
-"""One answer at a time: a question about one image, with all that was said before.
+"""Answer one question about one image, given the earlier turns of the chat.
 
-`movekd ask` and the page in the browser go through here.
+Input: a trained student, an image, the turns. Output: an ``Answer``. Used by `movekd ask` and
+`movekd view`.
 
 Legend: L blocks with experts, G side of the student's grid.
 """
@@ -24,13 +25,13 @@ from movekd.student.vlm import num_prefix_tokens
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says.
+    """An answer of the model.
 
     Attributes:
         text: the answer.
-        experts_LGG: which expert each patch of the whole image chose, int8, a block each; None
-            where the student has no experts.
-        num_experts: how many there are to choose from.
+        experts_LGG: index of the expert that each patch of the whole image chose, int8, per block;
+            None if the student has no experts.
+        num_experts: number of experts.
     """
 
     text: str
@@ -44,20 +45,20 @@ def answer(
     turns: Sequence[tuple[Role, str]],
     max_new_tokens: int = 256,
 ) -> Answer:
-    """Return the answer to the last of the turns, all of which the model sees, the image too.
+    """Return the answer to the last turn; the model sees the image and all turns.
 
     Args:
         trained: the model.
         image: bytes of an image file.
-        turns: what was said; the first one holds ``<image>``, the last one is the question.
-        max_new_tokens: longest answer.
+        turns: the chat; the first turn holds ``<image>``, the last one is the question.
+        max_new_tokens: maximum new tokens.
 
     Raises:
-        ConfigError: the conversation is longer than the language model holds.
+        ConfigError: the conversation is too long for the language model.
         UnreadableImageError: the image cannot be decoded.
     """
     student, conversation = trained.student, Conversation("ask", ("image",), tuple(turns))
-    decoded = decode_image(image)  # a LLaVA-NeXT has tokens by the image's size
+    decoded = decode_image(image)  # LLaVA-NeXT's number of tokens depends on the image's size
     num_tokens = student.count_tokens([decoded.width], [decoded.height]).tolist()
     tokens = tokenize_question(
         conversation, student.tokenizer, prompt=trained.prompt, num_image_tokens=num_tokens
@@ -70,7 +71,7 @@ def answer(
         )
     left = max_new_tokens if most is None else min(max_new_tokens, most - len(tokens))
     with recorded_routing(student.vlm):
-        said = next(
+        text = next(
             generate_answers(
                 student,
                 [conversation],
@@ -80,11 +81,11 @@ def answer(
                 max_new_tokens=left,
             )
         )
-        return Answer(said, *_experts(trained))
+        return Answer(text, *_experts(trained))
 
 
 def _experts(trained: TrainedStudent) -> tuple[npt.NDArray[np.int8] | None, int]:
-    """Return the choice of each patch in the pass that was recorded, and the number of experts."""
+    """Return the chosen expert of each patch in the recorded pass, and the number of experts."""
     vlm = trained.student.vlm
     if trained.run.get("student", {}).get("mole") is None:
         return None, 0

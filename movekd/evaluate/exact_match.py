@@ -1,6 +1,6 @@
-"""Exact match a question type over a LLaVA-style file: `movekd evaluate`.
+"""Score answers to a LLaVA-style file by exact match, per question type: `movekd evaluate`.
 
-Answers go to a file in LLaVA's own form (question_id, prompt, text), so that its scorers read it.
+``write_answers`` writes LLaVA's jsonl (question_id, prompt, text), which LLaVA's scorers read.
 """
 
 import json
@@ -19,14 +19,14 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers among some questions."""
+    """Number of right answers among all questions."""
 
     correct: int
     total: int
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Fraction of right answers."""
         return self.correct / self.total
 
     @property
@@ -47,7 +47,7 @@ def split_questions(
     """Return the conversations without their last answer, and those answers.
 
     Raises:
-        ConfigError: a conversation does not end with an answer.
+        ConfigError: the last turn of a conversation is not an answer.
     """
     questions, answers = [], []
     for conversation in conversations:
@@ -79,10 +79,12 @@ def exact_match(
     """Return the score of each question type, and of ``all``.
 
     Raises:
-        ConfigError: there is no question.
+        ConfigError: the file has no question.
     """
     if not conversations:
-        raise ConfigError("there is no question to evaluate; expected a LLaVA JSON file with some.")
+        raise ConfigError(
+            "the file has no question to evaluate; expected a LLaVA JSON file with some."
+        )
     counts: defaultdict[str, list[bool]] = defaultdict(list)
     for conversation, expected, found in zip(conversations, right, given, strict=True):
         is_right = normalise(expected) == normalise(found)

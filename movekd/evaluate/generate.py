@@ -1,4 +1,4 @@
-"""Greedy answers of a trained student to conversations about images.
+"""Generate greedy answers of a trained student to conversations about images.
 
 Legend: B questions, L tokens, V views of images, C H W a view.
 """
@@ -31,12 +31,12 @@ def generate_answers(
 
     Args:
         student: the model.
-        conversations: what was said so far; answers in it before the last question are kept.
+        conversations: the turns so far; each ends with a question.
         read_image: name of an image -> its bytes.
-        prompt: the format that the model was trained with.
-        geometry: how images become square; that of the training.
-        batch_size: questions at a time.
-        max_new_tokens: longest answer.
+        prompt: prompt format of the training.
+        geometry: resize mode of the training.
+        batch_size: questions per batch.
+        max_new_tokens: maximum new tokens per answer.
     """
     transform = student.image_transform(geometry)
     tokenizer, device = student.tokenizer, student.vlm.device
@@ -52,7 +52,9 @@ def generate_answers(
         length = max(map(len, questions))
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
         attention_mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for i, question in enumerate(questions):  # on the left: generation goes on at the right
+        for i, question in enumerate(
+            questions
+        ):  # padded on the left: generation appends on the right
             input_ids[i, length - len(question) :] = torch.tensor(question)
             attention_mask[i, length - len(question) :] = 1
         images = [image for of_one in seen for image in of_one]
@@ -79,7 +81,7 @@ def generate_answers(
 
 
 def _num_tokens(student: Student, images: Sequence[SeenImage]) -> list[int]:
-    """Return how many tokens each image has in the prompt."""
+    """Return the number of tokens of each image in the prompt."""
     widths, heights = [image.width for image in images], [image.height for image in images]
     return student.count_tokens(widths, heights).tolist() if images else []
 
@@ -88,7 +90,7 @@ def read_from_folder(folder: Path) -> Callable[[str], bytes]:
     """Return a reader of images by name that never leaves ``folder``.
 
     Raises:
-        CorpusError: when called: the image is missing, or its name leads out of the folder.
+        CorpusError: when called, if the image is missing or its name leads out of the folder.
     """
     root = folder.resolve()
 
@@ -101,7 +103,7 @@ def read_from_folder(folder: Path) -> Callable[[str], bytes]:
         except OSError as error:
             raise CorpusError(
                 f"image '{name}' cannot be read in {folder} ({error.strerror}); give the folder "
-                "that the names in the questions start from with --images."
+                "of the questions' images with --images."
             ) from None
 
     return read

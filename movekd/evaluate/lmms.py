@@ -1,8 +1,8 @@
-"""A trained run as a model of lmms-eval: ``lmms-eval --model movekd --model_args pretrained=RUN``.
+"""Run a trained student in lmms-eval: ``lmms-eval --model movekd --model_args pretrained=RUN``.
 
-Comes in: lmms-eval's requests, each a context and the images of a document. Goes out: greedy
-answers, by the same generation as `movekd evaluate`. Needs ``pip install 'movekd[lmms]'``; found
-through ``lmms_entry``. Under `accelerate launch` every process answers its share of the requests.
+Input: lmms-eval's requests, each a context and the images of a document. Output: greedy answers,
+generated as by `movekd evaluate`. Needs ``pip install 'movekd[lmms]'``; lmms-eval finds it through
+``lmms_entry``. With `accelerate launch`, each process answers a part of the requests.
 """
 
 import io
@@ -22,19 +22,19 @@ from movekd.student.checkpoint import load_student
 from movekd.student.hf_loading import quiet_libraries
 
 MAX_NEW_TOKENS = 128
-"""Longest answer where a task does not say; as in LLaVA's scripts."""
+"""Default maximum of new tokens, as in LLaVA's scripts."""
 
 
 class MovekdModel(lmms):
-    """lmms-eval's interface to a trained student; greedy whatever temperature a task asks for.
+    """lmms-eval's interface to a trained student; ignores a task's temperature and is greedy.
 
     Args:
         pretrained: output of `movekd train` or `import`, or an export of format hf.
-        device: auto, cpu, cuda, ...; with several processes each takes a GPU of its own.
-        batch_size: requests at a time.
+        device: auto, cpu, cuda, ...; each of several processes uses its own GPU.
+        batch_size: requests per batch.
 
     Raises:
-        ConfigError: an argument that is not one of these.
+        ConfigError: an argument is unknown.
     """
 
     is_simple = True
@@ -51,7 +51,7 @@ class MovekdModel(lmms):
         if unknown or not pretrained:
             raise ConfigError(
                 f"--model_args names {', '.join(sorted(unknown)) or 'no pretrained'}; expected "
-                "pretrained=RUN, and device=... if need be."
+                "pretrained=RUN and, optionally, device=..."
             )
         quiet_libraries()
         self.accelerator = Accelerator()
@@ -66,12 +66,12 @@ class MovekdModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self._device
 
     @property
     def batch_size(self) -> int:
-        """Requests at a time."""
+        """Requests per batch."""
         return self._batch_size
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -85,7 +85,7 @@ class MovekdModel(lmms):
                 of the document, task, split).
 
         Raises:
-            ConfigError: a task shows something else than images.
+            ConfigError: a task shows something other than images.
         """
         by_length: dict[int, list[int]] = {}
         for place, request in enumerate(requests):
@@ -106,7 +106,7 @@ class MovekdModel(lmms):
         Raises:
             NotImplementedError: always; lmms-eval shows it.
         """
-        raise NotImplementedError("movekd answers tasks of output_type generate_until alone.")
+        raise NotImplementedError("movekd answers only tasks of output_type generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse: one question, one answer.
@@ -114,7 +114,7 @@ class MovekdModel(lmms):
         Raises:
             NotImplementedError: always; lmms-eval shows it.
         """
-        raise NotImplementedError("movekd answers tasks of output_type generate_until alone.")
+        raise NotImplementedError("movekd answers only tasks of output_type generate_until.")
 
     def _generate(self, requests: Sequence[tuple[Any, ...]], longest: int) -> Iterator[str]:
         """Yield answers, with the images of one batch in memory at a time."""
@@ -140,17 +140,17 @@ class MovekdModel(lmms):
 
 
 def _conversation(context: str, images: tuple[str, ...], name: str) -> Conversation:
-    """Return a request as a conversation; images that its context has no place for go in front."""
+    """Return a request as a conversation; images without a placeholder are put first."""
     missing = len(images) - context.count(IMAGE_PLACEHOLDER)
     turn = f"{IMAGE_PLACEHOLDER}\n" * max(missing, 0) + context
     return Conversation(name, images, (("human", turn),))
 
 
 def _png(visual: Any, task: str) -> bytes:
-    """Return an image as the bytes of a file, without loss."""
+    """Return an image as the bytes of a PNG."""
     if not isinstance(visual, Image.Image):
         raise ConfigError(
-            f"task '{task}' shows a {type(visual).__name__}; movekd looks at images alone. Choose "
+            f"task '{task}' shows a {type(visual).__name__}; movekd accepts only images. Choose "
             "another task."
         )
     file = io.BytesIO()
@@ -159,7 +159,7 @@ def _png(visual: Any, task: str) -> bytes:
 
 
 def _before(text: str, until: Any) -> str:
-    """Return a text up to the first of the strings that end it."""
+    """Return a text up to the first stop string."""
     for end in [until] if isinstance(until, str) else until or []:
         text = text.partition(end)[0] if end else text
     return text.strip()

@@ -1,7 +1,7 @@
-"""Tells lmms-eval that there is a model `movekd`; loads nothing until it is asked for.
+"""Register the model `movekd` in lmms-eval.
 
-lmms-eval calls ``manifest`` through the entry point group ``lmms_eval.models`` (pyproject.toml) as
-it sets up its own table of models, so nothing of either side may be imported at the top here.
+lmms-eval calls ``manifest`` through the entry point group ``lmms_eval.models`` (pyproject.toml)
+while it builds its table of models. So this module must not import lmms-eval or movekd at the top.
 """
 
 from typing import Any

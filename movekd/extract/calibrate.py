@@ -56,8 +56,8 @@ def read_other_calibration(
     if held != geometry:
         raise CacheError(
             f"{source.url} has geometry '{held}', the build asks for '{geometry}'; channel "
-            f"statistics depend on the geometry. Give --geometry {held}, or leave --channel-stats "
-            "out."
+            f"statistics depend on the geometry. Give --resize-mode {held}, or leave "
+            "--channel-stats out."
         )
     calibration = sealed_calibration(source, spec)
     if calibration is None:
@@ -80,7 +80,7 @@ def import_calibration(
     elif own.channel_stats_xxh3_128 != calibration.channel_stats_xxh3_128:
         raise CacheError(
             f"teacher '{spec.name}' in {storage.url} has other channel statistics than those of "
-            "--channel-stats; leave --channel-stats out, or --replace the teacher."
+            "--channel-stats; leave --channel-stats out, or --overwrite the teacher."
         )
 
 
@@ -100,7 +100,7 @@ def sealed_calibration(storage: Storage, spec: CacheSpec) -> Calibration | None:
         differs.append(f"weights are {stored['weights']!r} in the cache")
     raise CacheError(
         f"teacher '{spec.name}' in {storage.url} was built from another spec: "
-        f"{'; '.join(differs)}. Give the old value, use another --cache, or --replace it."
+        f"{'; '.join(differs)}. Give the old value, use another --cache, or --overwrite it."
     )
 
 

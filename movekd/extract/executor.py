@@ -115,7 +115,7 @@ class LocalExecutor:
             raise CacheError(
                 f"the weights of '{job.spec.name}' have SHA-256 {teacher.weights_sha256[:16]}..., "
                 f"the cache was started with {sealed[:16]}...; bring those weights back, or build "
-                "the teacher again with --replace."
+                "the teacher again with --overwrite."
             )
         if options.compile:
             teacher.compile_forward()

@@ -108,9 +108,9 @@ def build_cache(
     """
     if partition is not None and replace:
         raise ConfigError(
-            f"--partition {partition} builds one of {partition.count} parts and --replace deletes "
-            "them all. Run a whole build with --replace, stop it after the calibration, then start "
-            "the parts without --replace. Or build into another --cache."
+            f"--partition {partition} builds one of {partition.count} parts and --overwrite "
+            "deletes them all. Run a whole build with --overwrite, stop it after the calibration, "
+            "then start the parts without --overwrite. Or build into another --cache."
         )
     for spec in specs:
         find_provider(spec)

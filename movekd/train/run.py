@@ -192,12 +192,12 @@ def _open_targets(
         raise ConfigError(
             f"{cache.url} holds features of geometry '{cache.geometry}'; the config asks for "
             f"data.geometry '{config.data.geometry}'. Set data.geometry: {cache.geometry}, or "
-            f"build a cache with --geometry {config.data.geometry}."
+            f"build a cache with --resize-mode {config.data.geometry}."
         )
     if config.distill.views == "all" and cache.views == "base":
         raise ConfigError(
             f"distill.views is 'all', but {cache.url} holds base views only. Build a cache with "
-            "--views anyres, or set distill.views: base."
+            "--tiles anyres, or set distill.views: base."
         )
     for name in config.distill.teachers:
         teacher = cache[name]

@@ -1,1 +1,1 @@
-"""What people look at: sheets of a cache's images, the report of a run, the page in the browser."""
+"""Show caches and runs: contact sheets, the report of a run, the web page, the machine check."""

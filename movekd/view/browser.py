@@ -1,7 +1,7 @@
-"""A cache as the page in the browser looks at it: keys found, teachers side by side, near tokens.
+"""Answer the web page's questions about a cache: search, features, nearest tokens.
 
-Comes in: names, keys and numbers that somebody typed; no path ever does. Goes out: plain values
-for ``panels``. A cache that is still being built is opened again when it is asked for more.
+Input: names, keys and numbers from the user, never a path. Output: plain values for ``html``. An
+incomplete cache is opened again for each image.
 
 Legend: N tokens, K neighbours, G grid side, H heads.
 """
@@ -27,19 +27,18 @@ _MOST_FOUND = 50
 
 @dataclass(frozen=True)
 class TokenPanel:
-    """One teacher's side of the page.
+    """One teacher's panel of the page.
 
     Attributes:
-        look: picture, colours and attention.
-        heads: how many heads of attention are stored.
-        head: whose attention the look shows; None for the mean of them.
-        nearest_NK: of each token its nearest ones of the same image, itself left out; None where
-            there are no features.
-        cosine_NK: how near, cosine of the standardised tokens.
+        features: picture, colours and attention.
+        heads: number of stored heads of attention.
+        head: head whose attention ``features`` holds; None for the mean of all heads.
+        nearest_NK: for each token the nearest other tokens of the image; None without features.
+        cosine_NK: their cosines, of standardised tokens.
         shard_error: mean and largest error in the seal of the row's Zarr shard.
     """
 
-    look: FeatureView
+    features: FeatureView
     heads: int
     head: int | None
     nearest_NK: npt.NDArray[np.int64] | None
@@ -52,24 +51,24 @@ class Browser:
 
     Args:
         url: the cache.
-        corpus: its images; without them there are no pictures.
+        corpus: its images; needed for pictures.
 
     Raises:
-        CacheError: there is no cache.
+        CacheError: the cache does not exist.
     """
 
     def __init__(self, url: str, corpus: Corpus | None = None) -> None:
         self._url, self.corpus = url, corpus
         self._lock = threading.Lock()
-        self._looker = FeatureViewer(open_cache(url), corpus)
+        self._viewer = FeatureViewer(open_cache(url), corpus)
 
     @property
     def cache(self) -> FeatureCache:
-        """The cache as it was opened last."""
-        return self._looker.cache
+        """The cache, as last opened."""
+        return self._viewer.cache
 
     def refresh(self) -> None:
-        """Open the cache again unless all of it was there."""
+        """Open the cache again if it was incomplete."""
         with self._lock:
             cache = self.cache
             if cache.teachers and all(cache[name].is_complete for name in cache.teachers):
@@ -77,14 +76,14 @@ class Browser:
         self.reopen()
 
     def reopen(self) -> None:
-        """Open the cache again; colours that were settled stay."""
+        """Open the cache again; keep the fitted PCA bases."""
         with self._lock:
-            self._looker = FeatureViewer(
-                open_cache(self._url), self.corpus, known=self._looker.bases
+            self._viewer = FeatureViewer(
+                open_cache(self._url), self.corpus, known=self._viewer.bases
             )
 
     def search(self, text: str) -> list[str]:
-        """Return names that hold ``text``, and keys that begin with it; the first 50."""
+        """Return the first 50 names that contain ``text`` and keys that start with it."""
         names, keys, wanted = self.cache.catalog.names["name"], self.cache.keys, text.strip()
         found: list[str] = (
             names.filter(pc.match_substring(names, wanted)).slice(0, _MOST_FOUND).to_pylist()
@@ -93,10 +92,10 @@ class Browser:
         return found[:_MOST_FOUND]
 
     def draw(self) -> str:
-        """Return the key of some image.
+        """Return the key of a random image.
 
         Raises:
-            CacheError: there is none.
+            CacheError: the cache is empty.
         """
         keys = self.cache.keys
         if not len(keys):
@@ -106,31 +105,31 @@ class Browser:
     def panels(
         self, name: str, teachers: Sequence[str], view: int = 0, head: int | None = None
     ) -> list[TokenPanel]:
-        """Return what each teacher says of a view of an image.
+        """Return each teacher's panel for a view of an image.
 
         Args:
             name: key or name of the image.
-            teachers: whose panels.
+            teachers: names of the teachers.
             view: 0 is the whole image.
-            head: whose attention; the mean of the heads unless given, and for a teacher with fewer.
+            head: head of attention. Default: the mean; also for a teacher with fewer heads.
 
         Raises:
-            UnknownKeyError: the cache holds no such image, or no such view.
-            CacheError: it holds no such teacher.
+            UnknownKeyError: the cache does not hold the image or the view.
+            CacheError: the cache does not hold a teacher.
         """
         self.refresh()
-        looker = self._looker
-        row = int(looker.cache.rows([name.strip()], view)[0])
-        return [self._panel(looker, teacher, row, view, head) for teacher in teachers]
+        viewer = self._viewer
+        row = int(viewer.cache.rows([name.strip()], view)[0])
+        return [self._panel(viewer, teacher, row, view, head) for teacher in teachers]
 
     def _panel(
-        self, looker: FeatureViewer, teacher: str, row: int, view: int, head: int | None
+        self, viewer: FeatureViewer, teacher: str, row: int, view: int, head: int | None
     ) -> TokenPanel:
-        store, look = looker.cache[teacher], looker.look_at(teacher, row, view)
+        store, features = viewer.cache[teacher], viewer.show_row(teacher, row, view)
         seal = store.seals.get(row // store.layout.rows_per_shard)
         error = (seal.error.mean, seal.error.max) if seal and seal.error.num_tokens else None
-        if look.reason is not None:
-            return TokenPanel(look, 0, None, None, None, error)
+        if features.reason is not None:
+            return TokenPanel(features, 0, None, None, None, error)
         targets = store.read([row])
         attention, heads = targets.cls_attention_BHN, 0
         if attention is not None:
@@ -139,13 +138,13 @@ class Browser:
             if head is not None:
                 side = store.grid
                 chosen = attention[0, head].view(side, side).numpy()
-                look = replace(look, attention_GG=np.asarray(chosen, np.float32))
+                features = replace(features, attention_GG=np.asarray(chosen, np.float32))
         tokens_ND = torch.nn.functional.normalize(targets.standardised_BND[0], dim=-1)
         cosine_NN = tokens_ND @ tokens_ND.T
         cosine_NN.fill_diagonal_(-2)
         best = cosine_NN.topk(min(NUM_NEAREST, len(cosine_NN) - 1), dim=-1)
         return TokenPanel(
-            look,
+            features,
             heads,
             head,
             best.indices.numpy(),

@@ -1,7 +1,7 @@
-"""Is this machine fit for the work, and what is missing? `movekd doctor`.
+"""Check this machine: `movekd doctor`.
 
-Nothing comes in but the place of a cache; out go four tables: packages, devices, disk, teachers.
-Nothing is downloaded.
+Input: the storage of a cache. Output: an ``Examination`` of packages, devices, disk and teachers.
+The check downloads nothing.
 """
 
 import os
@@ -19,7 +19,7 @@ from movekd.cache.storage import Storage
 from movekd.teachers.hub import find_downloaded, published
 
 _ROW_BYTES = 600_000
-"""Of CLIP-L's 576 tokens in int8, about."""
+"""About the size of CLIP-L's 576 tokens in int8."""
 _NEVER_SHOWN = {"dev"}
 
 
@@ -28,11 +28,11 @@ class Package:
     """A package that movekd needs.
 
     Attributes:
-        name: as on PyPI.
-        version: installed, None where it is not.
-        needs: versions that movekd was made for.
-        extra: the extra that needs it, empty for the core.
-        is_fit: whether what is installed fits; a missing package of an extra is fit.
+        name: name on PyPI.
+        version: installed version; None if it is not installed.
+        needs: required versions.
+        extra: extra of movekd that needs it; empty for the core.
+        is_fit: whether the installed version fits, or a package of an extra is missing.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Device:
-    """Something to compute with."""
+    """A GPU or the CPU."""
 
     name: str
     what: str
@@ -54,13 +54,13 @@ class Device:
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """Whether a shipped teacher's weights are here.
+    """The weights of a shipped teacher on this machine.
 
     Attributes:
         teacher: name of the spec.
         model: the model in its library.
-        repo: the hub repository that has them.
-        path: the downloaded file, None where it is not here.
+        repo: hub repository of the weights.
+        path: the downloaded file; None if it is not here.
     """
 
     teacher: str
@@ -71,7 +71,7 @@ class TeacherWeights:
 
 @dataclass(frozen=True)
 class Examination:
-    """What `movekd doctor` found."""
+    """Result of `movekd doctor`."""
 
     python: str
     system: str
@@ -84,7 +84,7 @@ class Examination:
 
     @property
     def problems(self) -> list[str]:
-        """Sentences about what will not work."""
+        """One sentence for each package that does not fit."""
         return [
             f"{p.name} {p.version or 'is missing'}; movekd needs {p.needs or 'it'}: "
             f"pip install '{p.name}{p.needs}'"
@@ -94,10 +94,10 @@ class Examination:
 
 
 def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
-    """Return what this machine has; measuring the disk takes two seconds and 256 MiB, for a while.
+    """Examine this machine; measuring the disk takes 2 seconds and 256 MiB that are then deleted.
 
     Args:
-        storage: where a cache would lie.
+        storage: place of a cache.
         is_disk_measured: whether to write there.
     """
     rates = DiskRates(None, None, "not asked for")

@@ -1,7 +1,7 @@
-"""What there is to see of one view of an image: each teacher's tokens, attention and error.
+"""Collect what a cache holds of one view of an image: each teacher's tokens, attention and error.
 
-Comes in: a cache, and if given the corpus of its images and the teachers to hold it against. Goes
-out: one ``FeatureView`` a teacher, which ``sheet`` draws and ``page`` shows.
+Input: a cache; optionally the corpus of its images, and teachers to run for the error. Output: one
+``FeatureView`` per teacher, for ``contact_sheet`` and ``gradio_app``.
 
 Legend: B batch, N tokens, G grid side, D channels, H heads, S side of the square.
 """
@@ -25,7 +25,7 @@ from movekd.extract.image_loader import image_transform
 from movekd.extract.options import BuildOptions
 from movekd.extract.run_teacher import live_features
 from movekd.teachers import Teacher, load_teacher
-from movekd.view.pca import ColourBasis, basis_of
+from movekd.view.pca import PcaBasis, fit_teacher_basis
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,17 +35,17 @@ class FeatureView:
     """One teacher's features of one view of an image.
 
     Attributes:
-        teacher: its name.
-        spec: how it was built.
+        teacher: name of the teacher.
+        spec: its spec.
         grid: side G of the stored grid.
-        reason: why there are no features: not built yet, or the image could not be read. Then all
-            of the following are None, the picture aside.
-        picture_SSC: the view as the teacher saw it, uint8; None without a corpus.
-        colours_GGC: the tokens in the teacher's colour basis, 0..1.
-        attention_GG: of [CLS] over the patches, the mean of the heads; None where not stored.
-        error_GG: relative error of each decoded token against the teacher run now; None unless
-            asked for.
-        sealed_error: mean relative error of the codec, as the seals of the teacher say.
+        reason: why the features are missing (not built yet, or an unreadable image), or None. If
+            given, only ``picture_SSC`` and ``sealed_error`` can have values below.
+        picture_SSC: the input of the teacher, uint8; None without a corpus.
+        colours_GGC: the tokens in the teacher's PCA basis, 0..1.
+        attention_GG: attention of [CLS] over the patches, mean of the heads; None if not stored.
+        error_GG: relative error of each decoded token against the teacher run now; None if the
+            viewer has no spec to run.
+        sealed_error: mean relative error of the codec, from the seals of the teacher.
     """
 
     teacher: str
@@ -60,24 +60,24 @@ class FeatureView:
 
 
 class FeatureViewer:
-    """Looks at images of a cache; colour bases and teachers are kept between images.
+    """Shows images of a cache; keeps PCA bases and loaded teachers between images.
 
     Args:
         cache: the features.
-        corpus: the images that the cache was built from; without them there are no pictures.
-        teachers: whose features; all unless given.
-        exact: spec of each teacher to run for the error map, none unless given.
-        options: where those run.
-        known: bases of teachers that were fitted before, and stay.
+        corpus: the images that the cache was built from; needed for pictures.
+        teachers: names of the teachers to show. Default: all.
+        exact: spec of each teacher to run for the error map. Default: none.
+        options: how those teachers run.
+        known: bases that were fitted before.
 
     Attributes:
         cache: the features.
         corpus: the images.
-        teachers: whose features.
-        bases: the colour basis of each teacher that was looked at.
+        teachers: names of the teachers to show.
+        bases: PCA basis of each teacher that was shown.
 
     Raises:
-        CacheError: the cache holds no such teacher, or the weights are others.
+        CacheError: the cache does not hold a teacher, or was built from other weights.
     """
 
     def __init__(
@@ -87,31 +87,31 @@ class FeatureViewer:
         teachers: Sequence[str] | None = None,
         exact: Mapping[str, CacheSpec] | None = None,
         options: BuildOptions | None = None,
-        known: Mapping[str, ColourBasis] | None = None,
+        known: Mapping[str, PcaBasis] | None = None,
     ) -> None:
         self.cache, self.corpus = cache, corpus
         self.bases = dict(known or {})
         self.teachers = tuple(teachers or cache.teachers)
         for name in self.teachers:
-            cache[name]  # says which there are
+            cache[name]  # raises for an unknown name
         self._exact, self._options = exact or {}, options
         self._teacher = remember(self._load)
 
-    def look(self, key: str, view: int = 0) -> list[FeatureView]:
-        """Return what there is to see of a view of an image, a teacher each.
+    def show(self, key: str, view: int = 0) -> list[FeatureView]:
+        """Return the features of a view of an image, one item per teacher.
 
         Raises:
-            UnknownKeyError: the cache holds no such name or key, or view.
+            UnknownKeyError: the cache does not hold the name, key or view.
         """
         row = int(self.cache.rows([key], view)[0])
-        return [self.look_at(name, row, view) for name in self.teachers]
+        return [self.show_row(name, row, view) for name in self.teachers]
 
     def key_of(self, name: str) -> str:
-        """Return the key of a name or key that the cache holds."""
+        """Return the key of an image, given its name or key."""
         return _key_at(self.cache.catalog, int(self.cache.rows([name])[0]))
 
-    def look_at(self, teacher: str, row: int, view: int) -> FeatureView:
-        """Return what one teacher says in a row, which holds that view of an image."""
+    def show_row(self, teacher: str, row: int, view: int) -> FeatureView:
+        """Return one teacher's features in a row, which holds that view of an image."""
         store, key = self.cache[teacher], _key_at(self.cache.catalog, row)
         sums = store.sums
         tokens = sums.num_tokens_S.sum()
@@ -143,13 +143,13 @@ class FeatureViewer:
             sealed_error=sealed,
         )
 
-    def _basis(self, store: TeacherCache) -> ColourBasis:
+    def _basis(self, store: TeacherCache) -> PcaBasis:
         if store.teacher not in self.bases:
-            self.bases[store.teacher] = basis_of(store, self.cache.catalog)
+            self.bases[store.teacher] = fit_teacher_basis(store, self.cache.catalog)
         return self.bases[store.teacher]
 
     def _picture(self, spec: CacheSpec, key: str, view: int) -> Pixels | None:
-        """Return the square that the teacher saw, its padding too."""
+        """Return the input of the teacher, padding included."""
         if self.corpus is None:
             return None
         transform = image_transform(spec, self.cache.geometry)
@@ -157,7 +157,7 @@ class FeatureViewer:
             image = decode_image(self.corpus.read_image(self._place(key)))
             return ImageViews(transform, image).square(view).levels_HWC
         except UnreadableImageError:
-            return None  # the reason stands in the seal
+            return None  # the seal holds the reason
 
     def _place(self, key: str) -> int:
         assert self.corpus is not None

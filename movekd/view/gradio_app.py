@@ -1,7 +1,7 @@
-"""A cache and a trained student in the browser: `movekd view`.
+"""Show a cache and a trained student in the browser: `movekd view`.
 
-Gradio draws; ``browser`` answers about the cache, ``evaluate.chat`` asks the student. The browser
-sends names, keys, numbers and pixels: no path of it is ever opened.
+``browser`` reads the cache, ``evaluate.chat`` asks the student, Gradio draws. The browser sends
+names, keys, numbers and pixels; the server never opens a path from it.
 """
 
 import io
@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from movekd.corpus.conversations import Role
+from movekd.corpus.decode import decode_image
 from movekd.corpus.index import find_rows
 from movekd.errors import MovekdError
 from movekd.evaluate.chat import Answer, answer
@@ -29,8 +30,8 @@ from movekd.view.run_log import read_run
 
 _MOST_HEADS = 64
 _REFRESH_S = 30
-_DAY_S = 86_400  # how long an image that was given stays; all go at the end
-_FONT = ["system-ui", "sans-serif"]  # the machine's own: Gradio's lack letters in bold
+_DAY_S = 86_400  # lifetime of an uploaded image; all are deleted at the end
+_FONT = ["system-ui", "sans-serif"]  # Gradio's fonts lack bold letters
 
 
 def build_page(
@@ -40,8 +41,8 @@ def build_page(
 
     Args:
         browser: the cache.
-        run: output of a training, whose curves are shown.
-        student: its model, to talk to.
+        run: folder of a run; adds its curves.
+        student: its model; adds a chat.
     """
     with gr.Blocks(
         title="movekd", analytics_enabled=False, fill_width=True, delete_cache=(_DAY_S, _DAY_S)
@@ -62,18 +63,18 @@ def build_page(
             names = list(browser.cache.teachers)
             return gr.CheckboxGroup(choices=names, value=names)
 
-        page.load(reopen, None, teachers)  # a build may have begun others since
+        page.load(reopen, None, teachers)  # a build may have added some
     return page
 
 
 def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -> None:
-    """Serve the page until it is interrupted; call ``on_start`` when it can be opened.
+    """Serve the page until it is interrupted; call ``on_start`` when it is ready.
 
-    While it is this machine's alone, so are the names by which a request may ask for it: a site
-    whose name points here (DNS rebinding) gets nothing.
+    On a local address, only local host names are accepted. This stops a web site whose name points
+    to this machine (DNS rebinding).
     """
-    alone = host == "localhost" or host.startswith("127.")
-    names = [host, "127.0.0.1", "localhost"] if alone else ["*"]
+    is_local = host == "localhost" or host.startswith("127.")
+    names = [host, "127.0.0.1", "localhost"] if is_local else ["*"]
     page.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,
@@ -91,10 +92,10 @@ def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -
 
 
 def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
-    """Search, teachers, view and head on the left; the teachers one below the other on the right.
+    """Add the tab of the cache: search and choices on the left, teachers on the right.
 
     Returns:
-        Where the key of the image stands, and the choice of teachers.
+        The text box of the image's key, and the choice of teachers.
     """
     teachers = list(browser.cache.teachers)
     with gr.Tab("Cache"), gr.Row():
@@ -102,7 +103,7 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
             key = gr.Textbox(label="Key or name of an image", elem_id="key")
             with gr.Row():
                 show = gr.Button("Show", variant="primary", min_width=100)
-                draw = gr.Button("Any image", min_width=100)
+                draw = gr.Button("Random image", min_width=100)
             text = gr.Textbox(label="Search names and keys", elem_id="search")
             found = gr.Radio(label="Found", choices=[], elem_id="found")
             shown = gr.CheckboxGroup(teachers, value=teachers, label="Teachers", elem_id="teachers")
@@ -113,18 +114,20 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
         with gr.Column(scale=4):
             panels = gr.HTML(js_on_load=SCRIPT, elem_id="panels")
 
-    def look(name: str, wanted: list[str], view: float | None, head: str) -> str:
+    def show_image(name: str, wanted: list[str], view: float | None, head: str) -> str:
         if not name or not name.strip():
-            return message_html("Type the key or name of an image, search for one, or take any.")
+            return message_html(
+                "Type the key or name of an image, search for one, or take a random one."
+            )
         if not wanted:
             return message_html("Choose a teacher.")
         number = None if head == "mean" else int(head)
         ordered = [teacher for teacher in browser.cache.teachers if teacher in wanted]
         try:
-            looks = browser.panels(name, ordered, int(view or 0), number)
+            found = browser.panels(name, ordered, int(view or 0), number)
         except MovekdError as error:
             return message_html(str(error))
-        return teachers_html(looks, name)
+        return teachers_html(found, name)
 
     def draw_key() -> str:
         try:
@@ -138,18 +141,18 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
         return gr.Radio(choices=names, value=None, label=label)
 
     inputs = [key, shown, view, head]
-    show.click(look, inputs, panels)
-    key.submit(look, inputs, panels)
+    show.click(show_image, inputs, panels)
+    key.submit(show_image, inputs, panels)
     for changed in (shown, view, head):
-        changed.input(look, inputs, panels, trigger_mode="always_last")
-    draw.click(draw_key, None, key).success(look, inputs, panels)
+        changed.input(show_image, inputs, panels, trigger_mode="always_last")
+    draw.click(draw_key, None, key).success(show_image, inputs, panels)
     text.submit(search, text, found)
-    found.select(lambda name: name, found, key).then(look, inputs, panels)
+    found.select(lambda name: name, found, key).then(show_image, inputs, panels)
     return key, shown
 
 
 def _run_tab(run: Path) -> None:
-    """The curves of a run, as far as it is."""
+    """Add the tab of a run: its curves so far."""
 
     def curves() -> str:
         try:
@@ -165,17 +168,15 @@ def _run_tab(run: Path) -> None:
 
 
 def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None:
-    """A chat about the image of the cache that is shown, or about one that is given."""
+    """Add the tab of a chat about the shown image of the cache, or an uploaded one."""
     with gr.Tab("Ask"), gr.Row():
         with gr.Column(scale=3):
-            image = gr.Image(
-                label="Image; without one, that of the cache", type="numpy", height=240
-            )
-            # no button that sends the chat to a hub
+            image = gr.Image(label="Image. Default: that of the cache", type="numpy", height=240)
+            # leaves out the button that sends the chat to a hub
             chat = gr.Chatbot(label="Chat", elem_id="chat", buttons=["copy"], render_markdown=False)
             question = gr.Textbox(label="Question", elem_id="question")
             with gr.Row():
-                ask, anew = gr.Button("Ask", variant="primary"), gr.Button("Begin anew")
+                ask, anew = gr.Button("Ask", variant="primary"), gr.Button("New chat")
         with gr.Column(scale=2):
             block = gr.Slider(0, 1, step=1, value=0, label="Block", interactive=True)
             experts = gr.HTML(elem_id="experts")
@@ -194,7 +195,7 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
             return history, asked, None, message_html(str(error)), gr.skip()
         history = [
             *history,
-            {"role": "user", "content": escape(asked)},  # Gradio shows it as HTML
+            {"role": "user", "content": escape(asked)},  # Gradio renders it as HTML
             {"role": "assistant", "content": escape(said.text)},
         ]
         blocks = 0 if said.experts_LGG is None else len(said.experts_LGG)
@@ -221,12 +222,10 @@ def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: floa
 
 def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
     """Return the pixels of an image of the corpus."""
-    from movekd.corpus.decode import decode_image
-
     if browser.corpus is None:
-        raise MovekdError("The cache holds no pictures: give an image, or start with --shards.")
+        raise MovekdError("The cache holds no pictures; upload an image, or start with --shards.")
     if not name or not name.strip():
-        raise MovekdError("Show an image of the cache first, or give one.")
+        raise MovekdError("Show an image of the cache first, or upload one.")
     corpus = browser.corpus
     row = int(find_rows([name.strip()], corpus.index, corpus.names)[0])
     if row < 0:
@@ -241,7 +240,7 @@ def _png(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:
-    """Return what was said, as LLaVA writes it; the first question holds the image."""
+    """Return the turns of a chat in LLaVA's form; the first question holds the image."""
     said: list[tuple[Role, str]] = [
         ("human" if entry["role"] == "user" else "gpt", _text(entry["content"]))
         for entry in history
@@ -251,7 +250,7 @@ def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:
 
 
 def _text(content: Any) -> str:
-    """Return the text of a message as it was said: Gradio hands it back as a list of parts."""
+    """Return the text of a message; Gradio hands it back as a list of parts."""
     if isinstance(content, str):
         return unescape(content)
     return unescape("".join(part.get("text", "") for part in content if isinstance(part, dict)))

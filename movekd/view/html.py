@@ -1,6 +1,7 @@
-"""Pieces of the page as HTML: every value that goes in is escaped or a number.
+"""Build the HTML of the web page; every inserted value is escaped or a number.
 
-``browser`` and ``chat`` hand over what is shown; ``page`` puts it into Gradio's components.
+Input: ``TokenPanel`` objects of ``browser`` and answers of ``evaluate.chat``. Output: HTML for
+``gradio_app``.
 """
 
 import base64
@@ -38,7 +39,7 @@ element.addEventListener('mousemove', (event) => {
   });
 });
 """
-"""Hovering over a place marks, in every teacher, the token there and those nearest to it."""
+"""Hovering over a token marks it and its nearest tokens, for every teacher."""
 
 STYLE = """
 #found { max-height: 20rem; overflow-y: auto; }
@@ -66,19 +67,19 @@ EXPERT_COLOURS = ((230, 97, 1), (94, 60, 153), (27, 158, 119), (231, 41, 138), (
 
 
 def teachers_html(panels: Sequence[TokenPanel], title: str) -> str:
-    """Return the panels of all teachers side by side."""
+    """Return the panels of all teachers."""
     parts = [f"<div>{escape(title)}</div>"]
     parts += [_teacher(panel) for panel in panels]
     return f'<div class="movekd">{"".join(parts)}</div>'
 
 
 def message_html(text: str) -> str:
-    """Return a sentence that something is not as it should be."""
+    """Return a message about a problem."""
     return f'<div class="movekd-message" role="alert">{escape(text)}</div>'
 
 
 def experts_html(experts_GG: npt.NDArray[np.int8], num_experts: int, picture: Any) -> str:
-    """Return which expert each patch chose in one block, over the picture (uint8 RGB or None)."""
+    """Return the expert of each patch in one block, over the picture (uint8 RGB or None)."""
     colours = np.array([EXPERT_COLOURS[e % len(EXPERT_COLOURS)] for e in range(num_experts)])
     under = "" if picture is None else _image(picture)
     over = _image(colours[experts_GG].astype(np.uint8), "over")
@@ -94,36 +95,36 @@ def experts_html(experts_GG: npt.NDArray[np.int8], num_experts: int, picture: An
 
 
 def _teacher(panel: TokenPanel) -> str:
-    look = panel.look
-    spec, said = look.spec, [f"{look.grid}x{look.grid}", look.spec.codec]
+    features = panel.features
+    spec, facts = features.spec, [f"{features.grid}x{features.grid}", features.spec.codec]
     if panel.shard_error is not None:
         mean, most = panel.shard_error
-        said.append(f"codec error {mean:.2%}, at most {most:.2%}")
+        facts.append(f"codec error {mean:.2%}, at most {most:.2%}")
     random = ' <span class="warn">random weights</span>' if spec.weights == "random" else ""
-    head = f"<h3>{escape(look.teacher)} <small>{escape(', '.join(said))}</small>{random}</h3>"
-    side, panes = look.grid, []
-    if look.picture_SSC is not None:
-        panes.append(_pane(_image(look.picture_SSC), side, f"seen at {spec.image_size} pixels"))
-    if look.colours_GGC is not None:
-        colours = _image(_bytes(look.colours_GGC))
+    head = f"<h3>{escape(features.teacher)} <small>{escape(', '.join(facts))}</small>{random}</h3>"
+    side, panes = features.grid, []
+    if features.picture_SSC is not None:
+        panes.append(_pane(_image(features.picture_SSC), side, f"seen at {spec.image_size} pixels"))
+    if features.colours_GGC is not None:
+        colours = _image(_bytes(features.colours_GGC))
         panes.append(_pane(colours, side, "tokens, 3 principal components"))
-    if look.attention_GG is not None:
-        under = "" if look.picture_SSC is None else _image(look.picture_SSC)
-        most = look.attention_GG.max()
-        over = _image(_heat(look.attention_GG), "over")
+    if features.attention_GG is not None:
+        under = "" if features.picture_SSC is None else _image(features.picture_SSC)
+        most = features.attention_GG.max()
+        over = _image(_heat(features.attention_GG), "over")
         of = f"mean of {panel.heads} heads"
         if panel.head is not None:
             of = f"head {panel.head} of 0-{panel.heads - 1}"
         panes.append(_pane(under + over, side, f"[CLS] attention, {of}, largest {most:.1%}"))
-    if look.reason is not None:
-        panes.append(message_html(look.reason))
+    if features.reason is not None:
+        panes.append(message_html(features.reason))
     data = ""
     if panel.nearest_NK is not None and panel.cosine_NK is not None:
         cosine = json.dumps(panel.cosine_NK.astype(float).round(3).tolist())
         nearest = json.dumps(panel.nearest_NK.tolist())
         data = f' data-side="{side}" data-nearest="{nearest}" data-cosine="{cosine}"'
     return (
-        f'<section data-teacher="{escape(look.teacher)}"{data}>{head}'
+        f'<section data-teacher="{escape(features.teacher)}"{data}>{head}'
         f'<div class="movekd-row">{"".join(panes)}</div><div class="movekd-said"></div></section>'
     )
 
@@ -143,7 +144,7 @@ def _bytes(colours_GGC: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def _heat(values_GG: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     from matplotlib import colormaps
 
-    top = max(float(np.quantile(values_GG, 0.99)), 1e-12)  # a few tokens own most of it
+    top = max(float(np.quantile(values_GG, 0.99)), 1e-12)  # a few tokens hold most of it
     return np.asarray(colormaps["inferno"](np.clip(values_GG / top, 0, 1))[..., :3] * 255, np.uint8)
 
 

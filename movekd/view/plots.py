@@ -1,6 +1,6 @@
-"""The curves of a run as figures; ``report`` puts them into a page, ``page`` shows them.
+"""Plot the curves of a run, for ``report`` and ``gradio_app``.
 
-A run's log comes in, one matplotlib figure a heading goes out. What was not logged has no figure.
+Input: a run's log. Output: one matplotlib figure per heading, if the run logged its values.
 """
 
 import io
@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT = 5.6, 3.2
 
 
 def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
-    """Yield heading and figure of everything that the run logged."""
+    """Yield heading and figure of all values that the run logged."""
     yield "Loss", _lines(run, _LOSSES)
     kd = {name: name.removeprefix("loss_kd_") for name in run.names("loss_kd_")}
     weights = {n: n.removeprefix("teacher_weight_") for n in run.names("teacher_weight_")}
@@ -29,20 +29,20 @@ def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
         "Weight of each teacher": weights,
         "Learning rate": {"learning_rate": "learning rate"},
         "Norm of the gradient": {"grad_norm": "before clipping"},
-        "Throughput": {"samples_per_second": "samples a second, all processes"},
-        "Memory": {"memory_peak_gib": "peak, GiB a process"},
+        "Throughput": {"samples_per_second": "samples per second, all processes"},
+        "Memory": {"memory_peak_gib": "peak, GiB per process"},
     }
     for heading, names in panels.items():
         if any(run.series(name)[0] for name in names):
             yield heading, _lines(run, names, from_zero=heading in ("Throughput", "Memory"))
     if any(run.series(name)[0] for name in _COLLAPSE):
-        yield "Student's tokens: collapse would show here", _collapse(run)
+        yield "Student's tokens: falling curves mean collapse", _collapse(run)
     if shares := run.names("routing_share_"):
-        yield "Routing: share of tokens that each expert gets, a block each", _routing(run, shares)
+        yield "Routing: share of tokens per expert, in each block", _routing(run, shares)
 
 
 def to_svg(figure: Figure) -> str:
-    """Return a figure as an ``<svg>`` element; the same figure gives the same text."""
+    """Return a figure as an ``<svg>`` element, deterministically."""
     file = io.StringIO()
     with mpl.rc_context(dict(_SVG)):
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -68,7 +68,7 @@ def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) ->
 
 
 def _collapse(run: RunLog) -> Figure:
-    """Two axes: a KD loss that falls while these fall is no learning."""
+    """Plot spread and rank of the tokens; if both fall with the KD loss, the student collapses."""
     figure = Figure((_WIDTH, _HEIGHT))
     axes = figure.subplots()
     for name, at, colour in zip(_COLLAPSE, (axes, axes.twinx()), ("C0", "C1"), strict=True):
@@ -81,7 +81,7 @@ def _collapse(run: RunLog) -> Figure:
 
 
 def _routing(run: RunLog, names: Sequence[str]) -> Figure:
-    """A small panel a block, stacked shares of its experts over the steps."""
+    """Plot the stacked shares of the experts over the steps, one panel per block."""
     of_block: dict[int, dict[int, str]] = {}
     for name in names:
         found = re.fullmatch(r"routing_share_(\d+)_(\d+)", name)

@@ -1,7 +1,7 @@
-"""One HTML file about one training run: `movekd report`.
+"""Write one HTML file about one training run: `movekd report`.
 
-Comes in: a run's log and, if asked for, questions to put to its model. Goes out: one file that
-opens from disk, with no script in it and nothing fetched.
+Input: a run's log and, optionally, questions for its model. Output: one file that opens from disk,
+without scripts and without requests to the network.
 """
 
 import base64
@@ -32,15 +32,15 @@ _THUMBNAIL = 160
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """A question, what the model says, and what is right.
+    """A question, the model's answer and the right one.
 
     Attributes:
-        question: as asked.
-        answer: the model's.
-        right: the right answer, None where it is not known.
-        is_right: by exact match, None where it is not known.
-        image: a ``data:`` URL of a thumbnail, None where there is none.
-        source: which file it comes from.
+        question: the question.
+        answer: the model's answer.
+        right: the right answer; None if unknown.
+        is_right: whether they match exactly; None if unknown.
+        image: a ``data:`` URL of a thumbnail; None without an image.
+        source: file of the question.
     """
 
     question: str
@@ -52,7 +52,7 @@ class SampleAnswer:
 
 
 def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> None:
-    """Write the report of a run; what was at ``path`` is replaced once the whole is there."""
+    """Write the report of a run; it replaces the file at ``path`` atomically."""
     folder = jinja2.PackageLoader("movekd.view", "templates")
     environment = jinja2.Environment(
         loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -77,10 +77,10 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
 def ask_samples(
     trained: TrainedStudent, questions: Path, images: Path, number: int, batch_size: int = 8
 ) -> list[SampleAnswer]:
-    """Return answers to questions that lie evenly over a LLaVA-style file.
+    """Return answers to questions spread evenly over a LLaVA-style file.
 
     Raises:
-        ConfigError: the file holds no questions with answers.
+        ConfigError: the file holds no question with an answer.
         CorpusError: an image is missing.
     """
     asked, right = split_questions(load_conversations(questions))
@@ -111,7 +111,7 @@ def ask_samples(
 
 
 def stored_answers(directory: Path, number: int) -> list[SampleAnswer]:
-    """Return the first answers of each benchmark that `movekd evaluate` asked this run."""
+    """Return the first stored answers of each benchmark that `movekd evaluate` ran."""
     found = []
     for path in sorted((directory / ANSWERS_DIR).glob("*.jsonl")):
         with path.open(encoding="utf-8") as lines:
@@ -122,7 +122,7 @@ def stored_answers(directory: Path, number: int) -> list[SampleAnswer]:
                         SampleAnswer(said["prompt"], said["text"], None, None, None, path.name)
                     )
                 except (ValueError, KeyError, TypeError):
-                    continue  # a line that is being written
+                    continue  # another process is writing this line
     return found
 
 
@@ -130,7 +130,7 @@ def thumbnail(data: bytes) -> str:
     """Return an image as a ``data:`` URL of a small JPEG.
 
     Raises:
-        UnreadableImageError: it cannot be decoded.
+        UnreadableImageError: the image cannot be decoded.
     """
     image = decode_image(data)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
@@ -140,9 +140,9 @@ def thumbnail(data: bytes) -> str:
 
 
 def _facts(run: RunLog) -> list[tuple[str, str]]:
-    """Return what stands at the head of the report."""
+    """Return the labels and values at the top of the report."""
     config, last = run.config, run.steps[-1] if run.steps else {}
-    state = "ended" if run.is_ended else "not ended: this is its last checkpoint"
+    state = "finished" if run.is_ended else "not finished: state of its last checkpoint"
     student = config.get("student", {})
     facts = [
         ("state", state),
@@ -153,5 +153,5 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
     ]
     if run.is_ended:
         facts.append(("time", str(datetime.timedelta(seconds=round(run.ending["train_runtime"])))))
-        facts.append(("samples a second", f"{run.ending['train_samples_per_second']:,.1f}"))
+        facts.append(("samples per second", f"{run.ending['train_samples_per_second']:,.1f}"))
     return facts

@@ -1,6 +1,6 @@
-"""A training run as it lies on disk, running or ended: its config, its logged steps, its teachers.
+"""Read a training run from disk, finished or not: config, logged steps, teachers.
 
-Comes in: the output folder of `movekd train`. Goes out to ``report`` and ``page``.
+Input: the output folder of `movekd train`. Output: a ``RunLog``, for ``report`` and ``gradio_app``.
 """
 
 import json
@@ -19,14 +19,14 @@ Entry = Mapping[str, float]
 
 @dataclass(frozen=True)
 class RunLog:
-    """What is known of a run.
+    """The stored state of a run.
 
     Attributes:
-        directory: where it lies.
-        config: the run, resolved.
-        steps: every logged step, in order; each has ``step`` and what was logged of it.
-        ending: what the Trainer said at the end (``train_runtime``, ...); empty until then.
-        teachers: of each teacher that it distils from what `movekd cache ls --json` said.
+        directory: folder of the run.
+        config: its resolved config.
+        steps: the logged steps, in order; each has ``step`` and the logged values.
+        ending: the Trainer's final figures (``train_runtime``, ...); empty until the end.
+        teachers: output of `movekd cache ls --json` for each teacher that it distils from.
     """
 
     directory: Path
@@ -37,24 +37,24 @@ class RunLog:
 
     @property
     def is_ended(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return bool(self.ending)
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Return steps and values of what was logged under a name, where it was."""
+        """Return the steps and values that were logged under a name."""
         found = [(entry["step"], entry[name]) for entry in self.steps if name in entry]
         return [step for step, _ in found], [value for _, value in found]
 
     def names(self, prefix: str) -> list[str]:
-        """Return the logged names that begin so, sorted."""
+        """Return the logged names with a prefix, sorted."""
         return sorted({name for entry in self.steps for name in entry if name.startswith(prefix)})
 
 
 def read_run(directory: Path) -> RunLog:
-    """Return a run that ended, or as far as its last checkpoint says.
+    """Return a finished run, or an unfinished one up to its last checkpoint.
 
     Raises:
-        ConfigError: this is no run, or nothing was logged yet, or a file of it is damaged.
+        ConfigError: the folder is not a run, nothing was logged yet, or a file is damaged.
     """
     if not (directory / CONFIG_FILE).exists():
         raise ConfigError(

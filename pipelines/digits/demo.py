@@ -1,15 +1,17 @@
-"""The whole way on real handwriting: `movekd demo` runs this script.
+"""Run all of movekd on real handwriting; `movekd demo` runs this script.
 
     scenes -> pack -> plan -> cache four teachers -> train with and without them -> evaluate -> look
 
-Every step is a command of the `movekd` line, called here in one process (loading PyTorch eight
-times would take longer than the work) and printed as you would type it.
+Every step is a `movekd` command, printed as you would type it. All run in one process, because
+loading PyTorch eight times would take longer than the work.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -28,22 +30,22 @@ COLUMNS = ("where", "exists", "largest", "sum", "all")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step took."""
+    """Time and memory of a step."""
 
     name: str
     seconds: float
     peak_gib: float
-    """Highest memory of the process so far."""
+    """Peak memory of the process up to the end of this step."""
 
 
 def main() -> None:
     """Parse the command line and run every step."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="where everything goes")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the training")
-    parser.add_argument("--retrain", action="store_true", help="train the small teachers first")
-    parser.add_argument("--scenes", type=int, default=1, help="multiply the number of scenes")
-    parser.add_argument("--json", action="store_true", help="figures to standard output")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="Folder to write.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of scenes and training.")
+    parser.add_argument("--retrain", action="store_true", help="Train the small teachers first.")
+    parser.add_argument("--scenes", type=int, default=1, help="Multiply the number of scenes.")
+    parser.add_argument("--json", action="store_true", help="Print figures as JSON.")
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         figures = run(arguments.output, arguments.seed, arguments.retrain, arguments.scenes)
@@ -58,7 +60,7 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
     pipeline = retrained_pipeline(output, seed) if retrain else HERE
     source, data, cache = output / "source", output / "data", output / "cache"
     with timed("scenes", steps):
-        print(f"\n$ python {HERE.name}/scenes.py --out {source} --seed {seed}", flush=True)
+        print(f"\n$ python {HERE.name}/scenes.py --output {source} --seed {seed}", flush=True)
         scenes.write_corpus(
             source,
             num_pretrain=2560 * size,
@@ -74,7 +76,14 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
             for part in ("--llava-json", source / f"{s}.json")
         ]
         movekd(
-            "shards", "pack", *stages, "--images", source / "images", "--out", data, "--overwrite"
+            "shards",
+            "pack",
+            *stages,
+            "--images",
+            source / "images",
+            "--output",
+            data,
+            "--overwrite",
         )
     teachers = [
         part for t in TEACHERS for part in ("--teacher", pipeline / "teachers" / f"{t}.yaml")
@@ -107,13 +116,11 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
 
 
 def movekd(*arguments: Any, run_quietly: bool = False) -> str:
-    """Call one command of the `movekd` line in this process; return what it printed.
+    """Run a `movekd` command in this process; return what it printed.
 
     Raises:
         SystemExit: the command failed.
     """
-    import io
-
     from movekd.cli.main import app
     from movekd.errors import MovekdError
 
@@ -141,7 +148,7 @@ def train(
     seed: int,
     changes: list[str],
 ) -> list[dict[str, float]]:
-    """Train one stage; return what it logged."""
+    """Train a stage; return its log."""
     overrides = [
         f"data.shards={data}",
         f"data.conversations=[{source / stage}.json]",
@@ -158,7 +165,7 @@ def train(
 
 
 def evaluate(run_dir: Path, source: Path) -> dict[str, Any]:
-    """Evaluate on unseen scans; return accuracy and interval a question type."""
+    """Evaluate on unseen scans; return accuracy and interval per question type."""
     printed = movekd(
         "evaluate", run_dir, "--questions", source / "test.json", "--images", source / "images",
         "--batch-size", 128, "--max-new-tokens", 4, "--json", run_quietly=True,
@@ -167,10 +174,8 @@ def evaluate(run_dir: Path, source: Path) -> dict[str, Any]:
 
 
 def retrained_pipeline(output: Path, seed: int) -> Path:
-    """Train the small models anew; return a folder of YAML files that takes them."""
-    import shutil
-
-    import pretrain
+    """Train the small models again; return a folder of YAML files that use them."""
+    import pretrain  # loads torch and scikit-learn
 
     folder = output / "pipeline"
     for name in ("teachers", "pretrain.yaml", "finetune.yaml"):
@@ -184,7 +189,7 @@ def retrained_pipeline(output: Path, seed: int) -> Path:
 
 @contextmanager
 def timed(name: str, steps: list[Step]) -> Iterator[None]:
-    """Append what the body took to ``steps``."""
+    """Append time and memory of the body to ``steps``."""
     started = time.perf_counter()
     yield
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
@@ -192,7 +197,7 @@ def timed(name: str, steps: list[Step]) -> Iterator[None]:
 
 
 def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
-    """Print the tables, and where to look next."""
+    """Print the tables, and what to look at next."""
     from movekd.cli.output import print_table
 
     print()

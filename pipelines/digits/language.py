@@ -1,12 +1,11 @@
-"""The small language model of the embedded corpus: its tokenizer, its text, its training.
+"""Train the small language model of the embedded corpus, with its tokenizer.
 
-In: the words of ``scenes.py`` and the digit grids that stand for images. Out: a word-level
-``PreTrainedTokenizerFast`` with a short chat template, and a ``LlamaForCausalLM`` that answers
-when an image is 36 words, the digit that covers each patch or ``empty``. Used by ``pretrain.py``.
+Input: the texts of ``scenes.py``, and grids of digit words in place of images: 36 words, the digit
+that covers each patch or ``empty``. Output: a word-level ``PreTrainedTokenizerFast`` with a short
+chat template, and a ``LlamaForCausalLM``. Used by ``pretrain.py``.
 
-Before it sees an image, a language model must know what the answers mean; a real one has read
-the web, this one reads grids of digit words. Its accuracy on true grids is the most that a
-student can reach.
+A language model must know what the answers mean before it sees an image. A large one has read the
+web; this one reads grids of digit words. Its accuracy on true grids limits that of a student.
 
 Dimensions: B texts, T tokens, C cells, G grid side, Q questions, M cell masks.
 """
@@ -42,13 +41,13 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-GRID_WORDS = [*map(str, range(10)), "empty"]  # by grid label
+GRID_WORDS = [*map(str, range(10)), "empty"]  # the index is the grid label
 
 
 def build_tokenizer() -> Any:
-    """Return the tokenizer: one token a word, lower case, numbers 0 to 36 whole.
+    """Return the tokenizer: lower case, a token per word, a token per number from 0 to 36.
 
-    ``tokenizer(text)`` puts ``<s>`` in front; the chat template holds its own.
+    ``tokenizer(text)`` adds ``<s>`` in front; the chat template contains it.
     """
     vocabulary = [*SPECIAL, *WORDS, *map(str, range(37))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
@@ -100,7 +99,7 @@ def cell_masks(scenes: Scenes) -> Ints:
 def grid_text(
     digits_BC: Ints, masks_M33: Ints, rng: np.random.Generator, noise: float
 ) -> list[str]:
-    """Return 36 words a scene, row by row; a share ``noise`` of the words is replaced at random."""
+    """Return 36 words per scene, row by row; replace up to a share ``noise`` of them at random."""
     masks_BC33 = masks_M33[rng.integers(0, len(masks_M33), digits_BC.shape)]
     is_covered = (masks_BC33 > 0) & (digits_BC[..., None, None] != EMPTY)
     labels_BC33 = np.where(is_covered, digits_BC[..., None, None], 10)
@@ -120,7 +119,7 @@ def chat_text(image: str, questions: list[tuple[str, str]]) -> str:
 def training_texts(
     masks_M33: Ints, batch_size: int, rng: np.random.Generator, turns: int, noise: float
 ) -> list[str]:
-    """Return ``batch_size`` texts about fresh scenes: one in four a caption, the others chats."""
+    """Return ``batch_size`` texts about new scenes: a quarter are captions, the others chats."""
     half = batch_size // 2
     digits_BC = np.concatenate(
         [draw_digits(half, rng), draw_digits(batch_size - half, rng, "largest")]
@@ -136,7 +135,7 @@ def training_texts(
 
 
 def encode(texts: list[str], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids_BT, right-padded, and labels_BT: the caption or the answers, else -100."""
+    """Return ids_BT, right-padded, and labels_BT: caption or answers, -100 elsewhere."""
     ids_BT = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
     user, assistant = tokenizer.convert_tokens_to_ids(["USER:", "ASSISTANT:"])
     started_BT = (ids_BT == assistant).cumsum(1) - (ids_BT == assistant).long()
@@ -152,7 +151,7 @@ def encode(texts: list[str], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor
 def train_language_model(
     masks_M33: Ints, steps: int, seed: int, lr: float = 2e-3, batch_size: int = 48
 ) -> tuple[Any, Any]:
-    """Train, print the progress, and return the model and its tokenizer."""
+    """Train and print the progress; return the model and its tokenizer."""
     rng = np.random.default_rng([seed, 100])
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -181,9 +180,9 @@ def train_language_model(
 def answer_accuracy(
     model: Any, tokenizer: Any, masks_M33: Ints, num_scenes: int, seed: int
 ) -> dict[str, float]:
-    """Return the share of right first answers given true grids, by kind of question and ``all``.
+    """Return the accuracy of first answers given true grids, per question type and ``all``.
 
-    An answer is right when the model's most likely token is, at its every token.
+    An answer is right if each of its tokens is the model's most likely one.
     """
     rng = np.random.default_rng([seed, 101])
     accuracy = {}

@@ -1,17 +1,17 @@
-"""Trains the embedded corpus's four teachers and its language model: the files of ``weights/``.
+"""Train the four teachers and the language model of the embedded corpus: the files of ``weights/``.
 
-In: fresh scenes of training handwriting, with their ground truth, from ``scenes.py``. Out: one
-directory a model with float16 ``model.safetensors`` and ``config.json`` (the language model with
-its tokenizer), ``training.json`` with what each reached, and ``SHA256SUMS``. The files are
-committed, so that a demo need not train them; ``movekd demo --retrain`` calls :func:`pretrain`.
+Input: new scenes of training handwriting and their ground truth, from ``scenes.py``. Output: a
+folder per model with float16 ``model.safetensors`` and ``config.json`` (and the tokenizer of the
+language model), ``training.json`` with the accuracies, and ``SHA256SUMS``. The files are committed,
+so that the demo need not train them; ``movekd demo --retrain`` calls :func:`pretrain`.
 
-    python pipelines/digits/pretrain.py --out weights [--only NAME] [--seed 0]
+    python pipelines/digits/pretrain.py --output weights [--only NAME] [--seed 0]
 
-The teachers are of four kinds, as in the method: ``clip``, a contrastive ViT, which is also where
-the student starts; ``eva``, a ViT that names the digit of each patch; ``convnext``, a
-convolutional network that does; ``sam``, a convolutional network that finds strokes and their
-edges. Each is a stock class of transformers or timm in a small configuration; heads are thrown
-away. Times and results are those of ``weights/training.json``.
+The four teachers are of the method's four kinds: ``clip``, a contrastive ViT, from which the
+student starts; ``eva``, a ViT that names the digit of each patch; ``convnext``, a convolutional
+network that does the same; ``sam``, a convolutional network that finds strokes and their edges.
+Each is a stock class of transformers or timm in a small configuration; its head is dropped.
+``weights/training.json`` has times and accuracies.
 
 Dimensions: B scenes, C channels or cells, H and W pixels, N tokens, D width, G grid side.
 """
@@ -44,9 +44,9 @@ from scenes import (
     grid_labels,
 )
 
-MEAN, STD = 0.26, 0.165  # of the scenes' pixels, all three channels alike
+MEAN, STD = 0.26, 0.165  # of the scenes' pixels; the same in all three channels
 MODELS = ("clip", "eva", "convnext", "sam", "language_model")
-PREPROCESSOR = {  # what the image processors of transformers read
+PREPROCESSOR = {  # preprocessor_config.json of transformers
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": SIZE},
     "crop_size": {"height": SIZE, "width": SIZE},
@@ -67,7 +67,7 @@ EVA_ARGS = {
 
 
 def pixels(images_BHW: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """Return a teacher's input, float32 (B, 3, H, W), of grey images."""
+    """Return grey images as a teacher's input, float32 (B, 3, H, W)."""
     pixels_B1HW = (torch.from_numpy(images_BHW).float()[:, None] / 255 - MEAN) / STD
     return pixels_B1HW.expand(-1, 3, -1, -1)
 
@@ -75,8 +75,8 @@ def pixels(images_BHW: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 def build_clip() -> Any:
     """Return an untrained CLIP vision model, 36 patches of 8 pixels.
 
-    Initialised to leave the plateau of a small ViT on small data early: positions start as 2-D
-    sines, and weights larger than CLIP's own 0.02, which is meant for a width of 1024.
+    The initialisation shortens the plateau of a small ViT on small data: positions start as 2-D
+    sines, and weights are larger than CLIP's 0.02, which suits a width of 1024.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -140,9 +140,9 @@ def tokens(tower: Any, pixels_BCHW: Tensor) -> Tensor:
 
 
 class Contrastive(nn.Module):
-    """CLIP's loss against captions; the accuracy is that of retrieval among the batch.
+    """CLIP's loss against captions; the accuracy is that of retrieval within the batch.
 
-    The text encoder adds up an embedding for each phrase of a caption ("a 7 at the top left").
+    The text encoder sums an embedding for each phrase of a caption ("a 7 at the top left").
     """
 
     def __init__(self, width: int = 96, shared: int = 64) -> None:
@@ -166,7 +166,7 @@ class Contrastive(nn.Module):
 
 
 class PatchDigits(nn.Module):
-    """Which digit covers each token; the accuracy is that over tokens which one covers."""
+    """Classify the digit that covers each token; the accuracy is over covered tokens."""
 
     def __init__(self, side: int, width: int = 96) -> None:
         super().__init__()
@@ -183,9 +183,9 @@ class PatchDigits(nn.Module):
 
 
 class Strokes(nn.Module):
-    """Where each token's pixels lie on a stroke, and where on its edge.
+    """Classify each pixel of a token as on a stroke, and as on the edge of a stroke.
 
-    The accuracy is the mean of intersection over union for both.
+    The accuracy is the intersection over union of both maps together.
     """
 
     def __init__(self, side: int = 12, width: int = 48) -> None:
@@ -212,7 +212,7 @@ def _share(is_right: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one teacher is trained, and what its ``accuracy`` counts."""
+    """How a teacher is trained, and what its ``accuracy`` measures."""
 
     build: Callable[[], Any]
     objective: Callable[[], nn.Module]
@@ -255,7 +255,7 @@ def take(scenes: Scenes, rows: Any) -> Scenes:
 def train_teacher(
     name: str, recipe: Recipe, train: Scenes, val: Scenes, seed: int
 ) -> tuple[Any, float]:
-    """Train a teacher, print its progress, and return it with its accuracy on ``val``."""
+    """Train a teacher and print its progress; return it with its accuracy on ``val``."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 60])
     tower, objective = recipe.build().train(), recipe.objective()
@@ -284,7 +284,7 @@ def train_teacher(
 
 
 def save_teacher(tower: Any, directory: Path) -> None:
-    """Write a teacher in float16, as its own library reads it."""
+    """Write a teacher in float16, in the format of its library."""
     tower.half()
     if hasattr(tower, "save_pretrained"):
         tower.save_pretrained(directory)
@@ -302,7 +302,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def train_language(val: Scenes, seed: int, steps: int) -> tuple[Any, Any, dict[str, float]]:
-    """Train the language model, print its progress, and return it, its tokenizer, its accuracy."""
+    """Train the language model; return it with its tokenizer and accuracy."""
     rng = np.random.default_rng(seed)
     masks_M33 = cell_masks(compose(draw_digits(2048, rng), "train", rng))
     model, tokenizer = train_language_model(masks_M33, steps, seed)
@@ -317,10 +317,10 @@ def pretrain(
     steps: int | None = None,
     split_seed: int = SPLIT_SEED,
 ) -> None:
-    """Train all models, or one, and write their files and ``SHA256SUMS`` below ``out``.
+    """Train all models, or only one, and write their files and ``SHA256SUMS`` below ``out``.
 
-    ``steps`` replaces each model's own number of steps; the demo and the weights never use it.
-    Teachers see the training handwriting of ``split_seed``, the language model that of the default.
+    ``steps`` replaces the number of steps of each model; only tests use it. Teachers see the
+    training handwriting of ``split_seed``, the language model that of the default.
     """
     from transformers.utils import logging
 
@@ -357,7 +357,7 @@ def pretrain(
 
 
 def record_training(out: Path, name: str, result: dict[str, Any]) -> None:
-    """Add a model's result to ``training.json``, print it, and renew ``SHA256SUMS``."""
+    """Add a model's result to ``training.json``, print it, and update ``SHA256SUMS``."""
     path = out / "training.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[name] = result
@@ -369,15 +369,15 @@ def record_training(out: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Train what the command line asks for."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the teachers and the language model.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pretrain(args.out, args.only, args.seed)
+    pretrain(args.output, args.only, args.seed)
 
 
 if __name__ == "__main__":

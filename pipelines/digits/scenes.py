@@ -1,13 +1,13 @@
-"""Scenes of real handwriting: the embedded corpus, written as images and LLaVA JSON.
+"""Compose scenes of real handwriting, and write them as images and LLaVA JSON.
 
-In: the 1,797 scans of ``sklearn.datasets.load_digits`` (8x8), split by instance, so that no scan
-seen in training appears in a test scene. Out: 48x48 scenes of 2 to 4 digits in 2x2 cells, among
-clutter and noise; ``images/*.png``, and ``pretrain.json`` (captions), ``finetune.json`` (several
-questions an image), ``val.json`` and ``test.json`` (one question an entry, its kind under
-``question_type``). Used by ``movekd demo`` through :func:`write_corpus`, and by ``pretrain.py``,
-which trains the teachers on fresh training scenes and their ground truth.
+Input: the 1,797 scans of ``sklearn.datasets.load_digits`` (8x8), split by instance, so that no
+training scan appears in a test scene. Output: 48x48 scenes of 2 to 4 digits in 2x2 cells, with
+clutter and noise, as ``images/*.png``; ``pretrain.json`` (captions), ``finetune.json`` (several
+questions per image), ``val.json`` and ``test.json`` (one question per entry, its type under
+``question_type``). ``movekd demo`` calls :func:`write_corpus`; ``pretrain.py`` trains the teachers
+on new training scenes and their ground truth.
 
-    python pipelines/digits/scenes.py --out DIR
+    python pipelines/digits/scenes.py --output DIR
 
 Dimensions: B scenes, C the four cells (row by row), K strokes, H and W pixels, G grid side,
 S pixels of a cell's side, R a scan's side (8).
@@ -36,36 +36,36 @@ SIZE = 48  # pixels of a scene's side
 CELL = SIZE // 2  # pixels of a cell's side
 SCAN = 8  # pixels of a scan's side
 EMPTY = -1  # a cell without a digit
-NUM_CLASSES = 11  # of a grid label: the ten digits, and 10 for none
+NUM_CLASSES = 11  # grid labels: the ten digits, and 10 for no digit
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 QUESTION_TYPES = ("where", "exists", "sum", "largest")
 
-SPLIT_SEED = 0  # the default: the shipped teachers were trained on this split's training scans
+SPLIT_SEED = 0  # the shipped teachers were trained on the training scans of this split
 SHARES: dict[Split, tuple[float, float]] = {
     "train": (0.0, 0.6),
     "val": (0.6, 0.75),
     "test": (0.75, 1.0),
-}  # of each digit's scans, from one shuffle
+}  # shares of each digit's shuffled scans
 PARTS: dict[Part, tuple[int, Split, int]] = {
     "pretrain": (0, "train", 0),
     "finetune": (1, "train", 4),
     "val": (2, "val", 1),
     "test": (3, "test", 1),
-}  # number of its random stream, whose handwriting, questions a scene
+}  # number of the random stream, split of the handwriting, questions per scene
 MAX_STROKES = 5
-MIN_PATCH_INK = 0.12  # mean ink from which a patch counts as covered by its digit
+MIN_PATCH_INK = 0.12  # a patch with more mean ink counts as covered by its digit
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes and what is in them.
+    """A batch of scenes and their ground truth.
 
     Attributes:
         images_BHW: grey images, uint8.
-        digits_BC: the digit in each cell, int64, ``EMPTY`` where there is none.
-        ink_BHW: how much of a digit's stroke each pixel holds, before clutter, contrast and
+        digits_BC: the digit in each cell, int64; ``EMPTY`` without one.
+        ink_BHW: share of each pixel that a digit's stroke covers, before clutter, contrast and
             noise; float32 in 0..1.
-        scans_BC: index of each cell's scan in ``load_digits``, ``EMPTY`` where there is none.
+        scans_BC: index of each cell's scan in ``load_digits``; ``EMPTY`` without one.
     """
 
     images_BHW: NDArray[np.uint8]
@@ -90,8 +90,8 @@ def load_scans() -> tuple[Floats, Ints]:
 def split_scans(split: Split, split_seed: int = SPLIT_SEED) -> tuple[Ints, ...]:
     """Return, for each digit, the indices of the scans that ``split`` may use.
 
-    Stratified and independent of the corpus's own seed: whatever corpus is drawn, its test scans
-    were never seen by teachers of the same ``split_seed``; the shipped ones are of the default.
+    The split is stratified and does not depend on the corpus seed: teachers of the same
+    ``split_seed`` have never seen the test scans. The shipped teachers have the default.
     """
     _, labels = load_scans()
     rng = np.random.default_rng(split_seed)
@@ -106,12 +106,12 @@ def split_scans(split: Split, split_seed: int = SPLIT_SEED) -> tuple[Ints, ...]:
 def draw_digits(num_scenes: int, rng: np.random.Generator, topic: str = "any") -> Ints:
     """Return digits_BC: 2 to 4 digits in random cells of each scene.
 
-    The digits are uniform, unless ``topic`` is ``largest``: then the largest one is, because
-    among uniform digits it is a nine in more than a quarter of the scenes.
+    The digits are uniform. If ``topic`` is ``largest``, the largest digit is uniform instead:
+    with uniform digits it would be 9 in more than a quarter of the scenes.
     """
     caps_B = rng.integers(0, 10, num_scenes) if topic == "largest" else np.full(num_scenes, 9)
     digits_BC = rng.integers(0, caps_B[:, None] + 1, (num_scenes, 4))
-    rank_BC = rng.random((num_scenes, 4)).argsort(1).argsort(1)  # a random order of the cells
+    rank_BC = rng.random((num_scenes, 4)).argsort(1).argsort(1)  # random order of the cells
     if topic == "largest":
         digits_BC[rank_BC == 0] = caps_B
     num_digits_B = rng.integers(2, 5, num_scenes)
@@ -124,8 +124,8 @@ def compose(
 ) -> Scenes:
     """Return scenes that show ``digits_BC`` in the handwriting of ``split``.
 
-    Every digit has its own scan, size, place inside its cell and contrast; every scene its own
-    background, strokes of clutter and noise.
+    Scan, size, place inside the cell and contrast are drawn per digit; background, clutter strokes
+    and noise per scene.
     """
     num_scenes = len(digits_BC)
     scans, _ = load_scans()
@@ -172,7 +172,7 @@ def _place(scans_BCRR: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _interpolation(extent_BC: NDArray[Any], start_BC: NDArray[Any]) -> Floats:
-    """Return weights (B, C, 24, 8): bilinear, 8 pixels stretched to ``extent`` at ``start``."""
+    """Return bilinear weights (B, C, 24, 8) that stretch 8 pixels to ``extent`` at ``start``."""
     pixel_S = np.arange(CELL, dtype=np.float32) + 0.5
     source_BCS = (pixel_S - start_BC[..., None]) / extent_BC[..., None] * SCAN - 0.5
     distance_BCSR = np.abs(source_BCS[..., None] - np.arange(SCAN))
@@ -186,7 +186,7 @@ def _join_cells(cells_BCSS: Floats) -> Floats:
 
 
 def _background(num_scenes: int, rng: np.random.Generator) -> Floats:
-    """Return a grey level with a linear gradient for each scene, (B, H, W)."""
+    """Return a grey level with a linear gradient per scene, (B, H, W)."""
     level, slope_y, slope_x = rng.uniform(-0.5, 0.5, (3, num_scenes, 1, 1)).astype(np.float32)
     axis = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     slope_BHW = slope_y * axis[:, None] + slope_x * axis[None, :]
@@ -194,7 +194,7 @@ def _background(num_scenes: int, rng: np.random.Generator) -> Floats:
 
 
 def _clutter(num_scenes: int, rng: np.random.Generator) -> Floats:
-    """Return up to five short straight strokes a scene, (B, H, W), 0 where there is none."""
+    """Return up to five short straight strokes per scene, (B, H, W); 0 elsewhere."""
     shape = (num_scenes, MAX_STROKES, 1, 1)
     centre_y, centre_x = rng.uniform(0, SIZE, (2, *shape)).astype(np.float32)
     angle = rng.uniform(0, np.pi, shape).astype(np.float32)
@@ -209,13 +209,13 @@ def _clutter(num_scenes: int, rng: np.random.Generator) -> Floats:
 
 
 def caption(digits_C: Ints) -> str:
-    """Return what a scene shows: ``a 7 at the top left, a 3 at the bottom right.``"""
+    """Return the caption of a scene: ``a 7 at the top left, a 3 at the bottom right.``"""
     there = [f"a {d} at the {p}" for d, p in zip(digits_C, PLACES, strict=True) if d != EMPTY]
     return ", ".join(there) + "."
 
 
 def ask(question_type: str, digits_C: Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Return a question of a kind about a scene, and its answer."""
+    """Return a question of a type about a scene, and its answer."""
     present = digits_C[digits_C != EMPTY]
     if question_type == "where":
         cell = int(rng.choice(np.flatnonzero(digits_C != EMPTY)))
@@ -234,9 +234,8 @@ def draw_questions(
 ) -> tuple[Ints, list[list[Question]]]:
     """Return digits_BC, and for each scene ``turns`` questions as (type, question, answer).
 
-    The first question's type goes round the four kinds; the digits of a scene that is asked for
-    the largest are drawn for it, and only there is it asked, so that guessing by a kind's
-    commonest answer is right as rarely as can be.
+    The type of the first question cycles through the four types. ``largest`` is only asked as a
+    first question, about digits drawn for it. So a constant answer per type is rarely right.
     """
     topics = [QUESTION_TYPES[i % 4] for i in range(num_scenes)]
     plain_BC = draw_digits(num_scenes, rng)
@@ -254,7 +253,7 @@ def draw_questions(
 
 
 def majority_accuracy(entries: list[dict[str, Any]]) -> float:
-    """Return the accuracy of answering each kind of question with its commonest answer."""
+    """Return the accuracy of answering each question type with its most frequent answer."""
     answers: dict[str, list[str]] = {}
     for entry in entries:
         answers.setdefault(entry["question_type"], []).append(entry["conversations"][1]["value"])
@@ -267,8 +266,8 @@ def draw_part(
 ) -> Iterator[tuple[Scenes, list[list[Question]]]]:
     """Yield a part of the corpus, up to 256 scenes at a time, with the questions of each scene.
 
-    The same arguments yield the same scenes: ground truth of a written corpus is drawn again
-    rather than stored.
+    The same arguments yield the same scenes, so the ground truth of a written corpus is drawn again
+    instead of stored.
     """
     number, split, turns = PARTS[name]
     rng = np.random.default_rng([seed, number])
@@ -276,7 +275,7 @@ def draw_part(
         digits_BC, questions = draw_questions(num_scenes, rng, turns)
     else:
         digits_BC, questions = draw_digits(num_scenes, rng), [[]] * num_scenes
-    for first in range(0, num_scenes, 256):  # bounds memory
+    for first in range(0, num_scenes, 256):  # limits memory
         rows = slice(first, first + 256)
         yield compose(digits_BC[rows], split, rng, split_seed), questions[rows]
 
@@ -292,12 +291,12 @@ def write_corpus(
 ) -> dict[str, float]:
     """Write the corpus below ``out`` and return its figures.
 
-    The image paths in the JSON files are relative to ``out/images``. The same arguments write the
-    same bytes. A part of no scenes has no file.
+    Image paths in the JSON files are relative to ``out/images``. The same arguments write the same
+    bytes. A part without scenes has no file.
 
     Returns:
-        The number of scenes of each file, and ``majority_val`` and ``majority_test``, the
-        accuracy of guessing the commonest answer to each kind of question.
+        The number of scenes of each file; ``majority_val`` and ``majority_test``: the accuracy of
+        the most frequent answer per question type.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     figures: dict[str, float] = {}
@@ -330,7 +329,7 @@ def write_corpus(
 def _entry(
     image: str, digits_C: Ints, questions: list[Question], is_single: bool
 ) -> dict[str, Any]:
-    """Return one LLaVA entry: a caption, or the turns of a conversation."""
+    """Return a LLaVA entry: a caption, or the turns of a conversation."""
     turns = [(q, a) for _, q, a in questions] or [("", caption(digits_C))]
     conversations = []
     for i, (question, answer) in enumerate(turns):
@@ -341,9 +340,9 @@ def _entry(
 
 
 def main() -> None:
-    """Write the corpus that the command line asks for, and print its figures."""
+    """Parse the command line, write the corpus, print its figures."""
     parser = argparse.ArgumentParser(description="Write the scenes of the embedded corpus.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train-pretrain", type=int, default=4096)
     parser.add_argument("--train-finetune", type=int, default=2048)
     parser.add_argument("--val", type=int, default=512)
@@ -351,7 +350,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     figures = write_corpus(
-        args.out, args.train_pretrain, args.train_finetune, args.val, args.test, args.seed
+        args.output, args.train_pretrain, args.train_finetune, args.val, args.test, args.seed
     )
     for name, value in figures.items():
         print(f"{name:14s} {value:.3f}" if name.startswith("majority") else f"{name:14s} {value}")

@@ -10,7 +10,7 @@ from movekd.analysis.resolve_spec import spec_to_run
 from movekd.analysis.verify_features import verify_features
 from movekd.cache.reader import open_cache
 from movekd.cache.spec import CacheSpec, load_spec
-from movekd.cli.cache_report import recompute_problems
+from movekd.cli.cache_verify import recompute_problems
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
 from movekd.extract.options import BuildOptions

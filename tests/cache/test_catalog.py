@@ -73,7 +73,9 @@ def test_an_interrupted_append_is_finished_or_undone(tmp_path, corpora, snapshot
 def test_another_geometry_or_corpus_is_refused(tmp_path, corpora, snapshot) -> None:
     update_catalog(open_storage(tmp_path), corpora["ab"], "crop")
     before = snapshot(tmp_path)
-    with pytest.raises(CacheError, match=r"geometry 'crop', the build asks for 'pad'.*--geometry"):
+    with pytest.raises(
+        CacheError, match=r"geometry 'crop', the build asks for 'pad'.*--resize-mode"
+    ):
         update_catalog(open_storage(tmp_path), corpora["ab"], "pad")
     for name in ("other", "a"):
         with pytest.raises(CacheError, match=r"13 images of another corpus .*\(10 images\)"):
@@ -181,7 +183,7 @@ def test_other_views_are_refused(tmp_path, view_corpora, snapshot, held, asked) 
     corpus = open_corpus(view_corpora[0])
     update_catalog(open_storage(tmp_path), corpus, "stretch", held)
     before = snapshot(tmp_path)
-    with pytest.raises(CacheError, match=f"views '{held}', .* '{asked}'.*--views {held}, or ano"):
+    with pytest.raises(CacheError, match=f"views '{held}', .* '{asked}'.*--tiles {held}, or ano"):
         update_catalog(open_storage(tmp_path), corpus, "crop", asked)
     assert snapshot(tmp_path) == before
     update_catalog(open_storage(tmp_path), corpus, "stretch", held)

@@ -182,7 +182,7 @@ def test_damaged_seals_say_what_to_do(copy) -> None:
         (copy / "clip.seals" / name).write_bytes(b"?")
         problems = [p for p in verify(copy) if f"{name} is damaged" in p]
         assert problems
-        assert all("again" in p or "--replace" in p for p in problems), problems
+        assert all("again" in p or "--overwrite" in p for p in problems), problems
         (copy / "clip.seals" / name).write_bytes(whole)
 
 

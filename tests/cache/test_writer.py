@@ -118,6 +118,7 @@ def test_a_calibration_of_another_version_is_a_sentence(tmp_path) -> None:
     assert read_calibration(storage, "clip") is None
     write_sealed(storage, layout.calibration_name("clip"), {"colour": 1})
     with pytest.raises(
-        CacheError, match=r"unknown key 'colour'.*another version of movekd.*--replace the teacher"
+        CacheError,
+        match=r"unknown key 'colour'.*another version of movekd.*--overwrite the teacher",
     ):
         read_calibration(storage, "clip")

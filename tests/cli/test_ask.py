@@ -56,11 +56,11 @@ def folder(tmp_path_factory):
             "data": {"geometry": "crop"},
         }
         (model / "config.yaml").write_text(json.dumps(keys))
-    run("export", folder / "chat_template", "--format", "hf", "--out", folder / "hf")
-    run("export", folder / "v1", "--format", "hf", "--out", folder / "hf_v1")
-    run("export", folder / "v1", "--format", "official", "--out", folder / "official")
+    run("export", folder / "chat_template", "--format", "hf", "--output", folder / "hf")
+    run("export", folder / "v1", "--format", "hf", "--output", folder / "hf_v1")
+    run("export", folder / "v1", "--format", "official", "--output", folder / "official")
     tower = ("--vision-tower", WEIGHTS / "clip")
-    run("import", folder / "official", *tower, "--out", folder / "imported")
+    run("import", folder / "official", *tower, "--output", folder / "imported")
     return folder
 
 
@@ -90,14 +90,14 @@ def test_a_chat_keeps_image_and_turns(folder):
 
 def test_what_cannot_be_asked_is_a_sentence(folder):
     image = folder / "images/test_00000.png"
-    with pytest.raises(ConfigError, match="there is no question"):
+    with pytest.raises(ConfigError, match="the question is missing"):
         run("ask", folder / "hf", image)
-    with pytest.raises(ConfigError, match="knows an image and its caption"):
+    with pytest.raises(ConfigError, match="holds only an image and its"):
         run("ask", folder / "plain", image, "--chat", stdin="a\n")
     with pytest.raises(ConfigError, match=r"tokens; the language model holds 256"):
         run("ask", folder / "hf", image, "Is there a 3? " * 200)
-    with pytest.raises(ConfigError, match=r"'hff' is unknown.*Did you mean 'hf'"):
-        run("export", folder / "hf", "--format", "hff", "--out", folder / "x")
+    with pytest.raises(ConfigError, match=r"--format is 'hff'.*Did you mean 'hf'"):
+        run("export", folder / "hf", "--format", "hff", "--output", folder / "x")
 
 
 def test_tiles_of_a_llava_next_are_counted(tmp_path):
@@ -135,12 +135,12 @@ def test_tiles_of_a_llava_next_are_counted(tmp_path):
 
 
 def test_json_of_export_and_import(folder, tmp_path):
-    words = ["export", folder / "v1", "--format", "official", "--out", tmp_path / "o", "--json"]
+    words = ["export", folder / "v1", "--format", "official", "--output", tmp_path / "o", "--json"]
     said = json.loads(run(*words))
     assert {"config.json", "model.safetensors", "README.md"} <= set(said["files"])
     assert said["random"] == []
     tower = ("--vision-tower", WEIGHTS / "clip")
-    said = json.loads(run("import", tmp_path / "o", *tower, "--out", tmp_path / "i", "--json"))
+    said = json.loads(run("import", tmp_path / "o", *tower, "--output", tmp_path / "i", "--json"))
     assert (said["stage"], said["dtype"], said["adapters"]) == (2, "float32", [])
 
 
@@ -148,11 +148,11 @@ def test_neither_command_deletes_what_it_reads(folder, snapshot):
     before = snapshot(folder)
     run_, official = folder / "v1", folder / "official"
     for words in (
-        ["export", run_, "--format", "encoder", "--out", run_],
-        ["export", run_, "--format", "encoder", "--out", run_ / "encoder"],
-        ["export", run_ / "model", "--format", "encoder", "--out", run_],
-        ["import", official, "--out", official],
-        ["import", official, "--tokenizer", folder / "hf", "--out", folder / "hf"],
+        ["export", run_, "--format", "encoder", "--output", run_],
+        ["export", run_, "--format", "encoder", "--output", run_ / "encoder"],
+        ["export", run_ / "model", "--format", "encoder", "--output", run_],
+        ["import", official, "--output", official],
+        ["import", official, "--tokenizer", folder / "hf", "--output", folder / "hf"],
     ):
         with pytest.raises(ConfigError, match="which is read"):
             run(*words, "--overwrite")
@@ -160,7 +160,7 @@ def test_neither_command_deletes_what_it_reads(folder, snapshot):
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2(folder, tmp_path):
-    words = ["-m", "movekd", "import", folder / "images", "--out", tmp_path / "x"]
+    words = ["-m", "movekd", "import", folder / "images", "--output", tmp_path / "x"]
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         capture_output=True,

@@ -8,18 +8,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache import app
 from movekd.cli.main import main
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError, MovekdError
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture
@@ -81,18 +78,18 @@ def test_skipped_images_are_listed_and_exit_with_one(tmp_path, teachers, corpus_
     assert result.exit_code == 1
     assert f"clip: skipped {image['key']}: " in result.stderr
     assert "more than 0.10% of the images were skipped" in result.stderr
-    assert run(*command, "--max-skipped", 0.5).exit_code == 0
+    assert run(*command, "--max-skipped-fraction", 0.5).exit_code == 0
 
 
 def test_flags_change_the_specs(tmp_path, teachers, corpus_dir) -> None:
     cache = tmp_path / "cache"
     command = ("build", *teachers[:2], "--shards", corpus_dir, "--cache", cache)
-    command += ("--num-workers", 0, "--geometry", "pad", "--codec", "float16", "--grid", 2)
+    command += ("--num-workers", 0, "--resize-mode", "pad", "--codec", "float16", "--grid", 2)
     (summary,) = json.loads(run(*command, "--calibration-images", 4, "--json").stdout)
     assert (summary["status"]["codec"], summary["status"]["grid"]) == ("float16", 2)
     with pytest.raises(CacheError, match="calibration_images is 4 in the cache, 12 asked for"):
         run(*command)
-    replaced = run(*command, "--replace")
+    replaced = run(*command, "--overwrite")
     assert replaced.exit_code == 0
     assert "deleting" in replaced.stderr
 
@@ -102,11 +99,11 @@ def test_replace_deletes_nothing_before_everything_is_checked(
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(cache_dir, cache)
-    command = ("build", *teachers[:2], "--cache", cache, "--num-workers", 0, "--replace")
+    command = ("build", *teachers[:2], "--cache", cache, "--num-workers", 0, "--overwrite")
     for wrong in (
         ("--shards", corpus_dir, "--weights", tmp_path / "none.safetensors"),
         ("--shards", tmp_path / "none"),
-        ("--shards", corpus_dir, "--geometry", "pad"),
+        ("--shards", corpus_dir, "--resize-mode", "pad"),
     ):
         result = CliRunner().invoke(app, [str(word) for word in (*command, *wrong)])
         assert isinstance(result.exception, MovekdError)
@@ -122,7 +119,7 @@ def test_the_revised_recipe_pools_to_the_students_grid(
     command += ("--num-workers", 0, "--recipe", "revised", "--json")
     (summary,) = json.loads(run(*command).stdout)
     assert summary["status"]["grid"] == 3
-    command = (*command, "--replace", "--grid", "native")
+    command = (*command, "--overwrite", "--grid", "native")
     (summary,) = json.loads(run(*command).stdout)
     assert summary["status"]["grid"] == 4
 
@@ -142,12 +139,12 @@ def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--geometry", "croop"], r"--geometry is 'croop'.*Did you mean 'crop'\?"),
+        (["--resize-mode", "croop"], r"--resize-mode is 'croop'.*Did you mean 'crop'\?"),
         (["--dtype", "int3"], "--dtype is 'int3'; expected auto"),
-        (["--grid", "²"], "--grid is '²'; expected `native` or a number"),
+        (["--grid", "²"], "--grid is '²'; expected native, student or a number"),
         (["--device", "banana"], "--device banana cannot be used: "),
         (["--device", "meta"], "--device meta cannot be used: "),
-        (["--grid", "wide"], "--grid is 'wide'; expected `native` or a number"),
+        (["--grid", "wide"], "--grid is 'wide'; expected native, student or a number"),
         (["--codec", "int4"], "codec: "),
         (["--recipe", "own"], "--recipe is 'own'; expected official or revised"),
         (["--compressor", "lz"], "compressor: "),
@@ -223,26 +220,26 @@ def test_anyres_caches_are_stretched_unless_told_otherwise(
 ) -> None:
     data, cache = view_corpora[0], tmp_path / "cache"
     command = ("build", *teachers[:2], "--shards", data, "--num-workers", 0, "--device", "cpu")
-    (summary,) = json.loads(run(*command, "--cache", cache, "--views", "anyres", "--json").stdout)
+    (summary,) = json.loads(run(*command, "--cache", cache, "--tiles", "anyres", "--json").stdout)
     assert (summary["images_built"], summary["status"]["rows"]) == (27, 27)
     listed = json.loads(run("ls", cache, "--json").stdout)
     found = {key: listed[key] for key in ("geometry", "views", "images", "rows")}
     assert found == {"geometry": "stretch", "views": "anyres", "images": 7, "rows": 27}
     shown = run("ls", cache).stdout
     assert "7 images, geometry stretch, views anyres: 27 rows" in shown
-    with pytest.raises(CacheError, match=r"views 'anyres', the build asks for 'base'.*--views any"):
+    with pytest.raises(CacheError, match=r"views 'anyres', the build asks for 'base'.*--tiles any"):
         run(*command, "--cache", cache)
     with pytest.raises(CacheError, match=r"geometry 'stretch', the build asks for 'pad'"):
-        run(*command, "--cache", cache, "--views", "anyres", "--geometry", "pad")
-    run(*command, "--cache", tmp_path / "pad", "--views", "anyres", "--geometry", "pad")
+        run(*command, "--cache", cache, "--tiles", "anyres", "--resize-mode", "pad")
+    run(*command, "--cache", tmp_path / "pad", "--tiles", "anyres", "--resize-mode", "pad")
     assert json.loads(run("ls", tmp_path / "pad", "--json").stdout)["geometry"] == "pad"
-    with pytest.raises(ConfigError, match=r"--views is 'anyers'.*Did you mean 'anyres'\?"):
-        run(*command, "--cache", cache, "--views", "anyers")
+    with pytest.raises(ConfigError, match=r"--tiles is 'anyers'.*Did you mean 'anyres'\?"):
+        run(*command, "--cache", cache, "--tiles", "anyers")
 
 
 def test_a_plan_of_an_anyres_cache_counts_its_rows(tmp_path, teachers, view_corpora) -> None:
     command = ("plan", *teachers[:2], "--shards", view_corpora[0], "--cache", tmp_path)
-    command += ("--views", "anyres", "--assume-rate", 10, "--no-measure-disk")
+    command += ("--tiles", "anyres", "--assume-rate", 10, "--no-measure-disk")
     assert "7 images, 27 rows" in run(*command).stdout.replace("\n", " ")
     planned = json.loads(run(*command, "--num-images", 14, "--json").stdout)
     assert planned["num_rows"] == 54

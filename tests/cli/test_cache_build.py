@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache import app
 from movekd.errors import ConfigError
 
@@ -17,13 +17,7 @@ def run(tmp_path, corpus_dir, tiny_specs):
     command = ["build", "--teacher", str(tmp_path / "clip.yaml"), "--shards", str(corpus_dir)]
     command += ["--cache", str(tmp_path / "cache"), "--batch-size", "5", "--json"]
 
-    def invoke(*more):
-        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=True)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
+    return lambda *more: invoke(app, *command, *more)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +30,7 @@ def run(tmp_path, corpus_dir, tiny_specs):
         (["--engine", "ray", "--partition", "0/2"], r"leave one of the two out"),
         (["--engine", "ray", "--address", "there"], r"--address is 'there'; expected auto, local"),
         (["--partition", "2/2"], r"the 2 parts are numbered 0 to 1"),
-        (["--partition", "0/2", "--replace"], r"--replace deletes them all"),
+        (["--partition", "0/2", "--overwrite"], r"--overwrite deletes them all"),
     ],
 )
 def test_what_contradicts_itself_is_a_sentence(run, tmp_path, options, sentence) -> None:

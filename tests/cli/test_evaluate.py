@@ -92,10 +92,11 @@ def test_interrupted_or_in_parts_the_answers_are_those_of_one_run(model, files, 
     again = evaluate(model, "vqav2", files["vqav2"], "--answers", torn)
     assert again["asked"] == 1
     assert torn.read_bytes() == whole.read_bytes()
-    for number in (1, 2, 3):
-        part = evaluate(model, "vqav2", files["vqav2"], "--answers", parts, "--part", f"{number}/3")
+    for number in (0, 1, 2):
+        words = ("--part", "3/3") if number == 2 else ("--partition", f"{number}/3")
+        part = evaluate(model, "vqav2", files["vqav2"], "--answers", parts, *words)
         assert part["figure"] is None
-        assert part["asked"] == (2 if number == 1 else 1)
+        assert part["asked"] == (2 if number == 0 else 1)
     assert not parts.exists()
     together = evaluate(model, "vqav2", files["vqav2"], "--answers", parts)
     assert together["asked"] == 0
@@ -103,25 +104,25 @@ def test_interrupted_or_in_parts_the_answers_are_those_of_one_run(model, files, 
     assert sorted(parts.read_text().splitlines()) == sorted(whole.read_text().splitlines())
 
 
-def test_a_split_without_answers_is_uploaded(model, files, tmp_path):
+def test_a_split_without_answers_is_submitted(model, files, tmp_path):
     options = {key: value for key, value in files["vqav2"].items() if key != "annotations"}
     split = Path(options["questions"]).with_name("llava_vqav2_mscoco_test2015.jsonl")
     given = [word for key, value in options.items() for word in (f"--{key}", value)]
     words = ["evaluate", model, "--benchmark", "vqav2", *given, *SHORT]
-    upload = tmp_path / "up.json"
-    printed = run(*words, "--upload", upload, "--upload-split", split)
+    submission = tmp_path / "up.json"
+    printed = run(*words, "--submission", submission, "--submission-split", split)
     answers = model / "answers" / "llava_vqav2_mscoco_test-dev2015.jsonl"
     assert f"4 answers in {answers}" in printed
     assert "not scored; give --annotations: v2_mscoco_val2014_annotations.json" in printed
-    entries = json.loads(upload.read_text())
+    entries = json.loads(submission.read_text())
     assert [entry["question_id"] for entry in entries] == [0, 1, 2, 3, 9]
     assert entries[-1]["answer"] == ""
     rows = Path(files["mmbench"]["questions"]).read_text().splitlines()
     test_split = tmp_path / "test.tsv"
     test_split.write_text("".join(row.replace("\tA\tlogic", "\t\tlogic") + "\n" for row in rows))
-    words = ["--questions", test_split, "--upload", tmp_path / "up.xlsx", *SHORT]
+    words = ["--questions", test_split, "--submission", tmp_path / "up.xlsx", *SHORT]
     printed = run("evaluate", model, "--benchmark", "mmbench", *words)
-    assert "not scored; the question file has no answers: --upload is for the server" in printed
+    assert "not scored; the question file has no answers: --submission is for the server" in printed
     assert (tmp_path / "up.xlsx").read_bytes()[:2] == b"PK"
 
 
@@ -136,21 +137,27 @@ def test_what_cannot_be_evaluated_is_a_sentence(model, files, tmp_path):
     questions = files["pope"]["questions"]
     with pytest.raises(ConfigError, match=r"'popee'; expected one of pope, .*Did you mean 'pope'"):
         evaluate(model, "popee", {"questions": questions})
-    with pytest.raises(ConfigError, match="pope has no server to upload to; --upload is for gqa"):
-        evaluate(model, "pope", files["pope"], "--upload", tmp_path / "u.json")
-    with pytest.raises(ConfigError, match="--upload needs every answer and --part gives some"):
-        evaluate(model, "gqa", files["gqa"], "--upload", tmp_path / "u.json", "--part", "1/2")
-    with pytest.raises(ConfigError, match="--upload-split goes with --benchmark vqav2"):
-        evaluate(model, "gqa", files["gqa"], "--upload-split", tmp_path / "u.json")
+    with pytest.raises(ConfigError, match="pope has no server; --submission is for gqa"):
+        evaluate(model, "pope", files["pope"], "--submission", tmp_path / "u.json")
+    with pytest.raises(
+        ConfigError, match="--submission needs every answer and --partition gives some"
+    ):
+        evaluate(
+            model, "gqa", files["gqa"], "--submission", tmp_path / "u.json", "--partition", "1/2"
+        )
+    with pytest.raises(ConfigError, match="--part is the old form of --partition"):
+        evaluate(model, "gqa", files["gqa"], "--part", "1/2", "--partition", "0/2")
+    with pytest.raises(ConfigError, match="--submission-split goes with --benchmark vqav2"):
+        evaluate(model, "gqa", files["gqa"], "--submission-split", tmp_path / "u.json")
     with pytest.raises(ConfigError, match=r"none does not exist; expected the folder of coco_pope"):
         evaluate(model, "pope", files["pope"] | {"annotations": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match=r"question 0 has the image 'a\.jpg'; give the folder"):
+    with pytest.raises(ConfigError, match=r"question 0 has the image 'a\.jpg'; give its folder"):
         evaluate(model, "pope", {"questions": questions}, "--answers", tmp_path / "a.jsonl")
     wrong = {"questions": questions, "images": str(tmp_path)}
     with pytest.raises(CorpusError, match=r"image 'a\.jpg' cannot be read"):
         evaluate(model, "pope", wrong, "--answers", tmp_path / "a.jsonl")
-    with pytest.raises(ConfigError, match="--part goes with --benchmark, which is not given"):
-        run("evaluate", model, "--questions", questions, "--part", "1/2")
+    with pytest.raises(ConfigError, match="--partition goes with --benchmark, which is not given"):
+        run("evaluate", model, "--questions", questions, "--partition", "1/2")
     with pytest.raises(ConfigError, match="--images is missing"):
         run("evaluate", model, "--questions", questions)
 

@@ -6,8 +6,8 @@ import socket
 import pytest
 import typer
 import yaml
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.cache_show import show
 from movekd.cli.doctor import doctor
 from movekd.cli.report import report
@@ -20,12 +20,8 @@ for command in (show, report, doctor, view):
     app.command()(command)
 
 
-def run(*arguments):
-    """Run a command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 def test_show_writes_a_sheet_an_image(tmp_path, cache_dir, corpus_dir):

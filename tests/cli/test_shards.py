@@ -7,18 +7,14 @@ import sys
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
+from command import invoke
 from movekd.cli.shards import app
 from movekd.errors import ConfigError, CorpusError
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def source(tmp_path):
 
 def pack(source, *more):
     files = ("--llava-json", source / "one.json", "--llava-json", source / "two.json")
-    return run("pack", *files, "--images", source / "images", "--out", source / "data", *more)
+    return run("pack", *files, "--images", source / "images", "--output", source / "data", *more)
 
 
 def test_pack_then_ls(source):
@@ -78,7 +74,7 @@ def test_whatever_is_dropped_is_listed_and_gives_exit_code_1(source):
 
 
 def test_a_folder_and_a_webdataset(source):
-    result = run("pack", "--images", source / "images", "--out", source / "folder", "--json")
+    result = run("pack", "--images", source / "images", "--output", source / "folder", "--json")
     assert json.loads(result.stdout)["num_images"] == 5
     wds = source / "wds"
     wds.mkdir()
@@ -94,7 +90,7 @@ def test_what_cannot_be_is_said(source):
         ["--llava-json", source / "one.json"],
         ["--images", source, "--webdataset", source],
         ["--webdataset", source, "--llava-json", source / "one.json"],
-        ["--webdataset", source, "--out", source / "data"],
+        ["--webdataset", source, "--output", source / "data"],
     ):
         with pytest.raises(ConfigError, match=r"needs one source; expected --images DIR"):
             run("pack", *arguments)
@@ -102,8 +98,8 @@ def test_what_cannot_be_is_said(source):
         run("ls", source)
     pack(source)
     with pytest.raises(CorpusError, match="holds another corpus"):
-        run("pack", "--images", source / "images", "--out", source / "data")
-    result = run("pack", "--images", source / "images", "--out", source / "data", "--overwrite")
+        run("pack", "--images", source / "images", "--output", source / "data")
+    result = run("pack", "--images", source / "images", "--output", source / "data", "--overwrite")
     assert result.exit_code == 0
 
 
@@ -125,5 +121,5 @@ def test_packing_loads_no_torch(source):
         "app(sys.argv[1:], standalone_mode=False);"
         "sys.exit('torch' in sys.modules)"
     )
-    arguments = ["pack", "--images", str(source / "images"), "--out", str(source / "data")]
+    arguments = ["pack", "--images", str(source / "images"), "--output", str(source / "data")]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)

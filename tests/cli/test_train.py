@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     scenes.write_corpus(folder, num_pretrain=8, num_finetune=8, num_val=1, num_test=6)
     files = [w for s in ("pretrain", "finetune") for w in ("--llava-json", folder / f"{s}.json")]
-    run("shards", "pack", *files, "--images", folder / "images", "--out", folder / "data")
+    run("shards", "pack", *files, "--images", folder / "images", "--output", folder / "data")
     teachers = [
         word
         for name in ("clip", "convnext")
@@ -95,7 +95,7 @@ def test_ask_answers_about_an_image(trained):
     words = ["ask", trained / "finetune", image, "What is the sum?", "--max-new-tokens", 3]
     assert run(*words).strip()
     assert run(*words) == run(*words)
-    with pytest.raises(ConfigError, match=r"none\.png is no file"):
+    with pytest.raises(ConfigError, match=r"none\.png is not a file"):
         run("ask", trained / "finetune", trained / "none.png", "What?")
 
 

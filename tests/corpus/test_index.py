@@ -13,14 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movekd.corpus.index import (
-    INDEX_SCHEMA,
-    NAMES_SCHEMA,
-    Corpus,
-    open_corpus,
-    write_table,
-)
-from movekd.corpus.parquet_table import ParquetTable
+from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus, open_corpus
+from movekd.corpus.parquet_table import ParquetTable, write_parquet
 from movekd.errors import CorpusError, UnknownKeyError
 
 CONTENTS = [bytes([n]) * (10 + n) for n in range(20)]
@@ -40,6 +34,10 @@ def tables(num_rows=20):
     index = pa.table([pa.array(c, f.type) for f, c in columns], schema=INDEX_SCHEMA)
     columns = zip(NAMES_SCHEMA, zip(*names, strict=True), strict=True)
     return index, pa.table([pa.array(c, f.type) for f, c in columns], schema=NAMES_SCHEMA)
+
+
+def write_table(path, table):
+    write_parquet(path, [table], table.schema)
 
 
 def corpus_of(data_dir, index, names, **how):

@@ -1,4 +1,4 @@
-"""Tests of movekd.corpus.parquet_table: it says what the same table in memory says."""
+"""Tests of movekd.corpus.parquet_table against the same table in memory."""
 
 import itertools
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Tests of movekd.corpus.tar."""
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -21,7 +22,7 @@ def test_members_lie_where_the_writer_says(tmp_path_factory, sizes, max_bytes):
     folder = tmp_path_factory.mktemp("tars")
     contents = [hashlib.sha256(bytes([n])).digest() * 100 for n in range(len(sizes))]
     contents = [data[:size] for data, size in zip(contents, sizes, strict=True)]
-    with ShardWriter(folder, max_bytes) as writer:
+    with contextlib.closing(ShardWriter(folder, max_bytes)) as writer:
         places = [writer.add(f"{n}.jpg", data) for n, data in enumerate(contents)]
     for data, (shard, offset) in zip(contents, places, strict=True):
         assert (folder / shard).read_bytes()[offset : offset + len(data)] == data
@@ -34,6 +35,16 @@ def test_members_lie_where_the_writer_says(tmp_path_factory, sizes, max_bytes):
         assert [member.name for member in read] == names
         members += [(path.name, member.offset) for member in read]
     assert members == places
+
+
+def test_a_full_disk_is_an_error_once(tmp_path):
+    """The corpus builder closes its writer again when it cleans up."""
+    (tmp_path / "shard-00000.tar").symlink_to("/dev/full")
+    writer = ShardWriter(tmp_path, 2**20)
+    writer.add("a.jpg", b"1")
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    writer.close()
 
 
 def make_tar(path, num_members=3):
@@ -70,7 +81,9 @@ def test_damage_is_told_after_the_whole_members(tmp_path):
         members = read_members(path)
         for _ in range(num_members):
             next(members)
-        with pytest.raises(CorpusError, match=r"damaged.tar is not a whole.*Copy it again"):
+        with pytest.raises(
+            CorpusError, match=r"damaged.tar is damaged or compressed.*Copy it again"
+        ):
             next(members)
 
 

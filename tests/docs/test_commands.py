@@ -1,4 +1,4 @@
-"""Every `movekd ...` in the documents is a command that exists, with options that it has."""
+"""Every `movekd` command in the documents exists and has the options that it is given."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ TREE = dict(commands())
 GLOBAL = {"-h", "--help", "-q", "--quiet", "-v", "--verbose", "--debug"}
 """Options that may stand anywhere."""
 BEFORE = {"-m", "do", "then", "$", "time", "exec", ";", "&&", "||", "|", "("}
-"""What a shell's line may hold right before a command."""
+"""Words of a shell line that may stand right before a command."""
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")
 
@@ -32,10 +32,10 @@ def test_every_command_exists_with_its_options() -> None:
 
 
 def test_they_are_found() -> None:
-    """What is looked at is nearly all that a search for the word would find."""
+    """The search finds over a hundred calls, and each command at least once."""
     found = [words for path in FILES for words in invocations(read(path))]
     assert len(found) > 100
-    named = {command_of(words) for words in found} | {"movekd shards ls"}  # there, as `ls` alone
+    named = {command_of(words) for words in found} | {"movekd shards ls"}  # the docs call it `ls`
     assert named >= {path for path in TREE if not hasattr(TREE[path], "commands")}
 
 
@@ -47,10 +47,10 @@ def test_they_are_found() -> None:
         ("    torchrun --nproc-per-node 8 -m movekd train --made-up  # of course", "no --made-up"),
         ("    sbatch --wrap 'movekd cache build \\\n    --partition $I/16 --made-up'", "--made-up"),
         ("    for k in 1 2; do movekd evaluate run --part $k/2 --made-up; done", "no --made-up"),
-        ("```sh\nmovekd --debug cache bild -x\n```", "there is no movekd cache bild"),
+        ("```sh\nmovekd --debug cache bild -x\n```", "movekd cache has no command bild"),
         ("A look with `movekd cache\nls --made-up`.", "movekd cache ls has no --made-up"),
-        ("```yaml\nshards: data/  # of `movekd shards pick`\n```", "no movekd shards pick"),
-        ("Or `movekd made-up ...`.", "there is no movekd made-up"),
+        ("```yaml\nshards: data/  # of `movekd shards pick`\n```", "shards has no command pick"),
+        ("Or `movekd made-up ...`.", "movekd has no command made-up"),
     ],
 )
 def test_what_does_not_exist_is_found(text: str, problem: str) -> None:
@@ -80,14 +80,14 @@ def read(path: Path) -> str:
 
 
 def problems(text: str) -> list[str]:
-    """Return a sentence about every command in a Markdown text that is not one."""
+    """Return a message for each wrong command in a Markdown text."""
     found = []
     for words in invocations(text):
         path = command_of(words)
         rest = [word for word in words[path.count(" ") :] if word not in GLOBAL]
         is_group = hasattr(TREE[path], "commands")
         if is_group and rest and re.fullmatch(r"[a-z][\w-]*", rest[0]):
-            found.append(f"there is no {path} {rest[0]}: {' '.join(words)}")
+            found.append(f"{path} has no command {rest[0]}: {' '.join(words)}")
             continue
         options = {opt for p in TREE[path].params for opt in (*p.opts, *p.secondary_opts)}
         given = [word.partition("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)]
@@ -96,7 +96,7 @@ def problems(text: str) -> list[str]:
 
 
 def command_of(words: list[str]) -> str:
-    """Return the command that some words call, ``movekd cache`` where no more is known."""
+    """Return the command that the words call; the group, if the command is unknown."""
     path = "movekd"
     for word in words:
         if f"{path} {word}" not in TREE:
@@ -106,7 +106,7 @@ def command_of(words: list[str]) -> str:
 
 
 def invocations(text: str) -> Iterator[list[str]]:
-    """Yield the words behind every `movekd` that is called in a Markdown text."""
+    """Yield the words behind each call of `movekd` in a Markdown text."""
     for _, language, block in FENCE.findall(text):
         if language in ("", "sh", "bash", "console", "text"):
             yield from _called(block)
@@ -118,7 +118,7 @@ def invocations(text: str) -> Iterator[list[str]]:
 
 
 def _called(code: str) -> Iterator[list[str]]:
-    """Yield the words behind each call in lines of shell, those in quotes as well."""
+    """Yield the words behind each call in lines of shell, also in quoted ones."""
     for line in re.sub(r"\\\n\s*", " ", code).splitlines():
         words = _words(line)
         for at, word in enumerate(words):
@@ -132,7 +132,7 @@ def _called(code: str) -> Iterator[list[str]]:
 
 
 def _words(line: str) -> list[str]:
-    """Return the words of a line of shell; its operators are words, its comment is none."""
+    """Return the words and operators of a line of shell, without its comment."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     try:

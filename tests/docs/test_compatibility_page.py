@@ -1,4 +1,4 @@
-"""docs/compatibility.md says of every flag of the released training program what it is here."""
+"""docs/compatibility.md names the key, or the reason, for each flag of the released training."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ gradient_checkpointing learning_rate logging_steps lr_scheduler_type num_train_e
 per_device_eval_batch_size per_device_train_batch_size report_to save_steps save_strategy
 save_total_limit tf32 warmup_ratio weight_decay
 """
-"""hey-cjj/MoVE-KD c822da0: fields of llava/train/train.py, and what scripts/move-kd/*.sh give."""
+"""hey-cjj/MoVE-KD c822da0: fields of llava/train/train.py, and flags in scripts/move-kd/*.sh."""
 
 
 def test_every_flag_stands_there_once() -> None:
@@ -52,7 +52,7 @@ def test_a_flag_has_a_key_that_exists_or_a_reason(flag: str, said: str) -> None:
 
 
 def has_key(model: type[BaseModel], path: list[str]) -> bool:
-    """Return whether a dotted key is one of a config class or of TrainingArguments."""
+    """Return whether a config class or TrainingArguments has a dotted key."""
     name, *rest = path
     if path[0] == "training" and model is TrainConfig:
         return rest[0] in TrainingArguments.__dataclass_fields__

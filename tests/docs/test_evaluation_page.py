@@ -1,4 +1,4 @@
-"""docs/evaluation.md names the benchmarks that there are, and which of them are uploaded."""
+"""docs/evaluation.md names every benchmark, and which of them write a submission file."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_the_table_is_that_of_the_benchmarks() -> None:
     table = {row[0]: row for row in cells if len(row) == 5 and row[0] in BENCHMARKS}
     assert set(table) == set(BENCHMARKS)
     for name, row in table.items():
-        assert bool(row[4]) is (BENCHMARKS[name].upload is not None)
+        assert bool(row[4]) is (BENCHMARKS[name].submit is not None)
     ruled = [name for row in cells if len(row) == 3 for name in row[0].split(", ")]
     assert set(BENCHMARKS) <= set(ruled)
 
@@ -26,7 +26,14 @@ def test_the_options_that_it_names_exist() -> None:
     shown = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
     named = set(re.findall(r"--[a-z][a-z-]+", PAGE.partition("## lmms-eval")[0]))
     assert named == {
-        *("--questions", "--images", "--benchmark", "--annotations", "--upload", "--upload-split"),
-        *("--answers", "--part", "--max-new-tokens"),
+        *(
+            "--questions",
+            "--images",
+            "--benchmark",
+            "--annotations",
+            "--submission",
+            "--submission-split",
+        ),
+        *("--answers", "--partition", "--max-new-tokens"),
     }
     assert all(option in shown for option in named)

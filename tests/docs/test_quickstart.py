@@ -1,4 +1,4 @@
-"""The five commands of docs/quickstart.md, executed as they are written."""
+"""The five commands of docs/quickstart.md run as they are written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The generated pages leave nothing out: every command, every key, every public name."""
+"""The generated pages hold every command, every key and every public name."""
 
 import json
 import pkgutil
@@ -20,12 +20,12 @@ from reference import ROOMS, pages
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "pipelines/llava15_v1.0/pretrain.yaml"
 INSIDE = {"cli", "view"}
-"""Rooms that are used by way of the commands alone."""
+"""Rooms that users reach only through commands."""
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, str]]:
-    """Key -> column -> cell, over all tables of the config page."""
+    """Return key -> column -> cell for all tables of the config page."""
     found: dict[str, dict[str, str]] = {}
     head: list[str] = []
     for line in config_page().splitlines():
@@ -76,17 +76,17 @@ def test_the_cli_page_has_every_command_with_its_options() -> None:
     assert set(parts) == set(groups) | names
     for path, command in commands():
         for parameter in command.params:
-            for option in parameter.opts:
+            for option in () if parameter.hidden else parameter.opts:
                 shown = option if option.startswith("-") else parameter.metavar or option
                 assert re.search(rf"[` ]{re.escape(shown)}[` ,]", parts[path]), (path, option)
 
 
 def test_defaults_and_examples_are_on_the_cli_page() -> None:
     page = cli_page()
-    assert "| `--batch-size <str>` | `32` | Images a forward pass, or `auto`" in page
+    assert "| `--batch-size <str>` | `32` | Images per forward pass, or auto" in page
     assert "| `--config <path>` | needed |" in page
-    assert "| `--out <path>` | `data/` |" in page
-    assert "```sh\nmovekd cache ls cache/\n```" in page
+    assert "| `--output <path>` | `data/` |" in page
+    assert "```sh\nmovekd cache ls --cache cache/\n```" in page
     assert "[default" not in page
     assert "[required" not in page
 

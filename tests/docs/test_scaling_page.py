@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md are what its commands print; its examples are understood."""
+"""The tables of docs/scaling.md are what its commands print; its examples are valid."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ Plan = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def plans(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Plan]:
-    """What the page's commands say, in its order."""
+    """Return the plans that the page's commands print, in order."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("page"))
@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
 
 
 def table(first: str) -> list[list[str]]:
-    """Return the cells of the page's table whose header begins with ``first``."""
+    """Return the cells of the table whose header begins with ``first``."""
     lines = iter(PAGE.splitlines())
     header = next(line for line in lines if line.startswith(f"| {first} |"))
     next(lines)
@@ -153,5 +153,5 @@ def test_the_cluster_is_one_that_ray_takes() -> None:
 
 
 def test_the_corpus_of_the_page_is_any(corpus_dir: Path, plans: list[Plan]) -> None:
-    """Nothing of the tables comes from the images that the plan was asked with."""
+    """The tables do not depend on the images of the corpus."""
     assert plans[0]["num_images"] != len(open_corpus(corpus_dir))

@@ -1,6 +1,6 @@
-"""The Python of the docs' pages runs as it is printed.
+"""The Python code of the docs runs as it is printed.
 
-That of the pages on the cache runs without movekd and without a warning.
+Code of the pages on the cache runs without movekd and without a warning.
 """
 
 import re
@@ -49,7 +49,7 @@ def test_every_way_of_inspecting_works(folder) -> None:
 
 
 def test_the_reader_of_the_format_page_reads_what_movekd_reads(folder, cache_dir) -> None:
-    (code,) = snippets("cache-format.md")
+    *_, code = snippets("cache-format.md")
     assert run(code, folder) == "(16, 144)\n"
     cache = open_cache(cache_dir)
     for teacher in cache:

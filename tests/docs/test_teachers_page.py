@@ -1,4 +1,4 @@
-"""docs/teachers.md, followed to the letter on a tiny corpus; its table against the specs."""
+"""The steps of docs/teachers.md work on a tiny corpus, and its table matches the specs."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from movekd.cache.spec import load_spec, shipped_specs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
 
-# The command as it is installed: unlike `python -m`, it makes no current folder importable.
+# Like the installed command, and unlike `python -m`, this cannot import from the current folder.
 SHELL = """
 set -eu
 movekd() { PYTHONPATH="$MOVEKD:${PYTHONPATH-}" "$PYTHON" -P -m movekd "$@"; }
@@ -54,7 +54,7 @@ def run(script: str, folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path, corpus_dir) -> Path:
-    """A reader's folder: the page's files, each under the name in its first line, and a corpus."""
+    """Return a folder with a corpus and the page's files, named by their first lines."""
     shutil.copytree(corpus_dir, tmp_path / "data")
     for content in (*blocks("yaml"), *blocks("python")):
         first, _, _ = content.partition("\n")

@@ -1,4 +1,4 @@
-"""The YAML of docs/training.md, and commands around it, are ones that `movekd train` takes."""
+"""`movekd train` accepts the YAML and the commands of docs/training.md."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def test_the_sample_on_the_page_is_what_the_command_prints(
     }
     Path("run.yaml").write_text(yaml.safe_dump(run))
     runner = CliRunner()
-    pack = ["shards", "pack", "--llava-json", "c.json", "--images", ".", "--out", "data"]
+    pack = ["shards", "pack", "--llava-json", "c.json", "--images", ".", "--output", "data"]
     assert runner.invoke(app, pack).exit_code == 0
     printed = runner.invoke(app, ["train", "--config", "run.yaml", "--show-samples", "3"]).stdout
     found_head, text, *_ = printed.splitlines()

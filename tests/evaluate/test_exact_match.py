@@ -69,7 +69,7 @@ def test_scores_are_counted_a_type_with_all_last():
 
 
 def test_no_question_is_an_error():
-    with pytest.raises(ConfigError, match="there is no question to evaluate"):
+    with pytest.raises(ConfigError, match="the file has no question to evaluate"):
         exact_match([], [], [])
 
 

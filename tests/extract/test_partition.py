@@ -100,7 +100,7 @@ def test_parts_at_the_same_time_calibrate_once_and_equal_a_whole_build(
 
 
 def test_replace_of_a_part_is_refused(tmp_path, corpus_dir, tiny_specs) -> None:
-    with pytest.raises(ConfigError, match=r"--partition 0/2 .*--replace deletes them all"):
+    with pytest.raises(ConfigError, match=r"--partition 0/2 .*--overwrite deletes them all"):
         build(tmp_path, corpus_dir, tiny_specs, partition=Partition(0, 2), replace=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -216,7 +216,7 @@ def test_other_weights_are_refused(tmp_path, corpus_dir, tiny_specs) -> None:
     out = tmp_path / "cache"
     build(out, corpus_dir, [first])
     (out / layout.seal_name("clip", 0)).unlink()
-    with pytest.raises(CacheError, match=r"the weights of 'clip' have SHA-256 .*--replace"):
+    with pytest.raises(CacheError, match=r"the weights of 'clip' have SHA-256 .*--overwrite"):
         build(out, corpus_dir, [second])
     build(out, corpus_dir, [first])
     assert list(verify(out)) == []

@@ -223,7 +223,7 @@ def test_an_unreadable_image_is_skipped_in_all_its_views(tmp_path, view_corpora,
 
 
 def test_other_views_than_the_caches_are_refused(tmp_path, anyres_dir, view_corpora, specs) -> None:
-    with pytest.raises(CacheError, match=r"views 'anyres', the build asks for 'base'.*--views"):
+    with pytest.raises(CacheError, match=r"views 'anyres', the build asks for 'base'.*--tiles"):
         build(anyres_dir, view_corpora[0], specs, views="base")
 
 

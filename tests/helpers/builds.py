@@ -1,4 +1,4 @@
-"""A build in one call, as its tests run it."""
+"""Build a cache in one call, with the options that most tests use."""
 
 from movekd.corpus.index import open_corpus
 from movekd.extract.options import BuildOptions

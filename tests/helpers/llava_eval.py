@@ -1,4 +1,4 @@
-"""LLaVA's eight benchmarks with a few questions each, where LLaVA's scripts have their files.
+"""Write small versions of LLaVA's eight benchmarks, in the folders of LLaVA's scripts.
 
 Used by the tests of `movekd evaluate` and of docs/reproduce.md.
 """

@@ -1,4 +1,4 @@
-"""The loopback S3 server as tests use it: started, told what to do wrong, filled with a cache."""
+"""Start a local S3 server for tests, set its faults, and copy a cache to it."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ SERVER = Path(__file__).parent / "s3_server.py"
 
 
 class Server:
-    """The running server: where it is, and what it shall do wrong."""
+    """A running server: its address, and the faults that it is told to make."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -63,9 +63,9 @@ def everything(storage: Any) -> dict[str, bytes]:
 
 
 def upload(cache_dir: Path, url: str) -> None:
-    """Copy a cache to S3, file by file, with a client of its own.
+    """Copy a cache to S3, file by file, with its own client.
 
-    fsspec's clients stay for good, and would look for the server of one module in the next.
+    fsspec caches its clients, and would look for the server of one module in the next.
     """
     client = boto3.client("s3")
     bucket, _, prefix = url.removeprefix("s3://").partition("/")

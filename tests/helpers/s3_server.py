@@ -1,4 +1,4 @@
-"""An S3 server of its own process that fails on demand; ``s3`` starts it.
+"""Run an S3 server in its own process that fails on demand; ``s3`` starts it.
 
 moto answers; in front of it stands a list of faults, set with POST /__faults__. One fault:
 {"method": "GET", "match": "tokens", "kind": "500", "times": 2}. Kinds: 500 and 503 (SlowDown) are
@@ -78,7 +78,7 @@ class Faulty:
 
 
 class Quiet(WSGIRequestHandler):
-    """No line a request."""
+    """Log no requests."""
 
     def log(self, *_: Any) -> None:
         """Print nothing."""

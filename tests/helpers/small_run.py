@@ -1,4 +1,4 @@
-"""A finetuned run whose answers mean nothing but stay the same: the parts of digits, untrained."""
+"""Write a finetuned run from the untrained models of digits: meaningless but fixed answers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokenizers as language models bring them, and what LLaVA makes of 54 conversations."""
+"""Tokenizers of several language models, and LLaVA's tokens of 54 conversations."""
 
 import json
 import re

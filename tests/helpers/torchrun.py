@@ -1,4 +1,4 @@
-"""Training in several processes: torchrun as its users start it, on gloo."""
+"""Run commands in several processes, with torchrun or without, on gloo."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from typing import Any
 
 HELPERS = Path(__file__).parent
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Torch 2.15 gives restarted processes the old store, with addresses of the dead in it."""
+"""Torch 2.15 gives restarted processes the old store, which holds addresses of dead ones."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process: one thread, helpers at hand, a store an attempt."""
+    """Return a process's environment: one thread, helpers importable, a store per attempt."""
     path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
     return os.environ | OWN_STORE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
@@ -28,7 +28,7 @@ def torchrun(
     processes: int = 2,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module's command line in several processes; return how it ended."""
+    """Run a module's command line in several processes; return the result."""
     start = [*TORCHRUN, "--nproc-per-node", str(processes), "--standalone", *options, "-m", module]
     return subprocess.run(
         [*start, *map(str, words)],
@@ -42,7 +42,7 @@ def torchrun(
 def both_processes(
     *words: Any, module: str, env: Mapping[str, str]
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a module's command line in two processes without torchrun; return how each ended."""
+    """Run a module's command line in two processes without torchrun; return both results."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **env}

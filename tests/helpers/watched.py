@@ -1,10 +1,9 @@
-"""`python -m watched ...` is movekd that notes what it reads, and dies where it is told to.
+"""`python -m watched ...` runs movekd, notes what it reads, and kills it on request.
 
-WATCH_NOTES  folder of notes: one file of JSON lines a process
-WATCH_DIE    "1:4" kills process 1 in step 4, as the kernel does, before the step has changed
-             anything, unless torchrun has started it again; "*:4:node" kills any in step 4, and its
-             torchrun, too
-WATCH_HOLD   step in which a process alone waits to be stopped
+WATCH_NOTES  folder of notes: a file of JSON lines per process
+WATCH_DIE    "1:4" kills process 1 in step 4 with SIGKILL, before the step has changed anything, but
+             not after a restart by torchrun; "*:4:node" kills every process in step 4, and torchrun
+WATCH_HOLD   step in which a single process waits to be stopped
 """
 
 import json
@@ -29,7 +28,7 @@ def note(**values: Any) -> None:
 
 
 def noting(method: Callable[..., Any], noted: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """Return a method that notes something of each call before it."""
+    """Return a method that writes a note before each call."""
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         note(**noted(self, *args, **kwargs))
@@ -39,7 +38,7 @@ def noting(method: Callable[..., Any], noted: Callable[..., dict[str, Any]]) -> 
 
 
 def begin_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return what a batch is noted as; or die."""
+    """Return the note of a batch, or kill this process."""
     step = self.state.global_step + 1
     rank, at, *whole = (os.environ.get("WATCH_DIE") or "-1:0").split(":")
     if rank in ("*", str(RANK)) and (int(at), ATTEMPT) == (step, 0):
@@ -53,7 +52,7 @@ def begin_batch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -
 
 
 def read_notes(folder: Path) -> list[dict[str, Any]]:
-    """Return every line that any process has noted, each process's in order."""
+    """Return the notes of all processes; those of a process are in order."""
     return [
         json.loads(line)
         for path in sorted(folder.glob("*.jsonl"))

@@ -1,6 +1,6 @@
-"""`movekd view` as a process, and its page in a browser that is watched.
+"""Start `movekd view`, and open its page in a browser that records requests and errors.
 
-With ``SCREENSHOTS=DIR`` in the environment, what the docs show is saved there.
+With ``SCREENSHOTS=DIR`` in the environment, the pictures of the docs are saved there.
 """
 
 import os
@@ -25,7 +25,7 @@ expect.set_options(timeout=20_000)  # the first answer of a student on a busy ma
 
 @dataclass(frozen=True)
 class Served:
-    """A `movekd view` that runs, and what it wrote to stderr."""
+    """A running `movekd view`: its port, and the file with its stderr."""
 
     port: int
     log: Path
@@ -37,7 +37,7 @@ class Served:
 
 @contextmanager
 def serve(folder: Path, *options: str) -> Iterator[Served]:
-    """Run `movekd view` in a folder; at the end Ctrl-C, which is no failure and leaves nothing."""
+    """Run `movekd view` in a folder; require that Ctrl-C ends it with code 0 and no leftovers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     uploads = folder / f"uploads-{port}"
@@ -71,7 +71,7 @@ def serve(folder: Path, *options: str) -> Iterator[Served]:
 
 @contextmanager
 def watched(chromium: Browser, served: Served) -> Iterator[Page]:
-    """Open the page; at the end nothing left this machine and neither side has complained."""
+    """Open the page; require that it asks no other host and that no error was logged."""
     before = len(served.log.read_text())
     context = chromium.new_context(viewport={"width": 1200, "height": 1000})
     asked: set[str] = set()
@@ -90,6 +90,6 @@ def watched(chromium: Browser, served: Served) -> Iterator[Page]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Save what the browser shows, if asked for."""
+    """Save a screenshot if SCREENSHOTS is set."""
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / name)

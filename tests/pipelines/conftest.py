@@ -1,7 +1,7 @@
-"""Commands that ship, run with small models: random weights, few images, two steps.
+"""Run the commands of the pipelines' READMEs with small models, few images and two steps.
 
-Paths, recipes, teachers and flags stay those that ship. Replaced are the models (random weights,
-the shipped teachers' own code), the data, the number of steps, the devices and torchrun.
+Paths, recipes, teachers and flags are the shipped ones. Models, data, number of steps, devices and
+torchrun are replaced.
 """
 
 import json
@@ -49,10 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, shrunken: Callable[..., Any
 def run(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[str]], str]:
-    """A folder with the data that a README expects, and a function that runs its commands there.
-
-    It returns what they print.
-    """
+    """Make a folder with the data of a README; return a function that runs its commands there."""
     photo = Image.fromarray(load_sample_images().images[0])
     names = {
         "blip_laion_cc_sbu_558k.json": "LLaVA-Pretrain",

@@ -1,4 +1,4 @@
-"""Every student.yaml that ships is one that `movekd train` accepts, and names its recipe."""
+"""`movekd train` accepts every shipped student.yaml, and each names its recipe."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every pipeline runs end to end: the commands of its README and its YAML, with small models.
+"""Every pipeline runs from start to end: its README's commands and its YAML, with small models.
 
 ``conftest.run`` says what is replaced.
 """
@@ -71,9 +71,9 @@ def test_both_stages(run: Any, pipeline: str, teachers: list[str]) -> None:
 
 def test_tiles_are_distilled_as_the_readme_says(run: Any) -> None:
     pack, build, train = commands("llava_next")[:3]
-    at = build.index("--geometry")
+    at = build.index("--resize-mode")
     run(pack)
-    run([*build[:at], "--views", "anyres", *build[at + 2 :]])
+    run([*build[:at], "--tiles", "anyres", *build[at + 2 :]])
     run([*train, "--set", "distill.views=all"])
     check_run(Path("runs/pretrain"), ["clip", "eva02", "convnext"], has_text=True)
 

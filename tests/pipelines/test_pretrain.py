@@ -1,4 +1,4 @@
-"""The committed weights: those of the hash file, loaded by stock loaders; and how they are made."""
+"""The committed weights match their hashes and load with stock loaders; their script works."""
 
 import hashlib
 import json

@@ -1,8 +1,7 @@
-"""docs/reproduce.md from top to bottom: every command of it, with small models.
+"""Every command of docs/reproduce.md runs, with small models.
 
-``conftest.run`` says what is replaced; the data are laid out as the page asks. The released
-checkpoint, which the page imports first, is an export of the run that it trains, so its commands
-run last.
+``conftest.run`` says what is replaced. The released checkpoint, which the page imports first, is
+here an export of the run that the page trains, so its commands run last.
 """
 
 import json
@@ -28,7 +27,7 @@ FIGURES = {
 
 
 def commands() -> list[list[str]]:
-    """Return the page's commands in order, as words; a loop's once a turn, without its `&`."""
+    """Return the page's commands in order, as words; those of a loop once per iteration."""
     found = []
     for line in re.findall(r"^    (\S.*)$", PAGE.replace("\\\n", " "), re.MULTILINE):
         loop = re.fullmatch(r"for k in ([\d ]+); do (.*) & done; wait", line)

@@ -1,4 +1,4 @@
-"""The embedded corpus: deterministic, split by instance, its questions answered rightly."""
+"""The embedded corpus is deterministic and split by instance, and its answers are right."""
 
 import hashlib
 import json

@@ -236,7 +236,7 @@ def test_stage_distill_takes_every_view(digits, next_digits, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "cache", "message"),
     [
-        (("distill.views=all",), "base", r"views is 'all', but .*base views only.*--views anyres"),
+        (("distill.views=all",), "base", r"views is 'all', but .*base views only.*--tiles anyres"),
         (("data.geometry=pad",), "base", r"geometry is 'pad', but the base view.*stretch"),
         (
             ("distill.views=all", "student.architecture=llava"),

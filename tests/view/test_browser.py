@@ -28,7 +28,7 @@ def test_search_finds_names_and_keys(browser):
 def test_nearest_tokens_are_those_of_the_largest_cosine(browser):
     name = "photos/05.png"
     for panel in browser.panels(name, ["clip", "conv"]):
-        store = browser.cache[panel.look.teacher]
+        store = browser.cache[panel.features.teacher]
         tokens = store.read(browser.cache.rows([name])).standardised_BND[0].numpy()
         tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
         cosine = tokens @ tokens.T
@@ -46,14 +46,14 @@ def test_a_head_of_attention_is_that_head(browser):
     for head in range(stored.shape[0]):
         (panel,) = browser.panels(name, ["clip"], head=head)
         assert (panel.heads, panel.head) == (stored.shape[0], head)
-        assert torch.equal(torch.from_numpy(panel.look.attention_GG).flatten(), stored[head])
+        assert torch.equal(torch.from_numpy(panel.features.attention_GG).flatten(), stored[head])
 
 
 def test_a_head_that_there_is_not_is_their_mean(browser):
     name = "photos/05.png"
     mean, missing = (browser.panels(name, ["clip"], head=head)[0] for head in (None, 4))
     assert missing.head is None
-    np.testing.assert_array_equal(missing.look.attention_GG, mean.look.attention_GG)
+    np.testing.assert_array_equal(missing.features.attention_GG, mean.features.attention_GG)
     assert "mean of 4 heads" in teachers_html([missing], name)
 
 
@@ -71,12 +71,12 @@ def test_a_cache_that_is_being_built_is_opened_again(tmp_path, cache_dir):
         path.unlink()
     browser = Browser(str(tmp_path / "cache"))
     (panel,) = browser.panels("photos/05.png", ["clip"])
-    assert panel.look.reason == "not built yet"
+    assert panel.features.reason == "not built yet"
     assert "not built yet" in teachers_html([panel], "x")
     for path, content in held:
         path.write_bytes(content)
     (panel,) = browser.panels("photos/05.png", ["clip"])
-    assert panel.look.reason is None
+    assert panel.features.reason is None
 
 
 def test_a_teacher_that_came_later_is_found_by_opening_again(tmp_path, corpus_dir, tiny_specs):

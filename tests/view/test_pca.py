@@ -6,7 +6,7 @@ import torch
 
 from movekd.cache import open_cache
 from movekd.errors import CacheError
-from movekd.view.pca import basis_of, fit_basis, readable_rows
+from movekd.view.pca import fit_basis, fit_teacher_basis, readable_rows
 
 
 @pytest.fixture
@@ -57,4 +57,4 @@ def test_readable_rows_leave_out_what_is_not_built(cache_dir, monkeypatch):
     store._sealed[:] = False
     assert not len(readable_rows(store, cache.catalog))
     with pytest.raises(CacheError, match="nothing of teacher 'clip'"):
-        basis_of(store, cache.catalog)
+        fit_teacher_basis(store, cache.catalog)

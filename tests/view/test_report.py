@@ -134,7 +134,7 @@ def test_a_run_that_has_not_ended_is_read_from_its_checkpoint(run):
     assert not log.is_ended
     assert [entry["step"] for entry in log.steps] == [1, 2, 3]
     write_report(log, [], run / "report.html")
-    assert "not ended" in Page((run / "report.html").read_text()).text
+    assert "not finished" in Page((run / "report.html").read_text()).text
 
 
 def test_a_run_that_logged_no_step_has_an_empty_figure(run):

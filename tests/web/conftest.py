@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     stages = ("pretrain", "finetune")
     packed = [part for stage in stages for part in ("--llava-json", source / f"{stage}.json")]
-    demo.movekd("shards", "pack", *packed, "--images", source / "images", "--out", data)
+    demo.movekd("shards", "pack", *packed, "--images", source / "images", "--output", data)
     built = [
         part
         for name in demo.TEACHERS

@@ -91,7 +91,7 @@ def test_a_search_finds_names_and_keys(page: Page, world: Path) -> None:
 
 
 def test_teachers_come_and_go(page: Page) -> None:
-    page.get_by_role("button", name="Any image").click()
+    page.get_by_role("button", name="Random image").click()
     expect(teachers(page)).to_have_count(4)
     page.get_by_role("checkbox", name="convnext").uncheck()
     expect(teachers(page)).to_have_count(3)
@@ -112,7 +112,7 @@ def test_a_place_is_marked_in_every_teacher(page: Page, world: Path) -> None:
     row, column = 4, 1
     pane.hover(position={"x": box["width"] * 1.5 / 6, "y": box["height"] * 4.5 / 6})
     for panel in Browser(str(world / "cache")).panels(NAME, TEACHERS):
-        teacher = page.locator(f"[data-teacher={panel.look.teacher}]")
+        teacher = page.locator(f"[data-teacher={panel.features.teacher}]")
         expect(teacher.locator(".movekd-said")).to_contain_text(f"token {6 * row + column}:")
         assert panel.nearest_NK is not None
         near = panel.nearest_NK[6 * row + column]
@@ -207,7 +207,7 @@ def test_the_student_answers_and_shows_its_experts(
     expect(chat.get_by_test_id("bot")).to_have_count(2)
     again = expected_answer(student, image, first, said.text, second)
     expect(chat.get_by_test_id("bot").last).to_have_text(again.text)
-    page.get_by_role("button", name="Begin anew").click()
+    page.get_by_role("button", name="New chat").click()
     expect(chat.get_by_test_id("bot")).to_have_count(0)
     expect(experts.locator("img")).to_have_count(0)
 
@@ -231,7 +231,7 @@ def test_the_student_looks_at_an_image_that_is_given(
 def test_questions_that_cannot_be_asked_are_sentences(page: Page) -> None:
     ask(page, "Is there a 3?")
     alert = page.locator("#experts").get_by_role("alert")
-    expect(alert).to_have_text("Show an image of the cache first, or give one.")
+    expect(alert).to_have_text("Show an image of the cache first, or upload one.")
     ask(page, " ")
     expect(alert).to_have_text("Type a question.")
     page.get_by_role("tab", name="Cache").click()

@@ -1,8 +1,8 @@
-"""Benchmarks of LLaVA's evaluation: read questions, score answers, write submission files."""
+"""Benchmarks of LLaVA's evaluation: load questions, score answers, write submission files."""
 
 from movekd.evaluate.benchmarks.answers import Part
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.registry import Benchmark, find_benchmark
+from movekd.evaluate.benchmarks.registry import Benchmark, find_benchmark, register_benchmark
 from movekd.evaluate.benchmarks.report import Report
 from movekd.evaluate.benchmarks.run import BenchmarkRun, Outcome, run_benchmark
 
@@ -14,5 +14,6 @@ __all__ = [
     "Question",
     "Report",
     "find_benchmark",
+    "register_benchmark",
     "run_benchmark",
 ]

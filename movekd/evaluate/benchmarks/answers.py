@@ -1,13 +1,14 @@
-"""The answers of one model to one question file, in LLaVA's jsonl, appended as they are given.
+"""Keep the answers of one model to one question file, in LLaVA's jsonl.
 
     {"question_id": 1, "prompt": "Is ...", "text": "Yes", "answer_id": "", "model_id": "finetune",
      "metadata": {"model": "9f...", "questions": "31...", "max_new_tokens": 128}}
 
-An interrupted run is gone on with: what the file answers is not asked again, and a last line that
-was torn is dropped. ``metadata``, empty in LLaVA's own files, says what the answers belong to.
+Each answer is appended when it is given. A second call resumes an interrupted file: it drops an
+incomplete last line and asks only questions without an answer. ``metadata`` (empty in LLaVA's own
+files) identifies the model and the question file.
 
-Several processes answer one question file together as parts K/N, each with a file of its own,
-``NAME-K-of-N.jsonl``; a run without a part takes their answers into ``NAME.jsonl``.
+Several processes can answer one question file in parts. Part i of n has its own file,
+``NAME-part-i-of-n.jsonl``, i from 0; a run without a part copies their answers into ``NAME.jsonl``.
 """
 
 import fcntl
@@ -25,19 +26,19 @@ from movekd.evaluate.benchmarks.json_files import read_lines
 from movekd.evaluate.benchmarks.questions import Question
 
 ANSWERS_DIR = "answers"
-"""Folder of a run that answers go to, unless told."""
+"""Default folder for answers, in the folder of a run."""
 _MODEL_FILES = frozenset({".safetensors", ".json", ".yaml", ".bin", ".model"})
 
 
 @dataclass(frozen=True)
 class AnswerProvenance:
-    """What answers belong to.
+    """The model and the question file that answers belong to.
 
     Attributes:
-        model_id: the model's name, for people.
+        model_id: the model's name.
         model: fingerprint of the model's files.
         questions: fingerprint of the question file.
-        max_new_tokens: longest answer.
+        max_new_tokens: maximum new tokens per answer.
     """
 
     model_id: str
@@ -47,7 +48,7 @@ class AnswerProvenance:
 
     @classmethod
     def of(cls, run: Path, questions: Path, max_new_tokens: int) -> "AnswerProvenance":
-        """Return the origin of a run's answers; reads every byte of both."""
+        """Return the origin of a run's answers; reads every byte of model and questions."""
         model = run / "model" if (run / "model").is_dir() else run
         digest = xxhash.xxh3_64()
         for path in sorted(model.rglob("*")):
@@ -72,10 +73,10 @@ class AnswerProvenance:
         }
 
     def check(self, entry: dict[str, Any], where: str) -> None:
-        """Refuse a line that belongs to something else.
+        """Refuse a line of another origin.
 
         Raises:
-            ConfigError: says what differs.
+            ConfigError: names the difference.
         """
         found = entry.get("metadata")
         found = found if isinstance(found, dict) else {}
@@ -99,36 +100,46 @@ class AnswerProvenance:
 
 @dataclass(frozen=True)
 class Part:
-    """One of ``count`` equal parts of a question file; ``number`` starts at 1."""
+    """One of ``count`` equal parts of a question file; ``index`` counts from 0."""
 
-    number: int
+    index: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
-        """Return the part that ``K/N`` names.
+    def parse(cls, text: str, *, option: str = "--partition", first: int = 0) -> "Part":
+        """Return part i of ``i/n``.
+
+        Args:
+            text: value of the option.
+            option: name of the option, for the message.
+            first: number of the first part; the old ``--part`` counts from 1.
 
         Raises:
-            ConfigError: it names none.
+            ConfigError: no such part exists.
         """
         number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        is_part = number.isdecimal() and count.isdecimal()
+        if not is_part or not first <= int(number) < int(count) + first:
             raise ConfigError(
-                f"--part is '{text}'; expected K/N with K from 1 to N, 1/8 to 8/8 for eight."
+                f"{option} is '{text}'; expected i/n with i from {first}: {first}/8 to "
+                f"{first + 7}/8 for eight parts."
             )
-        return cls(int(number), int(count))
+        return cls(int(number) - first, int(count))
 
     def of(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions of this part: every ``count``-th."""
-        return list(questions[self.number - 1 :: self.count])
+        return list(questions[self.index :: self.count])
 
     def beside(self, path: Path) -> Path:
-        """Return where this part's answers go."""
-        return path.with_name(f"{path.stem}-{self.number}-of-{self.count}{path.suffix}")
+        """Return the answers file of this part; one that `--part` left is used again."""
+        old = path.with_name(f"{path.stem}-{self.index + 1}-of-{self.count}{path.suffix}")
+        if old.exists():
+            return old
+        return path.with_name(f"{path.stem}-part-{self.index}-of-{self.count}{path.suffix}")
 
 
 class AnswersFile:
-    """Answers that are there, and a way to add to them. Made by ``open_answers``."""
+    """The stored answers, and a method to add one. Made by ``open_answers``."""
 
     def __init__(
         self, file: IO[str], origin: AnswerProvenance, given: dict[tuple[str, str], str]
@@ -137,19 +148,19 @@ class AnswersFile:
         self._given = given
 
     def open_questions(self, questions: Sequence[Question]) -> list[Question]:
-        """Return the questions without an answer; of equal ones, the first."""
+        """Return the questions without an answer, without repeats."""
         unanswered = {q.key: q for q in reversed(questions) if q.key not in self._given}
         return list(reversed(unanswered.values()))
 
     def add(self, question: Question, answer: str) -> None:
-        """Append an answer; it is in the file when this returns."""
+        """Append an answer and flush the file."""
         line = json.dumps(self._origin.entry(question, answer), ensure_ascii=False)
         self._file.write(line + "\n")
         self._file.flush()
         self._given[question.key] = answer
 
     def texts(self, questions: Sequence[Question]) -> list[str]:
-        """Return the answers to ``questions``, in order; all must be there."""
+        """Return the answers to ``questions``, in order; all must exist."""
         return [self._given[question.key] for question in questions]
 
 
@@ -157,16 +168,16 @@ class AnswersFile:
 def open_answers(
     path: Path, questions: Sequence[Question], origin: AnswerProvenance, *, take_parts: bool = True
 ) -> Iterator[AnswersFile]:
-    """Open an answers file to go on with, or make it; no second process may at the same time.
+    """Open or create an answers file, locked against other processes.
 
     Args:
         path: the file.
         questions: all questions of the question file.
-        origin: what the answers in it must belong to.
-        take_parts: take in the answers of parts of it as well.
+        origin: required origin of its answers.
+        take_parts: also copy the answers of its parts.
 
     Raises:
-        ConfigError: it belongs to another model or question file, is damaged, or is open elsewhere.
+        ConfigError: the file has another origin, is damaged, or is open in another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -174,8 +185,8 @@ def open_answers(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{path} is being written by another process; wait for it, or give --part K/N to "
-                "each of several."
+                f"{path} is being written by another process; wait for it, or give each process "
+                "a part with --partition i/n."
             ) from None
         _drop_torn_line(path)
         known = {question.key: question for question in questions}
@@ -205,7 +216,7 @@ def _read(
         text = entry.get("text")
         if key not in known or not isinstance(text, str):
             raise ConfigError(
-                f"{where} answers question {key[0]} as no line written here does; it was edited. "
+                f"{where} answers question {key[0]}, which the question file lacks; it was edited. "
                 "Give another --answers, or delete that file."
             )
         given[key] = text
@@ -213,7 +224,7 @@ def _read(
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what an interrupted process left behind the last line's end."""
+    """Cut off the incomplete last line of an interrupted process."""
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):

@@ -1,4 +1,4 @@
-"""JSON and JSON lines of benchmarks in, with a sentence for what is not there or not JSON."""
+"""Read the JSON and JSONL files of benchmarks; errors name the file, the line and the fix."""
 
 import json
 from pathlib import Path
@@ -27,15 +27,15 @@ def read_json(path: Path, kind: type, what: str) -> Any:
 def read_lines(
     path: Path, what: str, *, is_torn_ok: bool = False
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return where and what: an object for each line of a .jsonl, blank lines left out.
+    """Return the place (for messages) and the object of each line of a .jsonl; skip blank lines.
 
     Args:
         path: the file.
-        what: what it should hold, for the message.
-        is_torn_ok: leave out a last line without its end, which somebody may be writing.
+        what: the expected content, for messages.
+        is_torn_ok: skip a last line without its end, which another process may be writing.
 
     Raises:
-        ConfigError: the file is missing, or a line is no JSON object.
+        ConfigError: the file is missing, or a line is not a JSON object.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -53,6 +53,6 @@ def read_lines(
                 f"{path}: line {number + 1} is not JSON ({error}); expected {what}."
             ) from None
         if not isinstance(entry, dict):
-            raise ConfigError(f"{path}: line {number + 1} is no object; expected {what}.")
+            raise ConfigError(f"{path}: line {number + 1} is not an object; expected {what}.")
         entries.append((f"{path}: line {number + 1}", entry))
     return entries

@@ -1,6 +1,6 @@
-"""GQA, ScienceQA, MMBench: one answer is right, a word or a letter.
+"""Score GQA, ScienceQA and MMBench: one word or one letter is right.
 
-Comes in: questions, a model's answers, the benchmark's annotations. Goes out: a ``Report``.
+Input: questions, a model's answers, the benchmark's annotations. Output: a ``Report``.
 """
 
 import re
@@ -12,15 +12,15 @@ from movekd.corpus.conversations import IMAGE_PLACEHOLDER
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.json_files import read_json
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+from movekd.evaluate.benchmarks.report import Report, accuracy_report, accuracy_rows
 
 LETTERS = "ABCDE"
 _COPIES = 1_000_000
-"""MMBench numbers a question's copies with turned options index + 1,000,000, + 2,000,000, ..."""
+"""MMBench adds 1,000,000, 2,000,000, ... to the index for copies with rotated options."""
 
 
 def gqa_answer(answer: str) -> str:
-    """Return an answer as LLaVA hands it to GQA's own program: lower case, no period at its end.
+    """Return an answer in GQA's form: lower case, no period at its end.
 
     Source: haotian-liu/LLaVA scripts/convert_gqa_for_eval.py.
     """
@@ -28,12 +28,12 @@ def gqa_answer(answer: str) -> str:
 
 
 def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
-    """Return GQA's accuracy, of binary and open questions too (testdev_balanced_questions.json).
+    """Return GQA's accuracy: of all, binary and open questions (testdev_balanced_questions.json).
 
     Raises:
-        ConfigError: the file is another, or lacks a question or its answer.
+        ConfigError: the file is another one, or lacks a question or its answer.
 
-    Source: GQA's eval.py: equality; a question is open where its structural type is query.
+    Source: GQA's eval.py: equality; a question is open if its structural type is query.
     """
     known = read_json(annotations, dict, "GQA's questions by id")
     scores: list[tuple[tuple[str, ...], float]] = []
@@ -43,21 +43,20 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
             raise ConfigError(
                 f"{annotations} has no answer to question {question.id} ({len(known)} questions); "
                 "expected testdev_balanced_questions.json. For a split without answers leave "
-                "--annotations out and give --upload."
+                "--annotations out and give --submission."
             )
         kind = entry.get("types", {}).get("structural")
         categories = () if kind is None else ("open" if kind == "query" else "binary",)
         scores.append((categories, float(gqa_answer(answer) == entry["answer"])))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def read_letter(answer: str, num_choices: int) -> str | None:
-    """Return the letter that an answer chooses, or None where LLaVA's program says FAILED.
+    """Return the letter that an answer chooses, or None if LLaVA's program says FAILED.
 
-    The answer is the letter and nothing else; or it starts with the letter, a period and a space;
-    or it says "The answer is X" with one more character behind X, exactly once. A letter beyond the
-    choices is none.
+    The answer is only the letter; or it starts with the letter, a period and a space; or it says
+    "The answer is X" with one more character after X, exactly once. A letter beyond the choices
+    does not count.
 
     Source: haotian-liu/LLaVA llava/eval/eval_science_qa.py.
     """
@@ -73,13 +72,13 @@ def read_letter(answer: str, num_choices: int) -> str | None:
 def score_science(
     questions: Sequence[Question], answers: Sequence[str], annotations: Path
 ) -> Report:
-    """Return ScienceQA's accuracy, and that of questions with an image, which papers print.
+    """Return ScienceQA's accuracy: of all questions, and of those with an image (in papers).
 
     A question of the split that was not asked counts as wrong, as in LLaVA.
 
     Args:
-        questions: LLaVA's.
-        answers: the model's.
+        questions: LLaVA's questions.
+        answers: the model's answers.
         annotations: folder of problems.json and pid_splits.json.
 
     Raises:
@@ -117,11 +116,11 @@ def score_science(
 def read_option(answer: str, options: Sequence[str]) -> str | None:
     """Return the letter that an answer to a question of MMBench chooses, or None.
 
-    A letter, alone, in brackets or before a mark, at the answer's start; the whole text of one
-    option; or "answer is X". MMBench's server asks a language model about what is left; here that
-    is wrong.
+    Three forms count: a letter at the answer's start (by itself, in brackets or before a mark); the
+    whole text of one option; "answer is X". MMBench's server asks a language model about all other
+    answers; here they are wrong.
 
-    Source: MMBench (arXiv 2307.06281), section 4: matching of labels and texts comes first.
+    Source: MMBench (arXiv 2307.06281), section 4: matching of labels and texts is tried first.
     """
     letters = LETTERS[: len(options)]
     stripped = answer.strip()
@@ -141,10 +140,12 @@ def read_option(answer: str, options: Sequence[str]) -> str | None:
     return said.group(1) if said else None
 
 
-def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> Report:
-    """Return MMBench's accuracy; circular where the file has copies with turned options.
+def score_mmbench(
+    questions: Sequence[Question], answers: Sequence[str], _: Path | None = None
+) -> Report:
+    """Return MMBench's accuracy; circular if the file has copies with rotated options.
 
-    Circular: a question is right if every one of its copies is. Vanilla: the first copies alone.
+    Circular: a question is right if all its copies are. Vanilla: only the first copies count.
 
     Raises:
         ConfigError: a question has no answer in the file.
@@ -155,8 +156,8 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> Repo
     for question, answer in zip(questions, answers, strict=True):
         if question.answer is None:
             raise ConfigError(
-                f"question {question.id} has no answer in the question file: a test split, whose "
-                "answers the server has. Give --upload."
+                f"question {question.id} has no answer in the question file; expected a split "
+                "whose answers are public. For this one give --submission."
             )
         letter = read_option(answer, question.options)
         unread += letter is None

@@ -1,6 +1,6 @@
-"""POPE and MME: questions that are answered with yes or no.
+"""Score POPE and MME, whose questions are answered with yes or no.
 
-Comes in: questions, a model's answers, the benchmark's labels. Goes out: a ``Report``.
+Input: questions, a model's answers, the benchmark's labels. Output: a ``Report``.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _INSTRUCTIONS = (
 
 
 def pope_says_yes(answer: str) -> bool:
-    """Return what LLaVA takes an answer for: no if its first sentence has No, no or not, else yes.
+    """Return False if the first sentence of an answer has No, no or not; else True.
 
     Source: haotian-liu/LLaVA llava/eval/eval_pope.py.
     """
@@ -35,7 +35,7 @@ def pope_says_yes(answer: str) -> bool:
 
 
 def mme_says(answer: str) -> str:
-    """Return yes, no or other: what stands in the first four letters, yes before no.
+    """Return yes, no or other, by the first four letters; yes is looked for first.
 
     Source: MME's eval_tool/calculation.py.
     """
@@ -54,7 +54,7 @@ class Counts:
 
     @classmethod
     def of(cls, labels: Sequence[bool], said: Sequence[bool]) -> "Counts":
-        """Count what was said against what is right."""
+        """Count the answers against the labels."""
         pairs = list(zip(labels, said, strict=True))
         return cls(
             *(pairs.count(pair) for pair in ((True, True), (False, True))),
@@ -62,7 +62,7 @@ class Counts:
         )
 
     def row(self) -> Row:
-        """Return POPE's five figures; a quotient without a denominator is 0."""
+        """Return POPE's five figures; a division by zero gives 0."""
         total = self.true_yes + self.false_yes + self.true_no + self.false_no
         yes = self.true_yes + self.false_yes
         precision = _share(self.true_yes, yes)
@@ -79,11 +79,11 @@ class Counts:
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
-    """Return POPE's figures a category, and their means; papers print the mean F1.
+    """Return POPE's figures per category, and their means; papers print the mean F1.
 
     Args:
         questions: with ``category`` random, popular or adversarial.
-        answers: the model's.
+        answers: the model's answers.
         annotations: folder of coco_pope_<category>.json, or one of these files.
 
     Raises:
@@ -117,18 +117,19 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
-    """Return accuracy and accuracy+ a subtask, and MME's two sums; papers print perception.
+    """Return accuracy and accuracy+ per subtask, and MME's two sums; papers print perception.
 
     An image has two questions; accuracy+ is the share of images with both answered right. A
     subtask scores 100 (accuracy + accuracy+), 200 at most.
 
     Args:
-        questions: with ids such as ``OCR/0001.jpg``; two an image.
-        answers: the model's.
+        questions: with ids such as ``OCR/0001.jpg``; two per image.
+        answers: the model's answers.
         annotations: the folder MME_Benchmark_release_version.
 
     Raises:
-        ConfigError: a subtask is unknown, an image has not two questions, a question no label.
+        ConfigError: a subtask is unknown, an image does not have two questions, or a question
+            has no label.
     """
     images: dict[str, dict[str, list[bool]]] = {}
     unread = dict.fromkeys((*PERCEPTION, *COGNITION), 0)
@@ -136,7 +137,7 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str], annotations
         subtask, _, rest = str(question.id).partition("/")
         if subtask not in unread or not rest:
             raise ConfigError(
-                f"question {question.id} is of no subtask of MME; expected an id such as "
+                f"question {question.id} names no subtask of MME; expected an id such as "
                 f"'OCR/0001.jpg', with one of {', '.join(unread)}."
             )
         stem = Path(rest).stem
@@ -159,7 +160,7 @@ def _mme_row(subtask: str, images: dict[str, list[bool]]) -> Row:
     for stem, right in images.items():
         if len(right) != 2:
             raise ConfigError(
-                f"{subtask}/{stem} has {len(right)} questions; expected two an image. Give the "
+                f"{subtask}/{stem} has {len(right)} questions; expected two per image. Give the "
                 "whole question file."
             )
     accuracy = _share(sum(map(sum, images.values())), 2 * len(images))
@@ -193,7 +194,7 @@ def _mme_label(folder: Path, subtask: str, stem: str, prompt: str) -> str:
     label = labels.get(_bare(prompt))
     if label not in ("yes", "no"):
         raise ConfigError(
-            f"{path} has no yes or no for '{_bare(prompt)}'; expected it behind a tab, as in MME's "
+            f"{path} has no yes or no for '{_bare(prompt)}'; expected it after a tab, as in MME's "
             "own files. Download them again."
         )
     return label

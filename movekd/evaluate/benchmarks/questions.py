@@ -1,13 +1,13 @@
-"""Questions of a benchmark, from the files that LLaVA's evaluation reads.
+"""Load the questions of a benchmark from the files of LLaVA's evaluation.
 
-Three kinds come in, one kind of object goes out:
+Input: one of three kinds of files. Output: a list of ``Question``.
 
     *.jsonl   {"question_id": 1, "image": "a.jpg", "text": "Is ...?\\nAnswer ...", "category": "x"}
     *.json    ScienceQA: [{"id": "4", "image": "4/image.png", "conversations": [{"value": ...}]}]
     *.tsv     MMBench: index, question, hint, A to D, answer, category, image in base64
 
-A .jsonl holds its prompt's last line ("Answer the question using a single word or phrase."); for
-the other two LLaVA's scripts add it, and so does this module.
+A .jsonl holds the last line of its prompts ("Answer the question using a single word or phrase.").
+For the other two kinds this module adds it, as LLaVA's scripts do.
 
 Source: haotian-liu/LLaVA docs/Evaluation.md, llava/eval/model_vqa_loader.py, model_vqa_science.py,
 model_vqa_mmbench.py.
@@ -28,7 +28,7 @@ from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.json_files import read_json, read_lines
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
-"""What LLaVA's scripts put behind ScienceQA's and MMBench's questions."""
+"""LLaVA's scripts append this to the questions of ScienceQA and MMBench."""
 _OPTIONS = "ABCD"
 _ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})
 _REFERENCE_LENGTH = 64
@@ -40,14 +40,14 @@ class Question:
     """One question.
 
     Attributes:
-        id: as the file has it; several questions may share one.
-        prompt: what is asked, in the words of LLaVA's answer files.
-        image: name of its image, or None for text alone.
-        category: what the file calls its kind, or None.
-        bare: the question without hint and options, where the file parts them.
-        options: texts of the choices A, B, ... where the file has them.
-        answer: the right one, where the question file itself holds it.
-        embedded: the image in base64, where the question file itself holds it.
+        id: the id in the file; several questions may share one.
+        prompt: the prompt, as in LLaVA's answer files.
+        image: name of the image; None if the question has none.
+        category: category in the file, or None.
+        bare: the question without hint and options, if the file separates them.
+        options: texts of the choices A, B, ... if the file has them.
+        answer: the right answer, if the question file holds it.
+        embedded: the image in base64, if the question file holds it.
     """
 
     id: str | int
@@ -61,11 +61,11 @@ class Question:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from the other questions of its file."""
+        """Identity of the question in its file."""
         return str(self.id), self.prompt
 
     def to_conversation(self, image: str) -> Conversation:
-        """Return the question as a model is asked it; ``image`` is what its image goes by."""
+        """Return the question as a conversation; ``image`` names its image."""
         text = self.prompt.replace(IMAGE_PLACEHOLDER, "").strip()
         if self.image is None and self.embedded is None:
             return Conversation(str(self.id), (), (("human", text),))
@@ -76,14 +76,14 @@ class Question:
 def image_reader(
     questions: Sequence[Question], read: Callable[[str], bytes] | None
 ) -> Callable[[str], bytes]:
-    """Return a reader of images by their question's place in ``questions``.
+    """Return a reader of images by the position of their question in ``questions``.
 
     Args:
         questions: the questions.
-        read: name of an image -> its bytes; not needed where the questions hold their images.
+        read: name of an image -> its bytes; not needed if the questions hold their images.
 
     Raises (when called):
-        ConfigError: there is no ``read``, or the base64 is damaged.
+        ConfigError: ``read`` is None, or the base64 is damaged.
     """
 
     def read_place(place: str) -> bytes:
@@ -98,8 +98,8 @@ def image_reader(
                 ) from None
         if read is None:
             raise ConfigError(
-                f"question {question.id} has the image '{question.image}'; give the folder that it "
-                "lies in with --images."
+                f"question {question.id} has the image '{question.image}'; give its folder "
+                "with --images."
             )
         assert question.image is not None
         return read(question.image)
@@ -114,7 +114,7 @@ def load_jsonl(path: Path) -> list[Question]:
         ConfigError: the file cannot be read, or a line lacks a key; says which.
     """
     questions = []
-    for where, entry in read_lines(path, "LLaVA's questions, one an object a line"):
+    for where, entry in read_lines(path, "LLaVA's questions, one object per line"):
         questions.append(
             Question(
                 id=_require(entry, "question_id", (str, int), where),
@@ -151,7 +151,7 @@ def load_science(path: Path) -> list[Question]:
 
 
 def load_options(path: Path) -> list[Question]:
-    """Return MMBench's questions; a missing option ends them, as in LLaVA.
+    """Return MMBench's questions; options end at the first missing one, as in LLaVA.
 
     Raises:
         ConfigError: the file cannot be read, or lacks a column or an image; says which.
@@ -208,7 +208,7 @@ def _read_tsv(path: Path) -> list[dict[str, str]]:
 
 
 def _is_absent(cell: str | None) -> bool:
-    """Return whether a cell is empty, or what pandas writes for an empty one."""
+    """Return whether a cell is empty or holds pandas' word for empty."""
     return cell is None or cell.strip().lower() in _ABSENT
 
 

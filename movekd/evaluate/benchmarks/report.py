@@ -1,4 +1,4 @@
-"""What a benchmark's scorer returns: one published figure, and the rows behind it."""
+"""The result of a benchmark's scorer: one published figure, and the rows behind it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one benchmark, in percent unless their name says otherwise.
+    """Figures of one benchmark, in percent if their name does not say otherwise.
 
     Attributes:
         figure: name of the figure that papers print.
         value: that figure.
-        rows: figures a category; the last row is the whole.
+        rows: figures per category; the last row is about all questions.
     """
 
     figure: str
@@ -22,15 +22,15 @@ class Report:
 
     @property
     def columns(self) -> list[str]:
-        """Every figure that a row has, in order of appearance."""
+        """Names of all figures, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows.values() for name in row))
 
 
 def accuracy_rows(scores: Iterable[tuple[Sequence[str], float]]) -> dict[str, Row]:
-    """Return accuracy and number of questions a category, and of ``all``.
+    """Return accuracy and number of questions per category, and of ``all``.
 
     Args:
-        scores: for each question the categories it counts in, and its score from 0 to 1.
+        scores: the categories and the score (0 to 1) of each question.
     """
     found: dict[str, list[float]] = {}
     whole: list[float] = []
@@ -40,6 +40,12 @@ def accuracy_rows(scores: Iterable[tuple[Sequence[str], float]]) -> dict[str, Ro
             found.setdefault(category, []).append(score)
     rows = {name: _row(found[name]) for name in sorted(found)}
     return rows | {"all": _row(whole)}
+
+
+def accuracy_report(scores: Iterable[tuple[Sequence[str], float]]) -> Report:
+    """Return the accuracy of all questions, with the rows of ``accuracy_rows``."""
+    rows = accuracy_rows(scores)
+    return Report("accuracy", rows["all"]["accuracy"], rows)
 
 
 def _row(scores: Sequence[float]) -> Row:

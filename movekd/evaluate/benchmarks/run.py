@@ -1,7 +1,7 @@
-"""One benchmark of one model: questions asked, answers kept, figures and upload file made.
+"""Run one benchmark on one model: ask the questions, store the answers, score them.
 
-Comes in: a run's directory and the benchmark's own files. Goes out: an answers file that a second
-call goes on from, a ``Report``, a file to upload. Used by `movekd evaluate --benchmark`.
+Input: the folder of a run and the benchmark's own files. Output: an answers file, which a second
+call resumes, a ``Report`` and a submission file. Used by `movekd evaluate --benchmark`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,30 +21,30 @@ from movekd.evaluate.benchmarks.questions import Question, image_reader
 from movekd.evaluate.benchmarks.registry import BENCHMARKS, Benchmark, find_benchmark
 from movekd.evaluate.benchmarks.report import Report
 
-if TYPE_CHECKING:  # torch is loaded where something is asked, and not where all is answered
+if TYPE_CHECKING:  # scoring stored answers loads no torch
     from movekd.student.checkpoint import TrainedStudent
 
 MAX_NEW_TOKENS = 128
-"""As in LLaVA's scripts."""
+"""Default, as in LLaVA's scripts."""
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """What is to be evaluated.
+    """One evaluation.
 
     Attributes:
         run: output of `movekd train` or `import`, or an export of format hf.
         benchmark: name of the benchmark.
         questions: its question file.
-        images: folder of its images, where the question file does not hold them.
+        images: folder of its images, if the question file does not hold them.
         annotations: its right answers.
         answers: answers file; None: ``answers/<question file>.jsonl`` in ``run``.
-        upload: file for the benchmark's server.
-        upload_split: VQAv2's question file of the whole split.
-        part: which part of the questions, None for all.
-        batch_size: questions at a time.
-        max_new_tokens: longest answer.
+        submission: file to write for the benchmark's server.
+        submission_split: question file of the whole split, for VQAv2's server.
+        part: part of the questions; None for all.
+        batch_size: questions per batch.
+        max_new_tokens: maximum new tokens per answer.
     """
 
     run: Path
@@ -53,8 +53,8 @@ class BenchmarkRun:
     images: Path | None = None
     annotations: Path | None = None
     answers: Path | None = None
-    upload: Path | None = None
-    upload_split: Path | None = None
+    submission: Path | None = None
+    submission_split: Path | None = None
     part: Part | None = None
     batch_size: int = 32
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -62,14 +62,14 @@ class BenchmarkRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it.
+    """Result of one evaluation.
 
     Attributes:
-        answers: where the answers are.
-        num_questions: questions of this run or part of it.
-        num_asked: how many had no answer yet.
-        report: the figures, or None without annotations or for a part.
-        missing: what to do for figures, where there are none.
+        answers: the answers file.
+        num_questions: number of questions, of the part if one was given.
+        num_asked: number of questions that had no answer before.
+        report: the figures; None without annotations or for a part.
+        missing: what to do to get figures; None if ``report`` has them.
     """
 
     answers: Path
@@ -82,20 +82,20 @@ class Outcome:
 def run_benchmark(
     todo: BenchmarkRun, load: "Callable[[], TrainedStudent]", progress: Progress
 ) -> Outcome:
-    """Ask what has no answer yet, keep the answers, score them and write the upload file.
+    """Ask the open questions, store the answers, score them and write the submission file.
 
     Args:
-        todo: what to do.
-        load: loads the model; not called where every question is answered.
-        progress: called with what is being done, questions answered, questions in all.
+        todo: the evaluation.
+        load: loads the model; not called if every question has an answer.
+        progress: called with a label, the answered questions and all questions.
 
     Raises:
-        MovekdError: files do not fit each other; says which.
+        MovekdError: files do not fit each other; names them.
     """
     benchmark = find_benchmark(todo.benchmark)
     _check(todo, benchmark)
     every = benchmark.load(todo.questions)
-    truth = _annotations(todo, every)
+    truth = _right_answers(todo, benchmark, every)
     if truth is not None and not truth.exists():
         raise ConfigError(f"{truth} does not exist; expected {benchmark.annotations}.")
     path = todo.answers or todo.run / ANSWERS_DIR / f"{todo.questions.stem}.jsonl"
@@ -107,40 +107,46 @@ def run_benchmark(
         num_asked = _answer(todo, load, asked, answers, progress)
         texts = answers.texts(asked)
     if todo.part is not None:
-        missing = "run without --part when every part is answered"
+        missing = "run without --partition when every part is answered"
         return Outcome(path, len(asked), num_asked, None, missing)
-    if todo.upload is not None and benchmark.upload is not None:
-        benchmark.upload(todo.upload, asked, texts, todo.upload_split)
+    if todo.submission is not None and benchmark.submit is not None:
+        benchmark.submit(todo.submission, asked, texts, todo.submission_split)
     if truth is None:
         missing = f"give --annotations: {benchmark.annotations}"
-        if todo.benchmark == "mmbench":
-            missing = "the question file has no answers: --upload is for the server that has them"
+        if benchmark.answers_in == "questions":
+            missing = "the question file has no answers: --submission is for the server"
         return Outcome(path, len(asked), num_asked, None, missing)
     return Outcome(path, len(asked), num_asked, benchmark.score(asked, texts, truth))
 
 
 def _check(todo: BenchmarkRun, benchmark: Benchmark) -> None:
-    """Refuse options that mean nothing for the benchmark."""
-    if todo.upload is not None and benchmark.upload is None:
-        able = [known.name for known in BENCHMARKS.values() if known.upload is not None]
+    """Refuse options that do not fit the benchmark."""
+    if todo.submission is not None and benchmark.submit is None:
+        able = [known.name for known in BENCHMARKS.values() if known.submit is not None]
         raise ConfigError(
-            f"{benchmark.name} has no server to upload to; --upload is for {', '.join(able)}. Give "
+            f"{benchmark.name} has no server; --submission is for {', '.join(able)}. Give "
             f"--annotations: {benchmark.annotations}."
         )
-    if todo.upload is not None and todo.part is not None:
+    if todo.submission is not None and todo.part is not None:
         raise ConfigError(
-            "--upload needs every answer and --part gives some; run without --part when each part "
-            "is answered."
+            "--submission needs every answer and --partition gives some; run without --partition "
+            "when each part is answered."
         )
-    if todo.upload_split is not None and (benchmark.name != "vqav2" or todo.upload is None):
-        raise ConfigError("--upload-split goes with --benchmark vqav2 and --upload; leave it out.")
+    if todo.submission_split is not None and not (todo.submission and benchmark.has_split):
+        able = [known.name for known in BENCHMARKS.values() if known.has_split]
+        raise ConfigError(
+            f"--submission-split goes with --benchmark {' or '.join(able)} and --submission; leave "
+            "it out."
+        )
 
 
-def _annotations(todo: BenchmarkRun, questions: Sequence[Question]) -> Path | None:
-    """Return what the benchmark is scored by, or None where there is nothing."""
-    if todo.benchmark == "mmbench":
+def _right_answers(
+    todo: BenchmarkRun, benchmark: Benchmark, questions: Sequence[Question]
+) -> Path | None:
+    """Return the file or folder of the right answers, or None if it is not given."""
+    if benchmark.answers_in == "questions":
         return todo.questions if all(q.answer is not None for q in questions) else None
-    if todo.benchmark == "mme" and todo.annotations is None:
+    if benchmark.answers_in == "images" and todo.annotations is None:
         return todo.images
     return todo.annotations
 
@@ -152,7 +158,7 @@ def _answer(
     answers: AnswersFile,
     progress: Progress,
 ) -> int:
-    """Ask what has no answer yet; return how many that were."""
+    """Ask the open questions; return how many they were."""
     asked = answers.open_questions(questions)
     if not asked:
         return 0

@@ -1,11 +1,11 @@
-"""Files that evaluation servers take, for splits whose answers only they have.
+"""Write the submission files of evaluation servers, for splits without public answers.
 
 VQAv2   [{"question_id": 1, "answer": "yes"}, ...], every question of the split
 VizWiz  [{"image": "VizWiz_test_00000000.jpg", "answer": "yes"}, ...]
 GQA     [{"questionId": "1", "prediction": "yes"}, ...], for GQA's own eval.py too
 MMBench a sheet with index, question, A to D, prediction (.xlsx)
 
-Answers to VQAv2 and VizWiz go there in TextVQA's form, as LLaVA's do.
+Answers to VQAv2 and VizWiz are written in TextVQA's form, as LLaVA does.
 
 Source: haotian-liu/LLaVA scripts/convert_{vqav2,vizwiz,mmbench}_for_submission.py,
 convert_gqa_for_eval.py.
@@ -24,24 +24,24 @@ from movekd.evaluate.benchmarks.questions import Question, load_jsonl
 from movekd.evaluate.benchmarks.vqa_normalize import normalise_evalai
 
 
-def upload_vqav2(
+def write_vqav2(
     path: Path, questions: Sequence[Question], answers: Sequence[str], split: Path | None
 ) -> None:
     """Write VQAv2's file.
 
     Args:
-        path: where to.
-        questions: those that were asked, test-dev for one.
-        answers: the model's.
-        split: LLaVA's question file of the whole split, all of which the server wants; questions
-            of it that were not asked get an empty answer.
+        path: the file to write.
+        questions: the asked questions, such as test-dev.
+        answers: the model's answers.
+        split: LLaVA's question file of the whole split. The server expects all its questions;
+            those that were not asked get an empty answer.
     """
     given = {q.id: normalise_evalai(text) for q, text in zip(questions, answers, strict=True)}
     wanted = [q.id for q in (questions if split is None else load_jsonl(split))]
     _write(path, [{"question_id": number, "answer": given.get(number, "")} for number in wanted])
 
 
-def upload_vizwiz(
+def write_vizwiz(
     path: Path, questions: Sequence[Question], answers: Sequence[str], _: Path | None
 ) -> None:
     """Write VizWiz's file."""
@@ -49,18 +49,18 @@ def upload_vizwiz(
     _write(path, [{"image": q.image, "answer": normalise_evalai(text)} for q, text in pairs])
 
 
-def upload_gqa(
+def write_gqa(
     path: Path, questions: Sequence[Question], answers: Sequence[str], _: Path | None
 ) -> None:
-    """Write the predictions that GQA's eval.py and server read."""
+    """Write the predictions for GQA's eval.py and server."""
     pairs = zip(questions, answers, strict=True)
     _write(path, [{"questionId": str(q.id), "prediction": gqa_answer(text)} for q, text in pairs])
 
 
-def upload_mmbench(
+def write_mmbench(
     path: Path, questions: Sequence[Question], answers: Sequence[str], _: Path | None
 ) -> None:
-    """Write MMBench's sheet, an .xlsx."""
+    """Write MMBench's .xlsx sheet."""
     rows: list[list[Any]] = [["index", "question", *"ABCD", "prediction"]]
     for question, text in zip(questions, answers, strict=True):
         options = [*question.options, "", "", "", ""][:4]
@@ -69,9 +69,9 @@ def upload_mmbench(
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write an .xlsx with one sheet, numbers as numbers and all else as text.
+    """Write an .xlsx with one sheet; numbers stay numbers, all else is text.
 
-    Source: ECMA-376, the parts that a workbook must have.
+    Source: ECMA-376, the required parts of a workbook.
     """
     lines = []
     for row in rows:
@@ -116,11 +116,11 @@ _PARTS = {
         f'Type="{_OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>'
     ),
 }
-"""What stands around the sheet; the addresses are names that the format gives its parts."""
+"""The parts around the sheet; the addresses are the format's names of its parts."""
 
 
 def _text(cell: Any) -> str:
-    """Return a cell's text as XML holds it, without the characters that XML cannot hold."""
+    """Return a cell's text escaped for XML, without the characters that XML cannot hold."""
     return escape(re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(cell)))
 
 

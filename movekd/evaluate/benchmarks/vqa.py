@@ -1,6 +1,6 @@
-"""VQAv2, VizWiz, TextVQA: ten people answered each question, and a model is right with three.
+"""Score VQAv2, VizWiz and TextVQA: an answer is right if three of ten people gave it.
 
-Comes in: questions, a model's answers, the benchmark's annotation file. Goes out: a ``Report``.
+Input: questions, a model's answers, the benchmark's annotation file. Output: a ``Report``.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.json_files import read_json
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.report import Report, accuracy_rows
+from movekd.evaluate.benchmarks.report import Report, accuracy_report
 from movekd.evaluate.benchmarks.vqa_normalize import normalise, normalise_evalai
 
 _TEXTVQA_PEOPLE = 10
@@ -21,8 +21,8 @@ _OCR = "Reference OCR token:"
 def consensus(matches: int, people: int) -> float:
     """Return the accuracy of an answer that ``matches`` of ``people`` gave.
 
-    With each person left out in turn, min(matches among the others / 3, 1), averaged: of ten, 0 to
-    4 and more matches give 0, 0.3, 0.6, 0.9, 1.
+    The accuracy is the mean, over each person left out in turn, of min(matches among the others
+    / 3, 1). With ten people, 0, 1, 2, 3 and 4 or more matches give 0, 0.3, 0.6, 0.9 and 1.
 
     Source: visualqa.org/evaluation.
     """
@@ -32,9 +32,9 @@ def consensus(matches: int, people: int) -> float:
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return the VQA challenge's accuracy of one answer against people's.
+    """Return the VQA challenge's accuracy of one answer.
 
-    If all people agree, words are compared as they are; otherwise both sides are normalised.
+    If all people agree, answers are compared unchanged; otherwise both sides are normalised.
 
     Source: GT-Vision-Lab/VQA, vqaEval.py.
     """
@@ -46,9 +46,9 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return VizWiz's accuracy of one answer: only the model's answer is normalised.
+    """Return VizWiz's accuracy of one answer; only the model's answer is normalised.
 
-    People's answers are compared as they were written, whether people agree or not.
+    People's answers are always compared as written.
 
     Source: VizWiz's Python API (vizwiz.org/tasks-and-datasets/vqa), VQAEval.evaluate.
     """
@@ -56,7 +56,7 @@ def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return TextVQA's accuracy of one answer: as ``vqa_accuracy``, in TextVQA's own form.
+    """Return TextVQA's accuracy of one answer; both sides are in TextVQA's form.
 
     Source: facebookresearch/mmf, TextVQAAccuracyEvaluator, as in LLaVA's m4c_evaluator.py.
     """
@@ -65,10 +65,15 @@ def textvqa_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
-    """Return VQAv2's accuracy, by type of answer too (v2_mscoco_val2014_annotations.json).
+    """Return VQAv2's accuracy: of all and per type of answer.
+
+    Args:
+        questions: LLaVA's questions.
+        answers: the model's answers.
+        annotations: v2_mscoco_val2014_annotations.json.
 
     Raises:
-        ConfigError: the file is another, or lacks a question.
+        ConfigError: the file is another one, or lacks a question.
     """
     content = read_json(annotations, dict, "VQAv2's annotations")
     known = {str(entry.get("question_id")): entry for entry in content.get("annotations", [])}
@@ -79,10 +84,10 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotatio
 def score_vizwiz(
     questions: Sequence[Question], answers: Sequence[str], annotations: Path
 ) -> Report:
-    """Return VizWiz's accuracy, by type of answer too (val.json); found by image.
+    """Return VizWiz's accuracy: of all and per type of answer; val.json is read by image.
 
     Raises:
-        ConfigError: the file is another, or lacks an image.
+        ConfigError: the file is another one, or lacks an image.
     """
     content = read_json(annotations, list, "VizWiz's annotations")
     known = {str(entry.get("image")): entry for entry in content}
@@ -93,10 +98,10 @@ def score_vizwiz(
 def score_textvqa(
     questions: Sequence[Question], answers: Sequence[str], annotations: Path
 ) -> Report:
-    """Return TextVQA's accuracy (TextVQA_0.5.1_val.json); found by image and question.
+    """Return TextVQA's accuracy; TextVQA_0.5.1_val.json is read by image and question.
 
     Raises:
-        ConfigError: the file is another, lacks a question, or has not ten answers to one.
+        ConfigError: the file is another one, lacks a question, or has not ten answers to it.
     """
     content = read_json(annotations, dict, "TextVQA's annotations")
     known = {
@@ -114,15 +119,14 @@ def score_textvqa(
                 f"{_TEXTVQA_PEOPLE}. Give the annotations of a split with answers."
             )
         scores.append(((), textvqa_accuracy(answer, people)))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def asked_question(prompt: str) -> str:
-    """Return the question alone, out of one of LLaVA's TextVQA prompts.
+    """Return only the question of one of LLaVA's TextVQA prompts.
 
-    They are: the question, the OCR tokens (before or after it, or not at all), an instruction, each
-    a line; or all on one line, "OCR tokens: ... Question: ... Short answer:".
+    A prompt has one line each for the question, the OCR tokens (before or after it, or missing) and
+    an instruction; or it is one line, "OCR tokens: ... Question: ... Short answer:".
     """
     framed = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
     if prompt.startswith("OCR tokens: ") and framed is not None:
@@ -137,26 +141,25 @@ def _score_people(
     annotations: Path,
     accuracy: Callable[[str, Sequence[str]], float],
 ) -> Report:
-    """Score as the challenge's server does what LLaVA uploads: answers in TextVQA's form."""
+    """Return the scores of the challenge's server for answers in TextVQA's form, as LLaVA's."""
     scores: list[tuple[tuple[str, ...], float]] = []
     for entry, answer in zip(entries, answers, strict=True):
         people = [person.get("answer") for person in entry.get("answers", [])]
         if not people or not all(isinstance(person, str) for person in people):
             raise ConfigError(
-                f"{annotations} has no answers of people; expected a split that has. For one "
-                "without, leave --annotations out and give --upload."
+                f"{annotations} has no answers of people; expected a split with answers. For "
+                "another one leave --annotations out and give --submission."
             )
         kind = entry.get("answer_type")
         score = accuracy(normalise_evalai(answer), people)
         scores.append(((kind,) if isinstance(kind, str) else (), score))
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    return accuracy_report(scores)
 
 
 def _find(known: dict[Any, Any], key: Any, what: str, annotations: Path) -> Any:
     if key not in known:
         raise ConfigError(
-            f"{annotations} says nothing of {what} ({len(known)} entries); expected the "
-            "annotations of the split that --questions asks."
+            f"{annotations} has no entry for {what} ({len(known)} entries); expected the "
+            "annotations of the split of --questions."
         )
     return known[key]

@@ -1,21 +1,21 @@
-"""Answers as the VQA challenge compares them: its normalisation, and TextVQA's variant of it.
+"""Normalise answers as the VQA challenge does, and in TextVQA's variant.
 
-Comes in: an answer in words. Goes out: the form in which answers are compared by equality. Used by
-``vqa`` and by the upload files.
+Input: an answer in words. Output: its form for comparison by equality. Used by ``vqa`` and
+``submission``.
 
-The published rules (visualqa.org/evaluation): lower case; a period goes unless it is a decimal
-point; number words become digits; articles go; a contraction gets its apostrophe back; all other
-punctuation but apostrophe and colon becomes a space, and a comma between digits goes without one.
-Where the published program does more or less than its text, the program is followed, because the
-published figures are its output:
+The published rules (visualqa.org/evaluation): lower case; drop periods that are not decimal points;
+number words become digits; drop articles; restore the apostrophe of contractions; every other mark
+but apostrophe and colon becomes a space, and a comma between digits is dropped. The published
+program differs in three points. This module follows the program, because the published figures are
+its output:
 
-* a mark is taken out without leaving a space as soon as one of its kind stands beside a space, or a
-  comma stands between digits anywhere in the answer;
-* a period stays before a digit, and goes everywhere else, behind a digit too;
-* marks are looked for in the answer as it came; articles and numbers are whole words.
+* it drops a mark without leaving a space if one mark of the same kind is next to a space, or if a
+  comma is between digits anywhere in the answer;
+* it keeps a period before a digit, and drops all others, also after a digit;
+* it looks for marks in the answer before other rules; articles and numbers are whole words.
 
 Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; facebookresearch/mmf,
-pythia/tasks/processors.py, EvalAIAnswerProcessor, which LLaVA takes for TextVQA and for uploads.
+pythia/tasks/processors.py, EvalAIAnswerProcessor, which LLaVA uses for TextVQA and for submissions.
 """
 
 import re
@@ -40,14 +40,14 @@ would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll yo
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
-    """Return the ways to write a contraction with one of its apostrophes forgotten."""
+    """Return the spellings of a contraction that lack one of its apostrophes."""
     return [word[:at] + word[at + 1 :] for at, letter in enumerate(word) if letter == "'"]
 
 
 CONTRACTIONS = {
     misspelt: word for word in _CONTRACTED.split() for misspelt in _without_one_apostrophe(word)
-} | {"somebody'd": "somebodyd"}  # the last one is the published table's own slip
-"""A contraction without one of its apostrophes -> as the published table writes it."""
+} | {"somebody'd": "somebodyd"}  # a slip of the published table
+"""A contraction without one of its apostrophes -> its form in the published table."""
 
 
 def normalise(answer: str) -> str:
@@ -60,9 +60,9 @@ def normalise(answer: str) -> str:
 
 
 def normalise_evalai(answer: str) -> str:
-    """Return an answer in TextVQA's form: commas and question marks go first, 's stands alone.
+    """Return an answer in TextVQA's form: first drop commas and question marks, split off 's.
 
-    LLaVA brings answers into this form before it uploads them for VQAv2 and VizWiz, too.
+    LLaVA also submits answers to VQAv2 and VizWiz in this form.
     """
     answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(answer)

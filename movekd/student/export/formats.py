@@ -106,19 +106,20 @@ def _require_free(out: Path, overwrite: bool, kept: Iterable[Path]) -> None:
         there = source.resolve()
         if place.is_relative_to(there) or there.is_relative_to(place):
             raise ConfigError(
-                f"--out {out} is, holds or lies in {source}, which is read; expected a directory "
-                "apart from it, because what --out held is deleted. Give another --out."
+                f"--output {out} is, holds or lies in {source}, which is read; expected a "
+                "directory apart from it, because what --output held is deleted. Give another "
+                "--output."
             )
     if place.is_dir() and not any(place.iterdir()):
         return
     if place.exists() and not overwrite:
         raise ConfigError(
-            f"{out} exists already; give --overwrite to replace it, or another --out."
+            f"{out} exists already; give --overwrite to replace it, or another --output."
         )
     if place.exists() and not _is_ours(place):
         raise ConfigError(
             f"{out} was not written by `movekd export` or `import` (no {ABOUT_FILE}, no imported "
-            "model), and --overwrite deletes nothing else. Give another --out, or delete it "
+            "model), and --overwrite deletes nothing else. Give another --output, or delete it "
             "yourself."
         )
 

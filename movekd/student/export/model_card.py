@@ -81,7 +81,7 @@ tokens, *cls = session.run(None, {"pixel_values": pixels})  # float32 (batch, 3,
 Pixels are normalised as `movekd.json` says (`image_mean`, `image_std`, `geometry`).
 """,
     "official": """These are the files of the released MoVE-KD code, under its names
-(github.com/hey-cjj/MoVE-KD). Back into movekd: `movekd import DIR --out MODEL`.
+(github.com/hey-cjj/MoVE-KD). Back into movekd: `movekd import DIR --output MODEL`.
 """,
 }
 

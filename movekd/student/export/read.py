@@ -30,7 +30,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     if model_type == "move_llava_llama":
         raise WeightsError(
             f"{directory} is a checkpoint of the released code; expected a model directory of "
-            f"movekd. Make one of it: movekd import {directory} --out DIR."
+            f"movekd. Make one of it: movekd import {directory} --output DIR."
         )
     if model_type == "movekd_clip_vision":
         raise WeightsError(

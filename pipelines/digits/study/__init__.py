@@ -1,15 +1,15 @@
-"""The study: does the method work at the size of the embedded corpus, and which parts of it.
+"""Study whether the method works at the size of the embedded corpus, and which parts matter.
 
-docs/study.md says what is asked and how it is answered, and was written before the first run.
+docs/study.md states the questions and the method. It was written before the first run.
 
-    plan.py        arms, contrasts, sizes: everything that is decided beforehand
-    worlds.py      a digit split, teachers trained on it, scenes, caches; kept on disk
-    run.py         one run: train both stages, evaluate; and the one look at the test scenes
-    queue.py       all runs, two at a time, one row each; goes on where it was interrupted
+    plan.py        arms, contrasts and sizes: everything that was decided in advance
+    worlds.py      a world: a digit split, its teachers, scenes and caches; kept on disk
+    run.py         a run: train both stages, evaluate; and the single pass over the test scenes
+    queue.py       all runs, two at a time; resumes after an interruption
     results.py     the committed files of rows
-    statistics.py  intervals, tests, corrections: worlds are the units
-    summary.py     everything that is reported, as report.json
-    figures.py     the figures
+    statistics.py  intervals, tests, corrections; worlds are the units
+    summary.py     all reported figures, as report.json
+    figures.py     plots
     page.py        the results part of docs/study.md
 
     PYTHONPATH=pipelines/digits python -m study run      # `make study`

@@ -1,4 +1,4 @@
-"""The study's command line: ``PYTHONPATH=pipelines/digits python -m study --help``."""
+"""Command line of the study: ``PYTHONPATH=pipelines/digits python -m study --help``."""
 
 import argparse
 import os
@@ -8,37 +8,41 @@ from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms, f
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="study", description="The study of docs/study.md.")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "prepare": "make the worlds: teachers, scenes, caches",
-        "run": "make what is missing, then every run that has no row yet",
-        "final": "look at the test scenes, once",
-        "report": "tables and figures: of validation scenes, or with --final into docs/study.md",
-        "explore": "runs outside of the plan, on validation scenes",
+        "run": "make the worlds if missing, then every run without a row",
+        "final": "answer the test questions, once",
+        "report": "tables and figures of validation scenes; with --final of test scenes",
+        "explore": "runs outside the plan, on validation scenes",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("--work", type=Path, default=Path("runs/study"))
-        command.add_argument("--results", type=Path, default=None, help="default: where committed")
+        command.add_argument(
+            "--results", type=Path, default=None, help="default: the committed files"
+        )
         command.add_argument("--jobs", type=int, default=2, help="processes at a time")
-        command.add_argument("--smoke", action="store_true", help="tiny sizes: for tests")
+        command.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
         command.add_argument("--everything", action="store_true", help="the arms of study-full")
-        command.add_argument("--arms", nargs="*", default=[], help="these alone, with all seeds")
+        command.add_argument("--arms", nargs="*", default=[], help="only these arms, all seeds")
         if name == "report":
             command.add_argument("--final", action="store_true")
         if name == "explore":
-            command.add_argument("name", help="of what is tried")
-            command.add_argument("--question", required=True, help="what it shall answer")
-            command.add_argument("--base", default="revised_mole", help="arm that is changed")
+            command.add_argument("name", help="name of the trial")
+            command.add_argument(
+                "--question", required=True, help="question that the trial answers"
+            )
+            command.add_argument("--base", default="revised_mole", help="arm to change")
             command.add_argument("--set", nargs="*", default=[], help="a.b=c, both stages")
-            command.add_argument("--stage1", nargs="*", default=[], help="a.b=c, stage 1 alone")
+            command.add_argument("--stage1", nargs="*", default=[], help="a.b=c, only stage 1")
             command.add_argument("--worlds", nargs="*", type=int, default=[0], choices=WORLDS)
             command.add_argument("--seeds", nargs="*", type=int, default=[FIRST_EXPLORATORY_SEED])
     arguments = parser.parse_args()
 
-    from study import explore, page, queue, results  # torch: not for --help
+    from study import explore, page, queue, results  # they load torch, which --help need not
 
     sizes = SMOKE if arguments.smoke else FULL_SIZE
     where = arguments.results or (arguments.work / "results" if arguments.smoke else None)
@@ -65,5 +69,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstudy: interrupted; the same command goes on with the next run.", flush=True)
-        os._exit(130)  # its processes end with it
+        print("\nstudy: interrupted; the same command continues with the next run.", flush=True)
+        os._exit(130)  # the worker processes end with this one

@@ -1,7 +1,7 @@
-"""Runs outside of the plan: what hyperparameters are chosen by, and how a failure is looked into.
+"""Run trials outside the plan, to choose hyperparameters or to look into a failure.
 
-Validation scenes alone, seeds that the study does not use, a limited number of runs a question,
-and none after the test scenes have been looked at.
+Trials use validation scenes only, and seeds that the study does not use. The number of runs per
+question is limited. No trial runs after the final pass.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from study.run import Task
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried.
+    """A change of an arm, tried to answer a question.
 
     Attributes:
-        name: of it.
-        question: that it shall answer; the limit is by question.
+        name: name of the trial.
+        question: the question that it answers; the limit counts runs per question.
         base: arm that is changed.
         keys: changes in both stages, as ``a.b=c``.
-        pretrain: changes in stage 1 alone.
+        pretrain: changes in stage 1 only.
     """
 
     name: str
@@ -34,11 +34,11 @@ class Trial:
 def run(
     place: queue.Place, trial: Trial, world_numbers: Sequence[int], seeds: Sequence[int]
 ) -> None:
-    """Run a trial in some worlds with some seeds; an arm without changes is free.
+    """Run a trial in some worlds with some seeds. An unchanged arm does not count for the limit.
 
     Raises:
-        SystemExit: the test scenes have been looked at, the question has had its runs, or a seed
-            is one of the study's.
+        SystemExit: the final pass has run, the question has used up its runs, or the study uses a
+            seed.
     """
     base = find_arm(trial.base)
     arm = replace(

@@ -1,6 +1,6 @@
-"""The figures of docs/study.md.
+"""Plot the figures of docs/study.md.
 
-Rows and curves come in, PNG files go out. An arm has one colour in all of them.
+Input: rows and curves. Output: PNG files. An arm has the same colour in all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ COLOURS = dict(
 
 
 def draw_all(folder: Path, rows: Sequence[Row], part: str, curves: Sequence[Row]) -> list[Path]:
-    """Write every figure that the rows suffice for; return their files."""
+    """Write every figure that the rows allow; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = [row for row in rows if row["arm"] in COLOURS]
     shown = [name for name in COLOURS if any(row["arm"] == name for row in runs)]
@@ -48,7 +48,7 @@ def draw_all(folder: Path, rows: Sequence[Row], part: str, curves: Sequence[Row]
 
 
 def _accuracy(rows: Sequence[Row], part: str, shown: Sequence[str]) -> Any:
-    """Mean and 95% interval over worlds per question type."""
+    """Plot mean and 95% interval over worlds per question type."""
     figure, axes = plt.subplots(figsize=(9, 4))
     for at, name in enumerate(shown):
         intervals = [
@@ -69,7 +69,7 @@ def _accuracy(rows: Sequence[Row], part: str, shown: Sequence[str]) -> Any:
 
 
 def _collapse(curves: Sequence[Row], shown: Sequence[str]) -> Any:
-    """KD loss, spread and effective rank of the tokens over the steps of both stages."""
+    """Plot KD loss, spread and effective rank of the tokens over the steps of both stages."""
     names = ("loss_kd", "token_std", "token_rank")
     labels = ("KD loss", "token standard deviation", "effective rank of the tokens")
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
@@ -107,10 +107,10 @@ def _line(curves: Row, name: str) -> tuple[list[float], list[float]]:
 
 
 def _time(rows: Sequence[Row], part: str) -> Any:
-    """Accuracy against training time, a point per arm: those of the study, and timed ones."""
+    """Plot accuracy against training time, a point per arm of the study and per timed arm."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     timed = [arm.name for arm in MORE if arm.matches_time_of]
-    for name in (*COLOURS, *timed):  # more would hide each other
+    for name in (*COLOURS, *timed):  # more points would overlap
         runs = [row for row in rows if row["arm"] == name]
         if not runs:
             continue
@@ -136,7 +136,7 @@ def _time(rows: Sequence[Row], part: str) -> Any:
             fontsize=8,
             color=colour,
         )
-    axes.margins(x=0.2)  # for the names
+    axes.margins(x=0.2)  # space for the names
     axes.set_xlabel("seconds of training on one thread")
     axes.set_ylabel(f"accuracy on {'test' if part == 'test' else 'validation'} scenes")
     axes.grid(alpha=0.3)
@@ -144,7 +144,7 @@ def _time(rows: Sequence[Row], part: str) -> Any:
 
 
 def _routing(curves: Row) -> Any:
-    """Which expert gets which digit, and which place, in each layer of one run."""
+    """Plot which expert gets which digit, and which place, in each layer of a run."""
     digit_LEC = np.array(curves["routing"]["digit"], float)
     place_LEC = np.array(curves["routing"]["place"], float)
     digit_LEC /= digit_LEC.sum(1, keepdims=True).clip(min=1)

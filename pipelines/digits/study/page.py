@@ -1,8 +1,7 @@
-"""The results part of docs/study.md, made from ``summary``.
+"""Write the results part of docs/study.md from ``summary``.
 
-What stands above its first mark was written by hand before the first run and is never touched.
-Without the final pass nothing belongs there: a preview over validation scenes goes to the work
-folder instead.
+The text above its first mark was written by hand before the first run and is never changed. Before
+the final pass, a preview of validation scenes is written to the work folder instead.
 """
 
 from collections.abc import Sequence
@@ -30,12 +29,12 @@ def write_report(place: Place, is_final: bool) -> Path:
     """Write figures, tables and ``report.json``; return the page that holds the tables.
 
     Args:
-        place: the study's.
-        is_final: read the test file, write into docs/study.md and beside the rows; otherwise
-            validation scenes only, and a preview in the work folder.
+        place: folders and sizes of the study.
+        is_final: read the test file, and write docs/study.md and report.json; otherwise write a
+            preview of validation scenes to the work folder.
 
     Raises:
-        SystemExit: the final pass has not been run.
+        SystemExit: the final pass has not run.
     """
     found = summary.summarise(place.results, place.sizes, is_final)
     rows = results.read(place.results, "runs")
@@ -43,7 +42,7 @@ def write_report(place: Place, is_final: bool) -> Path:
         rows = summary.joined_rows(place.results)
         summary.write(found, place.results)
     folder = DOCS / "study" if is_final else place.work / "preview"
-    shown = [row for row in rows if row["seed"] in SEEDS]  # as many runs of every arm
+    shown = [row for row in rows if row["seed"] in SEEDS]  # equally many runs per arm
     curves = results.by_run(results.read(place.results, "curves")).values()
     drawn = figures.draw_all(
         folder, shown, "test" if is_final else "val", [c for c in curves if c["seed"] in SEEDS]
@@ -95,7 +94,7 @@ def results_part(found: Summary, drawn: Sequence[str]) -> str:
 
 
 def validation_part(val: Summary, with_tests: bool) -> list[str]:
-    """Return the tables on validation scenes, which settings were chosen by."""
+    """Return the tables on validation scenes, on which settings were chosen."""
     lines = ["", "### Validation scenes", ""]
     if with_tests:
         lines += ["Arms that have not answered the test scenes, or not with all their runs.", ""]
@@ -112,7 +111,7 @@ def _titled(title: str, contrasts: Sequence[Summary]) -> list[str]:
 
 
 def arm_table(found: Sequence[Summary]) -> list[str]:
-    """Return one line per arm: accuracies, time, and what its tokens and routers ended with."""
+    """Return a line per arm: accuracies, time, and final figures of its tokens and routers."""
     lines = [
         f"| arm | what | runs | worlds | {' | '.join(KINDS)} | seconds | token std | rank | "
         "routing bits |",
@@ -137,7 +136,7 @@ def arm_table(found: Sequence[Summary]) -> list[str]:
 
 
 def contrast_table(found: Sequence[Summary]) -> list[str]:
-    """Return one line per contrast."""
+    """Return a line per contrast."""
     lines = [
         "| contrast | difference (95%) | per world | df | p | p, Holm | holds | pairs | "
         "over pairs: 95%, p |",
@@ -164,7 +163,7 @@ def contrast_table(found: Sequence[Summary]) -> list[str]:
 
 
 def _range(interval: Summary, form: str) -> str:
-    """Return the bounds in brackets; nothing where one world has none."""
+    """Return the bounds in brackets, or nothing if only one world has rows."""
     if interval["low"] is None:
         return ""
     return f" ({interval['low']:{form}} to {interval['high']:{form}})"

@@ -1,7 +1,7 @@
-"""What the study runs: arms, contrasts, worlds, seeds and sizes, decided before the first run.
+"""The plan of the study: arms, contrasts, worlds, seeds and sizes, fixed before the first run.
 
-Comes from nowhere but here and docs/study.md; goes to ``queue``, ``run`` and ``page``. An arm is
-the digits pipeline's two YAML files, a cache, and the keys that it changes.
+docs/study.md explains it. An arm is the two YAML files of the digits pipeline, a cache, and the
+keys that it changes.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from demo import TEACHERS
 WORLDS = (0, 1, 2)
 SEEDS = (0, 1, 2, 3)
 MORE_SEEDS = tuple(range(12))
-"""Of the two arms that are tested for equivalence: a margin of one point needs more pairs."""
+"""Seeds of the two arms that are tested for equivalence: a margin of one point needs more pairs."""
 FIRST_EXPLORATORY_SEED = 100
-"""Exploratory runs use seeds from here on, so that no choice is made on a seed of the study."""
+"""Exploratory runs use this seed or higher ones, so that no choice rests on a seed of the study."""
 MAX_EXPLORATORY = 20
-"""Exploratory runs a question."""
+"""Limit of exploratory runs per question."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn, learned and asked."""
+    """Numbers of scenes, epochs and questions."""
 
     num_pretrain: int = 4096
     num_finetune: int = 2048
@@ -30,14 +30,14 @@ class Sizes:
     batch_size: int = 16
     logging_steps: int = 16
     teacher_steps: int | None = None
-    """Replaces each teacher's own number of steps; the study never does."""
+    """Replaces the number of steps of each teacher; only tests set it."""
 
 
 FULL_SIZE = Sizes()
 SMOKE = Sizes(
     num_pretrain=64, num_finetune=32, num_val=16, num_test=16, logging_steps=2, teacher_steps=2
 )
-"""For tests of the machinery: says nothing about any arm."""
+"""Sizes for tests of the code; results mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        name: in rows, figures and tables.
-        what: in a few words.
+        name: name in rows, figures and tables.
+        what: a short description.
         cache: which of ``CACHES`` it distils from; None without distillation.
-        keys: what it changes in both stages, as ``a.b=c``.
-        pretrain: what it changes in stage 1 alone.
-        matches_time_of: an arm as long as whose runs this one trains.
-        seeds: of its runs.
+        keys: changes in both stages, as ``a.b=c``.
+        pretrain: changes in stage 1 only.
+        matches_time_of: this arm trains as long as that one.
+        seeds: seeds of its runs.
     """
 
     name: str
@@ -74,10 +74,10 @@ CACHES: dict[str, dict[str, str]] = {
     "pooled_float16": {"codec": "float16"},
     "shuffled": {},
 }
-"""What a world's caches change in the teachers' specs. ``shuffled``: every image has another's."""
+"""Changes of the teachers' specs per cache. ``shuffled``: images have features of others."""
 
 FULL = {"keys": ("student.mole=null",), "pretrain": ("trained=[vision_tower, projector]",)}
-"""Full fine-tuning: no experts, the tower's own weights learn in both stages."""
+"""Full fine-tuning: no experts; the tower's weights learn in both stages."""
 
 
 def _full(name: str, what: str, *keys: str, **others: str | None) -> Arm:
@@ -125,11 +125,11 @@ MORE = (
     ),
     Arm("similarity", "teachers by similarity", keys=("distill.teacher_weighting=similarity",)),
     Arm("balanced", "teachers by their losses", keys=("distill.teacher_weighting=balanced",)),
-    Arm("scaled_targets", "targets of one scale a teacher", keys=("distill.targets=scaled",)),
+    Arm("scaled_targets", "targets of one scale per teacher", keys=("distill.targets=scaled",)),
     *(
         Arm(
             f"only_{teacher}",
-            f"{teacher} alone, all tokens alike",
+            f"only {teacher}, all tokens alike",
             keys=(f"distill.teachers=[{teacher}]", "distill.token_weighting=none"),
         )
         for teacher in TEACHERS
@@ -152,10 +152,10 @@ MORE = (
         matches_time_of="revised_full",
     ),
 )
-"""What `make study-full` adds. Parts are taken away from, or changed in, `revised_mole`."""
+"""The arms that `make study-full` adds. They remove or change a part of `revised_mole`."""
 
 TIME_BASE = {"revised_mole": "none_mole", "revised_full": "none_full"}
-"""The arm without KD whose steps are multiplied until it takes as long."""
+"""The arm without KD that gets more steps until it takes as long."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Contrast:
     Attributes:
         first: the arm that is expected to be better.
         second: the other one.
-        margin: None tests for a difference; a number tests that there is none as large as it.
+        margin: None tests for a difference; a number tests that the difference is smaller.
     """
 
     first: str
@@ -174,7 +174,7 @@ class Contrast:
 
     @property
     def name(self) -> str:
-        """As in tables."""
+        """Name in tables."""
         return f"{self.first} - {self.second}"
 
 
@@ -186,13 +186,13 @@ SECONDARY = (
     Contrast("revised_mole", "revised_full"),
     Contrast("revised_mole", "shuffled_mole"),
 )
-"""Holm's correction is over these. Those below have intervals and no claim."""
+"""Holm's correction covers these. Contrasts of later lists have intervals but no claim."""
 SECONDARY_MORE = (
     Contrast("revised_mole", "float16", margin=0.01),
     Contrast("revised_mole", "time_mole"),
     Contrast("revised_full", "time_full"),
 )
-"""Secondary as well, and in the correction, once `make study-full` has run."""
+"""Also secondary: the correction covers them once `make study-full` has run."""
 AFTERWARDS = (
     Contrast("official_mole", "none_mole"),
     Contrast("official_full", "none_full"),
@@ -200,7 +200,7 @@ AFTERWARDS = (
     Contrast("base_in_stage1_scale_4", "revised_full"),
     *(Contrast(f"only_{teacher}", "none_mole") for teacher in TEACHERS),
 )
-"""Not in the plan: asked on 2026-11-29, when the results were known. Intervals and no claim."""
+"""Not in the plan: added on 2026-11-29, when the results were known. Intervals but no claim."""
 
 
 def arms(everything: bool) -> tuple[Arm, ...]:
@@ -213,18 +213,18 @@ def find_arm(name: str) -> Arm:
     """Return an arm by name.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: the name is unknown.
     """
     for arm in arms(everything=True):
         if arm.name == name:
             return arm
     known = ", ".join(arm.name for arm in arms(everything=True))
-    raise SystemExit(f"study: there is no arm '{name}'; known are {known}.")
+    raise SystemExit(f"study: no arm is named '{name}'; known are {known}.")
 
 
 @dataclass(frozen=True, order=True)
 class RunId:
-    """Which run: rows are known by it."""
+    """Identity of a run and of its rows."""
 
     seed: int
     world: int
@@ -234,7 +234,7 @@ class RunId:
 def runs(chosen: tuple[Arm, ...]) -> list[RunId]:
     """Return all runs, seed by seed, so that an interrupted study is a smaller balanced one.
 
-    Arms that match the time of others come last.
+    Arms that match the training time of others are last.
     """
     order = sorted(chosen, key=lambda arm: arm.matches_time_of is not None)
     seeds = sorted({seed for arm in chosen for seed in arm.seeds})

@@ -1,6 +1,6 @@
-"""All runs, a few at a time, one row each; interrupted, the same call goes on with the next run.
+"""Run all runs, a few at a time, and write a row for each; a second call resumes.
 
-Every process computes with one thread, as the rows say nothing of how many there were.
+Every process computes with one thread, because the rows do not record the number of threads.
 """
 
 import fcntl
@@ -30,12 +30,12 @@ from study.worlds import World
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is: what it makes, what it writes, how large it is.
+    """Folders, sizes and number of processes of a study.
 
     Attributes:
-        work: worlds and trained students; not committed.
-        results: files of rows; committed.
-        sizes: of worlds and runs.
+        work: folder of worlds and trained students; not committed.
+        results: folder of the rows; committed.
+        sizes: sizes of worlds and runs.
         jobs: processes at a time.
     """
 
@@ -45,12 +45,12 @@ class Place:
     jobs: int = 2
 
     def world(self, number: int) -> World:
-        """One of the worlds."""
+        """Return a world by its number."""
         return World(number, self.work, self.sizes)
 
 
 def prepare(place: Place, chosen: Sequence[Arm]) -> list[World]:
-    """Make what the arms need of every world, and is not there yet; return the worlds."""
+    """Make what the arms need of every world, unless it exists; return the worlds."""
     made = [place.world(number) for number in WORLDS]
     with _pool(place.jobs) as pool:
         teachers = [(w, name) for w in made if not w.shipped_weights for name in TEACHERS]
@@ -70,7 +70,7 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
     """Train and evaluate every run that has no row yet.
 
     Raises:
-        SystemExit: rows are of other settings, or some runs failed (after all the others).
+        SystemExit: rows have other settings, or runs failed (raised after all others).
     """
     with _lock(place.work):
         made = prepare(place, chosen)
@@ -87,7 +87,7 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
             def note(outcome: tuple[Row, Row]) -> Row:
                 row, curves = outcome
                 row["commit"] = _commit()
-                results.append(place.results, "curves", curves)  # first: a row means all is there
+                results.append(place.results, "curves", curves)  # first: the row marks completion
                 results.append(place.results, "runs", row)
                 return row
 
@@ -97,10 +97,10 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
 def run_final(place: Place, chosen: Sequence[Arm]) -> None:
     """Answer the test questions, once, with the student of every run of the arms.
 
-    A student that is not on disk is trained again, and has to be the one that its row is of.
+    A student that is not on disk is trained again, and must equal the student of its row.
 
     Raises:
-        SystemExit: runs are missing, or some failed (after all the others).
+        SystemExit: runs are missing, or some failed (raised after all others).
     """
     with _lock(place.work):
         have = results.by_run(results.read(place.results, "runs"))
@@ -129,7 +129,7 @@ def run_final(place: Place, chosen: Sequence[Arm]) -> None:
 
 
 def explore(place: Place, tasks: Sequence[Task], about: Row) -> None:
-    """Run arms that are not in the plan, on validation scenes; ``about`` goes into their rows."""
+    """Run arms outside the plan on validation scenes; add ``about`` to their rows."""
     with _lock(place.work):
         prepare(place, [task.arm for task in tasks])
 
@@ -142,13 +142,13 @@ def explore(place: Place, tasks: Sequence[Task], about: Row) -> None:
 
 
 def time_factor(have: dict[RunId, Row], name: str) -> float:
-    """Return by how much an arm's epochs are multiplied to take as long as another arm's runs.
+    """Return the factor on an arm's epochs that makes it train as long as another arm.
 
-    That of the arm's rows; for its first one, the median, over the runs that both arms have, of
-    the ratio of their training times.
+    It is the factor in the arm's rows. Without a row it is the median ratio of the training times
+    of the runs that both arms have.
 
     Raises:
-        SystemExit: there is no such run yet.
+        SystemExit: the arms have no such run yet.
     """
     longer = find_arm(name).matches_time_of
     if longer is None:
@@ -170,15 +170,15 @@ def time_factor(have: dict[RunId, Row], name: str) -> float:
 
 
 def _train_seconds(row: Row) -> float:
-    # Of the processor: one thread waits for nothing, and other jobs would be in the clock's time.
+    # CPU time: wall time would include the other jobs.
     return float(row["cpu_seconds"]["pretrain"] + row["cpu_seconds"]["finetune"])
 
 
 def _refuse_other_settings(place: Place, chosen: Sequence[Arm], made: Sequence[World]) -> None:
-    """Refuse rows that another plan, other sizes or other worlds have made.
+    """Refuse rows of another plan, other sizes or other worlds.
 
     Raises:
-        SystemExit: says which.
+        SystemExit: names the row.
     """
     names = {arm.name: arm for arm in chosen}
     for row in results.read(place.results, "runs"):
@@ -198,10 +198,10 @@ def _go_through(
     note: Callable[[Any], Row],
     part: str,
 ) -> None:
-    """Do all tasks, note each outcome, say how far it is.
+    """Do all tasks, note each outcome, print the progress.
 
     Raises:
-        SystemExit: some failed; after all the others.
+        SystemExit: some failed; raised after all others.
     """
     started, failed = time.monotonic(), []
     with _pool(min(jobs, max(len(tasks), 1))) as pool:
@@ -236,7 +236,7 @@ def _all(pool: ProcessPoolExecutor, work: Callable[..., None], arguments: Sequen
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; when this one is interrupted, they are not waited for."""
+    """Yield a pool of one-thread processes; after an interruption, do not wait for them."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process)
     try:
@@ -248,9 +248,11 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_process() -> None:
-    """One thread, and no life after the process that asked: its successor makes the same runs."""
+    """Use one thread, and end with the parent: the next study would make the same runs."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all processes; one answers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the parent handles it
     parent = parent_process()
     assert parent is not None
 
@@ -274,7 +276,7 @@ def _lock(work: Path) -> Iterator[None]:
 
 
 def _commit() -> str:
-    """Return the commit of the code, or what git says instead."""
+    """Return the commit of the code, or ``unknown``."""
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)

@@ -1,14 +1,13 @@
-"""The committed files of rows: one JSON object a line, appended to and never edited.
+"""Read and append to the committed files of rows; a line is a JSON object and is never edited.
 
-    runs.jsonl         a row a run, with its accuracy on validation scenes
-    curves.jsonl       what it logged; and, of the first seed, what its routers did
-    final.jsonl        a row a run, with its accuracy on test scenes: by the final pass
-    exploratory.jsonl  a row an exploratory run, validation scenes alone
+    runs.jsonl         per run: accuracy on validation scenes
+    curves.jsonl       per run: logged curves; of the first seed also the routers' choices
+    final.jsonl        per run: accuracy on test scenes, from the final pass
+    exploratory.jsonl  per exploratory run: accuracy on validation scenes
 
-Beside them ``report.json``, which ``summary`` makes from them.
+``summary`` makes ``report.json`` from them.
 
-A line that an interruption cut short is dropped when the file is read, and overwritten by the
-next one.
+A line that an interruption cut short is ignored by readers and overwritten by the next row.
 """
 
 import json
@@ -26,12 +25,14 @@ RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "stud
 
 
 def read(folder: Path, name: Name) -> list[Row]:
-    """Return the rows of a file; none where there is no file."""
+    """Return the rows of a file; an empty list without the file."""
     path = folder / f"{name}.jsonl"
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]  # the last ends with a newline, or was cut
+    return [
+        json.loads(line) for line in lines[:-1]
+    ]  # after the last newline: nothing, or a cut line
 
 
 def append(folder: Path, name: Name, row: Row) -> None:
@@ -48,10 +49,10 @@ def append(folder: Path, name: Name, row: Row) -> None:
 
 
 def run_id(row: Row) -> RunId:
-    """Return which run a row is of."""
+    """Return the run of a row."""
     return RunId(row["seed"], row["world"], row["arm"])
 
 
 def by_run(rows: Iterable[Row]) -> dict[RunId, Row]:
-    """Return rows by their run; of several the last."""
+    """Return the last row of each run."""
     return {run_id(row): row for row in rows}

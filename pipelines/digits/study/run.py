@@ -1,7 +1,7 @@
-"""One run of the study: both stages through ``movekd.train``, then questions about new scans.
+"""Run the two training stages of an arm through ``movekd.train``, then answer questions.
 
-Comes in: an arm, a world, a seed. Goes out: a row, the curves, and what the routers did; the
-trained student stays on disk for the final pass, which alone draws and reads test scenes.
+Input: an arm, a world, a seed. Output: a row, the curves, and the routers' choices. The trained
+student stays on disk for the final pass; only that pass draws and reads test scenes.
 
 Legend: B images, N tokens with [CLS], L layers, E experts, C labels or places.
 """
@@ -32,26 +32,26 @@ from movekd.student.vlm import image_features
 from movekd.train.config import load_config
 from movekd.train.run import train
 from study.plan import Arm, RunId
+from study.results import Row
 from study.worlds import YAMLS, World
 
 STAGES = ("pretrain", "finetune")
 CURVES = ("loss_text", "loss_kd", "token_std", "token_rank", "routing_max_share")
 PLACES = 36  # patches of a scene
 REPEATED = ("val", "token_std", "token_rank", "loss_kd")
-"""What a run that is done again has to repeat to the last digit of its row."""
-Row = dict[str, Any]
+"""Keys of the row that a repeated run must reproduce exactly."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is given.
+    """The input of a process.
 
     Attributes:
-        run: which one.
+        run: identity of the run.
         arm: how it trains.
-        world: on what.
-        epochs: factor on the epochs of both stages; not 1 where an arm matches another's time.
-        row: of the same run, done before; what is trained again has to agree with it.
+        world: scenes, teachers and caches.
+        epochs: factor on the epochs of both stages; not 1 if the arm matches another's time.
+        row: the earlier row of the same run; a student that is trained again must agree with it.
     """
 
     run: RunId
@@ -62,12 +62,12 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where the run goes."""
+        """Folder of the run."""
         return self.world.work / "runs" / f"{self.run.arm}-{self.run.world}-{self.run.seed}"
 
 
 def settings(arm: Arm, world: World) -> str:
-    """Return a hash of everything that a row depends on but its seed and the library's code."""
+    """Return a hash of everything that a row depends on except the seed and movekd's code."""
     digest = hashlib.sha256(repr((arm.cache, arm.keys, arm.pretrain)).encode())
     digest.update(repr((arm.matches_time_of, world.sizes)).encode())
     digest.update(world.fingerprint.encode())
@@ -77,7 +77,7 @@ def settings(arm: Arm, world: World) -> str:
 
 
 def execute(task: Task) -> tuple[Row, Row]:
-    """Train and evaluate; return the row and its curves."""
+    """Train and evaluate; return the row and the curves."""
     quiet_libraries()
     shutil.rmtree(task.folder, ignore_errors=True)
     logs: dict[str, list[dict[str, float]]] = {}
@@ -109,14 +109,14 @@ def execute(task: Task) -> tuple[Row, Row]:
     curves = {**name, **{stage: _curves(logs[stage]) for stage in STAGES}}
     if task.arm.has_experts:
         row["routing"], counts = routing_by_content(trained, task.world)
-        if task.run.seed == 0:  # a figure needs one
+        if task.run.seed == 0:  # a figure shows one run
             curves["routing"] = counts
     return row, curves
 
 
 @contextmanager
 def _timed(name: str, seconds: dict[str, float], cpu_seconds: dict[str, float]) -> Iterator[None]:
-    """Note what the body took on the clock, and of this process's one thread."""
+    """Note the wall time of the body and the CPU time of this process."""
     started, cpu_started = time.perf_counter(), time.process_time()
     yield
     seconds[name] = round(time.perf_counter() - started, 2)
@@ -124,7 +124,7 @@ def _timed(name: str, seconds: dict[str, float], cpu_seconds: dict[str, float]) 
 
 
 def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
-    """Train one stage; return what it logged."""
+    """Train a stage; return its log."""
     arm, world = task.arm, task.world
     epochs = task.epochs * (world.sizes.finetune_epochs if stage == "finetune" else 1.0)
     overrides = [
@@ -148,7 +148,7 @@ def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
 
 
 def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[int]]:
-    """Answer the questions of ``folder/part.json``; return [right, asked] a question type."""
+    """Answer the questions of ``folder/part.json``; return [right, asked] per question type."""
     asked, right = split_questions(load_conversations(folder / f"{part}.json"))
     given = generate_answers(
         trained.student,
@@ -164,12 +164,12 @@ def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[i
 
 
 def final(task: Task) -> Row:
-    """Answer the test questions with a run's student; return the row of the final file.
+    """Answer the test questions with the student of a run; return the row of the final file.
 
     A student that is not on disk is trained again.
 
     Raises:
-        RuntimeError: it came out as another one than the row on validation scenes is of.
+        RuntimeError: the student trained again differs from its row on validation scenes.
     """
     quiet_libraries()
     if not (task.folder / "finetune/model").exists():
@@ -197,12 +197,12 @@ def final(task: Task) -> Row:
 def routing_by_content(
     trained: TrainedStudent, world: World
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return what the experts of a trained student are chosen by, over the validation scenes.
+    """Return how the experts of a trained student depend on content, over validation scenes.
 
     Returns:
-        The mutual information of expert and digit, and of expert and place, each in bits and as a
-        mean over layers; and the counts behind it, ``digit`` (L, E, 11; the last label is no
-        digit) and ``place`` (L, E, 36).
+        The mutual information of expert and digit and of expert and place, in bits, mean over
+        layers; and the counts: ``digit`` (L, E, 11; the last label is no digit) and ``place``
+        (L, E, 36).
     """
     digit_LEC: Any = 0
     place_LEC: Any = 0
@@ -241,7 +241,7 @@ def mutual_information(counts_LEC: Tensor) -> Tensor:
 
 
 def _ends(logs: dict[str, list[dict[str, float]]], name: str) -> list[float] | None:
-    """Return the first and the last logged value over both stages, or None where there is none."""
+    """Return the first and last logged value over both stages, or None without one."""
     values = [entry[name] for stage in STAGES for entry in logs[stage] if name in entry]
     return [round(values[0], 5), round(values[-1], 5)] if values else None
 

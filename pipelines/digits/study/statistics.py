@@ -1,10 +1,10 @@
-"""Intervals, tests and corrections with worlds as the units.
+"""Compute intervals, tests and corrections with worlds as the units.
 
 Input: accuracies by run. Output: a ``Comparison`` per contrast. Runs of two arms are paired by
 world and seed: they saw the same scenes, in the same order, from the same start. Pairs of one world
-share teachers, scenes and questions, so they are no independent sample: their differences are
-averaged inside each world first, and Student's t is taken over the worlds' means. Three worlds
-leave two degrees of freedom.
+share teachers, scenes and questions, so they are not independent: differences are averaged inside
+each world first, and Student's t is computed over the means of the worlds. Three worlds leave two
+degrees of freedom.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class TTest:
-    """A mean with its interval, and the p of the test that a contrast asks for.
+    """A mean with its interval, and the p value of the contrast's test.
 
     Attributes:
-        interval: of the mean.
-        p: two-sided t against 0; with a margin, the larger of the two one-sided ones. None where
-            there is a single value.
+        interval: interval of the mean.
+        p: two-sided t against 0; with a margin, the larger of the two one-sided ones. None for a
+            single value.
     """
 
     interval: Interval
@@ -51,18 +51,18 @@ class TTest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the pairs of a contrast say.
+    """The result of a contrast.
 
     Attributes:
-        contrast: which.
-        num_pairs: how many.
-        worlds: the mean difference of each world, first minus second.
+        contrast: the two arms.
+        num_pairs: number of pairs.
+        worlds: mean difference of each world, first minus second.
         over_worlds: the test with worlds as units.
-        over_pairs: the same test with every pair as a unit, as if pairs of one world were
-            independent: reported since the plan asked for it, and no claim rests on it.
-        p_signs: two-sided, from all changes of sign of the worlds' means: no normal distribution
-            assumed. Three worlds cannot give less than .25. None with a margin.
-        corrected: p over worlds after Holm's correction, where it is made.
+        over_pairs: the same test with pairs as units, as if pairs of one world were independent.
+            The plan asked for it; no claim rests on it.
+        p_signs: two-sided, from all sign changes of the means of the worlds; assumes no normal
+            distribution. Three worlds cannot give less than .25. None with a margin.
+        corrected: p over worlds after Holm's correction; None without a correction.
     """
 
     contrast: Contrast
@@ -75,18 +75,18 @@ class Comparison:
 
     @property
     def p(self) -> float | None:
-        """Over worlds, before any correction."""
+        """p over worlds, before any correction."""
         return self.over_worlds.p
 
     @property
     def holds(self) -> bool:
-        """Whether the claim holds at 5%: a difference, or with a margin none as large as it."""
+        """Whether the claim holds at 5%: a difference, or with a margin a smaller difference."""
         p = self.p if self.corrected is None else self.corrected
         return p is not None and p < 1 - LEVEL
 
 
 def accuracies(rows: Sequence[Row], part: str, kind: str = "all") -> dict[RunId, float]:
-    """Return the accuracy of each run on a kind of question of the validation or test scenes."""
+    """Return the accuracy of each run on a question type of the validation or test scenes."""
     return {
         RunId(row["seed"], row["world"], row["arm"]): row[part][kind][0] / row[part][kind][1]
         for row in rows
@@ -94,7 +94,7 @@ def accuracies(rows: Sequence[Row], part: str, kind: str = "all") -> dict[RunId,
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return mean and 95% interval; of a single value the interval is not finite."""
+    """Return mean and 95% interval; the interval of a single value is infinite."""
     sample = np.asarray(values, float)
     mean, num = float(sample.mean()), len(sample)
     if num < 2:
@@ -115,7 +115,7 @@ def over_worlds(values: Mapping[RunId, float]) -> Interval:
 
 
 def compare(contrast: Contrast, values: Mapping[RunId, float]) -> Comparison | None:
-    """Return what the runs that both arms have say; None where they have none in common."""
+    """Compare two arms over the runs that both have; return None if they share no run."""
     pairs = {
         run: value - values[other]
         for run, value in sorted(values.items())
@@ -136,7 +136,7 @@ def compare(contrast: Contrast, values: Mapping[RunId, float]) -> Comparison | N
 
 
 def t_test(differences: Sequence[float], margin: float | None = None) -> TTest:
-    """Test that the mean is not 0; with a margin, that it is nearer to 0 than that.
+    """Test that the mean is not 0; with a margin, that it is nearer to 0 than the margin.
 
     Source: Schuirmann (1987), two one-sided tests, for the margin.
     """
@@ -159,7 +159,7 @@ def _ratio(distance: float, error: float) -> float:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Return the share of changes of sign that give a mean at least as far from zero."""
+    """Return the share of sign changes that give a mean at least as far from zero."""
     sample = np.asarray(differences, float)
     signs = np.array(list(product((1, -1), repeat=len(sample))))
     means = np.abs(signs @ sample)
@@ -167,10 +167,10 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the comparisons with p corrected for their number; one without p stays without.
+    """Return the comparisons with p corrected for their number; a missing p stays missing.
 
-    Source: Holm (1979): the k-th smallest of m is multiplied by m - k + 1, and none is smaller
-    than one before it.
+    Source: Holm (1979): multiply the k-th smallest of m by m - k + 1; none is smaller than the one
+    before it.
     """
     given = [(c.p, i) for i, c in enumerate(comparisons) if c.p is not None]
     corrected: dict[int, float] = {}

@@ -1,7 +1,7 @@
-"""What the rows say, as one JSON object: the only figures that documents may quote.
+"""Summarise the rows as one JSON object: the only figures that documents may quote.
 
-Input: the committed files of rows. Output: ``report.json`` beside them; ``page`` turns it into the
-tables of docs/study.md.
+Input: the committed files of rows. Output: ``report.json`` beside them. ``page`` makes the tables
+of docs/study.md from it.
 """
 
 import json
@@ -35,18 +35,18 @@ REPORT = "report.json"
 
 
 def summarise(folder: Path, sizes: Sizes, is_final: bool) -> Summary:
-    """Return everything that the report says.
+    """Return all figures of the report.
 
-    An arm is among the test results when all its runs have answered, so that nothing depends on
-    where a pass was stopped; until then its validation rows are listed, without any claim.
+    An arm is in the test results once all its runs have answered, so that nothing depends on where
+    a pass stopped. Until then its validation rows are listed, without a claim.
 
     Args:
-        folder: of the rows.
-        sizes: of worlds and runs.
+        folder: folder of the rows.
+        sizes: sizes of worlds and runs.
         is_final: read the test file; otherwise validation scenes only.
 
     Raises:
-        SystemExit: there are no rows, or the final pass has not been run.
+        SystemExit: no run has a row, or the final pass has not run.
     """
     learned = list(results.by_run(results.read(folder, "runs")).values())
     tested = joined_rows(folder) if is_final else []
@@ -70,7 +70,7 @@ def summarise(folder: Path, sizes: Sizes, is_final: bool) -> Summary:
 
 
 def joined_rows(folder: Path) -> list[Row]:
-    """Return the rows of ``runs`` with their test answers, of arms that have answered in full."""
+    """Return the rows of ``runs`` with test answers, for arms whose runs have all answered."""
     tested = results.by_run(results.read(folder, "final"))
     complete = {a.name for a in arms(everything=True) if all(r in tested for r in runs((a,)))}
     learned = results.by_run(results.read(folder, "runs"))
@@ -85,9 +85,9 @@ def part_of(rows: Sequence[Row], part: str, about: Sequence[Row]) -> Summary:
     """Return arms and contrasts of test or validation scenes.
 
     Args:
-        rows: all there are of the part.
+        rows: all rows of the part.
         part: ``test`` or ``val``.
-        about: rows of the arms that shall be listed.
+        about: rows of the arms to list.
     """
     values = accuracies(rows, part)
     listed = {row["arm"] for row in about}
@@ -113,7 +113,7 @@ def part_of(rows: Sequence[Row], part: str, about: Sequence[Row]) -> Summary:
 
 
 def parts_of_the_recipe(listed: set[str]) -> list[Contrast]:
-    """Return the contrasts of `make study-full` that nothing is claimed about."""
+    """Return the contrasts of `make study-full` without a claim."""
     planned = {c.name for c in (PRIMARY, *SECONDARY, *SECONDARY_MORE)}
     base = {"official_full": "revised_full", "shuffled_full": "revised_full"}
     base |= {f"only_{teacher}": "minus_attention" for teacher in ("clip", "eva", "convnext", "sam")}
@@ -126,7 +126,7 @@ def parts_of_the_recipe(listed: set[str]) -> list[Contrast]:
 
 
 def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
-    """Return what one arm's runs reached, and what its tokens and routers ended with."""
+    """Return the accuracies of an arm, and the final figures of its tokens and routers."""
     found = {kind: over_worlds(accuracies(rows, part, kind)) for kind in KINDS}
     bits = [row["routing"] for row in rows if "routing" in row]
     seconds = [row["cpu_seconds"]["pretrain"] + row["cpu_seconds"]["finetune"] for row in rows]
@@ -166,8 +166,8 @@ def contrast_figures(comparison: Comparison) -> Summary:
 def constant_answers(sizes: Sizes, part: scenes.Part) -> dict[str, float]:
     """Return the accuracy of the best constant answer per question type of a part.
 
-    The commonest answer among the part's own questions, so no constant scores more. Mean over the
-    worlds. Questions are drawn again from their seeds; no picture is.
+    It is the most frequent answer among the questions of the part, so no constant scores more. Mean
+    over worlds. Questions are drawn again from their seeds, without images.
     """
     shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
     number, _, turns = scenes.PARTS[part]

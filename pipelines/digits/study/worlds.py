@@ -1,15 +1,15 @@
-"""A world: a split of the handwriting, teachers trained on it, scenes, caches of features.
+"""Make a world: a split of the handwriting, teachers trained on it, scenes, caches of features.
 
     WORK/worldN/
-      weights/         those that ship, or, at other sizes, trained here by the same recipe
-      teachers/ *.yaml the pipeline's files, beside their weights
+      weights/         the shipped weights; at other sizes trained here by the same recipe
+      teachers/ *.yaml the pipeline's files, beside the weights
       source/          pretrain.json, finetune.json, val.json, images/; no test scenes
-      data/            packed
+      data/            the packed corpus
       caches/NAME/     pooled_int8, native_int8, pooled_float16, shuffled
-      test/            drawn by the final pass, never before
+      test/            test scenes; only the final pass draws them
 
-Everything is made once and kept. The language model is the same in all worlds: it has seen no
-image, only which patches of a cell the training handwriting of world 0 covers.
+Everything is made once and kept. All worlds share the language model. It has seen no image, only
+which patches of a cell the training handwriting of world 0 covers.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ from study.plan import CACHES, Sizes
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")
 WEIGHTS = Path(__file__).parent / "weights"
-"""Teachers of the worlds but 0: training them again elsewhere gives the last bits otherwise."""
+"""Teachers of the worlds except 0. Training on another machine would change the last bits."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where a world lies. Its number seeds the split, the teachers and the scenes."""
+    """The folders of a world. Its number seeds the split, the teachers and the scenes."""
 
     number: int
     work: Path
@@ -50,12 +50,12 @@ class World:
 
     @property
     def folder(self) -> Path:
-        """Everything of this world."""
+        """Folder of this world."""
         return self.work / f"world{self.number}"
 
     @property
     def shipped_weights(self) -> Path | None:
-        """Teachers that need no training; None where there are none of this size."""
+        """Folder of shipped weights; None if none have this size."""
         if self.number == 0:
             return HERE / "weights"
         shipped = WEIGHTS / f"world{self.number}"
@@ -72,12 +72,12 @@ class World:
         return self.folder / "data"
 
     def cache(self, name: str) -> Path:
-        """One of its caches."""
+        """Folder of a cache."""
         return self.folder / "caches" / name
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the weights and the scenes, as a row holds it."""
+        """Hash of weights and scenes; part of a row's settings."""
         digest = hashlib.sha256((self.folder / "weights/SHA256SUMS").read_bytes())
         for path in sorted(self.source.rglob("*")):
             if path.is_file():
@@ -86,18 +86,18 @@ class World:
 
 
 def train_teacher(world: World, name: str) -> None:
-    """Train one teacher of a world, unless it is there."""
+    """Train a teacher of a world, unless it exists."""
     weights = world.folder / "weights"
     trained = weights / "training.json"
     if trained.exists() and name in json.loads(trained.read_text(encoding="utf-8")):
         return
     seed = world.number
-    part = world.folder / "training" / name  # two of a world may train at once
+    part = world.folder / "training" / name  # two teachers of a world may train at once
     pretrain.pretrain(part, name, seed, world.sizes.teacher_steps, split_seed=seed)
 
 
 def collect_weights(world: World) -> None:
-    """Bring the weights of a world together, with the pipeline's YAML files beside them."""
+    """Collect the weights of a world, with the pipeline's YAML files beside them."""
     weights = world.folder / "weights"
     world.folder.mkdir(parents=True, exist_ok=True)
     language_model = HERE / "weights/language_model"
@@ -116,7 +116,7 @@ def collect_weights(world: World) -> None:
 
 
 def write_scenes(world: World) -> None:
-    """Draw and pack the scenes to learn from, and draw those to choose by; no test scenes.
+    """Draw and pack the training scenes, and draw the validation scenes; no test scenes.
 
     Raises:
         SystemExit: the folder holds a world of other sizes.
@@ -147,7 +147,7 @@ def write_scenes(world: World) -> None:
 
 
 def write_test_scenes(world: World) -> Path:
-    """Draw the test scenes, unless they are there; return their folder. The final pass alone."""
+    """Draw the test scenes, unless they exist; return their folder. Only for the final pass."""
     folder = world.folder / "test"
     if not (folder / "test.json").exists():
         scenes.write_corpus(
@@ -157,7 +157,7 @@ def write_test_scenes(world: World) -> Path:
 
 
 def build(world: World, name: str) -> None:
-    """Build one of a world's caches, or go on with it."""
+    """Build a cache of a world, or resume its build."""
     if name == "shuffled":
         build(world, "pooled_int8")
         shuffle_cache(world.cache("pooled_int8"), world.cache(name), world.number)
@@ -171,10 +171,10 @@ def build(world: World, name: str) -> None:
 
 
 def shuffle_cache(source: Path, target: Path, seed: int) -> None:
-    """Write a cache in which every image has the features of another one, unless it is there.
+    """Write a cache in which every image has the features of another one, unless it exists.
 
-    One permutation for all teachers and all their arrays, a single cycle, so that no image keeps
-    its own. Statistics, sizes and shapes are those of ``source``.
+    All teachers and arrays share one permutation. It is a single cycle, so no image keeps its own
+    features. Statistics, sizes and shapes are those of ``source``.
     """
     done = target / "shuffled.json"
     if done.exists():
@@ -202,6 +202,6 @@ def shuffle_cache(source: Path, target: Path, seed: int) -> None:
                 skipped={},
                 error=seal.error,
             )
-        for name in (skipped_name(teacher), skipped_seal_name(teacher)):  # none were
+        for name in (skipped_name(teacher), skipped_seal_name(teacher)):  # no image was skipped
             shutil.copy(source / name, target / name)
     done.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tests of movekd.evaluate.benchmarks.answers: resuming, and one file per run."""
+"""Tests of movekd.evaluate.benchmarks.answers: resuming, parts, and one file per run."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_lines_are_llavas(tmp_path):
 
 
 @pytest.mark.parametrize("count", range(5))
-def test_an_interrupted_file_is_gone_on_with(tmp_path, count):
+def test_an_interrupted_file_is_resumed(tmp_path, count):
     whole, path = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     answer(whole)
     answer(path, count=count)
@@ -97,7 +97,7 @@ def test_foreign_and_edited_files_are_refused(tmp_path):
         answer(path)
     edited = ORIGIN.entry(Question(9, "Red?"), "x")
     path.write_text(json.dumps(edited) + "\n")
-    with pytest.raises(ConfigError, match="answers question 9 as no line written here does"):
+    with pytest.raises(ConfigError, match="answers question 9, which the question file lacks"):
         answer(path)
     path.write_text("{}\nnot json\n{}\n")
     with pytest.raises(ConfigError, match="line 2 is not JSON"):
@@ -118,7 +118,7 @@ def test_a_second_process_is_refused(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_parts_make_the_whole(tmp_path, count):
     whole = tmp_path / "a.jsonl"
-    parts = [Part(number, count) for number in range(1, count + 1)]
+    parts = [Part(index, count) for index in range(count)]
     seen = [question for part in parts for question in part.of(QUESTIONS)]
     assert sorted(map(str, seen)) == sorted(map(str, QUESTIONS))
     for part in parts:
@@ -137,11 +137,29 @@ def test_parts_of_another_run_are_refused(tmp_path):
         answer(tmp_path / "a.jsonl", origin=replace(ORIGIN, model="m2"))
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+@pytest.mark.parametrize("text", ["2/2", "3/2", "1", "a/b", "0/0", "-1/2"])
 def test_no_part(text):
-    with pytest.raises(ConfigError, match=f"--part is '{text}'; expected K/N"):
+    with pytest.raises(ConfigError, match=f"--partition is '{text}'; expected i/n with i from 0"):
         Part.parse(text)
     assert Part.parse("2/8") == Part(2, 8)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_the_old_option_counts_parts_from_one(text):
+    old = {"option": "--part", "first": 1}
+    with pytest.raises(ConfigError, match=f"--part is '{text}'; expected i/n with i from 1"):
+        Part.parse(text, **old)
+    assert [Part.parse(f"{k}/3", **old) for k in (1, 2, 3)] == [Part(i, 3) for i in range(3)]
+
+
+def test_a_part_resumes_the_file_that_the_old_option_left(tmp_path):
+    whole, part = tmp_path / "a.jsonl", Part(0, 2)
+    answer(tmp_path / "a-1-of-2.jsonl", part.of(QUESTIONS), count=1, take_parts=False)
+    assert answer(part.beside(whole), part.of(QUESTIONS), take_parts=False) == [QUESTIONS[2]]
+    other = Part(1, 2)  # its old number is 2: nothing is there to resume
+    assert answer(other.beside(whole), other.of(QUESTIONS), take_parts=False) == QUESTIONS[1::2]
+    assert answer(whole) == []
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_origin_knows_every_byte_of_model_and_questions(tmp_path):

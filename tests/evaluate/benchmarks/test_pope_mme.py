@@ -153,11 +153,11 @@ def test_mme_has_ten_and_four_subtasks():
 
 def test_mme_that_cannot_be_scored_is_a_sentence(tmp_path):
     write_mme(tmp_path, "OCR", "1", [("Red?", "Yes")])
-    with pytest.raises(ConfigError, match="OCR/1 has 1 questions; expected two an image"):
+    with pytest.raises(ConfigError, match="OCR/1 has 1 questions; expected two per image"):
         score_mme([mme_question("OCR", "1", "Red?")], ["Yes"], tmp_path)
     with pytest.raises(ConfigError, match=r"no yes or no for 'Blue\?'"):
         score_mme([mme_question("OCR", "1", "Blue?")], ["Yes"], tmp_path)
     with pytest.raises(ConfigError, match="give MME_Benchmark_release_version"):
         score_mme([mme_question("OCR", "2", "Red?")], ["Yes"], tmp_path)
-    with pytest.raises(ConfigError, match="question 7 is of no subtask of MME"):
+    with pytest.raises(ConfigError, match="question 7 names no subtask of MME"):
         score_mme([Question(7, "Red?")], ["Yes"], tmp_path)

@@ -107,7 +107,7 @@ def test_what_is_no_question_file_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="line 1 is not JSON"):
         load_jsonl(path)
     path.write_text("[1]\n")
-    with pytest.raises(ConfigError, match="line 1 is no object"):
+    with pytest.raises(ConfigError, match="line 1 is not an object"):
         load_jsonl(path)
     path.write_text("\n")
     with pytest.raises(ConfigError, match="holds no question"):

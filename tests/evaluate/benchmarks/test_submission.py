@@ -8,11 +8,11 @@ import openpyxl
 
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.submission import (
-    upload_gqa,
-    upload_mmbench,
-    upload_vizwiz,
-    upload_vqav2,
+    write_gqa,
+    write_mmbench,
     write_sheet,
+    write_vizwiz,
+    write_vqav2,
 )
 
 QUESTIONS = [Question(20, "Q", "b.jpg"), Question(10, "Q", "a.jpg")]
@@ -21,13 +21,13 @@ ANSWERS = ["Two dogs.", "The Left"]
 
 def test_vqav2_with_the_whole_split(tmp_path):
     path = tmp_path / "deep" / "up.json"
-    upload_vqav2(path, QUESTIONS, ANSWERS, None)
+    write_vqav2(path, QUESTIONS, ANSWERS, None)
     expected = [{"question_id": 20, "answer": "2 dogs"}, {"question_id": 10, "answer": "left"}]
     assert json.loads(path.read_text()) == expected
     split = tmp_path / "test2015.jsonl"
     entries = [{"question_id": n, "image": "x.jpg", "text": "Q"} for n in (10, 15, 20)]
     split.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    upload_vqav2(path, QUESTIONS, ANSWERS, split)
+    write_vqav2(path, QUESTIONS, ANSWERS, split)
     assert json.loads(path.read_text()) == [
         {"question_id": 10, "answer": "left"},
         {"question_id": 15, "answer": ""},
@@ -36,19 +36,19 @@ def test_vqav2_with_the_whole_split(tmp_path):
 
 
 def test_vizwiz_by_image_and_gqa_by_text_id(tmp_path):
-    upload_vizwiz(tmp_path / "v.json", QUESTIONS, ANSWERS, None)
+    write_vizwiz(tmp_path / "v.json", QUESTIONS, ANSWERS, None)
     assert json.loads((tmp_path / "v.json").read_text())[0] == {
         "image": "b.jpg",
         "answer": "2 dogs",
     }
-    upload_gqa(tmp_path / "g.json", QUESTIONS, ANSWERS, None)
+    write_gqa(tmp_path / "g.json", QUESTIONS, ANSWERS, None)
     entries = json.loads((tmp_path / "g.json").read_text())
     assert entries[0] == {"questionId": "20", "prediction": "two dogs"}
 
 
 def test_mmbench_is_a_sheet_with_a_row_a_question(tmp_path):
     question = Question(3, "...", bare="Which?\nOne.", options=("x < y", "y & z"), embedded="aaaa")
-    upload_mmbench(tmp_path / "m.xlsx", [question], ["B\x00\x08"], None)
+    write_mmbench(tmp_path / "m.xlsx", [question], ["B\x00\x08"], None)
     with zipfile.ZipFile(tmp_path / "m.xlsx") as workbook:
         for name in workbook.namelist():
             ElementTree.fromstring(workbook.read(name))  # well-formed, every part

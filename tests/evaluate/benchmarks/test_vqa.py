@@ -141,16 +141,16 @@ def test_textvqa_is_found_by_image_and_question(tmp_path):
     questions = [Question("0a", "What Colour?\nAnswer.", "0a.jpg"), Question("0a", PROMPTS[0])]
     report = score_textvqa(questions, ["RED", "stop."], tmp_path / "t.json")
     assert report.value == pytest.approx(100 * (1 + 0.9) / 2)
-    with pytest.raises(ConfigError, match="says nothing of question 'where' about image '0a'"):
+    with pytest.raises(ConfigError, match="has no entry for question 'where' about image '0a'"):
         score_textvqa([Question("0a", "Where\nAnswer.")], ["x"], tmp_path / "t.json")
 
 
 def test_files_of_another_split_are_sentences(tmp_path):
     (tmp_path / "v2.json").write_text(json.dumps({"annotations": []}))
-    with pytest.raises(ConfigError, match=r"says nothing of question 5 \(0 entries\)"):
+    with pytest.raises(ConfigError, match=r"has no entry for question 5 \(0 entries\)"):
         score_vqav2([Question(5, "?")], ["x"], tmp_path / "v2.json")
     (tmp_path / "test.json").write_text(json.dumps([{"image": "a.jpg", "question": "?"}]))
-    with pytest.raises(ConfigError, match=r"has no answers of people; .* give --upload"):
+    with pytest.raises(ConfigError, match=r"has no answers of people; .* give --submission"):
         score_vizwiz([Question(0, "?", "a.jpg")], ["x"], tmp_path / "test.json")
     data = [{"image_id": "0a", "question": "q", "answers": ["stop"] * 9}]
     (tmp_path / "t.json").write_text(json.dumps({"data": data}))

@@ -1,15 +1,16 @@
-"""Loaded at the start of every interpreter whose PYTHONPATH begins here: workers of a test cluster.
+"""Cause faults in the workers of a test cluster.
 
-Zarr shards have four rows, as in the tests; in an object store a lock that is not renewed is taken
-over after seconds. Faults are files in the folder that MOVEKD_FAULTS names. What is in one is a
-pattern; whoever is about to write the first file with a name that matches is hit, once:
+Every interpreter whose PYTHONPATH begins with this folder loads it at its start. Zarr shards then
+have four rows, as in the tests, and an object-store lock that is not renewed expires in seconds.
+Faults are files in the folder MOVEKD_FAULTS. A fault's content is a pattern. The first process that
+is about to write a file whose name matches is hit, once:
 
-    hold           does not go on until somebody deletes the fault
-    kill-worker    kill -9 of the process that writes
-    kill-node*     kill -9 of the process that started it, Ray's daemon on that node, and of itself;
-                   on nodes with MOVEKD_MORTAL in their environment
+    hold           it waits until the fault is deleted
+    kill-worker    SIGKILL of the process
+    kill-node*     SIGKILL of the process and its parent, Ray's daemon on that node; only on nodes
+                   with MOVEKD_MORTAL in their environment
 
-MOVEKD_BLIND is a folder whose files cannot be opened, as on a machine that does not mount it.
+Files in the folder MOVEKD_BLIND cannot be opened, as on a machine that does not mount it.
 """
 
 import os
@@ -24,7 +25,7 @@ MORTAL = "MOVEKD_MORTAL" in os.environ
 
 
 def strike(name: str) -> None:
-    """Let the faults happen that are for whoever writes the file ``name``."""
+    """Apply the faults whose pattern matches the file ``name``."""
     for fault in sorted(Path(str(FAULTS)).iterdir()):
         try:
             is_of_node = fault.name.startswith("kill-node")
@@ -41,7 +42,7 @@ def strike(name: str) -> None:
 
 
 def audit(event: str, arguments: tuple[object, ...]) -> None:
-    """See which files are opened."""
+    """Watch which files are opened."""
     if event != "open" or not isinstance(arguments[0], str | os.PathLike):
         return
     path = os.fspath(arguments[0])
@@ -60,7 +61,7 @@ if FAULTS:
     write = object_storage.ObjectStorage.write
 
     def write_unless_struck(self, name, buffers):
-        """Write an object, if the process lives to do it."""
+        """Apply the faults, then write the object."""
         if ".zarr/" in name:
             strike(name.replace("/", "."))
         write(self, name, buffers)

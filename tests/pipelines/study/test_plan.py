@@ -1,4 +1,4 @@
-"""Every arm of the plan is a run that `movekd train` takes, and every contrast is of such arms."""
+"""`movekd train` accepts every arm of the plan, and every contrast is between such arms."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_contrasts_are_of_arms_and_the_study_has_its_own():
         assert {contrast.first, contrast.second} <= study
     for longer, base in TIME_BASE.items():
         assert {longer, base} <= study
-    with pytest.raises(SystemExit, match="there is no arm 'revized'; known are none_mole"):
+    with pytest.raises(SystemExit, match="no arm is named 'revized'; known are none_mole"):
         find_arm("revized")
 
 

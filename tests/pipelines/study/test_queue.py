@@ -1,4 +1,4 @@
-"""What is running ends with the study: its successor would make the same runs beside it."""
+"""Worker processes end with the study: the next study would make the same runs beside them."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Files of rows outlive an interruption in the middle of a line."""
+"""Files of rows survive an interruption in the middle of a line."""
 
 from study.plan import RunId
 from study.results import append, by_run, read

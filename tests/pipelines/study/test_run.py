@@ -1,4 +1,4 @@
-"""A run of each arm at tiny sizes, and the queue: resumed, final once, exploration bounded."""
+"""A run of each arm at tiny sizes. The queue resumes, runs the final pass once, limits trials."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
     assert len(rows) == len({results.run_id(row) for row in rows}) == 2 * 4
     whole = runs_file().read_bytes()
 
-    # interrupted before the last row: it alone is made again, to the same figures
+    # interrupted before the last row: only that run is made again, to the same figures
     runs_file().write_bytes(whole[: whole.rfind(b"\n", 0, -1) + 10])
     run_all(place, chosen)
     again = results.read(place.results, "runs")

@@ -1,4 +1,4 @@
-"""How far an arm's experts move the student's tokens before the first step, as docs/study.md says.
+"""An arm's experts move the student's tokens before the first step as far as docs/study.md says.
 
 `minus_zero_init` puts Kaiming init at the revised scale of 1; the official recipe has it at 1/16.
 """

@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy's own and against cases worked out by hand."""
+"""Intervals and tests equal scipy's, and cases worked out by hand."""
 
 from dataclasses import replace
 

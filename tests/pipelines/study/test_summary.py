@@ -1,4 +1,4 @@
-"""The committed report is what the committed rows give, by another computation as well."""
+"""The committed report follows from the committed rows, also by an independent computation."""
 
 import json
 from collections import defaultdict
@@ -84,7 +84,7 @@ def test_holm_is_over_the_family_of_the_plan():
 
 
 def test_pairs_of_a_world_are_not_independent():
-    """Why worlds are the units: one-way intraclass correlation of the paired differences."""
+    """The intraclass correlation of paired differences is why worlds are the units."""
     found = {}
     for second in ("none_mole", "official_mole"):
         pairs = np.array(

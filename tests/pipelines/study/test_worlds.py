@@ -1,4 +1,4 @@
-"""Worlds are splits of their own without test scenes; the shuffled cache is a cache."""
+"""Every world has its own split and no test scenes; the shuffled cache is a valid cache."""
 
 import hashlib
 import json

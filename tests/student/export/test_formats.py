@@ -70,7 +70,7 @@ def test_what_is_read_is_never_written_over(kit, tmp_path, monkeypatch, snapshot
         *(tmp_path / "runs/one", tmp_path / "runs/one/model", tmp_path / "runs"),
         *(tmp_path / "runs/one/hf", tmp_path / "hf/../runs/one", base, base / "encoder"),
     ):
-        with pytest.raises(ConfigError, match=r"which is read; .*Give another --out"):
+        with pytest.raises(ConfigError, match=r"which is read; .*Give another --output"):
             export(trained, "encoder", out, overwrite=True, source=tmp_path / "runs/one")
     with pytest.raises(ConfigError, match="which is read"):
         export(trained, "encoder", tmp_path / "runs/one/model/x")

@@ -1,14 +1,15 @@
-"""`plan`, `fidelity` and what `verify --recompute` yields, as the command line gives them."""
+"""Tests of `cache plan`, `cache fidelity` and `cache verify --recompute`."""
 
 import json
 
 import pytest
 import typer
 import yaml
-from typer.testing import CliRunner
 
+from command import invoke
+from movekd.cli.cache_fidelity import fidelity
 from movekd.cli.cache_plan import plan
-from movekd.cli.cache_report import fidelity, recompute_problems
+from movekd.cli.cache_verify import recompute_problems
 from movekd.errors import ConfigError
 
 app = typer.Typer()
@@ -16,12 +17,8 @@ app.command()(plan)
 app.command()(fidelity)
 
 
-def run(*arguments):
-    """Run the command; an error of ours comes out as the main entry would catch it."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run(*words):
+    return invoke(app, *words)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +85,7 @@ def test_plan_of_full_size_teachers_fits_the_terminal(tmp_path, corpus_dir) -> N
 
 
 def test_fidelity_says_the_same_in_json_and_as_a_table(asked) -> None:
-    command = ("fidelity", *asked, "--images", 4, "--student-grid", 3, "--student-width", 16)
+    command = ("fidelity", *asked, "--num-images", 4, "--student-grid", 3, "--student-width", 16)
     command += ("--num-workers", 0, "--calibration-images", 6)
     reports = json.loads(run(*command, "--json").stdout)
     assert [report["teacher"] for report in reports] == ["clip", "conv"]
@@ -103,14 +100,12 @@ def test_fidelity_says_the_same_in_json_and_as_a_table(asked) -> None:
 
 
 def test_recompute_needs_images_and_knows_its_teachers(cache_dir, corpus_dir) -> None:
-    def ask(shards=corpus_dir, teachers=(), weights=()):
-        asked = (str(cache_dir), 3, shards, teachers, weights, 0, "cpu", 4)
+    def ask(teachers=(), weights=()):
+        asked = (str(cache_dir), 3, corpus_dir, teachers, weights, 0, "cpu", 4)
         return list(recompute_problems(*asked, lambda what, done, total: None))
 
     assert ask() == []
     assert ask(teachers=["conv"]) == []
-    with pytest.raises(ConfigError, match="give --shards with the corpus"):
-        ask(shards=None)
     with pytest.raises(ConfigError, match=r"--weights fits one teacher.* NAME=PATH"):
         ask(weights=["here"])
     with pytest.raises(ConfigError, match="names 'sam', which is not among the teachers: clip"):
