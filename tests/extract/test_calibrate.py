@@ -26,7 +26,7 @@ def test_another_spec_is_refused_by_its_key(
     out = tmp_path / "cache"
     shutil.copytree(cache_dir, out)
     changed = tiny_specs[0].with_changes(**{key: value})
-    with pytest.raises(CacheError, match=rf"'clip' in .* another spec: {key} .*--replace"):
+    with pytest.raises(CacheError, match=rf"'clip' in .* another spec: {key} .*--overwrite"):
         build(out, corpus_dir, [changed])
     assert snapshot(out) == snapshot(cache_dir)
 

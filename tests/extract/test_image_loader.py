@@ -11,7 +11,7 @@ from PIL import Image
 
 from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
-from movekd.corpus.pack import index_webdataset
+from movekd.corpus.webdataset import index_webdataset
 from movekd.errors import CorpusError
 from movekd.extract import image_loader
 from movekd.extract.image_loader import ImageLoader, image_transform, pixel_batches
