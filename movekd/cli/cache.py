@@ -11,7 +11,7 @@ from movekd.cli.cache_fidelity import fidelity
 from movekd.cli.cache_plan import plan
 from movekd.cli.cache_show import show
 from movekd.cli.cache_verify import verify
-from movekd.cli.options import Cache, Json, PositionalCache
+from movekd.cli.options import Cache, Json, PositionalCache, one_cache
 from movekd.cli.output import percent, print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def list_teachers(
     from movekd.cache.contents import open_contents
     from movekd.cache.verify import status
 
-    opened = open_contents(positional or cache)
+    cache = one_cache(cache, positional)
+    opened = open_contents(cache)
     teachers = status(opened)
     if json:
         print_json(
@@ -47,7 +48,7 @@ def list_teachers(
         )
         return
     print_table(
-        f"{positional or cache}: {opened.catalog.num_images:,} images, geometry "
+        f"{cache}: {opened.catalog.num_images:,} images, geometry "
         f"{opened.geometry}, views {opened.views}: {len(opened.catalog.index):,} rows",
         [
             *("teacher", "state", "rows", "grid", "channels", "codec", "size", "error mean", "max"),

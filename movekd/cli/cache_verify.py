@@ -15,6 +15,7 @@ from movekd.cli.options import (
     PositionalCache,
     build_options,
     named_weights,
+    one_cache,
 )
 from movekd.cli.output import Progress, print_json, progress_bar, size
 from movekd.errors import ConfigError
@@ -60,7 +61,7 @@ def verify(
         )
     if teacher and not recompute:
         raise ConfigError("--teacher goes with --recompute; checksums are of the whole cache.")
-    cache = positional or cache
+    cache = one_cache(cache, positional)
     storage = open_storage(cache)
     total, done = sum(storage.sizes().values()), 0
     with progress_bar() as progress:

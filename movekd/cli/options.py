@@ -92,6 +92,20 @@ CalibrationImages = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def one_cache(cache: str, positional: str | None) -> str:
+    """Return the cache that the command names, by --cache or in the old form.
+
+    Raises:
+        ConfigError: both name one.
+    """
+    if positional is not None and cache not in ("cache", positional):
+        raise ConfigError(
+            f"found two caches, '{positional}' and --cache {cache}; expected one. Leave out the "
+            "first."
+        )
+    return positional or cache
+
+
 def read_specs(
     teachers: list[str], *, recipe: str | None = None, **changes: Any
 ) -> "list[CacheSpec]":

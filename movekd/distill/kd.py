@@ -36,7 +36,6 @@ def kd_loss(
     token_weights_BN: Tensor | None = None,
     *,
     combine: Combine,
-    has_targets_B: Tensor | None = None,
 ) -> KDTerms:
     """Return the distillation loss of each sample, for the caller to average.
 
@@ -46,9 +45,7 @@ def kd_loss(
     - ``combine="sum"`` (official): L_t = mean_n l_t[n] + sum_n w[n] l_t[n], for weights that sum
       to 1.
 
-    Both are mean_n l_t[n] without token weights. The total is sum_t weight_t L_t. Rows of samples
-    without targets may hold anything, even NaN: their loss is zero, and so is their gradient at
-    the given tensors. (Feed zeros to an adapter: NaN at its input gives NaN gradients inside it.)
+    Both are mean_n l_t[n] without token weights. The total is sum_t weight_t L_t.
 
     Args:
         predictions_BND: (B, N, D_t) per teacher. Official: the student's tokens, T times.
@@ -56,7 +53,6 @@ def kd_loss(
         teacher_weights_BT: From ``teacher_weights``.
         token_weights_BN: From ``token_weights``; None: all tokens count the same.
         combine: How to combine the tokens: ``mean`` or ``sum``.
-        has_targets_B: bool, which samples have targets; None means all.
 
     Raises:
         ConfigError: an unknown ``combine``, or tensors that do not fit each other.
@@ -69,15 +65,6 @@ def kd_loss(
             "'sum' (weights that sum to 1). Set one of the two."
         )
     _check_shapes(predictions_BND, targets_BND, teacher_weights_BT, token_weights_BN)
-    if has_targets_B is not None:
-        # Before any arithmetic: zero times NaN would be NaN, in the gradient as well.
-        missing_B11 = ~has_targets_B[:, None, None]
-        predictions_BND = [tokens.masked_fill(missing_B11, 0.0) for tokens in predictions_BND]
-        targets_BND = [tokens.masked_fill(missing_B11, 0.0) for tokens in targets_BND]
-        teacher_weights_BT = teacher_weights_BT.masked_fill(missing_B11[..., 0], 0.0)
-        if token_weights_BN is not None:
-            token_weights_BN = token_weights_BN.masked_fill(missing_B11[..., 0], 0.0)
-
     losses_B = []
     for prediction_BND, target_BND in zip(predictions_BND, targets_BND, strict=True):
         error_BN = (prediction_BND.float() - target_BND.float()).square().mean(dim=2)

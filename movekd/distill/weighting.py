@@ -69,7 +69,6 @@ def teacher_weights(
     anchor: int = 0,
     anchor_share: float = ANCHOR_SHARE,
     losses_BT: Tensor | None = None,
-    has_targets_B: Tensor | None = None,
 ) -> Tensor:
     """Return a float32 weight (B, T) for every teacher; the weights of a sample sum to 1.
 
@@ -99,8 +98,6 @@ def teacher_weights(
         anchor: Position of the anchor.
         anchor_share: Weight of the anchor.
         losses_BT: Each teacher's loss before its weight; needed by ``balanced``.
-        has_targets_B: bool; False leaves a sample out of the mean over the batch, whatever it
-            holds.
 
     Raises:
         ConfigError: an unknown kind, ``anchor`` without ``cls_BD``, ``similarity`` with tokens on
@@ -115,9 +112,9 @@ def teacher_weights(
     if kind == "equal" or num_teachers == 1:
         return torch.full((batch, num_teachers), 1 / num_teachers, device=device)
     if kind == "similarity":
-        return _alike(tokens_BND, anchor, has_targets_B)
+        return _alike(tokens_BND, anchor)
     if kind == "balanced":
-        return _balanced(losses_BT, has_targets_B)
+        return _balanced(losses_BT)
     if kind == "anchor_equal":
         shares_BO = torch.full((batch, num_teachers - 1), 1 / (num_teachers - 1), device=device)
     else:
@@ -127,32 +124,26 @@ def teacher_weights(
                 "expected cls_BD. Use a cache whose anchor stores cls: true, or 'anchor_equal'."
             )
         others = [tokens for at, tokens in enumerate(tokens_BND) if at != anchor % num_teachers]
-        shares_BO = _similarity_shares(others, cls_BD, has_targets_B)
+        shares_BO = _similarity_shares(others, cls_BD)
     rest_BO = (1 - anchor_share) * shares_BO
     anchor_B1 = torch.full((batch, 1), anchor_share, device=device)
     at = anchor % num_teachers
     return torch.cat([rest_BO[:, :at], anchor_B1, rest_BO[:, at:]], dim=1)
 
 
-def _similarity_shares(
-    others_BND: Sequence[Tensor], cls_BD: Tensor, has_targets_B: Tensor | None
-) -> Tensor:
+def _similarity_shares(others_BND: Sequence[Tensor], cls_BD: Tensor) -> Tensor:
     """Return softmax_t(mean_n <c, adapted_t[n]>) as (B, O), flattened where it is one-sided."""
     # The mean over tokens and the inner product commute: O (B, D) tensors instead of (B, N, D).
     means_BOD = torch.stack([tokens.float().mean(dim=1) for tokens in others_BND], dim=1)
     cls_B1D = cls_BD.float().unsqueeze(1)
-    held_B1 = torch.ones_like(cls_B1D[..., 0], dtype=torch.bool)
-    if has_targets_B is not None:
-        held_B1 = has_targets_B.unsqueeze(1)
-        means_BOD = means_BOD.masked_fill(~held_B1.unsqueeze(2), 0.0)
-        cls_B1D = cls_B1D.masked_fill(~held_B1.unsqueeze(2), 0.0)
     # A product and a sum rather than a matmul, which autocast would run in half precision.
     shares_BO = (means_BOD * cls_B1D).sum(dim=-1).softmax(dim=1)
-    mean_O = (shares_BO * held_B1).sum(dim=0) / held_B1.sum().clamp(min=1)
-    return torch.where(mean_O.max() > FLATTEN_ABOVE, shares_BO.softmax(dim=1), shares_BO)
+    return torch.where(
+        shares_BO.mean(dim=0).max() > FLATTEN_ABOVE, shares_BO.softmax(dim=1), shares_BO
+    )
 
 
-def _alike(tokens_BND: Sequence[Tensor], anchor: int, has_targets_B: Tensor | None) -> Tensor:
+def _alike(tokens_BND: Sequence[Tensor], anchor: int) -> Tensor:
     """Return each teacher's linear CKA with the anchor, over their sum, (B, T)."""
     sizes = [tokens.shape[1] for tokens in tokens_BND]
     if len(set(sizes)) > 1:
@@ -163,8 +154,6 @@ def _alike(tokens_BND: Sequence[Tensor], anchor: int, has_targets_B: Tensor | No
     grams = []
     for tokens in tokens_BND:
         tokens = tokens.detach().float()
-        if has_targets_B is not None:
-            tokens = tokens.masked_fill(~has_targets_B[:, None, None], 0.0)
         tokens = tokens - tokens.mean(dim=1, keepdim=True)
         with torch.autocast(tokens.device.type, enabled=False):
             gram_BX = (tokens @ tokens.mT).flatten(1)
@@ -174,19 +163,14 @@ def _alike(tokens_BND: Sequence[Tensor], anchor: int, has_targets_B: Tensor | No
     return alike_BT / alike_BT.sum(dim=1, keepdim=True)
 
 
-def _balanced(losses_BT: Tensor | None, has_targets_B: Tensor | None) -> Tensor:
+def _balanced(losses_BT: Tensor | None) -> Tensor:
     """Return the inverse of each teacher's mean loss, over their sum, (B, T)."""
     if losses_BT is None:
         raise ConfigError(
             "teacher weighting 'balanced' was asked for without losses; expected losses_BT, "
             "the per_teacher_BT of kd_loss."
         )
-    losses_BT = losses_BT.detach().float()
-    held_B1 = torch.ones_like(losses_BT[:, :1], dtype=torch.bool)
-    if has_targets_B is not None:
-        held_B1 = has_targets_B[:, None]
-        losses_BT = losses_BT.masked_fill(~held_B1, 0.0)
-    mean_T = losses_BT.sum(dim=0) / held_B1.sum().clamp(min=1)
+    mean_T = losses_BT.detach().float().mean(dim=0)
     inverse_T = 1 / mean_T.clamp_min(torch.finfo(mean_T.dtype).eps)
     return (inverse_T / inverse_T.sum()).expand_as(losses_BT)
 

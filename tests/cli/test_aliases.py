@@ -5,6 +5,8 @@ import typer
 
 from movekd.cli import main
 from movekd.cli.aliases import RENAMED, today
+from movekd.cli.options import one_cache
+from movekd.errors import ConfigError
 
 NEEDED = {
     "build": ["--teacher", "clip", "--shards", "data"],
@@ -80,3 +82,10 @@ def test_the_cache_may_still_be_an_argument(name):
     values = parsed(name, "there")
     assert (values["positional"], values["cache"]) == ("there", "cache")
     assert parsed(name, "--cache", "there")["cache"] == "there"
+
+
+def test_two_different_caches_are_refused():
+    assert one_cache("cache", None) == "cache"
+    assert one_cache("cache", "there") == one_cache("there", "there") == "there"
+    with pytest.raises(ConfigError, match="found two caches, 'there' and --cache here"):
+        one_cache("here", "there")

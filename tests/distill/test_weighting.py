@@ -185,42 +185,11 @@ def test_balanced_equals_the_equation_and_its_gradient_is_that_of_the_logarithms
     torch.testing.assert_close(perfect, torch.full((4, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("kind", ["similarity", "balanced"])
-def test_samples_without_targets_stay_out_of_the_new_weights(kind: str) -> None:
-    tokens, losses = [_tokens(i, 3, 4, 5) for i in range(3)], _tokens(9, 3, 3).abs()
-    expected = teacher_weights([t[:2] for t in tokens], kind, losses_BT=losses[:2])
-    losses[2] = float("nan")
-    for at in range(3):
-        tokens[at][2] = float("nan")
-    has_targets = torch.tensor([True, True, False])
-    weights = teacher_weights(tokens, kind, losses_BT=losses, has_targets_B=has_targets)
-    torch.testing.assert_close(weights[:2], expected)
-    assert weights.isfinite().all()
-
-
 def test_gradient_reaches_the_adapted_tokens() -> None:
     tokens = [_tokens(i, 2, 3, 4).requires_grad_() for i in range(3)]
     teacher_weights(tokens, "anchor", cls_BD=_tokens(9, 2, 4))[:, 1].sum().backward()
     assert tokens[0].grad is None  # the anchor's own
     assert all(tokens[i].grad is not None and tokens[i].grad.abs().sum() > 0 for i in (1, 2))
-
-
-def test_samples_without_targets_change_nothing() -> None:
-    tokens = [_tokens(i, 3, 4, 5) for i in range(3)]
-    cls = _tokens(9, 3, 5)
-    expected = teacher_weights([t[:2] for t in tokens], "anchor", cls_BD=cls[:2])
-    cls[2] = float("nan")
-    for at in range(3):
-        tokens[at][2] = float("nan")
-        tokens[at].requires_grad_()
-    has_targets = torch.tensor([True, True, False])
-    weights = teacher_weights(tokens, "anchor", cls_BD=cls, has_targets_B=has_targets)
-    torch.testing.assert_close(weights[:2], expected)
-    weights[:2, 1].sum().backward()
-    assert tokens[1].grad is not None
-    assert tokens[1].grad.isfinite().all()
-    none = teacher_weights(tokens, "anchor", cls_BD=cls, has_targets_B=torch.zeros(3).bool())
-    assert none.isfinite().all()
 
 
 def test_unknown_kinds_are_named_with_the_nearest() -> None:

@@ -146,4 +146,5 @@ def test_the_first_lines_of_the_page_read_what_movekd_reads(cache, monkeypatch, 
     names: dict = {}
     exec(code[1], names)
     assert capsys.readouterr().out == "(16, 144)\n"
-    np.testing.assert_array_equal(names["tokens"], open_cache(cache)["clip"].read([5]).numpy()[0])
+    expected = open_cache(cache)["clip"].read([5]).tokens_BND[0].numpy()
+    np.testing.assert_allclose(names["tokens"], expected, rtol=0, atol=1e-6)  # torch rounds once

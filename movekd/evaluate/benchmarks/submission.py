@@ -12,12 +12,13 @@ convert_gqa_for_eval.py.
 """
 
 import json
-import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+from openpyxl import Workbook
+from openpyxl.cell import WriteOnlyCell
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from movekd.evaluate.benchmarks.multiple_choice import gqa_answer
 from movekd.evaluate.benchmarks.questions import Question, load_jsonl
@@ -69,59 +70,20 @@ def write_mmbench(
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write an .xlsx with one sheet; numbers stay numbers, all else is text.
-
-    Source: ECMA-376, the required parts of a workbook.
-    """
-    lines = []
+    """Write an .xlsx with one sheet; numbers stay numbers, all else is text, also "=1+1"."""
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
     for row in rows:
-        cells = "".join(
-            f"<c><v>{cell}</v></c>"
-            if isinstance(cell, int)
-            else f'<c t="inlineStr"><is><t xml:space="preserve">{_text(cell)}</t></is></c>'
-            for cell in row
-        )
-        lines.append(f"<row>{cells}</row>")
-    sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
+        sheet.append([cell if isinstance(cell, int) else _text_cell(sheet, cell) for cell in row])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as workbook:
-        for name, content in (*_PARTS.items(), ("xl/worksheets/sheet1.xml", sheet)):
-            workbook.writestr(name, f'<?xml version="1.0" encoding="UTF-8"?>{content}')
+    book.save(path)
 
 
-_SCHEMAS = "http://schemas.openxmlformats.org"
-_MAIN = f"{_SCHEMAS}/spreadsheetml/2006/main"
-_OFFICE = f"{_SCHEMAS}/officeDocument/2006/relationships"
-_LINKS = f"{_SCHEMAS}/package/2006/relationships"
-_KIND = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-_PARTS = {
-    "[Content_Types].xml": (
-        f'<Types xmlns="{_SCHEMAS}/package/2006/content-types">'
-        '<Default Extension="rels" '
-        'ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        f'<Override PartName="/xl/workbook.xml" ContentType="{_KIND}.sheet.main+xml"/>'
-        '<Override PartName="/xl/worksheets/sheet1.xml" '
-        f'ContentType="{_KIND}.worksheet+xml"/></Types>'
-    ),
-    "_rels/.rels": (
-        f'<Relationships xmlns="{_LINKS}"><Relationship Id="rId1" '
-        f'Type="{_OFFICE}/officeDocument" Target="xl/workbook.xml"/></Relationships>'
-    ),
-    "xl/workbook.xml": (
-        f'<workbook xmlns="{_MAIN}" xmlns:r="{_OFFICE}"><sheets>'
-        '<sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>'
-    ),
-    "xl/_rels/workbook.xml.rels": (
-        f'<Relationships xmlns="{_LINKS}"><Relationship Id="rId1" '
-        f'Type="{_OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>'
-    ),
-}
-"""The parts around the sheet; the addresses are the format's names of its parts."""
-
-
-def _text(cell: Any) -> str:
-    """Return a cell's text escaped for XML, without the characters that XML cannot hold."""
-    return escape(re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(cell)))
+def _text_cell(sheet: Any, value: Any) -> Any:
+    """Return a cell of text, without the control characters that XML cannot hold."""
+    cell = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", str(value)))
+    cell.data_type = "s"  # openpyxl takes text that begins with "=" for a formula
+    return cell
 
 
 def _write(path: Path, entries: list[dict[str, Any]]) -> None:

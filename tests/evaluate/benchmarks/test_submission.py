@@ -1,8 +1,6 @@
 """Tests of movekd.evaluate.benchmarks.submission: what the servers take."""
 
 import json
-import xml.etree.ElementTree as ElementTree
-import zipfile
 
 import openpyxl
 
@@ -49,19 +47,16 @@ def test_vizwiz_by_image_and_gqa_by_text_id(tmp_path):
 def test_mmbench_is_a_sheet_with_a_row_a_question(tmp_path):
     question = Question(3, "...", bare="Which?\nOne.", options=("x < y", "y & z"), embedded="aaaa")
     write_mmbench(tmp_path / "m.xlsx", [question], ["B\x00\x08"], None)
-    with zipfile.ZipFile(tmp_path / "m.xlsx") as workbook:
-        for name in workbook.namelist():
-            ElementTree.fromstring(workbook.read(name))  # well-formed, every part
-        sheet = ElementTree.fromstring(workbook.read("xl/worksheets/sheet1.xml"))
-    rows = [["".join(cell.itertext()) for cell in row] for row in sheet[0]]
+    sheet = openpyxl.load_workbook(tmp_path / "m.xlsx").active
+    rows = [[cell.value for cell in row] for row in sheet.iter_rows()]
     assert rows == [
         ["index", "question", "A", "B", "C", "D", "prediction"],
-        ["3", "Which?\nOne.", "x < y", "y & z", "", "", "B"],
+        [3, "Which?\nOne.", "x < y", "y & z", None, None, "B"],
     ]
 
 
 def test_a_sheet_is_what_openpyxl_reads(tmp_path):
-    rows = [["index", "text"], [3, " é <&> \n"], [4, "x"]]
+    rows = [["index", "text"], [3, " é <&> \n"], [4, "=1+1"]]
     write_sheet(tmp_path / "s.xlsx", rows)
     sheet = openpyxl.load_workbook(tmp_path / "s.xlsx").active
     assert [[cell.value for cell in row] for row in sheet.iter_rows()] == rows
