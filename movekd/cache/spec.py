@@ -91,8 +91,7 @@ class CacheSpec(FrozenModel):
     )
     codec: str = Field(
         default="int8",
-        description="How tokens are stored: float16, or int8 with one scale per group of 128 "
-        "channels.",
+        description="How tokens are stored: the name of a codec, for example float16 or int8.",
     )
     compressor: Literal["none", "zstd", "blosc"] = Field(
         default="none",
@@ -115,7 +114,7 @@ class CacheSpec(FrozenModel):
     def _codec_is_known(cls, codec: str) -> str:
         known = codec_names()
         if codec not in known:
-            raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(codec, known)}")
+            raise ValueError(f"expected one of {', '.join(known)}.{did_you_mean(codec, known)}")
         return codec
 
     @field_validator("std")

@@ -314,6 +314,7 @@ class RegisteredTerm(NamedTuple):
     function: TermFunction
     unit: Unit
     config: type[LossTermConfig]
+    needs_targets: bool
 
 
 LOSS_TERMS: dict[str, RegisteredTerm] = {}
@@ -324,6 +325,8 @@ def register_loss_term(
     function: TermFunction,
     unit: Unit = "images",
     config: type[LossTermConfig] = LossTermConfig,
+    *,
+    needs_targets: bool = False,
 ) -> None:
     """Make a loss term known to student.yaml as ``loss_terms: {name: {weight: 0.1}}``.
 
@@ -335,31 +338,46 @@ def register_loss_term(
             micro-batch that holds such units.
         unit: what the sum is divided by, over the whole optimizer step.
         config: the keys of the term; a subclass of ``LossTermConfig`` adds some.
+        needs_targets: the function reads predictions, goals or targets, which are empty with
+            ``distill: null``; such a run is refused.
 
     Raises:
-        ConfigError: the name is one of movekd's own.
+        ConfigError: the name is one of movekd's own, or another function has it.
     """
     if name in ("text", "kd", "balance") or name.startswith("kd_"):
         raise ConfigError(
             f"loss term '{name}' has a name that movekd logs itself; expected another than text, "
             "kd, kd_... and balance. Register it under another name."
         )
-    LOSS_TERMS[name] = RegisteredTerm(function, unit, config)
+    new = RegisteredTerm(function, unit, config, needs_targets)
+    if LOSS_TERMS.setdefault(name, new).function is not function:
+        raise ConfigError(
+            f"loss term '{name}' is registered with another function already; expected one per "
+            "name. Register it under another name."
+        )
 
 
-def read_loss_terms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, LossTermConfig]:
+def read_loss_terms(
+    content: Mapping[str, Mapping[str, Any]], *, has_targets: bool
+) -> dict[str, LossTermConfig]:
     """Return the checked keys of `loss_terms`.
 
     Raises:
-        ConfigError: no such term is registered, or a key of it is wrong.
+        ConfigError: no such term is registered, a key of it is wrong, or it needs targets and the
+            run has none.
     """
     for name in content:
         if name not in LOSS_TERMS:
             known = ", ".join(sorted(LOSS_TERMS)) or "none"
             raise ConfigError(
                 f"loss_terms names '{name}', and no such term is registered (registered: {known})."
-                f"{did_you_mean(name, LOSS_TERMS)} Call movekd.distill.register_loss_term before "
-                "the config is loaded, or take it out."
+                f"{did_you_mean(name, LOSS_TERMS)} A term from outside of movekd needs a script "
+                "that registers it and trains (docs/training.md, Add a loss term); or take it out."
+            )
+        if LOSS_TERMS[name].needs_targets and not has_targets:
+            raise ConfigError(
+                f"loss_terms names '{name}', which needs the teachers' targets, and distill is "
+                "null. Set distill, or take the term out."
             )
     return {
         name: validate(LOSS_TERMS[name].config, dict(keys), f"loss_terms.{name}")
@@ -368,7 +386,7 @@ def read_loss_terms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, LossT
 
 
 def _extra_term(name: str, keys: LossTermConfig, output: StudentOutput) -> LossTerm:
-    function, unit, _ = LOSS_TERMS[name]
+    function, unit = LOSS_TERMS[name][:2]
     has_units = output.has_images
     if unit == "answer_tokens":
         has_units = output.labels is not None and bool(count_answer_tokens(output.labels))
@@ -382,3 +400,7 @@ def _extra_term(name: str, keys: LossTermConfig, output: StudentOutput) -> LossT
             f"{unit} of the batch. Sum it in its function."
         )
     return LossTerm(name, total, unit, keys.weight)
+
+
+# Terms that ship with movekd: their functions stand in files of this folder, each with one
+# `register_loss_term(...)` line here.

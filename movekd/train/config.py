@@ -163,7 +163,7 @@ class TrainConfig(FrozenModel):
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
             trained = trained or ["vision_tower"]
-        terms = read_loss_terms(self.loss_terms)
+        terms = read_loss_terms(self.loss_terms, has_targets=self.distill is not None)
         update = {
             "student": student,
             "distill": distill,

@@ -263,7 +263,10 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
 
 def objective_of(config: TrainConfig) -> Objective:
     """Return the loss that a resolved config asks for."""
-    mole, terms = config.student.mole, read_loss_terms(config.loss_terms)
+    mole, terms = (
+        config.student.mole,
+        read_loss_terms(config.loss_terms, has_targets=config.distill is not None),
+    )
     if mole is None:
         return Objective(config.distill, extra_terms=terms)
     assert mole.balance is not None

@@ -52,7 +52,7 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         ),
         ({"layer": "first"}, "layer"),
         ({"grid": 0}, "grid"),
-        ({"codec": "int4"}, "codec: .*'int8'"),
+        ({"codec": "int9"}, "codec: .*'int8'"),
         ({"compressor": "gzip"}, "compressor"),
         ({"name": "../etc"}, "name: "),
         ({"image_size": -1}, "image_size: .*greater than 0"),

@@ -145,7 +145,7 @@ def test_plan(tmp_path, teachers, corpus_dir, monkeypatch) -> None:
         (["--device", "banana"], "--device banana cannot be used: "),
         (["--device", "meta"], "--device meta cannot be used: "),
         (["--grid", "wide"], "--grid is 'wide'; expected native, student or a number"),
-        (["--codec", "int4"], "codec: "),
+        (["--codec", "int9"], "codec: "),
         (["--recipe", "own"], "--recipe is 'own'; expected official or revised"),
         (["--compressor", "lz"], "compressor: "),
         (["--weights", "w"], "--weights fits one --teacher"),

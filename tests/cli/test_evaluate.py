@@ -50,6 +50,7 @@ def test_a_benchmark_is_answered_scored_and_not_asked_twice(
     model, files, tmp_path, name, monkeypatch
 ):
     benchmark = BENCHMARKS[name]
+    assert name in files, f"write small files of {name} in tests/helpers/llava_eval.py"
     path = tmp_path / "a.jsonl"
     said = evaluate(model, name, files[name], "--answers", path, "--batch-size", 3)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

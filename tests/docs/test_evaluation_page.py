@@ -1,5 +1,6 @@
 """docs/evaluation.md names every benchmark, and which of them write a submission file."""
 
+import json
 import re
 from pathlib import Path
 
@@ -37,3 +38,16 @@ def test_the_options_that_it_names_exist() -> None:
         *("--answers", "--partition", "--max-new-tokens"),
     }
     assert all(option in shown for option in named)
+
+
+def test_the_example_scores(tmp_path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(code, names)
+    entries = [{"question_id": n, "image": "x.jpg", "text": "Which?"} for n in (1, 2)]
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "words.json").write_text('{"1": "cat", "2": "dog"}')
+    asked = names["load_mine"](questions)
+    report = names["score_mine"](asked, ["cat", "cow"], tmp_path / "words.json")
+    assert (report.figure, report.value) == ("accuracy", 50.0)

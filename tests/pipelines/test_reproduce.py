@@ -55,7 +55,9 @@ def test_the_page_has_the_commands_that_are_followed() -> None:
     expected = ["shards pack"] * 2 + ["cache plan"] * 2 + ["cache build"] * 8 + ["cache verify"] * 2
     assert kinds == [*expected, *["train --cache"] * 2, *["evaluate runs/finetune"] * 16]
     evaluated = [w[w.index("--benchmark") + 1] for w in commands() if "--benchmark" in w]
-    assert set(evaluated) == set(BENCHMARKS)
+    of_the_paper = "vqav2 gqa vizwiz scienceqa textvqa pope mme mmbench"
+    assert set(evaluated) == set(of_the_paper.split())
+    assert set(evaluated) <= set(BENCHMARKS)
     config = next(w[w.index("--config_file") + 1] for w in commands() if "--config_file" in w)
     assert (resource_dir("pipelines").parent / config).is_file()
     devices = [w[-1] for w in commands() if w[1:3] == ["cache", "build"]]
@@ -77,7 +79,8 @@ def test_every_command_runs(run: Any, crops: Any) -> None:
     assert {path.name for path in Path("upload").iterdir()} == {
         *("vqav2.json", "vizwiz.json", "mmbench.xlsx")
     }
-    stems = {Path(files["questions"]).stem for files in options.values()}
+    evaluated = {w[w.index("--benchmark") + 1] for w in commands() if "--benchmark" in w}
+    stems = {Path(options[name]["questions"]).stem for name in evaluated}
     answers = {path.stem for path in Path("runs/finetune/answers").glob("*.jsonl")}
     assert stems <= answers
 

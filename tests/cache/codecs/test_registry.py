@@ -27,7 +27,7 @@ from movekd.extract.options import BuildOptions
 class Int4(Codec):
     """Two values per byte, with a float16 minimum and step per token."""
 
-    name = "int4"
+    name = "test4"
     decoding = "channel_mean + channel_std * (token_low + token_step * nibble)"
 
     def arrays(self, num_tokens, width):
@@ -64,12 +64,12 @@ def int4(monkeypatch):
 def test_a_registered_codec_goes_through_the_whole_program(
     int4, tmp_path, corpus_dir, tiny_specs, cache_dir
 ) -> None:
-    spec = tiny_specs[0].with_changes(codec="int4")
+    spec = tiny_specs[0].with_changes(codec="test4")
     build(tmp_path / "cache", corpus_dir, [spec])
     cache = open_cache(tmp_path / "cache")
     assert list(verify(tmp_path / "cache")) == []
     (found,) = status(cache)
-    assert (found.codec, found.width, found.grid) == ("int4", 144, 4)
+    assert (found.codec, found.width, found.grid) == ("test4", 144, 4)
     assert 0.01 < found.error_mean < found.error_max < 0.2  # coarse, and no worse than 4 bits are
 
     targets = cache["clip"].read([3, 0, 3])
@@ -92,11 +92,11 @@ def test_a_registered_codec_goes_through_the_whole_program(
         assumed_disk=DiskRates(None, 1e12, "assumed"),
     )
     (chosen,) = [part for part in planned.teachers if part.is_spec]
-    assert (chosen.codec, chosen.row_bytes) == ("int4", cache["clip"].layout.row_bytes)
+    assert (chosen.codec, chosen.row_bytes) == ("test4", cache["clip"].layout.row_bytes)
     report = measure_fidelity(
         spec, open_corpus(corpus_dir), geometry="crop", options=options, num_images=4
     )
-    assert {way.codec for way in report.ways} == {"float16", "int8", "int4"}
+    assert {way.codec for way in report.ways} == set(codec_names()) >= {"int8", "test4"}
 
     app = typer.Typer()
     app.command()(show)
