@@ -32,8 +32,8 @@ class CacheSpec(FrozenModel):
 
     provider: str = Field(
         pattern=r"^[a-z][a-z0-9_]*$",
-        description="The library that defines the architecture: transformers, timm, open_clip, "
-        "movekd (eva02_det), or python for a module of your own.",
+        description="The library that defines the architecture, for example transformers or timm; "
+        "python for a module of your own.",
     )
     model: str = Field(
         description="The model's name in that library, or a hub id. Default with provider python: "

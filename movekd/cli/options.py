@@ -114,14 +114,14 @@ def read_specs(
     Raises:
         ConfigError: a value is unknown, or one teacher is given twice.
     """
-    from movekd.cache.spec import load_spec
+    from movekd.cache.spec import WEIGHTS_WORDS, load_spec
 
     if recipe not in (None, "official", "revised"):
         raise ConfigError(f"--recipe is '{recipe}'; expected official or revised.")
     if recipe == "revised" and changes.get("grid") is None:
         changes["grid"] = "student"
     if changes.get("weights") is not None:
-        if len(teachers) > 1:
+        if len(teachers) > 1 and changes["weights"] not in WEIGHTS_WORDS:
             raise ConfigError("--weights fits one --teacher; write the others' into YAML files.")
         changes["weights"] = _resolve_weights(changes["weights"])
     grid = changes.get("grid")

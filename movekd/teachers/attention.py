@@ -62,7 +62,7 @@ def find_attention(block: nn.Module) -> nn.Module:
             return module
     known = ", ".join(sorted({name.rsplit(".", 1)[1] for name in _KNOWN}))
     raise ConfigError(
-        f"cls_attention cannot be read from a {type(block).__name__}; known attention classes: "
+        f"cls_attention cannot be read from blocks of type {type(block).__name__}; known attention classes: "
         f"{known}. Set cls_attention: false."
     )
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from command import invoke
 from movekd.cli.cache import app
 from movekd.cli.main import main
+from movekd.cli.options import read_specs
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError, MovekdError
 
@@ -243,3 +244,8 @@ def test_a_plan_of_an_anyres_cache_counts_its_rows(tmp_path, teachers, view_corp
     assert "7 images, 27 rows" in run(*command).stdout.replace("\n", " ")
     planned = json.loads(run(*command, "--num-images", 14, "--json").stdout)
     assert planned["num_rows"] == 54
+
+
+def test_random_weights_fit_several_teachers() -> None:
+    specs = read_specs(["clip", "dinov2"], weights="random")
+    assert [spec.weights for spec in specs] == ["random", "random"]
