@@ -62,8 +62,8 @@ def find_attention(block: nn.Module) -> nn.Module:
             return module
     known = ", ".join(sorted({name.rsplit(".", 1)[1] for name in _KNOWN}))
     raise ConfigError(
-        f"cls_attention cannot be read from blocks of type {type(block).__name__}; known attention classes: "
-        f"{known}. Set cls_attention: false."
+        f"cls_attention cannot be read from blocks of type {type(block).__name__}; known attention "
+        f"classes: {known}. Set cls_attention: false."
     )
 
 

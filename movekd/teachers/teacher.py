@@ -127,7 +127,7 @@ class Teacher(nn.Module):
             size = "x".join(str(side) for side in pixels_BCHW.shape[2:])
             raise ConfigError(
                 f"{self.spec.model} does not take {size} pixels: {error} Set image_size of "
-                f"'{self.spec.name}' to the model's own size, or give the model this size in model_args."
+                f"'{self.spec.name}' to the model's own, or give the model this size in model_args."
             ) from None
         if not isinstance(output, TeacherOutput):
             output = self._select(output)

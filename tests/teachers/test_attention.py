@@ -101,6 +101,6 @@ def test_row_equals_the_unfused_map_of_timm(model: str, extra: dict[str, Any]) -
 def test_attention_with_other_arithmetic_is_refused() -> None:
     beit = timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=32, depth=1)
     with pytest.raises(
-        ConfigError, match=r"from a Block; known .*CLIPAttention.* cls_attention: f"
+        ConfigError, match=r"of type Block; known .*CLIPAttention.* cls_attention: f"
     ):
         find_attention(beit.blocks[0])
