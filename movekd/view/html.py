@@ -148,8 +148,13 @@ def _heat(values_GG: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.asarray(colormaps["inferno"](np.clip(values_GG / top, 0, 1))[..., :3] * 255, np.uint8)
 
 
-def _image(pixels_HWC: npt.NDArray[np.uint8], kind: str = "") -> str:
+def png(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
+    """Return the bytes of an image file; the pixels are RGB."""
     file = io.BytesIO()
     Image.fromarray(pixels_HWC).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
+
+
+def _image(pixels_HWC: npt.NDArray[np.uint8], kind: str = "") -> str:
+    data = base64.b64encode(png(pixels_HWC)).decode()
     return f'<img class="{kind}" alt="" src="data:image/png;base64,{data}">'

@@ -12,6 +12,7 @@ Several processes can answer one question file in parts. Part i of n has its own
 """
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,8 +145,7 @@ class AnswersFile:
     def __init__(
         self, file: IO[str], origin: AnswerProvenance, given: dict[tuple[str, str], str]
     ) -> None:
-        self._file, self._origin = file, origin
-        self._given = given
+        self._file, self._origin, self._given = file, origin, given
 
     def open_questions(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions without an answer, without repeats."""
@@ -209,8 +209,7 @@ def _read(
 ) -> dict[tuple[str, str], str]:
     """Return the answers in a file by the keys of their questions."""
     given = {}
-    lines = read_lines(path, "LLaVA's answers", is_torn_ok=is_torn_ok)
-    for where, entry in lines:
+    for where, entry in read_lines(path, "LLaVA's answers", is_torn_ok=is_torn_ok):
         origin.check(entry, where)
         key = str(entry.get("question_id")), str(entry.get("prompt"))
         text = entry.get("text")
@@ -233,11 +232,8 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+            return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    return digest.hexdigest()
