@@ -91,10 +91,7 @@ def fidelity(
 def _print_fidelity(report: "FidelityReport") -> None:
     random = "; RANDOM WEIGHTS: not this teacher's real features" if report.random_weights else ""
     ways = [
-        (
-            [way.codec + (" *" if way.is_spec else ""), f"{way.grid}x{way.grid}"],
-            way,
-        )
+        ([way.codec + (" *" if way.is_spec else ""), f"{way.grid}x{way.grid}"], way)
         for way in report.ways
     ]
     print_table(

@@ -99,9 +99,7 @@ def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
         storage: place of a cache.
         is_disk_measured: whether to write there.
     """
-    rates = DiskRates(None, None, "not asked for")
-    if is_disk_measured:
-        rates = measure_disk(storage, _ROW_BYTES)
+    no_rates = DiskRates(None, None, "not asked for")
     return Examination(
         python=platform.python_version(),
         system=platform.platform(),
@@ -109,7 +107,7 @@ def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
         devices=list(_devices()),
         cache=storage.url,
         free_bytes=storage.free_bytes(),
-        disk=rates,
+        disk=measure_disk(storage, _ROW_BYTES) if is_disk_measured else no_rates,
         teachers=[_weights(name) for name in shipped_specs()],
     )
 

@@ -71,9 +71,6 @@ class FeatureViewer:
         known: bases that were fitted before.
 
     Attributes:
-        cache: the features.
-        corpus: the images.
-        teachers: names of the teachers to show.
         bases: PCA basis of each teacher that was shown.
 
     Raises:

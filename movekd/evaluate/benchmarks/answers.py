@@ -14,6 +14,7 @@ Several processes can answer one question file in parts. Part i of n has its own
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,7 +189,10 @@ def open_answers(
                 f"{path} is being written by another process; wait for it, or give each process "
                 "a part with --partition i/n."
             ) from None
-        _drop_torn_line(path)
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):  # an interrupted process left an incomplete last line
+            os.truncate(path, end)
         known = {question.key: question for question in questions}
         given = _read(path, known, origin)
         answers = AnswersFile(file, origin, given)
@@ -220,15 +224,6 @@ def _read(
             )
         given[key] = text
     return given
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off the incomplete last line of an interrupted process."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
 
 
 def _file_digest(path: Path) -> str:

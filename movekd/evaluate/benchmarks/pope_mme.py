@@ -75,13 +75,10 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
         if annotations.is_dir():
             path = annotations / f"coco_pope_{category}.json"
         labels = _pope_labels(path)
-        chosen = [
-            (q, answer)
-            for q, answer in zip(questions, answers, strict=True)
-            if q.category == category
-        ]
-        right = []
-        for question, _ in chosen:
+        right, said = [], []
+        for question, answer in zip(questions, answers, strict=True):
+            if question.category != category:
+                continue
             key = question.image, question.prompt.partition("\n")[0]
             if key not in labels:
                 raise ConfigError(
@@ -89,7 +86,8 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
                     "expected the labels that --questions was made from."
                 )
             right.append(labels[key])
-        rows[str(category)] = pope_row(right, [pope_says_yes(text) for _, text in chosen])
+            said.append(pope_says_yes(answer))
+        rows[str(category)] = pope_row(right, said)
     names = next(iter(rows.values()))
     mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in names}
     mean["questions"] = len(questions)
