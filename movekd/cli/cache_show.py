@@ -86,9 +86,9 @@ def show(
     viewer = FeatureViewer(
         opened, None if shards is None else open_corpus(shards), names, specs, options
     )
-    num_drawn = min(random, len(opened.keys))
-    drawn = np.random.default_rng(seed).choice(len(opened.keys), num_drawn, replace=False)
-    wanted = [*(key or []), *opened.keys.take(drawn).to_pylist()]
+    keys = opened.keys
+    drawn = np.random.default_rng(seed).choice(len(keys), min(random, len(keys)), replace=False)
+    wanted = [*(key or []), *keys.take(drawn).to_pylist()]
     written: list[dict[str, object]] = []
     with progress_bar() as progress:
         for number, name in enumerate(wanted):
