@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.options import Device, Run, resolve_device
-from movekd.cli.output import print_json, quiet_libraries
+from movekd.cli.options import Device, Run, load_run
+from movekd.cli.output import print_json
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,10 +23,7 @@ def ask(
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option(
-            "--chat",
-            help="Read further questions from standard input, one per line.",
-        ),
+        typer.Option("--chat", help="Read further questions from standard input, one per line."),
     ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum new tokens per answer.")
@@ -45,14 +42,12 @@ def ask(
     movekd ask my-model cat.jpg --chat
     """
     from movekd.evaluate.chat import answer
-    from movekd.student.checkpoint import load_student
 
-    quiet_libraries()
     if not image.is_file():
         raise ConfigError(f"{image} is not a file; expected an image such as a JPEG or PNG.")
     if question is None and not chat:
         raise ConfigError("the question is missing; give it after the image, or give --chat.")
-    trained = load_student(run, resolve_device(device))
+    trained = load_run(run, device)
     if chat and trained.prompt == "plain":
         raise ConfigError(
             f"{run} was trained with prompt format 'plain', which holds only an image and its "

@@ -1,6 +1,5 @@
 """`movekd cache`: the group of commands, and `ls`."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -43,7 +42,7 @@ def list_teachers(
                 "views": opened.views,
                 "images": opened.catalog.num_images,
                 "rows": len(opened.catalog.index),
-                "teachers": [asdict(t) for t in teachers],
+                "teachers": teachers,
             }
         )
         return

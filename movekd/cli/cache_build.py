@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -28,19 +27,8 @@ from movekd.cli.options import (
     check_tiles,
     read_specs,
 )
-from movekd.cli.output import (
-    is_verbose,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    size,
-)
+from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, size
 from movekd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from movekd.extract.executor import Executor
-    from movekd.extract.ray.cluster import RayCluster
 
 
 def build(
@@ -149,16 +137,29 @@ def build(
         calibration_images=calibration_images,
     )
     part = None if partition is None else parse_partition(partition)
-    corpus, summaries = open_corpus(shards), []
-    of_ray = {
-        "--address": address,
-        "--num-gpus-per-worker": num_gpus_per_worker,
-        "--num-decoders": num_decoders,
-    }
-    _check_engine(engine, part is not None, of_ray)
+    corpus = open_corpus(shards)
+    check_one_of("--engine", engine, ("local", "ray"))
     place: AbstractContextManager[Any] = nullcontext()
-    if engine == "ray":
+    if engine == "local":
+        of_ray = {
+            "--address": address,
+            "--num-gpus-per-worker": num_gpus_per_worker,
+            "--num-decoders": num_decoders,
+        }
+        for option, value in of_ray.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{option} goes with --engine ray, but the engine is local. Add --engine ray, "
+                    f"or leave {option} out."
+                )
+    elif part is not None:
+        raise ConfigError(
+            "--partition divides the work by hand, --engine ray divides it among its workers; "
+            "leave one of the two out."
+        )
+    else:
         from movekd.extract.ray.cluster import RayCluster
+        from movekd.extract.ray.executor import RayExecutor
 
         place = RayCluster(
             address or "auto",
@@ -179,26 +180,27 @@ def build(
             concurrent=concurrent,
             is_here=cluster is None,
         )
-        for summary in build_cache(
-            cache,
-            corpus,
-            specs,
-            geometry=check_resize_mode(resize_mode, tiles),
-            views=check_tiles(tiles),
-            options=options,
-            executor=_engine(cluster),
-            partition=part,
-            replace=overwrite,
-            channel_stats=channel_stats,
-            deletes=_print_deletion,
-            progress=progress,
-        ):
-            summaries.append(summary)
+        summaries = list(
+            build_cache(
+                cache,
+                corpus,
+                specs,
+                geometry=check_resize_mode(resize_mode, tiles),
+                views=check_tiles(tiles),
+                options=options,
+                executor=None if cluster is None else RayExecutor(cluster),
+                partition=part,
+                replace=overwrite,
+                channel_stats=channel_stats,
+                deletes=_print_deletion,
+                progress=progress,
+            )
+        )
     if json:
-        print_json([asdict(summary) for summary in summaries])
+        print_json(summaries)
     else:
         print_table(
-            f"{cache}",
+            cache,
             ["teacher", "images", "built now", "skipped", "size", "error mean", "max", "images/s"],
             [
                 [
@@ -222,31 +224,6 @@ def build(
     if has_problem:
         typer.echo(f"more than {max_skipped_fraction:.2%} of the images were skipped", err=True)
         raise typer.Exit(1)
-
-
-def _check_engine(engine: str, is_part: bool, of_ray: Mapping[str, object]) -> None:
-    """Refuse an unknown engine, and options of Ray without it."""
-
-    check_one_of("--engine", engine, ("local", "ray"))
-    given = [option for option, value in of_ray.items() if value is not None]
-    if engine == "local" and given:
-        raise ConfigError(
-            f"{given[0]} goes with --engine ray, but the engine is local. Add --engine ray, or "
-            f"leave {given[0]} out."
-        )
-    if engine == "ray" and is_part:
-        raise ConfigError(
-            "--partition divides the work by hand, --engine ray divides it among its workers; "
-            "leave one of the two out."
-        )
-
-
-def _engine(cluster: "RayCluster | None") -> "Executor | None":
-    if cluster is None:
-        return None
-    from movekd.extract.ray.executor import RayExecutor
-
-    return RayExecutor(cluster)
 
 
 def _print_deletion(folder: str, sizes: Mapping[str, int]) -> None:

@@ -1,6 +1,5 @@
 """`movekd cache fidelity`: measure what each codec and grid loses of a teacher's features."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,7 +77,7 @@ def fidelity(
             for spec in specs
         ]
     if json:
-        print_json([asdict(report) for report in reports])
+        print_json(reports)
         return
     for report in reports:
         _print_fidelity(report)
@@ -92,10 +91,7 @@ def fidelity(
 def _print_fidelity(report: "FidelityReport") -> None:
     random = "; RANDOM WEIGHTS: not this teacher's real features" if report.random_weights else ""
     ways = [
-        (
-            [way.codec + (" *" if way.is_spec else ""), f"{way.grid}x{way.grid}"],
-            way,
-        )
+        ([way.codec + (" *" if way.is_spec else ""), f"{way.grid}x{way.grid}"], way)
         for way in report.ways
     ]
     print_table(

@@ -1,7 +1,6 @@
 """`movekd cache plan`: estimate the size, time and break-even point of a cache."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,7 +106,7 @@ def plan(
             progress=progress,
         )
     if json:
-        print_json(asdict(planned))
+        print_json(planned)
         return
     _print_plan(planned, cache)
     if planned.free_bytes is not None and planned.total_bytes > planned.free_bytes:
@@ -129,7 +128,6 @@ def _rates(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
 
 
 def _print_plan(planned: "CachePlan", cache: str) -> None:
-    free = "-" if planned.free_bytes is None else size(planned.free_bytes)
     disk = planned.disk
     rates = f"disk not measured ({disk.reason})"
     known = [disk.write_bytes_per_s, disk.read_bytes_per_s]
@@ -156,8 +154,8 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     rows.append(["all *", "", "", *totals, *_run_cells(planned)])
     columns = ["teacher", "codec", "features", "per row", "total", "images/s", "hours", "bound by"]
     print_table(
-        f"{planned.num_images:,} images, {planned.num_rows:,} rows; {free} free at {cache}; "
-        f"{rates}",
+        f"{planned.num_images:,} images, {planned.num_rows:,} rows; "
+        f"{size(planned.free_bytes)} free at {cache}; {rates}",
         [*columns, "read MB/s", "pays after"],
         rows,
     )

@@ -18,7 +18,8 @@ from movekd.cli.output import print_json, progress_bar
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from movekd.cache.reader import FeatureCache
+    from matplotlib.figure import Figure
+
     from movekd.cache.spec import CacheSpec
     from movekd.view.features import FeatureView
 
@@ -59,6 +60,8 @@ def show(
 
     movekd cache show --cache cache/ --shards data/ --key coco/0001.jpg --exact
     """
+    import numpy as np
+
     from movekd.cache.reader import open_cache
     from movekd.corpus.index import open_corpus
     from movekd.view.contact_sheet import draw_sheet, save_sheet
@@ -72,12 +75,20 @@ def show(
         raise ConfigError("--weights goes with --exact, which runs the teachers.")
     opened = open_cache(cache)
     names = tuple(teacher or opened.teachers)
-    specs = _specs_to_run(opened, names, weights) if exact else {}
-    options = build_options(device, "float32", 1, 0) if exact else None
+    specs: dict[str, CacheSpec] = {}
+    options = None
+    if exact:
+        from movekd.analysis.resolve_spec import spec_to_run
+
+        places = named_weights(weights, names)
+        specs = {name: spec_to_run(opened[name], None, places.get(name)) for name in names}
+        options = build_options(device, "float32", 1, 0)
     viewer = FeatureViewer(
         opened, None if shards is None else open_corpus(shards), names, specs, options
     )
-    wanted = [*(key or []), *_draw(opened, random, seed)]
+    keys = opened.keys
+    drawn = np.random.default_rng(seed).choice(len(keys), min(random, len(keys)), replace=False)
+    wanted = [*(key or []), *keys.take(drawn).to_pylist()]
     written: list[dict[str, object]] = []
     with progress_bar() as progress:
         for number, name in enumerate(wanted):
@@ -99,25 +110,6 @@ def show(
         print_json(written)
 
 
-def _specs_to_run(
-    cache: "FeatureCache", names: tuple[str, ...], weights: list[str] | None
-) -> "dict[str, CacheSpec]":
-    """Return the spec of each teacher, with the weights that the command line names."""
-    from movekd.analysis.resolve_spec import spec_to_run
-
-    places = named_weights(weights, names)
-    return {name: spec_to_run(cache[name], None, places.get(name)) for name in names}
-
-
-def _draw(cache: "FeatureCache", number: int, seed: int) -> list[str]:
-    """Return the keys of some images, drawn without repeats."""
-    import numpy as np
-
-    keys = cache.keys
-    drawn = np.random.default_rng(seed).choice(len(keys), min(number, len(keys)), replace=False)
-    return [str(key) for key in keys.take(drawn).to_pylist()]
-
-
 def _summary(features: "FeatureView") -> dict[str, object]:
     error, attention = features.error_GG, features.attention_GG
     return {
@@ -129,18 +121,15 @@ def _summary(features: "FeatureView") -> dict[str, object]:
     }
 
 
-def _print_inline(figure: object) -> None:
+def _print_inline(figure: "Figure") -> None:
     """Print a sheet in the width of the terminal, as half blocks of 24-bit colour."""
-    from typing import cast
-
-    from matplotlib.figure import Figure
     from rich.console import Console
     from rich_pixels import Pixels
 
     from movekd.view.contact_sheet import as_image
 
     console = Console()
-    image = as_image(cast(Figure, figure))
+    image = as_image(figure)
     width = min(console.width, image.width)
     height = 2 * round(image.height * width / image.width / 2)
     console.print(Pixels.from_image(image, resize=(width, height)))

@@ -43,7 +43,7 @@ def doctor(
             "devices",
             ["device", "model", "memory", "bfloat16"],
             [
-                [d.name, d.what, _size(d.memory_bytes), "yes" if d.bfloat16 else "no"]
+                [d.name, d.what, size(d.memory_bytes), "yes" if d.bfloat16 else "no"]
                 for d in found.devices
             ],
         )
@@ -51,7 +51,7 @@ def doctor(
         print_table(
             f"disk of {found.cache}",
             ["free", "writes per second", "random reads per second"],
-            [[_size(found.free_bytes), *map(_size, rates)]],
+            [[size(found.free_bytes), *map(size, rates)]],
         )
         if found.disk.reason:
             typer.echo(f"not measured: {found.disk.reason}")
@@ -71,7 +71,3 @@ def doctor(
             typer.echo(problem)
     if found.problems:
         raise typer.Exit(1)
-
-
-def _size(num_bytes: float | None) -> str:
-    return "-" if num_bytes is None else size(num_bytes)

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.options import Device, Json, Run, resolve_device
-from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries
+from movekd.cli.options import Device, Json, Run, load_run
+from movekd.cli.output import print_json, print_table, progress_bar
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.evaluate.benchmarks.run import BenchmarkRun
-    from movekd.student.checkpoint import TrainedStudent
 
 
 def evaluate(
@@ -116,27 +115,21 @@ def evaluate(
 def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
     from movekd.evaluate.benchmarks.run import run_benchmark
 
-    def load() -> "TrainedStudent":
-        from movekd.student.checkpoint import load_student
-
-        quiet_libraries()
-        return load_student(todo.run, resolve_device(device))
-
     with progress_bar() as progress:
-        outcome = run_benchmark(todo, load, progress)
+        outcome = run_benchmark(todo, lambda: load_run(todo.run, device), progress)
     report = outcome.report
     if is_json:
-        figure = None if report is None else {"name": report.figure, "value": report.value}
-        facts: dict[str, object] = {
-            "benchmark": todo.benchmark,
-            "figure": figure,
-            "rows": None if report is None else report.rows,
-            "answers": outcome.answers,
-            "questions": outcome.num_questions,
-            "asked": outcome.num_asked,
-            "upload": todo.submission,
-        }
-        print_json(facts)
+        print_json(
+            {
+                "benchmark": todo.benchmark,
+                "figure": report and {"name": report.figure, "value": report.value},
+                "rows": report and report.rows,
+                "answers": outcome.answers,
+                "questions": outcome.num_questions,
+                "asked": outcome.num_asked,
+                "upload": todo.submission,
+            }
+        )
         return
     if report is not None:
         print_table(
@@ -172,14 +165,11 @@ def _exact_match(
     from movekd.corpus.conversations import load_conversations
     from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
     from movekd.evaluate.generate import generate_answers, read_from_folder
-    from movekd.student.checkpoint import load_student
 
     if images is None:
         raise ConfigError("--images is missing; give the folder of the questions' images.")
-
-    quiet_libraries()
     asked, right = split_questions(load_conversations(questions))
-    trained = load_student(run, resolve_device(device))
+    trained = load_run(run, device)
     given: list[str] = []
     with progress_bar() as progress:
         for answer in generate_answers(

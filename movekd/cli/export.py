@@ -34,7 +34,6 @@ def export(
 
     movekd export runs/finetune --format official --output released
     """
-
     check_one_of("--format", format, FORMATS)
     from movekd.student.checkpoint import load_student
     from movekd.student.export.formats import export as write

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from movekd.cache.codecs import codec_names
+from movekd.cli.output import quiet_libraries
 from movekd.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from movekd.corpus.anyres import Views
     from movekd.corpus.transforms import Geometry
     from movekd.extract.options import BuildOptions
+    from movekd.student.checkpoint import TrainedStudent
 
 STUDENT_GRID = 24
 """Side of the grid of CLIP ViT-L/14 at 336 pixels."""
@@ -148,6 +150,14 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def load_run(run: Path, device: str) -> "TrainedStudent":
+    """Return the student of --run or RUN on a device that --device names, without library logs."""
+    from movekd.student.checkpoint import load_student
+
+    quiet_libraries()
+    return load_student(run, resolve_device(device))
+
+
 def build_options(
     device: str,
     dtype: str,
@@ -175,7 +185,13 @@ def build_options(
 
     device = resolve_device(device)
     if is_here:
-        _try_device(device)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device is {device}, but torch sees no GPU; use cpu.")
+        try:
+            torch.empty(1, device=device).cpu()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ConfigError(f"--device {device} cannot be used: {reason}") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -196,18 +212,6 @@ def build_options(
     return BuildOptions(
         device, kind, images, num_workers, num_threads, compile=compile, concurrent=concurrent
     )
-
-
-def _try_device(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {device}, but torch sees no GPU; use cpu.")
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"--device {device} cannot be used: {reason}") from None
 
 
 def check_tiles(tiles: str) -> "Views":
@@ -238,7 +242,6 @@ def check_resize_mode(mode: str | None, tiles: str = "base") -> "Geometry":
 
 def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
     """Refuse an unknown value and name the nearest known one."""
-
     if given not in known:
         raise ConfigError(
             f"{option} is '{given}'; expected one of {', '.join(known)}."
@@ -248,7 +251,6 @@ def check_one_of(option: str, given: str, known: Sequence[str]) -> None:
 
 def named_values(given: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
     """Return the value for each name, from ``VALUE`` (for all) or repeated ``NAME=VALUE``."""
-
     found: dict[str, str] = {}
     for text in given:
         name, separator, value = text.partition("=")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import typer
@@ -39,8 +40,13 @@ def quiet_libraries() -> None:
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:
-    """Print a value as JSON on standard output; without indent, on one line."""
-    typer.echo(json.dumps(value, indent=indent, default=str, ensure_ascii=indent is not None))
+    """Print a value, records (dataclasses) included, as JSON; without indent, on one line."""
+
+    def encode(found: Any) -> Any:
+        is_record = is_dataclass(found) and not isinstance(found, type)
+        return asdict(found) if is_record else str(found)
+
+    typer.echo(json.dumps(value, indent=indent, default=encode, ensure_ascii=indent is not None))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -60,8 +66,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     console.print(table)
 
 
-def size(num_bytes: float) -> str:
-    """Return a number of bytes with its unit, in powers of ten."""
+def size(num_bytes: float | None) -> str:
+    """Return a number of bytes with its unit, in powers of ten; a dash for None."""
+    if num_bytes is None:
+        return "-"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if abs(num_bytes) < 1000 or unit == "PB":
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.2f} {unit}"

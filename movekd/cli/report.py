@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from movekd.cli.options import Device, Json, resolve_device
-from movekd.cli.output import print_json, quiet_libraries
+from movekd.cli.options import Device, Json, load_run
+from movekd.cli.output import print_json
 from movekd.errors import ConfigError
 
 
@@ -44,11 +44,7 @@ def report(
     log = read_run(run)
     answers = stored_answers(run, samples)
     if questions is not None and images is not None:
-        from movekd.student.checkpoint import load_student
-
-        quiet_libraries()
-        trained = load_student(run, resolve_device(device))
-        answers = [*ask_samples(trained, questions, images, samples), *answers]
+        answers = [*ask_samples(load_run(run, device), questions, images, samples), *answers]
     path = output or run / "report.html"
     write_report(log, answers, path)
     if json:

@@ -1,6 +1,6 @@
 """`movekd shards`: pack images and conversations into tar shards, and list them."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +8,7 @@ import typer
 
 from movekd.cli.aliases import Command
 from movekd.cli.options import Json
-from movekd.cli.output import progress_bar, size
+from movekd.cli.output import print_json, progress_bar, size
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ app = typer.Typer(
     help="Pack images and conversations into tar shards, and list them.", no_args_is_help=True
 )
 
-_DEFAULT_OUTPUT = Path("data")
 _NUM_EXAMPLES = 3
 
 
@@ -66,15 +65,13 @@ def pack(
         )
     from movekd import corpus as packer
 
-    workers = num_workers or packer.DEFAULT_WORKERS
-    target = webdataset or output or _DEFAULT_OUTPUT
+    target = webdataset or output or Path("data")
     with progress_bar() as show:
-
-        def progress(done: int, total: int) -> None:
-            show("index tars" if webdataset else "pack images", done, total)
-
-        given: dict[str, Any] = {"num_workers": workers, "overwrite": overwrite}
-        given["progress"] = progress
+        given: dict[str, Any] = {
+            "num_workers": num_workers or packer.DEFAULT_WORKERS,
+            "overwrite": overwrite,
+            "progress": partial(show, "index tars" if webdataset else "pack images"),
+        }
         if webdataset is not None:
             report = packer.index_webdataset(webdataset, **given)
         elif images is not None:
@@ -85,7 +82,7 @@ def pack(
                 report = packer.pack_folder(images, target, **given)
     report.write(target / "report.json")
     if as_json:
-        typer.echo(json.dumps({"out": str(target), **report.counts}))
+        print_json({"out": target, **report.counts}, indent=None)
     else:
         _print_report(report, target)
     if report.num_dropped:
@@ -125,7 +122,7 @@ def list_shards(
             figures["conversations"] += 1
             figures["text_only"] += not conversation.images
     if as_json:
-        typer.echo(json.dumps(figures))
+        print_json(figures, indent=None)
         return
     typer.echo(
         f"{data_dir}: {figures['images']:,} images ({size(figures['image_bytes'])}) in "

@@ -80,15 +80,13 @@ def train(
 
 
 def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
-    from dataclasses import asdict
-
     from movekd.train.show_samples import show_samples
 
     shown = show_samples(config, number)
     if not distributed.is_main_process():
         return
     if json:
-        print_json([asdict(sample) for sample in shown])
+        print_json(shown)
         return
     for sample in shown:
         typer.echo(sample.as_text() + "\n")

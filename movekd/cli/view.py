@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from movekd.cli.options import Cache, CacheShards, Device, resolve_device
-from movekd.cli.output import quiet_libraries
+from movekd.cli.options import Cache, CacheShards, Device, load_run
 from movekd.errors import ConfigError
 
 
@@ -34,7 +33,7 @@ def view(
     from importlib.util import find_spec
 
     from movekd.corpus.index import open_corpus
-    from movekd.student.checkpoint import TrainedStudent, load_student
+    from movekd.student.checkpoint import TrainedStudent
     from movekd.view.browser import Browser
     from movekd.view.run_log import read_run
 
@@ -52,12 +51,11 @@ def view(
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor stays in the browser
     from movekd.view.gradio_app import build_page, serve
 
-    quiet_libraries()
     browser = Browser(cache, None if shards is None else open_corpus(shards))
     student: TrainedStudent | None = None
     if run is not None:
         log = read_run(run)
         if (run / "model").is_dir() and log.config.get("stage") != "distill":
-            student = load_student(run, resolve_device(device))
+            student = load_run(run, device)
     page = build_page(browser, run, student)
     serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C ends it)"))

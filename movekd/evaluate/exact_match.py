@@ -8,7 +8,7 @@ import math
 import string
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from movekd.corpus.conversations import Conversation
@@ -56,14 +56,7 @@ def split_questions(
                 f"conversation '{conversation.id}' does not end with a 'gpt' turn; expected the "
                 "right answer there."
             )
-        questions.append(
-            Conversation(
-                conversation.id,
-                conversation.images,
-                conversation.turns[:-1],
-                conversation.question_type,
-            )
-        )
+        questions.append(replace(conversation, turns=conversation.turns[:-1]))
         answers.append(conversation.turns[-1][1])
     return questions, answers
 
@@ -94,17 +87,10 @@ def exact_match(
     return {name: Score(sum(counts[name]), len(counts[name])) for name in order}
 
 
-def write_answers(
-    path: Path,
-    questions: Sequence[Conversation],
-    answers: Sequence[str],
-) -> None:
+def write_answers(path: Path, questions: Sequence[Conversation], answers: Sequence[str]) -> None:
     """Write answers in LLaVA's jsonl: question_id, prompt, text."""
     with path.open("w", encoding="utf-8") as file:
         for question, answer in zip(questions, answers, strict=True):
-            line = {
-                "question_id": question.id,
-                "prompt": question.turns[-1][1],
-                "text": answer,
-            }
+            prompt = question.turns[-1][1]
+            line = {"question_id": question.id, "prompt": prompt, "text": answer}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

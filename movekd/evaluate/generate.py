@@ -52,9 +52,7 @@ def generate_answers(
         length = max(map(len, questions))
         input_ids = torch.full((len(batch), length), tokenizer.pad_token_id)
         attention_mask = torch.zeros((len(batch), length), dtype=torch.int64)
-        for i, question in enumerate(
-            questions
-        ):  # padded on the left: generation appends on the right
+        for i, question in enumerate(questions):  # padded on the left: new tokens come last
             input_ids[i, length - len(question) :] = torch.tensor(question)
             attention_mask[i, length - len(question) :] = 1
         images = [image for of_one in seen for image in of_one]

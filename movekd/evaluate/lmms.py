@@ -8,7 +8,7 @@ generated as by `movekd evaluate`. Needs ``pip install 'movekd[lmms]'``; lmms-ev
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,10 @@ class MovekdModel(lmms):
     Args:
         pretrained: output of `movekd train` or `import`, or an export of format hf.
         device: auto, cpu, cuda, ...; each of several processes uses its own GPU.
+        batch_size: requests per batch.
+
+    Attributes:
+        device: device of the model.
         batch_size: requests per batch.
 
     Raises:
@@ -60,19 +64,9 @@ class MovekdModel(lmms):
         place = self.accelerator.device if device in (None, "auto") else torch.device(str(device))
         if self._world_size > 1:
             place = self.accelerator.device
-        self._device = place
-        self._batch_size = 1 if batch_size == "auto" else int(batch_size)
+        self.device = place
+        self.batch_size = 1 if batch_size == "auto" else int(batch_size)
         self._trained = load_student(Path(pretrained), str(place))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self._device
-
-    @property
-    def batch_size(self) -> int:
-        """Requests per batch."""
-        return self._batch_size
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, in order.
@@ -100,28 +94,22 @@ class MovekdModel(lmms):
                 self.cache_hook.add_partial("generate_until", (context, keys), answers[place])
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse: LLaVA's benchmarks generate.
+    def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
+        """Refuse: LLaVA's benchmarks generate, and have one question and one answer.
 
         Raises:
             NotImplementedError: always; lmms-eval shows it.
         """
         raise NotImplementedError("movekd answers only tasks of output_type generate_until.")
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: one question, one answer.
-
-        Raises:
-            NotImplementedError: always; lmms-eval shows it.
-        """
-        raise NotImplementedError("movekd answers only tasks of output_type generate_until.")
+    generate_until_multi_round = loglikelihood
 
     def _generate(self, requests: Sequence[tuple[Any, ...]], longest: int) -> Iterator[str]:
         """Yield answers, with the images of one batch in memory at a time."""
-        for start in range(0, len(requests), self._batch_size):
+        for start in range(0, len(requests), self.batch_size):
             images: dict[str, bytes] = {}
             conversations = []
-            for request in requests[start : start + self._batch_size]:
+            for request in requests[start : start + self.batch_size]:
                 context, _, to_visual, document, task, split = request
                 names = []
                 for visual in to_visual(self.task_dict[task][split][document]) or []:
@@ -134,7 +122,7 @@ class MovekdModel(lmms):
                 images.__getitem__,
                 prompt=self._trained.prompt,
                 geometry=self._trained.geometry,
-                batch_size=self._batch_size,
+                batch_size=self.batch_size,
                 max_new_tokens=longest,
             )
 

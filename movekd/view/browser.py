@@ -7,7 +7,6 @@ Legend: N tokens, K neighbours, G grid side, H heads.
 """
 
 import random
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,7 +58,6 @@ class Browser:
 
     def __init__(self, url: str, corpus: Corpus | None = None) -> None:
         self._url, self.corpus = url, corpus
-        self._lock = threading.Lock()
         self._viewer = FeatureViewer(open_cache(url), corpus)
 
     @property
@@ -67,20 +65,10 @@ class Browser:
         """The cache, as last opened."""
         return self._viewer.cache
 
-    def refresh(self) -> None:
-        """Open the cache again if it was incomplete."""
-        with self._lock:
-            cache = self.cache
-            if cache.teachers and all(cache[name].is_complete for name in cache.teachers):
-                return
-        self.reopen()
-
     def reopen(self) -> None:
         """Open the cache again; keep the fitted PCA bases."""
-        with self._lock:
-            self._viewer = FeatureViewer(
-                open_cache(self._url), self.corpus, known=self._viewer.bases
-            )
+        bases = self._viewer.bases
+        self._viewer = FeatureViewer(open_cache(self._url), self.corpus, known=bases)
 
     def search(self, text: str) -> list[str]:
         """Return the first 50 names that contain ``text`` and keys that start with it."""
@@ -117,7 +105,9 @@ class Browser:
             UnknownKeyError: the cache does not hold the image or the view.
             CacheError: the cache does not hold a teacher.
         """
-        self.refresh()
+        cache = self.cache
+        if not cache.teachers or not all(cache[name].is_complete for name in cache.teachers):
+            self.reopen()
         viewer = self._viewer
         row = int(viewer.cache.rows([name.strip()], view)[0])
         return [self._panel(viewer, teacher, row, view, head) for teacher in teachers]
@@ -136,18 +126,11 @@ class Browser:
             heads = attention.shape[1]
             head = head if head is not None and head < heads else None
             if head is not None:
-                side = store.grid
-                chosen = attention[0, head].view(side, side).numpy()
+                chosen = attention[0, head].view(store.grid, store.grid).numpy()
                 features = replace(features, attention_GG=np.asarray(chosen, np.float32))
         tokens_ND = torch.nn.functional.normalize(targets.standardised_BND[0], dim=-1)
         cosine_NN = tokens_ND @ tokens_ND.T
         cosine_NN.fill_diagonal_(-2)
         best = cosine_NN.topk(min(NUM_NEAREST, len(cosine_NN) - 1), dim=-1)
-        return TokenPanel(
-            features,
-            heads,
-            head,
-            best.indices.numpy(),
-            np.asarray(best.values.numpy(), np.float32),
-            error,
-        )
+        cosine_NK = np.asarray(best.values.numpy(), np.float32)
+        return TokenPanel(features, heads, head, best.indices.numpy(), cosine_NK, error)

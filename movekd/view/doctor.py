@@ -20,7 +20,6 @@ from movekd.teachers.hub import find_downloaded, published
 
 _ROW_BYTES = 600_000
 """About the size of CLIP-L's 576 tokens in int8."""
-_NEVER_SHOWN = {"dev"}
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
         storage: place of a cache.
         is_disk_measured: whether to write there.
     """
-    rates = DiskRates(None, None, "not asked for")
-    if is_disk_measured:
-        rates = measure_disk(storage, _ROW_BYTES)
+    no_rates = DiskRates(None, None, "not asked for")
     return Examination(
         python=platform.python_version(),
         system=platform.platform(),
@@ -110,7 +107,7 @@ def examine(storage: Storage, *, is_disk_measured: bool = True) -> Examination:
         devices=list(_devices()),
         cache=storage.url,
         free_bytes=storage.free_bytes(),
-        disk=rates,
+        disk=measure_disk(storage, _ROW_BYTES) if is_disk_measured else no_rates,
         teachers=[_weights(name) for name in shipped_specs()],
     )
 
@@ -121,17 +118,15 @@ def _packages() -> Iterator[Package]:
         extra = ""
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             extra = str(requirement.marker).rpartition("==")[2].strip(" '\"")
-            if extra in _NEVER_SHOWN or not requirement.marker.evaluate({"extra": extra}):
+            if extra == "dev" or not requirement.marker.evaluate({"extra": extra}):
                 continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             version = None
         fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-        needs = str(requirement.specifier)
-        yield Package(
-            requirement.name, version, needs, extra, fits or (not version and bool(extra))
-        )
+        fits = fits or (not version and bool(extra))
+        yield Package(requirement.name, version, str(requirement.specifier), extra, fits)
 
 
 def _devices() -> Iterator[Device]:
@@ -140,15 +135,12 @@ def _devices() -> Iterator[Device]:
         yield Device(f"cuda:{number}", of.name, of.total_memory, torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         yield Device("mps", "Apple GPU", None, True)
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Device("cpu", f"{platform.machine()}, {cores} cores", memory, True)
 
 
 def _weights(name: str) -> TeacherWeights:
     spec = load_spec(name)
-    found = find_downloaded(spec)
-    path = None if found is None else str(found)
-    return TeacherWeights(name, spec.model, published(spec).repo, path)
+    path = find_downloaded(spec)
+    return TeacherWeights(name, spec.model, published(spec).repo, str(path) if path else None)

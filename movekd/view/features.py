@@ -7,7 +7,7 @@ Legend: B batch, N tokens, G grid side, D channels, H heads, S side of the squar
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as remember
 
 import numpy as np
@@ -41,11 +41,11 @@ class FeatureView:
         reason: why the features are missing (not built yet, or an unreadable image), or None. If
             given, only ``picture_SSC`` and ``sealed_error`` can have values below.
         picture_SSC: the input of the teacher, uint8; None without a corpus.
+        sealed_error: mean relative error of the codec, from the seals of the teacher.
         colours_GGC: the tokens in the teacher's PCA basis, 0..1.
         attention_GG: attention of [CLS] over the patches, mean of the heads; None if not stored.
         error_GG: relative error of each decoded token against the teacher run now; None if the
             viewer has no spec to run.
-        sealed_error: mean relative error of the codec, from the seals of the teacher.
     """
 
     teacher: str
@@ -53,10 +53,10 @@ class FeatureView:
     grid: int
     reason: str | None
     picture_SSC: Pixels | None
-    colours_GGC: npt.NDArray[np.float32] | None
-    attention_GG: npt.NDArray[np.float32] | None
-    error_GG: npt.NDArray[np.float32] | None
     sealed_error: float | None
+    colours_GGC: npt.NDArray[np.float32] | None = None
+    attention_GG: npt.NDArray[np.float32] | None = None
+    error_GG: npt.NDArray[np.float32] | None = None
 
 
 class FeatureViewer:
@@ -71,9 +71,6 @@ class FeatureViewer:
         known: bases that were fitted before.
 
     Attributes:
-        cache: the features.
-        corpus: the images.
-        teachers: names of the teachers to show.
         bases: PCA basis of each teacher that was shown.
 
     Raises:
@@ -121,41 +118,32 @@ class FeatureViewer:
             reason = "not built yet"
         elif row in store.skipped:
             reason = store.skipped[row]
+        found = FeatureView(teacher, store.spec, store.grid, reason, picture, sealed)
         if reason is not None:
-            return FeatureView(
-                store.teacher, store.spec, store.grid, reason, picture, None, None, None, sealed
-            )
+            return found
         targets, side = store.read([row]), store.grid
-        attention = targets.cls_attention_BHN
-        return FeatureView(
-            teacher=store.teacher,
-            spec=store.spec,
-            grid=side,
-            reason=None,
-            picture_SSC=picture,
-            colours_GGC=self._basis(store)
-            .colours(targets.standardised_BND[0])
-            .reshape(side, side, 3),
-            attention_GG=None
-            if attention is None
-            else np.asarray(attention[0].mean(0).view(side, side).numpy(), np.float32),
-            error_GG=self._error(store, key, row, view) if store.teacher in self._exact else None,
-            sealed_error=sealed,
-        )
-
-    def _basis(self, store: TeacherCache) -> PcaBasis:
-        if store.teacher not in self.bases:
-            self.bases[store.teacher] = fit_teacher_basis(store, self.cache.catalog)
-        return self.bases[store.teacher]
+        if teacher not in self.bases:
+            self.bases[teacher] = fit_teacher_basis(store, self.cache.catalog)
+        colours_NC = self.bases[teacher].colours(targets.standardised_BND[0])
+        found = replace(found, colours_GGC=colours_NC.reshape(side, side, 3))
+        if targets.cls_attention_BHN is not None:
+            mean_GG = targets.cls_attention_BHN[0].mean(0).view(side, side)
+            found = replace(found, attention_GG=np.asarray(mean_GG.numpy(), np.float32))
+        if teacher in self._exact:
+            found = replace(found, error_GG=self._error(store, key, row, view))
+        return found
 
     def _picture(self, spec: CacheSpec, key: str, view: int) -> Pixels | None:
         """Return the input of the teacher, padding included."""
         if self.corpus is None:
             return None
-        transform = image_transform(spec, self.cache.geometry)
         try:
             image = decode_image(self.corpus.read_image(self._place(key)))
-            return ImageViews(transform, image).square(view).levels_HWC
+            return (
+                ImageViews(image_transform(spec, self.cache.geometry), image)
+                .square(view)
+                .levels_HWC
+            )
         except UnreadableImageError:
             return None  # the seal holds the reason
 

@@ -4,7 +4,6 @@
 names, keys, numbers and pixels; the server never opens a path from it.
 """
 
-import io
 from collections.abc import Callable
 from html import escape, unescape
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -24,7 +22,7 @@ from movekd.errors import MovekdError
 from movekd.evaluate.chat import Answer, answer
 from movekd.student.checkpoint import TrainedStudent
 from movekd.view.browser import Browser
-from movekd.view.html import SCRIPT, STYLE, experts_html, message_html, teachers_html
+from movekd.view.html import SCRIPT, STYLE, experts_html, message_html, png, teachers_html
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import read_run
 
@@ -190,7 +188,7 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
             return history, asked, None, message_html("Type a question."), gr.skip()
         try:
             pixels = given if given is not None else _cached_image(browser, name)
-            said = answer(student, _png(pixels), _turns(history, asked))
+            said = answer(student, png(pixels), _turns(history, asked))
         except MovekdError as error:
             return history, asked, None, message_html(str(error)), gr.skip()
         history = [
@@ -231,12 +229,6 @@ def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
     if row < 0:
         raise MovekdError(f"{corpus.data_dir} holds no image {name.strip()!r}.")
     return np.asarray(decode_image(corpus.read_image(row)))
-
-
-def _png(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels_HWC).convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:

@@ -106,8 +106,8 @@ def _teacher(panel: TokenPanel) -> str:
     if features.picture_SSC is not None:
         panes.append(_pane(_image(features.picture_SSC), side, f"seen at {spec.image_size} pixels"))
     if features.colours_GGC is not None:
-        colours = _image(_bytes(features.colours_GGC))
-        panes.append(_pane(colours, side, "tokens, 3 principal components"))
+        colours = np.asarray(np.nan_to_num(features.colours_GGC) * 255, np.uint8)
+        panes.append(_pane(_image(colours), side, "tokens, 3 principal components"))
     if features.attention_GG is not None:
         under = "" if features.picture_SSC is None else _image(features.picture_SSC)
         most = features.attention_GG.max()
@@ -137,10 +137,6 @@ def _pane(images: str, side: int, caption: str) -> str:
     )
 
 
-def _bytes(colours_GGC: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    return np.asarray(np.nan_to_num(colours_GGC) * 255, np.uint8)
-
-
 def _heat(values_GG: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     from matplotlib import colormaps
 
@@ -148,8 +144,13 @@ def _heat(values_GG: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.asarray(colormaps["inferno"](np.clip(values_GG / top, 0, 1))[..., :3] * 255, np.uint8)
 
 
-def _image(pixels_HWC: npt.NDArray[np.uint8], kind: str = "") -> str:
+def png(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
+    """Return the bytes of an image file; the pixels are RGB."""
     file = io.BytesIO()
     Image.fromarray(pixels_HWC).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
+
+
+def _image(pixels_HWC: npt.NDArray[np.uint8], kind: str = "") -> str:
+    data = base64.b64encode(png(pixels_HWC)).decode()
     return f'<img class="{kind}" alt="" src="data:image/png;base64,{data}">'

@@ -60,9 +60,7 @@ def fit_basis(tokens_ND: Tensor) -> PcaBasis:
         _, _, axes_DQ = torch.pca_lowrank(centred_ND, q=min(6, *centred_ND.shape), center=False)
     axes_D3 = axes_DQ[:, :3]
     largest = axes_D3.abs().argmax(0)
-    axes_D3 = (
-        axes_D3 * axes_D3[largest, torch.arange(3)].sign()
-    )  # fixes the sign, which PCA leaves open
+    axes_D3 = axes_D3 * axes_D3[largest, torch.arange(3)].sign()  # PCA leaves the sign open
     projected_N3 = centred_ND @ axes_D3
     low_3, high_3 = torch.quantile(projected_N3, torch.tensor([_LOW, _HIGH]), dim=0)
     return PcaBasis(mean_D, axes_D3, low_3, high_3)

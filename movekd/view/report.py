@@ -75,7 +75,7 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
 
 
 def ask_samples(
-    trained: TrainedStudent, questions: Path, images: Path, number: int, batch_size: int = 8
+    trained: TrainedStudent, questions: Path, images: Path, number: int
 ) -> list[SampleAnswer]:
     """Return answers to questions spread evenly over a LLaVA-style file.
 
@@ -95,7 +95,7 @@ def ask_samples(
         read,
         prompt=trained.prompt,
         geometry=trained.geometry,
-        batch_size=batch_size,
+        batch_size=8,
     )
     return [
         SampleAnswer(
@@ -142,10 +142,9 @@ def thumbnail(data: bytes) -> str:
 def _facts(run: RunLog) -> list[tuple[str, str]]:
     """Return the labels and values at the top of the report."""
     config, last = run.config, run.steps[-1] if run.steps else {}
-    state = "finished" if run.is_ended else "not finished: state of its last checkpoint"
     student = config.get("student", {})
     facts = [
-        ("state", state),
+        ("state", "finished" if run.is_ended else "not finished: state of its last checkpoint"),
         ("stage", f"{config.get('stage')}, recipe {config.get('recipe')}"),
         ("steps", f"{last.get('step', 0):,.0f} ({last.get('epoch', 0):.2f} epochs)"),
         ("vision tower", str(student.get("vision_tower"))),

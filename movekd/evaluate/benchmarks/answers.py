@@ -12,7 +12,9 @@ Several processes can answer one question file in parts. Part i of n has its own
 """
 
 import fcntl
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,8 +146,7 @@ class AnswersFile:
     def __init__(
         self, file: IO[str], origin: AnswerProvenance, given: dict[tuple[str, str], str]
     ) -> None:
-        self._file, self._origin = file, origin
-        self._given = given
+        self._file, self._origin, self._given = file, origin, given
 
     def open_questions(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions without an answer, without repeats."""
@@ -188,7 +189,10 @@ def open_answers(
                 f"{path} is being written by another process; wait for it, or give each process "
                 "a part with --partition i/n."
             ) from None
-        _drop_torn_line(path)
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):  # an interrupted process left an incomplete last line
+            os.truncate(path, end)
         known = {question.key: question for question in questions}
         given = _read(path, known, origin)
         answers = AnswersFile(file, origin, given)
@@ -209,8 +213,7 @@ def _read(
 ) -> dict[tuple[str, str], str]:
     """Return the answers in a file by the keys of their questions."""
     given = {}
-    lines = read_lines(path, "LLaVA's answers", is_torn_ok=is_torn_ok)
-    for where, entry in lines:
+    for where, entry in read_lines(path, "LLaVA's answers", is_torn_ok=is_torn_ok):
         origin.check(entry, where)
         key = str(entry.get("question_id")), str(entry.get("prompt"))
         text = entry.get("text")
@@ -223,21 +226,9 @@ def _read(
     return given
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off the incomplete last line of an interrupted process."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
-
-
 def _file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+            return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    return digest.hexdigest()

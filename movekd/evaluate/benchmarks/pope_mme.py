@@ -4,7 +4,6 @@ Input: questions, a model's answers, the benchmark's labels. Output: a ``Report`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from movekd.errors import ConfigError
@@ -43,39 +42,20 @@ def mme_says(answer: str) -> str:
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
-@dataclass(frozen=True)
-class Counts:
-    """A confusion matrix; yes is positive."""
-
-    true_yes: int
-    false_yes: int
-    true_no: int
-    false_no: int
-
-    @classmethod
-    def of(cls, labels: Sequence[bool], said: Sequence[bool]) -> "Counts":
-        """Count the answers against the labels."""
-        pairs = list(zip(labels, said, strict=True))
-        return cls(
-            *(pairs.count(pair) for pair in ((True, True), (False, True))),
-            *(pairs.count(pair) for pair in ((False, False), (True, False))),
-        )
-
-    def row(self) -> Row:
-        """Return POPE's five figures; a division by zero gives 0."""
-        total = self.true_yes + self.false_yes + self.true_no + self.false_no
-        yes = self.true_yes + self.false_yes
-        precision = _share(self.true_yes, yes)
-        recall = _share(self.true_yes, self.true_yes + self.false_no)
-        both = precision + recall
-        return {
-            "accuracy": _share(self.true_yes + self.true_no, total),
-            "precision": precision,
-            "recall": recall,
-            "f1": 2 * precision * recall / both if both else 0.0,
-            "yes_ratio": _share(yes, total),
-            "questions": total,
-        }
+def pope_row(labels: Sequence[bool], said: Sequence[bool]) -> Row:
+    """Return POPE's five figures; yes is positive, and a division by zero gives 0."""
+    right = sum(label == answer for label, answer in zip(labels, said, strict=True))
+    true_yes = sum(label and answer for label, answer in zip(labels, said, strict=True))
+    precision, recall = _share(true_yes, sum(said)), _share(true_yes, sum(labels))
+    both = precision + recall
+    return {
+        "accuracy": _share(right, len(labels)),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / both if both else 0.0,
+        "yes_ratio": _share(sum(said), len(labels)),
+        "questions": len(labels),
+    }
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
@@ -95,13 +75,10 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
         if annotations.is_dir():
             path = annotations / f"coco_pope_{category}.json"
         labels = _pope_labels(path)
-        chosen = [
-            (q, answer)
-            for q, answer in zip(questions, answers, strict=True)
-            if q.category == category
-        ]
-        right = []
-        for question, _ in chosen:
+        right, said = [], []
+        for question, answer in zip(questions, answers, strict=True):
+            if question.category != category:
+                continue
             key = question.image, question.prompt.partition("\n")[0]
             if key not in labels:
                 raise ConfigError(
@@ -109,7 +86,8 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
                     "expected the labels that --questions was made from."
                 )
             right.append(labels[key])
-        rows[str(category)] = Counts.of(right, [pope_says_yes(text) for _, text in chosen]).row()
+            said.append(pope_says_yes(answer))
+        rows[str(category)] = pope_row(right, said)
     names = next(iter(rows.values()))
     mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in names}
     mean["questions"] = len(questions)

@@ -18,7 +18,7 @@ import binascii
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,39 +72,26 @@ class Question:
         turn = f"{IMAGE_PLACEHOLDER}\n{text}"
         return Conversation(str(self.id), (image,), (("human", turn),))
 
+    def read_image(self, read: Callable[[str], bytes] | None) -> bytes:
+        """Return the question's image; ``read`` is needed if the question file does not hold it.
 
-def image_reader(
-    questions: Sequence[Question], read: Callable[[str], bytes] | None
-) -> Callable[[str], bytes]:
-    """Return a reader of images by the position of their question in ``questions``.
-
-    Args:
-        questions: the questions.
-        read: name of an image -> its bytes; not needed if the questions hold their images.
-
-    Raises (when called):
-        ConfigError: ``read`` is None, or the base64 is damaged.
-    """
-
-    def read_place(place: str) -> bytes:
-        question = questions[int(place)]
-        if question.embedded is not None:
+        Raises:
+            ConfigError: ``read`` is needed and None, or the base64 is damaged.
+        """
+        if self.embedded is not None:
             try:
-                return base64.b64decode(question.embedded, validate=False)
+                return base64.b64decode(self.embedded, validate=False)
             except binascii.Error as error:
                 raise ConfigError(
-                    f"the image of question {question.id} is not base64 ({error}); download the "
+                    f"the image of question {self.id} is not base64 ({error}); download the "
                     "question file again."
                 ) from None
         if read is None:
             raise ConfigError(
-                f"question {question.id} has the image '{question.image}'; give its folder "
-                "with --images."
+                f"question {self.id} has the image '{self.image}'; give its folder with --images."
             )
-        assert question.image is not None
-        return read(question.image)
-
-    return read_place
+        assert self.image is not None
+        return read(self.image)
 
 
 def load_jsonl(path: Path) -> list[Question]:

@@ -33,20 +33,16 @@ def accuracy_rows(scores: Iterable[tuple[Sequence[str], float]]) -> dict[str, Ro
         scores: the categories and the score (0 to 1) of each question.
     """
     found: dict[str, list[float]] = {}
-    whole: list[float] = []
     for categories, score in scores:
-        whole.append(score)
-        for category in categories:
-            found.setdefault(category, []).append(score)
-    rows = {name: _row(found[name]) for name in sorted(found)}
-    return rows | {"all": _row(whole)}
+        for name in (*categories, "all"):
+            found.setdefault(name, []).append(score)
+    return {
+        name: {"accuracy": 100 * sum(found[name]) / len(found[name]), "questions": len(found[name])}
+        for name in sorted(found, key=lambda name: (name == "all", name))
+    }
 
 
 def accuracy_report(scores: Iterable[tuple[Sequence[str], float]]) -> Report:
     """Return the accuracy of all questions, with the rows of ``accuracy_rows``."""
     rows = accuracy_rows(scores)
     return Report("accuracy", rows["all"]["accuracy"], rows)
-
-
-def _row(scores: Sequence[float]) -> Row:
-    return {"accuracy": 100 * sum(scores) / len(scores), "questions": len(scores)}

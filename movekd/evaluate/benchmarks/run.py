@@ -17,7 +17,7 @@ from movekd.evaluate.benchmarks.answers import (
     Part,
     open_answers,
 )
-from movekd.evaluate.benchmarks.questions import Question, image_reader
+from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.registry import BENCHMARKS, Benchmark, find_benchmark
 from movekd.evaluate.benchmarks.report import Report
 
@@ -165,10 +165,11 @@ def _answer(
     from movekd.evaluate.generate import generate_answers, read_from_folder
 
     trained = load()
+    read = None if todo.images is None else read_from_folder(todo.images)
     given = generate_answers(
         trained.student,
         [question.to_conversation(str(place)) for place, question in enumerate(asked)],
-        image_reader(asked, None if todo.images is None else read_from_folder(todo.images)),
+        lambda place: asked[int(place)].read_image(read),
         prompt=trained.prompt,
         geometry=trained.geometry,
         batch_size=todo.batch_size,

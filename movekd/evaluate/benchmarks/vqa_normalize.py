@@ -39,13 +39,11 @@ would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll yo
 """
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-    """Return the spellings of a contraction that lack one of its apostrophes."""
-    return [word[:at] + word[at + 1 :] for at, letter in enumerate(word) if letter == "'"]
-
-
 CONTRACTIONS = {
-    misspelt: word for word in _CONTRACTED.split() for misspelt in _without_one_apostrophe(word)
+    word[:at] + word[at + 1 :]: word
+    for word in _CONTRACTED.split()
+    for at, letter in enumerate(word)
+    if letter == "'"
 } | {"somebody'd": "somebodyd"}  # a slip of the published table
 """A contraction without one of its apostrophes -> its form in the published table."""
 
@@ -56,7 +54,7 @@ def normalise(answer: str) -> str:
     >>> normalise("The two dogs, 1,000 of them.")
     '2 dogs 1000 of them'
     """
-    return _words(_punctuation(_one_line(answer)))
+    return _words(_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def normalise_evalai(answer: str) -> str:
@@ -66,10 +64,6 @@ def normalise_evalai(answer: str) -> str:
     """
     answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(answer)
-
-
-def _one_line(answer: str) -> str:
-    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _punctuation(answer: str) -> str:

@@ -10,7 +10,6 @@ from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.questions import (
     LETTER_PROMPT,
     Question,
-    image_reader,
     load_jsonl,
     load_options,
     load_science,
@@ -77,24 +76,23 @@ def test_mmbench_rows(tmp_path):
     assert first.bare == "Which?"
     assert (first.id, first.options, first.answer) == (3, ("x", "y\t1"), "B")
     assert (copy.id, copy.options, copy.answer) == (1_000_003, tuple("yxzw"), None)
-    read = image_reader([copy, first], None)
-    assert read("0") == read("1") == pixels
+    assert copy.read_image(None) == first.read_image(None) == pixels
 
 
 def test_a_long_image_fits_into_a_cell(tmp_path):
     image = base64.b64encode(bytes(300_000)).decode()
     row = ["1", "?", "", "x", "y", "", "", "A", "", image]
     (question,) = load_options(write_tsv(tmp_path / "q.tsv", row))
-    assert image_reader([question], None)("0") == bytes(300_000)
+    assert question.read_image(None) == bytes(300_000)
 
 
-def test_images_are_read_by_place():
-    questions = [Question(1, "?", "a.jpg"), Question(1, "!", "b.jpg")]
-    assert image_reader(questions, str.encode)("1") == b"b.jpg"
+def test_images_are_read_by_name():
+    question = Question(1, "?", "a.jpg")
+    assert question.read_image(str.encode) == b"a.jpg"
     with pytest.raises(ConfigError, match=r"question 1 has the image 'a\.jpg'; give .* --images"):
-        image_reader(questions, None)("0")
+        question.read_image(None)
     with pytest.raises(ConfigError, match="image of question 1 is not base64"):
-        image_reader([Question(1, "?", embedded="abcde")], None)("0")
+        Question(1, "?", embedded="abcde").read_image(None)
 
 
 def test_what_is_no_question_file_is_a_sentence(tmp_path):
