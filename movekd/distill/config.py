@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from movekd.config import FrozenModel
+from movekd.config import FrozenModel, ModelT
 from movekd.distill.weighting import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 
@@ -120,7 +120,7 @@ def check_distill(distill: DistillConfig) -> None:
         )
 
 
-def fill(keys: Any, defaults: dict[str, Any]) -> Any:
+def fill(keys: ModelT, defaults: dict[str, Any]) -> ModelT:
     """Return the config ``keys`` with every null taken from ``defaults``."""
     missing = {key: value for key, value in defaults.items() if getattr(keys, key) is None}
     return keys.model_copy(update=missing)

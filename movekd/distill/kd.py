@@ -121,11 +121,7 @@ def _check_shapes(
     teacher_weights_BT: Tensor,
     token_weights_BN: Tensor | None,
 ) -> None:
-    """Refuse tensors that would broadcast instead of matching.
-
-    Raises:
-        ConfigError: naming both shapes.
-    """
+    """Refuse tensors that would broadcast instead of matching."""
     if not len(predictions) == len(targets) == teacher_weights_BT.shape[-1] > 0:
         raise ConfigError(
             f"{len(predictions)} predictions, {len(targets)} targets and weights of "

@@ -176,11 +176,6 @@ def _balanced(losses_BT: Tensor | None) -> Tensor:
 
 
 def _check_kind(kind: str, known: Sequence[str], what: str) -> None:
-    """Refuse a kind that is not known.
-
-    Raises:
-        ConfigError: with the nearest right one.
-    """
     if kind not in known:
         raise ConfigError(
             f"unknown {what} {kind!r}; expected one of {', '.join(known)}."

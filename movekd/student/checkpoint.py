@@ -15,7 +15,7 @@ A part without a file is its base, unchanged. Nothing here unpickles, and no cod
 runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +23,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from movekd.config import read_yaml, validate
@@ -42,6 +42,8 @@ PART_FILES = {
     "vision_tower": "vision_tower.safetensors",
     "language_model": "language_model.safetensors",
 }
+BASE_KEYS = ("vision_tower", "language_model")
+"""Keys of `student` that name a base model."""
 ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
 ABOUT_FILE = "movekd.json"
@@ -70,20 +72,22 @@ def save_parts(directory: Path, vlm: nn.Module, parts: list[str]) -> None:
     """Write one file for each part."""
     directory.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        tensors = {n: p.detach().cpu().contiguous() for n, p in part_parameters(vlm, part)}
-        _save(directory / PART_FILES[part], tensors)
+        _save(directory / PART_FILES[part], part_parameters(vlm, part))
 
 
-def load_parts(directory: Path, vlm: nn.Module) -> list[str]:
-    """Load every part that has a file into the model; return the names of the parts.
+def load_parts(
+    directory: Path, vlm: nn.Module, parts: Iterable[str] = tuple(PART_FILES)
+) -> list[str]:
+    """Load those of ``parts`` that have a file into the model; return their names.
 
     Raises:
         WeightsError: names or shapes are not those of the model.
     """
     loaded = []
-    for part, file in PART_FILES.items():
-        if (directory / file).exists():
-            load_exact(directory / file, dict(part_parameters(vlm, part)))
+    for part in parts:
+        path = directory / PART_FILES[part]
+        if path.exists():
+            load_exact(path, dict(part_parameters(vlm, part)))
             loaded.append(part)
     if not loaded:
         raise WeightsError(
@@ -95,9 +99,8 @@ def load_parts(directory: Path, vlm: nn.Module) -> list[str]:
 
 def save_adapters(directory: Path, adapters: nn.Module) -> None:
     """Write the teacher adapters or student heads."""
-    tensors = {n: p.detach().cpu().contiguous() for n, p in adapters.named_parameters()}
-    if tensors:
-        _save(directory / ADAPTERS_FILE, tensors)
+    if parameters := dict(adapters.named_parameters()):
+        _save(directory / ADAPTERS_FILE, parameters.items())
 
 
 def load_adapters(directory: Path, adapters: nn.Module) -> None:
@@ -183,7 +186,8 @@ def load_student(
             "by movekd, or was edited since."
         )
     build = build_encoder if takes_encoder and config.language_model is None else build_vlm
-    student = build(_with_local_bases(config, model_dir))
+    bases = {key: local_base(getattr(config, key), model_dir) for key in BASE_KEYS}
+    student = build(config.model_copy(update=bases))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
     if (mark := imported_from(student.vlm)) is not None:
@@ -236,22 +240,14 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)
 
 
-def _with_local_bases(config: StudentConfig, model_dir: Path) -> StudentConfig:
-    """Return the config with absolute paths of base models that lie in the model's folder."""
-    update = {}
-    for key in ("vision_tower", "language_model"):
-        value = getattr(config, key) or ""  # an encoder has no language model
-        if value.startswith("base/") and (model_dir / value).is_dir():
-            update[key] = str(model_dir / value)
-    return config.model_copy(update=update)
+def local_base(base: Any, model_dir: Path) -> Any:
+    """Return a base model's name, or its path if it lies in the folder of an imported model."""
+    is_here = isinstance(base, str) and base.startswith("base/") and (model_dir / base).is_dir()
+    return str(model_dir / base) if is_here else base
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
-
-
-def save_tokenizer(directory: Path, tokenizer: Any) -> None:
-    """Write the tokenizer's files, ``<image>`` included."""
-    tokenizer.save_pretrained(directory)

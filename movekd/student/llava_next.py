@@ -1,4 +1,4 @@
-"""Count the tokens of a LLaVA-NeXT image, and make what LLaVA-1.5 does not have.
+"""Count the tokens of a LLaVA-NeXT image.
 
 The model sees the views of ``corpus.anyres``: the whole image, stretched, and tiles. The prompt
 holds the tokens of the whole image, then the tokens of its tiles as one picture, row by row, with a
@@ -7,16 +7,10 @@ learned token after each row. Rows and columns that show only padding are left o
 Used by ``vlm``. All numbers are transformers'.
 """
 
-import math
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
 
 from movekd.corpus.anyres import GRIDS, TILE, anyres_grids
-from movekd.errors import ConfigError
 
 GRID_PINPOINTS = [[rows * TILE, columns * TILE] for rows, columns in GRIDS]
 """Height and width in pixels of the canvases that tiles are cut from, as LlavaNextConfig wants."""
@@ -43,23 +37,3 @@ def count_anyres_tokens(widths: ArrayLike, heights: ArrayLike, side: int) -> NDA
     columns_N = np.where(is_wide_N, columns_N, columns_N - (columns_N - shown_columns_N) // 2 * 2)
     tokens_N: NDArray[np.int64] = side * side + rows_N * columns_N + rows_N
     return tokens_N
-
-
-def require_tile(tower: Any, source: str) -> None:
-    """Refuse a tower whose input is not as large as a tile.
-
-    Raises:
-        ConfigError: names both sizes.
-    """
-    if tower.config.image_size != TILE:
-        raise ConfigError(
-            f"student.vision_tower '{source}' looks at {tower.config.image_size} pixels; "
-            f"student.architecture: llava_next cuts tiles of {TILE}. Take a tower of {TILE} "
-            "pixels, or architecture: llava."
-        )
-
-
-def new_line_end(width: int, dtype: torch.dtype) -> nn.Parameter:
-    """Return a new token for the end of a row, (width,), from torch's current seed."""
-    newline_D: Tensor = torch.randn(width) / math.sqrt(width)
-    return nn.Parameter(newline_D.to(dtype))

@@ -177,11 +177,7 @@ def _render_template(conversation: Conversation, tokenizer: Any) -> Prompt:
 def _turn(
     tokenizer: Any, messages: list[dict[str, str]], position: int, text: str
 ) -> tuple[int, int]:
-    """Return the range of an assistant's turn behind what a model is given before it answers.
-
-    Raises:
-        ConfigError: the range cannot be told, because the beginning of the text depends on its end.
-    """
+    """Return the range of an assistant's turn behind what a model is given before it answers."""
     question = _apply_template(tokenizer, messages[:position], add_generation_prompt=True)
     is_last = position == len(messages) - 1
     turn = text if is_last else _apply_template(tokenizer, messages[: position + 1])

@@ -64,8 +64,8 @@ def tokenize_conversation(
     if prompt == "chat_template":
         tokens, is_answer = _without_rest(tokens, is_answer, tokenizer)
     if recipe == "official" and prompt == "v1":
-        is_cut_first = model_max_length if not conversation.images else None
-        counted = _count_as_llava(rendered.text, tokens, tokenizer, model_max_length, is_cut_first)
+        cut_at = model_max_length if not conversation.images else None
+        counted = _count_as_llava(rendered.text, tokens, tokenizer, model_max_length, cut_at)
         is_answer = is_answer if counted is None else counted
     image_id = _require_images(conversation, tokens, tokenizer)
     input_ids: list[int] = []
@@ -187,14 +187,9 @@ def _count_as_llava(
 
     LLaVA finds answers by counting: it cuts the text at ``</s>``, tokenises each round and its
     question by themselves, and adds up. Where the sum is not the number of tokens, nothing is
-    labelled; its counts are also wrong where ``<unk>``, which it pads with, is in the text.
-
-    Args:
-        text: the whole conversation.
-        tokens: its tokens, an image as one.
-        tokenizer: the tokenizer.
-        max_length: LLaVA's `model_max_length`; longer samples are not compared.
-        cut_at: where the tokens are cut before they are counted: LLaVA does so without an image.
+    labelled; its counts are also wrong where ``<unk>``, which it pads with, is in the text. LLaVA
+    does not compare samples longer than ``max_length``. Without an image it cuts the tokens at
+    ``cut_at`` before it counts them.
 
     Source: haotian-liu/LLaVA llava/train/train.py, preprocess_v1.
     """
@@ -239,11 +234,7 @@ def _copies(
 
 
 def _require_images(conversation: Conversation, tokens: list[int], tokenizer: Any) -> int:
-    """Return the id of ``<image>``, after checking that the tokens hold one per image.
-
-    Raises:
-        ConfigError: the tokens hold more or fewer.
-    """
+    """Return the id of ``<image>``, after checking that the tokens hold one per image."""
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     require_image_count(conversation, tokens.count(image_id))
     return image_id

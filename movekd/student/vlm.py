@@ -6,6 +6,7 @@ it has inside a LLaVA. Used by training, evaluation and ``ask``; knows nothing o
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.utils import cached_file
 
-from movekd.corpus.anyres import Views
+from movekd.corpus.anyres import TILE, Views
 from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading
-from movekd.student.llava_next import (
-    GRID_PINPOINTS,
-    count_anyres_tokens,
-    new_line_end,
-    require_tile,
-)
+from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 from movekd.student.towers import num_prefix_tokens, tower_type
@@ -176,14 +172,23 @@ def build_vlm(config: StudentConfig) -> Student:
         "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
         "tie_word_embeddings": False,
     }
+    vlm: Any
     if config.architecture == "llava_next":
-        require_tile(tower, config.vision_tower)
+        if tower.config.image_size != TILE:
+            raise ConfigError(
+                f"student.vision_tower '{config.vision_tower}' looks at {tower.config.image_size} "
+                f"pixels; student.architecture: llava_next cuts tiles of {TILE}. Take a tower of "
+                f"{TILE} pixels, or architecture: llava."
+            )
         keys["image_grid_pinpoints"] = GRID_PINPOINTS
-        vlm = _llava_without_weights(LlavaNextForConditionalGeneration, LlavaNextConfig(**keys))
+        with torch.device("meta"):  # the parts are loaded by themselves
+            vlm = LlavaNextForConditionalGeneration(LlavaNextConfig(**keys))
         vlm.model.multi_modal_projector = LlavaNextMultiModalProjector(vlm.config).to(dtype)
-        vlm.model.image_newline = new_line_end(vlm.config.text_config.hidden_size, dtype)
+        width = vlm.config.text_config.hidden_size
+        vlm.model.image_newline = nn.Parameter((torch.randn(width) / math.sqrt(width)).to(dtype))
     else:
-        vlm = _llava_without_weights(LlavaForConditionalGeneration, LlavaConfig(**keys))
+        with torch.device("meta"):
+            vlm = LlavaForConditionalGeneration(LlavaConfig(**keys))
         vlm.model.multi_modal_projector = LlavaMultiModalProjector(vlm.config).to(dtype)
     vlm.model.vision_tower = tower
     vlm.model.language_model = language_model.model
@@ -307,12 +312,6 @@ def recompute_activations(vlm: Any) -> None:
     model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _llava_without_weights(model: Any, config: Any) -> Any:
-    """Return a LLaVA on the meta device; its parts are loaded by themselves."""
-    with torch.device("meta"):
-        return model(config)
 
 
 def _load_tower(config: StudentConfig) -> Any:

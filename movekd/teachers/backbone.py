@@ -54,24 +54,15 @@ class TeacherOutput:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the output with ``function`` applied to each of its tensors."""
-        cls, attention = self.cls_BD, self.cls_attention_BHN
-        return replace(
-            self,
-            tokens_BND=function(self.tokens_BND),
-            cls_BD=None if cls is None else function(cls),
-            cls_attention_BHN=None if attention is None else function(attention),
-        )
+        present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: function(tensor) for name, tensor in present.items()})
 
     def resize(self, side: int) -> Self:
         """Return the output with tokens and attention resized to a grid, in float32."""
-        attention = self.cls_attention_BHN
-        return replace(
-            self,
-            tokens_BND=resize_tokens(self.tokens_BND.float(), side),
-            cls_attention_BHN=None
-            if attention is None
-            else resize_attention(attention.float(), side),
-        )
+        tokens_BND, attention = resize_tokens(self.tokens_BND.float(), side), self.cls_attention_BHN
+        if attention is not None:
+            attention = resize_attention(attention.float(), side)
+        return replace(self, tokens_BND=tokens_BND, cls_attention_BHN=attention)
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors_below(prefix: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the part of a state dict below ``prefix``, without it; all if it is only that part."""
+    below = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    return below or state
+
+
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Load ``state`` into ``module``, whose keys and shapes must match exactly.
 

@@ -20,15 +20,15 @@ from torch.nn import functional
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.teachers.backbone import Backbone, check_name
-from movekd.teachers.checkpoints import Published, load_exactly, read_state_dict, weights_file
+from movekd.teachers.checkpoints import (
+    Published,
+    load_exactly,
+    read_state_dict,
+    tensors_below,
+    weights_file,
+)
 
 RELEASED = Published("Yuxin-CV/EVA-02", ("eva02/det/eva02_L_coco_det_sys_o365.pth",))
-RELEASED_PREFIX = "backbone.net."
-
-
-def eva02_det_weights(spec: CacheSpec) -> Published:
-    """Return where the released weights are."""
-    return RELEASED
 
 
 def eva02_det_backbone(spec: CacheSpec) -> Backbone:
@@ -49,19 +49,10 @@ def eva02_det_backbone(spec: CacheSpec) -> Backbone:
 def backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's tensors of a detector's state dict, under the names of ``Eva02Det``.
 
-    Only keys below ``backbone.net.`` count. A state dict without such keys is that of the backbone
-    itself. The stored tables of the rotary embedding are dropped; ``rotary_table`` computes them.
+    The stored tables of the rotary embedding are dropped; ``rotary_table`` computes them.
     """
-    inside = {
-        name.removeprefix(RELEASED_PREFIX): tensor
-        for name, tensor in state.items()
-        if name.startswith(RELEASED_PREFIX)
-    }
-    return {
-        name: tensor
-        for name, tensor in (inside or state).items()
-        if not name.endswith((".freqs_cos", ".freqs_sin"))
-    }
+    inside = tensors_below("backbone.net.", state)
+    return {n: t for n, t in inside.items() if not n.endswith((".freqs_cos", ".freqs_sin"))}
 
 
 def rotary_table(

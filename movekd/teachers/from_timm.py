@@ -20,6 +20,7 @@ from movekd.teachers.checkpoints import (
     load_exactly,
     quiet,
     read_state_dict,
+    tensors_below,
     weights_file,
 )
 
@@ -143,12 +144,6 @@ def open_clip_backbone(spec: CacheSpec) -> Backbone:
     if spec.weights == "random":
         return _backbone(module)
     path = weights_file(spec, open_clip_weights(spec))
-    load_exactly(module, _backbone_weights(read_state_dict(path)), path)
+    inside = tensors_below("visual.trunk.", read_state_dict(path))
+    load_exactly(module, {n: t for n, t in inside.items() if not n.startswith("head.")}, path)
     return _backbone(module)
-
-
-def _backbone_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the timm tensors of an open_clip checkpoint, or of a checkpoint of its timm model."""
-    prefix = "visual.trunk."
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return {k: v for k, v in (inside or state).items() if not k.startswith("head.")}

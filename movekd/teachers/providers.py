@@ -1,19 +1,19 @@
 """Registry of providers, and ``build_backbone``: build a spec's network and load its weights.
 
-Input: a CacheSpec. Output: a ``Backbone``, which ``teachers.teacher`` wraps. A provider is a
-library, or another source of networks. A new one is one file with a function like
+A provider is a library, or another source of networks. A new one is one file with a function like
 ``timm_backbone`` and one ``register_provider`` line below.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError, did_you_mean
 from movekd.seeding import seeded
 from movekd.teachers.backbone import Backbone
 from movekd.teachers.checkpoints import Published
-from movekd.teachers.eva02_det import eva02_det_backbone, eva02_det_weights
+from movekd.teachers.eva02_det import RELEASED, eva02_det_backbone
 from movekd.teachers.from_python import python_backbone
 from movekd.teachers.from_timm import (
     open_clip_backbone,
@@ -24,14 +24,8 @@ from movekd.teachers.from_timm import (
 from movekd.teachers.from_transformers import transformers_backbone, transformers_weights
 
 
-@dataclass(frozen=True)
-class Provider:
-    """A source of networks.
-
-    Attributes:
-        build: spec -> its network with its weights, in float32 on the CPU.
-        published: spec -> where its weights are published.
-    """
+class Provider(NamedTuple):
+    """A source of networks: what ``register_provider`` was given."""
 
     build: Callable[[CacheSpec], Backbone]
     published: Callable[[CacheSpec], Published]
@@ -83,8 +77,27 @@ def build_backbone(spec: CacheSpec) -> Backbone:
         return find_provider(spec).build(spec)
 
 
+def published(spec: CacheSpec) -> Published:
+    """Return where the weights of a spec's model are published."""
+    return find_provider(spec).published(spec)
+
+
+def find_downloaded(spec: CacheSpec) -> Path | None:
+    """Return the weights file of a spec in the hub's cache on this machine, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place = published(spec)
+    if place.repo is None:
+        return None
+    for name in place.files:
+        found = try_to_load_from_cache(place.repo, name, revision=spec.revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
 register_provider("transformers", transformers_backbone, transformers_weights)
 register_provider("timm", timm_backbone, timm_weights)
 register_provider("open_clip", open_clip_backbone, open_clip_weights)
-register_provider("movekd", eva02_det_backbone, eva02_det_weights)
+register_provider("movekd", eva02_det_backbone, lambda spec: RELEASED)
 register_provider("python", python_backbone)

@@ -137,28 +137,20 @@ class TrainConfig(FrozenModel):
     def resolved(self) -> "TrainConfig":
         """Return the same run with every key of the recipe and the stage filled in."""
         defaults = RECIPES[self.recipe]
+        is_finetune = self.stage == "finetune"
         student, distill = self.student, self.distill
         if student.mole is not None:
-            student = student.model_copy(update={"mole": fill(student.mole, defaults["mole"])})
-            if student.mole is not None and student.mole.lora_alpha is None:
-                alpha = {"lora_alpha": float(student.mole.r)}
-                student = student.model_copy(update={"mole": student.mole.model_copy(update=alpha)})
+            mole = fill(fill(student.mole, defaults["mole"]), {"lora_alpha": float(student.mole.r)})
+            student = student.model_copy(update={"mole": mole})
         if distill is not None:
             distill = fill(distill, defaults["distill"])
             if distill.teacher_weighting in WITH_ANCHOR_SHARE:
                 distill = fill(distill, {"anchor_share": ANCHOR_SHARE})
-        if student.prompt is None:
-            prompt = "v1" if self.stage == "finetune" else "plain"
-            student = student.model_copy(update={"prompt": prompt})
+        student = fill(student, {"prompt": "v1" if is_finetune else "plain"})
         if self.stage == "distill":
             student = student.model_copy(update={"language_model": None})
-        data = self.data
-        if data.geometry is None:
-            geometry = "stretch" if student.architecture == "llava_next" else "crop"
-            data = data.model_copy(update={"geometry": geometry})
-        if data.group_by_modality_length is None:
-            grouped = {"group_by_modality_length": self.stage == "finetune"}
-            data = data.model_copy(update=grouped)
+        geometry = "stretch" if student.architecture == "llava_next" else "crop"
+        data = fill(self.data, {"geometry": geometry, "group_by_modality_length": is_finetune})
         trained = self.trained
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
@@ -197,11 +189,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse combinations that cannot train.
-
-    Raises:
-        ConfigError: says which keys contradict each other.
-    """
+    """Refuse combinations of keys that cannot train."""
     distill, student = config.distill, config.student
     if student.dtype == "float16":
         raise ConfigError(
@@ -237,11 +225,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def _check_encoder_only(config: TrainConfig) -> None:
-    """Refuse keys that mean nothing without a language model.
-
-    Raises:
-        ConfigError: says which.
-    """
+    """Refuse keys that mean nothing without a language model."""
     if config.distill is None:
         raise ConfigError(
             "stage: distill learns only from cached targets, but distill is null; name "

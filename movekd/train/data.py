@@ -8,13 +8,14 @@ Legend: B samples, L tokens of text, V views of the batch's images (LLaVA-1.5: o
 views with targets, C H W the pixels of a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from movekd.cache.reader import FeatureCache
@@ -29,17 +30,6 @@ from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.train.config import DataConfig
 from movekd.train.encoder_data import name_bad_image
 from movekd.train.sampler import EMPTY
-
-
-class TokenSource(Protocol):
-    """The part of a student that turns a conversation into tokens."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """What ``load_tokenizer`` returns."""
-
-    def count_tokens(self, widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
-        """Return how many tokens each image has in the prompt, by its size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,8 @@ class ConversationDataset(Dataset[Sample]):
         corpus: holds the images.
         cache: holds their targets; None without distillation.
         teachers: the teachers to read targets of.
-        student: tokenises, and counts the tokens of an image.
+        tokenizer: what ``load_tokenizer`` returns.
+        count_tokens: widths, heights -> tokens of each image in the prompt.
         prompt: the format that turns conversations into text.
         recipe: decides which tokens have labels.
         max_length: cut longer samples, in tokens.
@@ -82,7 +73,8 @@ class ConversationDataset(Dataset[Sample]):
         corpus: Corpus,
         cache: FeatureCache | None,
         teachers: Sequence[str],
-        student: TokenSource,
+        tokenizer: Any,
+        count_tokens: Callable[[ArrayLike, ArrayLike], NDArray[np.int64]],
         prompt: PromptFormat,
         recipe: Recipe,
         max_length: int,
@@ -94,14 +86,14 @@ class ConversationDataset(Dataset[Sample]):
                 "LLaVA JSON file, or pack one with the images."
             )
         self.conversations = conversations
-        self._tokenizer, self._prompt, self._recipe = student.tokenizer, prompt, recipe
+        self._tokenizer, self._prompt, self._recipe = tokenizer, prompt, recipe
         self._max_length = max_length
         names = [name for conversation in conversations for name in conversation.images]
         counts = [len(conversation.images) for conversation in conversations]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._images = corpus.rows(names) if names else np.empty(0, np.int64)
         widths, heights = (np.asarray(corpus.index[c])[self._images] for c in ("width", "height"))
-        self._num_tokens = student.count_tokens(widths, heights)
+        self._num_tokens = count_tokens(widths, heights)
         self._num_rows = num_views(widths, heights, target_views)
         self._check_images()
         self._rows: NDArray[np.int64] | None = None  # of the base views; the rows of tiles follow
@@ -185,24 +177,18 @@ class Collator:
         None where an image is one view; targets: teacher -> TeacherTargets of I rows, or None;
         target_views: int64 (I,), which of the V views these are, or None for all.
         """
-        length = max(len(sample.input_ids) for sample in samples)
-        input_ids = torch.full((len(samples), length), self.pad_token_id)
-        labels = torch.full((len(samples), length), IGNORED)
-        attention_mask = torch.zeros((len(samples), length), dtype=torch.int64)
-        for i, sample in enumerate(samples):
-            n = len(sample.input_ids)
-            input_ids[i, :n] = torch.tensor(sample.input_ids)
-            labels[i, :n] = torch.tensor(sample.labels)
-            attention_mask[i, :n] = 1
+        input_ids = [torch.tensor(sample.input_ids) for sample in samples]
+        labels = [torch.tensor(sample.labels) for sample in samples]
+        attention = [torch.ones_like(ids) for ids in input_ids]
         images = [image for sample in samples for image in sample.images]
         rows = [row for sample in samples for row in sample.rows]
         targets = None
         if self.cache is not None and rows:
             targets = {teacher: self.cache[teacher].read(rows) for teacher in self.teachers}
         return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": attention_mask,
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence(attention, batch_first=True),
             "keys": [sample.key for sample in samples],
             "targets": targets,
             **self._image_inputs(images),

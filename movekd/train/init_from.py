@@ -13,12 +13,12 @@ from torch import nn
 from movekd.config import read_yaml
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.checkpoint import (
+    BASE_KEYS,
     CONFIG_FILE,
     PART_FILES,
     load_adapters,
-    load_exact,
     load_parts,
-    part_parameters,
+    local_base,
 )
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
@@ -41,10 +41,14 @@ def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -
             "`movekd train` that ended, or of `movekd import`."
         )
     check_same_base(config, directory)
-    if config.stage == "distill":
-        loaded = _load_encoder(directory, student)
-    else:
-        loaded = load_parts(directory, student.vlm)
+    parts = ENCODER_PARTS if config.stage == "distill" else tuple(PART_FILES)
+    files = [PART_FILES[part] for part in parts]
+    if config.stage == "distill" and not any((directory / file).exists() for file in files):
+        raise WeightsError(
+            f"{directory} holds neither {' nor '.join(files)}; init_from of stage: distill expects "
+            "a run that trained the encoder."
+        )
+    loaded = load_parts(directory, student.vlm, parts)
     load_adapters(directory, adapters)
     return loaded
 
@@ -60,8 +64,8 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
     earlier: dict[str, Any] = read_yaml(directory / CONFIG_FILE).get("student") or {}
     now = config.student.model_dump(mode="json")
     bases = {
-        key: _in_folder(earlier.get(key), directory)
-        for key in ("vision_tower", "language_model")
+        key: local_base(earlier.get(key), directory.resolve())
+        for key in BASE_KEYS
         if not (directory / PART_FILES[key]).exists()  # else all its weights come from there
     }
     expected = bases | {"vision_feature_layer": earlier.get("vision_feature_layer")}
@@ -84,13 +88,6 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
         )
 
 
-def _in_folder(base: Any, directory: Path) -> Any:
-    """Return the path of a base model; an import holds its base models in its own folder."""
-    if isinstance(base, str) and base.startswith("base/") and (directory / base).is_dir():
-        return str((directory / base).resolve())
-    return base
-
-
 def _is_same_folder(one: str, other: str) -> bool:
     """Return whether two paths are the same folder, or folders with identical weight files."""
     first, second = Path(one), Path(other)
@@ -102,17 +99,3 @@ def _is_same_folder(one: str, other: str) -> bool:
     if sizes[0] != sizes[1] or not sizes[0]:
         return False
     return all(filecmp.cmp(first / name, second / name, shallow=False) for name in sizes[0])
-
-
-def _load_encoder(directory: Path, student: Student) -> list[str]:
-    """Load what an earlier stage learned in the vision tower, and no other part."""
-    files = {part: directory / PART_FILES[part] for part in ENCODER_PARTS}
-    found = {part: path for part, path in files.items() if path.exists()}
-    if not found:
-        raise WeightsError(
-            f"{directory} holds neither {' nor '.join(path.name for path in files.values())}; "
-            "init_from of stage: distill expects a run that trained the encoder."
-        )
-    for part, path in found.items():
-        load_exact(path, dict(part_parameters(student.vlm, part)))
-    return list(found)

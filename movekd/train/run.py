@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,7 @@ from movekd.corpus.index import Corpus, open_corpus
 from movekd.distill.objective import Objective, read_loss_terms
 from movekd.distributed import broadcast_decision, gather, is_dead_peer_error, launch_id
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
-from movekd.student.checkpoint import (
-    CONFIG_FILE,
-    part_of,
-    save_adapters,
-    save_parts,
-    save_tokenizer,
-)
+from movekd.student.checkpoint import CONFIG_FILE, part_of, save_adapters, save_parts
 from movekd.student.vlm import Student, build_encoder, build_vlm
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
@@ -228,7 +222,8 @@ def build_data(
         corpus,
         cache,
         teachers,
-        student,
+        student.tokenizer,
+        student.count_tokens,
         config.student.prompt,
         config.recipe,
         config.data.model_max_length,
@@ -252,25 +247,18 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     shapes = {}
     if config.distill is not None and cache is not None:
         shapes = check_targets(cache, config.distill, student)
-    model = DistillModel(student, objective_of(config), shapes)
+    extra = read_loss_terms(config.loss_terms, has_targets=config.distill is not None)
+    objective = Objective(config.distill, extra_terms=extra)
+    if (mole := config.student.mole) is not None:
+        assert mole.balance is not None
+        objective = replace(objective, balance=mole.balance, balance_weight=mole.balance_weight)
+    model = DistillModel(student, objective, shapes)
     if config.init_from is not None:
         model.loaded_parts = load_init_from(config, student, model.adapters)
     trained = config.trained or []
     for name, parameter in student.vlm.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
     return model, student
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """Return the loss that a resolved config asks for."""
-    mole, terms = (
-        config.student.mole,
-        read_loss_terms(config.loss_terms, has_targets=config.distill is not None),
-    )
-    if mole is None:
-        return Objective(config.distill, extra_terms=terms)
-    assert mole.balance is not None
-    return Objective(config.distill, mole.balance, mole.balance_weight, terms)
 
 
 def _save_model(
@@ -283,5 +271,5 @@ def _save_model(
     save_parts(directory, student.vlm, sorted(parts))
     save_adapters(directory, model.adapters)
     if student.tokenizer is not None:
-        save_tokenizer(directory, student.tokenizer)
+        student.tokenizer.save_pretrained(directory)
     (directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")

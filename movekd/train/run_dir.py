@@ -197,11 +197,7 @@ def _launches(output_dir: Path) -> set[str]:
 
 
 def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
-    """Refuse to overwrite a folder that is not a run, or the run that ``init_from`` names.
-
-    Raises:
-        ConfigError: names the folder.
-    """
+    """Refuse to overwrite a folder that is not a run, or the run that ``init_from`` names."""
     if output_dir.is_dir() and any(output_dir.iterdir()):
         if not (output_dir / CONFIG_FILE).exists():
             raise ConfigError(

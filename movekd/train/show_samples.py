@@ -6,7 +6,6 @@ the tokenizer and the vision tower's config, but no weights.
 
 from dataclasses import dataclass
 from itertools import groupby
-from types import SimpleNamespace
 
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
@@ -71,13 +70,13 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
         )
     corpus = open_corpus(config.data.shards)
     tokenizer = load_tokenizer(config.student.language_model, key="student.language_model")
-    counter = image_token_counter(config.student)
     dataset = ConversationDataset(
         read_conversations(config.data, corpus),
         corpus,
         None,
         (),
-        SimpleNamespace(tokenizer=tokenizer, count_tokens=counter),
+        tokenizer,
+        image_token_counter(config.student),
         config.student.prompt,
         config.recipe,
         config.data.model_max_length,

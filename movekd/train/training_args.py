@@ -49,11 +49,13 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
             "because older ones silently scale losses differently. Upgrade it."
         )
     fields = TrainingArguments.__dataclass_fields__
-    keys = _DEFAULTS | config.training
+    has_accelerator = torch.accelerator.is_available()
+    # torchrun would start P separate runs on CPUs without use_cpu
+    by_device = {"use_cpu": not has_accelerator, "dataloader_pin_memory": has_accelerator}
+    keys = _DEFAULTS | by_device | config.training
     for old, new in _RENAMED.items():
         if old in keys and new in fields:
             keys[new] = keys.pop(old)
-    has_accelerator = torch.accelerator.is_available()
     for key, value in keys.items():
         if key not in fields:
             near = did_you_mean(key, fields)
@@ -73,15 +75,12 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         return TrainingArguments(
             output_dir=str(output_dir),
             remove_unused_columns=False,
-            dataloader_pin_memory=keys.pop("dataloader_pin_memory", has_accelerator),
-            use_cpu=keys.pop(
-                "use_cpu", not has_accelerator
-            ),  # else torchrun would start P separate runs
             logging_nan_inf_filter=False,  # compute_loss stops at NaN and names the samples
             **keys,
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"training: {_first_line(error)}") from None
+        reason = str(error).strip() or type(error).__name__
+        raise ConfigError(f"training: {reason.splitlines()[0]}") from None
 
 
 def global_batch_size(arguments: TrainingArguments) -> int:
@@ -115,8 +114,3 @@ def divide_step(config: TrainConfig, arguments: TrainingArguments, samples: int)
     size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
     keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
     return config.model_copy(update={"training": config.training | keys})
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

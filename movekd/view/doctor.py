@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from movekd.analysis.disk_benchmark import DiskRates, measure_disk
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.cache.storage import Storage
-from movekd.teachers.hub import find_downloaded, published
+from movekd.teachers.providers import find_downloaded, published
 
 _ROW_BYTES = 600_000
 """About the size of CLIP-L's 576 tokens in int8."""

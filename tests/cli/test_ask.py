@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError
-from movekd.student.checkpoint import PART_FILES, save_parts, save_tokenizer
+from movekd.student.checkpoint import PART_FILES, save_parts
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.vlm import build_vlm
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
         student = build_vlm(config)
         model = folder / prompt / "model"
         save_parts(model, student.vlm, list(PART_FILES))
-        save_tokenizer(model, student.tokenizer)
+        student.tokenizer.save_pretrained(model)
         keys = {
             "recipe": "official",
             "stage": "finetune",

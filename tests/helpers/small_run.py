@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import scenes
-from movekd.student.checkpoint import PART_FILES, save_parts, save_tokenizer
+from movekd.student.checkpoint import PART_FILES, save_parts
 from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
 from movekd.student.vlm import build_vlm
 
@@ -26,7 +26,7 @@ def write_run(folder: Path, prompt: PromptFormat = "chat_template") -> Path:
     torch.manual_seed(5)
     student = build_vlm(config)
     save_parts(folder / "model", student.vlm, list(PART_FILES))
-    save_tokenizer(folder / "model", student.tokenizer)
+    student.tokenizer.save_pretrained(folder / "model")
     keys = {"student": config.model_dump(mode="json"), "data": {"geometry": "crop"}}
     (folder / "model" / "config.yaml").write_text(json.dumps(keys))
     return folder

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 import scenes
-from movekd.student.checkpoint import TrainedStudent, save_parts, save_tokenizer
+from movekd.student.checkpoint import TrainedStudent, save_parts
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.hf_loading import quiet_libraries
 from movekd.student.parameters import plain_parameters
@@ -161,7 +161,7 @@ def make_run(folder: Path, mole: MoleKeys | None, stage="finetune", **keys) -> T
                 parameter.add_(0.02 * torch.randn_like(parameter))
     student.vlm.eval().requires_grad_(False)
     save_parts(folder / "model", student.vlm, parts)
-    save_tokenizer(folder / "model", student.tokenizer)
+    student.tokenizer.save_pretrained(folder / "model")
     run = {
         "recipe": "official",
         "stage": stage,

@@ -9,7 +9,7 @@ from movekd.cache.reader import open_cache
 from movekd.cache.verify import verify
 from movekd.errors import ConfigError
 from movekd.teachers import Backbone, load_teacher, providers, register_provider
-from movekd.teachers.hub import find_downloaded, published
+from movekd.teachers.providers import find_downloaded, published
 
 
 @pytest.fixture

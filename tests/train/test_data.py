@@ -27,7 +27,15 @@ def remake(digits, finetune, conversations, cache=None):
     corpus = open_corpus(digits.data)
     teachers = [] if cache is None else ["clip", "sam"]
     return ConversationDataset(
-        conversations, corpus, cache, teachers, student, "v1", "revised", 512
+        conversations,
+        corpus,
+        cache,
+        teachers,
+        student.tokenizer,
+        student.count_tokens,
+        "v1",
+        "revised",
+        512,
     )
 
 

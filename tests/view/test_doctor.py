@@ -6,7 +6,7 @@ import pytest
 
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.cache.storage import open_storage
-from movekd.teachers.hub import find_downloaded, published
+from movekd.teachers.providers import find_downloaded, published
 from movekd.view import doctor
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from movekd.config import read_yaml
 from movekd.errors import ConfigError, MovekdError
-from movekd.student.checkpoint import ABOUT_FILE, CONFIG_FILE, TrainedStudent
+from movekd.student.checkpoint import ABOUT_FILE, BASE_KEYS, CONFIG_FILE, TrainedStudent
 from movekd.student.export.hugging_face import export_encoder, export_hf, write_about
 from movekd.student.export.model_card import Format, model_card
 from movekd.student.export.onnx import export_onnx
@@ -47,7 +47,7 @@ def export(
             "a stage: pretrain as init_from first."
         )
     bases = trained.run.get("student") or {}
-    named = (bases.get(key) for key in ("vision_tower", "language_model"))
+    named = (bases.get(key) for key in BASE_KEYS)
     kept = [trained.directory, *(Path(base) for base in named if base)]
     kept += [] if source is None else [source]
     with new_directory(out, overwrite=overwrite, kept=kept) as directory:

@@ -93,7 +93,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
         _copy_code(directory)
     processor_class = LlavaNextProcessor if student.has_tiles else LlavaProcessor
     processor = processor_class(
-        image_processor=tile_processor(trained) if student.has_tiles else image_processor(trained),
+        image_processor=image_processor(trained, cuts_tiles=student.has_tiles),
         tokenizer=student.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
@@ -149,27 +149,27 @@ def tower_config(vlm: Any) -> Any:
             f"the experts stand in a tower of type '{config.model_type}'; exports know experts "
             "only in a CLIP ('clip_vision_model'). Use the model directory itself."
         )
-    first = next(iter(layers.values()))
-    keys = config.to_dict()
+    keys = config.to_dict() | next(iter(layers.values()))
     for key in ("model_type", "transformers_version", "auto_map"):
         keys.pop(key, None)
-    keys |= {
-        "architectures": ["MovekdClipVisionModel"],
-        "num_experts": first["num_experts"],
-        "r": first["r"],
-        "lora_alpha": first["lora_alpha"],
-        "use_gate": first["use_gate"],
-        "layers_to_transform": sorted(layers),
-    }
+    keys |= {"architectures": ["MovekdClipVisionModel"], "layers_to_transform": sorted(layers)}
     return MovekdClipVisionConfig(**keys)
 
 
-def image_processor(trained: TrainedStudent) -> Any:
+def image_processor(trained: TrainedStudent, *, cuts_tiles: bool = False) -> Any:
     """Return transformers' processor that makes images square as the training did.
+
+    With ``cuts_tiles`` it cuts an image into the views of LLaVA-NeXT.
 
     Raises:
         ConfigError: transformers has none.
     """
+    if cuts_tiles and trained.geometry != "stretch":
+        raise ConfigError(
+            f"the student was trained with geometry '{trained.geometry}'; the processor of "
+            "LLaVA-NeXT stretches the whole image. Train with data.geometry: stretch, or use the "
+            "model directory itself."
+        )
     size = trained.student.image_size
     square = {"height": size, "width": size}
     keys: dict[str, Any] = {
@@ -178,6 +178,8 @@ def image_processor(trained: TrainedStudent) -> Any:
         "crop_size": square,
     }
     short = {"shortest_edge": size}
+    if cuts_tiles:
+        return LlavaNextImageProcessor(size=short, image_grid_pinpoints=GRID_PINPOINTS, **keys)
     if trained.geometry == "pad":
         return LlavaImageProcessor(do_pad=True, size=short, **keys)
     if trained.geometry == "crop":
@@ -187,28 +189,6 @@ def image_processor(trained: TrainedStudent) -> Any:
     raise ConfigError(
         f"the student was trained with geometry '{trained.geometry}'; transformers has a processor "
         "for crop, pad and stretch. Train with one of these, or use the model directory itself."
-    )
-
-
-def tile_processor(trained: TrainedStudent) -> Any:
-    """Return transformers' processor that cuts an image into the views of LLaVA-NeXT.
-
-    Raises:
-        ConfigError: the whole image was not stretched, as that processor does.
-    """
-    if trained.geometry != "stretch":
-        raise ConfigError(
-            f"the student was trained with geometry '{trained.geometry}'; the processor of "
-            "LLaVA-NeXT stretches the whole image. Train with data.geometry: stretch, or use the "
-            "model directory itself."
-        )
-    size = trained.student.image_size
-    return LlavaNextImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_grid_pinpoints=GRID_PINPOINTS,
-        image_mean=list(trained.student.image_mean),
-        image_std=list(trained.student.image_std),
     )
 
 

@@ -249,11 +249,7 @@ def merge_refusal() -> ConfigError:
 
 
 def _activation_name(mlp: nn.Module) -> str:
-    """Return the name of the activation of an MLP that holds only it, ``fc1`` and ``fc2``.
-
-    Raises:
-        ConfigError: another kind of module.
-    """
+    """Return the name of the activation of an MLP that holds only it, ``fc1`` and ``fc2``."""
     children = dict(mlp.named_children())
     linear = sorted(name for name, child in children.items() if isinstance(child, nn.Linear))
     others = [name for name in children if name not in linear]

@@ -65,7 +65,7 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
             f"{trained.directory} is an export already, which does not say what it started from; "
             "export the run or the imported model itself."
         )
-    require_official(vlm, vlm.config.vision_config.num_hidden_layers)
+    require_official(vlm)
     directory.mkdir(parents=True, exist_ok=True)
     adapters = _adapters(trained.directory)
     originals = trained.directory / ORIGINALS

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 from transformers import LlamaConfig
 
 from movekd.config import validate
@@ -125,13 +126,9 @@ def _import_checkpoint(
         setattr(config, IMPORTED_KEY, _source(source, keys))
     write_tower(base / "vision_tower", vision_config, tower_source, parameters, tensors)
     write_language_model(base / "language_model", language, tokenizer, parameters, tensors)
-    for part in ("mole", "projector"):
-        write_part(model_dir / PART_FILES[part], part, parameters, tensors)
-    write_adapters(model_dir, {name: tensors[name] for name in adapters})
     tokenizer.save_pretrained(model_dir)
     write_originals(model_dir / ORIGINALS, source, tensors, buffers, student.dtype)
-    _write_config(model_dir, source, student, "finetune", keys, _teachers(adapters))
-    return Imported(model_dir.parent, "2", len(tensors), _teachers(adapters), student.dtype)
+    return _write_parts(model_dir, source, student, "finetune", keys, adapters, parameters, tensors)
 
 
 def _import_stage_1(
@@ -167,21 +164,13 @@ def _import_stage_1(
         if part_of(name) in ("mole", "projector")
     }
     adapters = check_weights(tensors, learned, [], vision_config, source)
-    for part in ("mole", "projector"):
-        write_part(model_dir / PART_FILES[part], part, learned, tensors)
-    write_adapters(model_dir, {name: tensors[name] for name in adapters})
-    _write_config(model_dir, source, student, "pretrain", keys, _teachers(adapters))
-    return Imported(model_dir.parent, "1", len(tensors), _teachers(adapters), student.dtype)
+    return _write_parts(model_dir, source, student, "pretrain", keys, adapters, learned, tensors)
 
 
 def _with_export_settings(source: Path, student: StudentConfig) -> StudentConfig:
-    """Return the config with the prompt and pixel statistics of movekd.json, if an export wrote
-    one.
+    """Return the config with the prompt and pixel statistics of an export's movekd.json.
 
     A released checkpoint has none: Vicuna's prompt, and the tower's statistics.
-
-    Raises:
-        ConfigError: movekd.json holds a wrong value.
     """
     if not (source / ABOUT_FILE).is_file():
         return student
@@ -192,14 +181,23 @@ def _with_export_settings(source: Path, student: StudentConfig) -> StudentConfig
     )
 
 
-def _write_config(
+def _write_parts(
     model_dir: Path,
     source: Path,
     student: StudentConfig,
     stage: str,
     keys: Mapping[str, Any],
-    teachers: tuple[str, ...],
-) -> None:
+    adapters: list[str],
+    parameters: Mapping[str, Tensor],
+    tensors: TensorFiles,
+) -> Imported:
+    """Write what learned, and the config.yaml that makes the directory a run of ``stage``."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    for part in ("mole", "projector"):
+        write_part(model_dir / PART_FILES[part], part, parameters, tensors)
+    write_adapters(model_dir, {name: tensors[name] for name in adapters})
+    here = {there: name for name, there in ADAPTERS.items()}
+    teachers = tuple(sorted({here[name.split("_adapter_")[0]] for name in adapters}))
     aspect = keys.get("image_aspect_ratio") or "square"
     geometry = {there: here for here, there in ASPECT_RATIOS.items()}[aspect]
     layout = {"sam_layout": "released"} if "sam" in teachers else {}
@@ -212,9 +210,10 @@ def _write_config(
         "data": {"geometry": geometry},
         "imported": _source(source, keys),
     }
-    model_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(run, sort_keys=False)
     (model_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+    number = "1" if stage == "pretrain" else "2"
+    return Imported(model_dir.parent, number, len(tensors), teachers, student.dtype)
 
 
 def _source(source: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,8 +222,3 @@ def _source(source: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
         "vision_tower": keys.get("mm_vision_tower"),
         "language_model": keys.get("_name_or_path"),
     }
-
-
-def _teachers(adapters: list[str]) -> tuple[str, ...]:
-    here = {there: name for name, there in ADAPTERS.items()}
-    return tuple(sorted({here[name.split("_adapter_")[0]] for name in adapters}))

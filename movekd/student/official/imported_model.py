@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from movekd.student.checkpoint import ADAPTERS_FILE, part_of
 from movekd.student.official.schema import BUFFERS_FILE, DTYPES_FILE
@@ -25,9 +26,6 @@ from movekd.student.official.state_dict import (
 from movekd.student.parameters import plain_name
 from movekd.student.tensor_files import TensorFiles, write_shards
 from movekd.student.tokenizer import TOKENIZER_FILES
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
@@ -64,8 +62,8 @@ def write_tower(
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": config.image_size},
         "crop_size": {"height": config.image_size, "width": config.image_size},
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
     }
     text = json.dumps(keys, indent=2) + "\n"
     (directory / preprocessor.name).write_text(text, encoding="utf-8")
@@ -137,7 +135,6 @@ def write_part(
     }
     for name, view in official_views({named[name]: t for name, t in filled.items()}).items():
         view.copy_(tensors[name])
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(filled, path, metadata={"format": "pt"})
 
 

@@ -29,6 +29,7 @@ ADAPTERS = {"eva02": "eva", "convnext": "convnext", "sam": "sam", "pix2struct": 
 _EXPERTS = re.compile(r"^(.*\.mlp)\.mole_(fc1|fc2)\.(lora_A|lora_B)(_bias)?$")
 _ROUTER = re.compile(r"^(.*\.mlp)\.mole_router\.(weight|bias)$")
 _BASE = re.compile(r"^(.*\.mlp)\.(fc[12]\.(?:weight|bias))$")
+_ADAPTER = re.compile(rf"({'|'.join(ADAPTERS.values())})_adapter_([12])\.(weight|bias)")
 _BRANCH = {"fc1": "moe_down", "fc2": "moe_up"}
 _LAYER = {"linear_1": "0", "linear_2": "2"}
 
@@ -131,10 +132,23 @@ def official_adapters(adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: they are the revised recipe's heads, or of a teacher that has no name there.
     """
+    known = ADAPTERS | {there: there for there in ADAPTERS.values()}
     official = {}
     for name, tensor in adapters.items():
-        teacher, part, kind = _adapter_name(name)
-        official[f"{teacher}_adapter_{part}.{kind}"] = tensor
+        teacher, _, rest = name.partition(".")
+        part, _, kind = rest.partition(".")
+        if part not in ("channels", "tokens"):
+            raise ConfigError(
+                f"'{name}' belongs to a head of the revised recipe; the official format has only "
+                "adapters of teachers. Export it as --format hf."
+            )
+        if teacher not in known:
+            raise ConfigError(
+                f"the adapter of teacher '{teacher}' has no official name; expected one of "
+                f"{', '.join(ADAPTERS)}.{did_you_mean(teacher, ADAPTERS)}"
+            )
+        number = 1 if part == "channels" else 2
+        official[f"{known[teacher]}_adapter_{number}.{kind}"] = tensor
     return official
 
 
@@ -143,19 +157,11 @@ def adapters_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     teachers = {there: here for here, there in ADAPTERS.items()}
     adapters = {}
     for name, tensor in state.items():
-        match = re.fullmatch(r"(\w+)_adapter_([12])\.(weight|bias)", name)
-        assert match is not None  # is_adapter said so
+        match = _ADAPTER.fullmatch(name)
+        assert match is not None  # adapter_shapes said so
         part = "channels" if match[2] == "1" else "tokens"
         adapters[f"{teachers[match[1]]}.{part}.{match[3]}"] = tensor
     return adapters
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether an official name is that of a teacher's adapter."""
-    return (
-        re.fullmatch(rf"({'|'.join(ADAPTERS.values())})_adapter_[12]\.(weight|bias)", name)
-        is not None
-    )
 
 
 def adapter_shapes(found: Shapes, width: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -164,7 +170,7 @@ def adapter_shapes(found: Shapes, width: int, num_tokens: int) -> dict[str, tupl
     The teacher's own width and number of tokens are taken as they are.
     """
     expected: dict[str, tuple[int, ...]] = {}
-    for prefix in sorted({name.split("_adapter_")[0] for name in found if is_adapter(name)}):
+    for prefix in sorted({match[1] for name in found if (match := _ADAPTER.fullmatch(name))}):
         for part, out in ((1, width), (2, num_tokens)):
             weight = f"{prefix}_adapter_{part}.weight"
             shape = found.get(weight, ())
@@ -186,14 +192,14 @@ def require_exact(found: Shapes, expected: Shapes, source: str) -> None:
         )
 
 
-def require_official(vlm: Any, num_layers: int) -> None:
+def require_official(vlm: Any) -> None:
     """Check that the released code computes the same function from the renamed weights.
 
     Raises:
         ConfigError: no experts, experts multiplied by their gate or missing from some blocks, or
             a language model that is no Llama.
     """
-    layers = mole_layers(vlm)
+    layers, num_layers = mole_layers(vlm), vlm.config.vision_config.num_hidden_layers
     way_out = "Export it as --format hf, which holds any student."
     if not layers:
         raise ConfigError(
@@ -223,20 +229,3 @@ def require_official(vlm: Any, num_layers: int) -> None:
 
 def _tower(name: str) -> str:
     return TOWER + name.removeprefix("model.vision_tower.")
-
-
-def _adapter_name(name: str) -> tuple[str, str, str]:
-    teacher, _, rest = name.partition(".")
-    part, _, kind = rest.partition(".")
-    if part not in ("channels", "tokens"):
-        raise ConfigError(
-            f"'{name}' belongs to a head of the revised recipe; the official format has only "
-            "adapters of teachers. Export it as --format hf."
-        )
-    known = ADAPTERS | {there: there for there in ADAPTERS.values()}
-    if teacher not in known:
-        raise ConfigError(
-            f"the adapter of teacher '{teacher}' has no official name; expected one of "
-            f"{', '.join(ADAPTERS)}.{did_you_mean(teacher, ADAPTERS)}"
-        )
-    return known[teacher], "1" if part == "channels" else "2", kind
