@@ -7,6 +7,8 @@ its output has hidden states.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from movekd.errors import ConfigError
 
 
@@ -16,7 +18,8 @@ class TowerType:
 
     Attributes:
         title: the architecture's name, for the model card.
-        has_cls: a [CLS] token stands first. Registers (``num_register_tokens``) follow it.
+        num_special: tokens before the patches besides registers (``num_register_tokens``): 1 for
+            [CLS], 0 without.
         blocks: path of the list of blocks.
         mlp: name of the MLP in a block.
         first_norm: name of a norm between the embeddings and the first block.
@@ -24,22 +27,22 @@ class TowerType:
     """
 
     title: str
-    has_cls: bool
+    num_special: int
     blocks: str = "encoder.layers"
     mlp: str = "mlp"
     first_norm: str | None = None
     takes_mask: bool = False
 
 
-_CLIP = TowerType("CLIP", has_cls=True, first_norm="pre_layrnorm", takes_mask=True)
+_CLIP = TowerType("CLIP", num_special=1, first_norm="pre_layrnorm", takes_mask=True)
 
 TOWERS: dict[str, TowerType] = {
     "clip_vision_model": _CLIP,
     "movekd_clip_vision": _CLIP,  # an exported CLIP with experts
-    "siglip_vision_model": TowerType("SigLIP", has_cls=False, takes_mask=True),
-    "dinov2": TowerType("DINOv2", has_cls=True, blocks="encoder.layer"),
+    "siglip_vision_model": TowerType("SigLIP", num_special=0, takes_mask=True),
+    "dinov2": TowerType("DINOv2", num_special=1, blocks="encoder.layer"),
     "dinov2_with_registers": TowerType(
-        "DINOv2 with registers", has_cls=True, blocks="encoder.layer"
+        "DINOv2 with registers", num_special=1, blocks="encoder.layer"
     ),
 }
 
@@ -71,4 +74,31 @@ def num_prefix_tokens(tower_config: Any) -> int:
         ConfigError: the tower is of an unknown type.
     """
     registers = int(getattr(tower_config, "num_register_tokens", 0))
-    return int(tower_type(tower_config).has_cls) + registers
+    return tower_type(tower_config).num_special + registers
+
+
+def check_tower(tower: Any) -> None:
+    """Hold a loaded tower against its entry.
+
+    Raises:
+        ConfigError: the tower is of an unknown type, or its entry does not fit it.
+    """
+    kind, config = tower_type(tower.config), tower.config
+    names = {name for name, _ in tower.named_modules()}
+    for path in (kind.blocks, f"{kind.blocks}.0.{kind.mlp}", kind.first_norm or "embeddings"):
+        if path not in names:
+            raise ConfigError(
+                f"the tower type '{config.model_type}' says that the tower has '{path}', and "
+                f"{type(tower).__name__} has no such module. Correct its entry (student/towers.py)."
+            )
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size, dtype=tower.dtype)
+    with torch.no_grad():
+        found = tower.embeddings(pixels).shape[1]
+    patches = (config.image_size // config.patch_size) ** 2
+    if found != patches + num_prefix_tokens(config):
+        raise ConfigError(
+            f"the tower type '{config.model_type}' says that {num_prefix_tokens(config)} tokens "
+            f"stand before the patches; expected {found - patches}, since {type(tower).__name__} "
+            f"makes {found} tokens of {patches} patches. Correct num_special of its entry "
+            "(student/towers.py)."
+        )

@@ -39,7 +39,7 @@ from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
-from movekd.student.towers import num_prefix_tokens, tower_type
+from movekd.student.towers import check_tower, num_prefix_tokens, tower_type
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _load_tower(config: StudentConfig) -> Any:
             dtype=getattr(torch, config.dtype),
             **SAFE_LOAD_KWARGS,
         )
-    tower_type(tower.config)  # refuses unknown types
+    check_tower(tower)
     layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
     if -layer >= num_states:  # the first is the input of the first block: nothing learns there
         raise ConfigError(

@@ -36,7 +36,7 @@ def test_an_unknown_tower_is_refused_by_name(kit, vit, tmp_path):
 
 
 def test_a_registered_tower_learns_and_is_exported(kit, vit, tmp_path):
-    register_tower("vit", TowerType("ViT", has_cls=True, blocks="layers"))
+    register_tower("vit", TowerType("ViT", num_special=1, blocks="layers"))
     run = kit.make_encoder_run(tmp_path / "run", kit.REVISED, vit)
     trained = load_student(run, takes_encoder=True)
     assert set(mole_layers(trained.student.vlm)) == {0, 1}
@@ -52,3 +52,26 @@ def test_a_registered_tower_learns_and_is_exported(kit, vit, tmp_path):
     with torch.no_grad():
         written_BND, _ = encoder_tokens(plain)(pixels)
     torch.testing.assert_close(written_BND, found)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"num_special": 0},
+            r"says that 0 tokens stand before the patches; expected 1.*num_special",
+        ),
+        (
+            {"num_special": 2},
+            r"says that 2 tokens stand before the patches; expected 1.*num_special",
+        ),
+        ({"blocks": "encoder.layer"}, r"has 'encoder.layer', and ViTModel has no such module"),
+        ({"mlp": "ffn"}, r"has 'layers.0.ffn', and ViTModel has no such module"),
+        ({"first_norm": "norm_pre"}, r"has 'norm_pre', and ViTModel has no such module"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_refused(kit, vit, tmp_path, entry, message):
+    right = {"title": "ViT", "num_special": 1, "blocks": "layers"}
+    register_tower("vit", TowerType(**(right | entry)))
+    with pytest.raises(ConfigError, match=message):
+        kit.make_encoder_run(tmp_path / "run", kit.REVISED, vit)

@@ -257,6 +257,7 @@ def _activation_name(mlp: nn.Module) -> str:
         raise ConfigError(
             f"a MoLE was to be put around {type(mlp).__name__} with the parts "
             f"{', '.join(children) or 'none'}; expected fc1, fc2 and activation_fn or activation, "
-            "as in the MLPs of CLIP, SigLIP and DINOv2. Name such modules in target_modules."
+            "as in the MLPs of CLIP, SigLIP and DINOv2. Take another tower, or name such modules "
+            "(target_modules of MoleConfig; mlp of the entry in student/towers.py)."
         )
     return others[0]
