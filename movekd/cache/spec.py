@@ -134,16 +134,12 @@ class CacheSpec(FrozenModel):
         return content
 
     @model_validator(mode="after")
-    def _attention_has_a_block(self) -> "CacheSpec":
+    def _keys_fit_together(self) -> "CacheSpec":
         if self.cls_attention and self.layer == "neck" and self.cls_source == "token":
             raise ValueError(
                 "cls_attention is read in the block before the layer, and a neck is behind no "
                 "single one; set layer to an index or last"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _factory_goes_with_python(self) -> "CacheSpec":
         if self.provider == "python":
             if self.factory is None:
                 raise ValueError("provider python needs factory: package.module:function")

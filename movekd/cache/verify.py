@@ -17,7 +17,7 @@ from movekd.cache.catalog import Catalog
 from movekd.cache.contents import CacheContents, TeacherContents, open_contents
 from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.schema import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
-from movekd.cache.seal import checksum, file_entry, read_record
+from movekd.cache.seal import checksum, entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
 
@@ -216,7 +216,7 @@ def _check_files(
             )
             continue
         try:
-            found = file_entry(storage, f"{folder}/{name}".lstrip("/"))
+            found = entry(storage.blocks(f"{folder}/{name}".lstrip("/")))
         except FileNotFoundError:
             yield f"{path} is missing. {remedy}"
             continue

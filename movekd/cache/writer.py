@@ -39,7 +39,7 @@ from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError
 
-_VERSIONS = (
+PACKAGES = (
     "movekd",
     "numcodecs",
     "numpy",
@@ -51,7 +51,7 @@ _VERSIONS = (
     "transformers",
     "zarr",
 )
-"""Packages that decide the bytes of a cache. Caches of earlier movekd record fewer of them."""
+"""Packages whose versions decide the bytes of a cache. Caches of earlier movekd record fewer."""
 
 
 def stats_checksum(stats: ChannelStats) -> str:
@@ -79,9 +79,15 @@ def create_group(
     stored_spec = json.loads(
         json.dumps(stored_spec, sort_keys=True)
     )  # independent of the order in the YAML
-    attributes = layout.group_attributes(
-        stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
-    )
+    attributes = {
+        "format_version": layout.FORMAT_VERSION,
+        "spec": stored_spec,
+        "spec_fingerprint": spec.fingerprint,
+        "weights_sha256": calibration.weights_sha256,
+        "versions": _versions(),
+        "decoding": codec(spec.codec).decoding,
+    }
+    attributes = {"movekd": attributes}
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
     _write_group_files(storage, spec.name, num_rows, files, {})
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
@@ -239,6 +245,6 @@ def _versions() -> dict[str, str]:
     versions = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some packages have faulty metadata
-        for name in _VERSIONS:
+        for name in PACKAGES:
             versions[name] = importlib.metadata.version(name)
     return versions

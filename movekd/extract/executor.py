@@ -46,19 +46,15 @@ class Executor(Protocol):
 
     def begin(self, context: BuildContext, specs: Sequence[CacheSpec]) -> None:
         """Check what can be checked before the build starts."""
-        ...
 
     def require_loadable(self, spec: CacheSpec, options: BuildOptions) -> None:
         """Refuse a teacher that cannot be loaded, before anything of it is deleted."""
-        ...
 
     def calibrate(self, context: BuildContext, spec: CacheSpec) -> Calibration:
         """Seal a new teacher's calibration and create its group."""
-        ...
 
     def build(self, context: BuildContext, jobs: Sequence[TeacherJob]) -> list[JobResult]:
         """Build and seal the Zarr shards of all jobs; return one result per job."""
-        ...
 
 
 class LocalExecutor:
@@ -99,7 +95,7 @@ class LocalExecutor:
             )
             if teacher is not None and len(jobs) > 1 and not options.concurrent:
                 builds[-1].move_to("cpu")
-        run_teachers(builds, context.corpus, context.catalog, context.options, context.progress)
+        run_teachers(builds, context)
         return [JobResult(build.num_done, build.seconds) for build in builds]
 
     def teacher(self, job: TeacherJob, options: BuildOptions) -> Teacher:
