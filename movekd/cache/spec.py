@@ -168,6 +168,15 @@ class CacheSpec(FrozenModel):
         """
         return validate(CacheSpec, self.model_dump() | changes, f"teacher '{self.name}'")
 
+    def differences(self, other: "CacheSpec", where: str) -> list[str]:
+        """Return the keys that decide bytes and differ; ``where`` says where ``other`` stands."""
+        own, others = self.model_dump(), other.model_dump()
+        return [
+            f"{key} is {own[key]!r} in the cache, {others[key]!r} {where}"
+            for key in own
+            if own[key] != others[key] and key not in ("description", "max_error", "weights")
+        ]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of every key that changes the stored bytes.

@@ -3,8 +3,6 @@
 A name is a path below the cache, with slashes: ``clip.zarr/tokens/c/0/0/0``. Every file appears
 whole or not at all: a reader sees the old file or the new one. All code that reads or writes a
 cache uses this interface, except ``mapped_rows`` and ``tensorstore_rows``, which read rows.
-
-``LocalStorage`` is here, ``ObjectStorage`` in ``object_storage``.
 """
 
 import contextlib
