@@ -14,22 +14,12 @@ import torch
 from movekd.cache.layout import calibration_name
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
-from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
 from movekd.extract.calibrate import calibrate, calibrated_options, sealed_calibration
 from movekd.extract.locks import sealing
 from movekd.extract.options import BuildContext, BuildOptions
-from movekd.extract.teacher_loop import TeacherBuild, run_teachers
+from movekd.extract.teacher_loop import TeacherBuild, TeacherJob, run_teachers
 from movekd.teachers import Teacher, load_teacher
-
-
-@dataclass(frozen=True)
-class TeacherJob:
-    """Zarr shards of one teacher to build."""
-
-    spec: CacheSpec
-    store: TeacherWriter
-    shards: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -90,9 +80,7 @@ class LocalExecutor:
         for job in jobs:
             teacher = self.teacher(job, context.options) if job.shards else None
             options = calibrated_options(context.options, job.store.calibration)
-            builds.append(
-                TeacherBuild(job.store, job.shards, context.catalog, teacher, job.spec, options)
-            )
+            builds.append(TeacherBuild(job, context.catalog, teacher, options))
             if teacher is not None and len(jobs) > 1 and not options.concurrent:
                 builds[-1].move_to("cpu")
         run_teachers(builds, context)

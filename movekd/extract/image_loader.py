@@ -226,12 +226,7 @@ def square_key(transform: ImageTransform) -> ImageTransform:
 
 
 def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int64]:
-    """Return where groups of a few images begin; consecutive views of one image stay together.
-
-    Args:
-        images: the image of each view, in order.
-        view_bytes: bytes per view, summed over its sizes.
-    """
+    """Return where groups of a few images begin; consecutive views of one image stay together."""
     if not len(images):
         return np.empty(0, np.int64)
     number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])])

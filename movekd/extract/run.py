@@ -34,10 +34,11 @@ from movekd.extract.calibrate import (
     read_other_calibration,
     sealed_calibration,
 )
-from movekd.extract.executor import Executor, JobResult, LocalExecutor, TeacherJob
+from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
 from movekd.extract.options import BuildContext, BuildOptions, Progress
 from movekd.extract.partition import WHOLE, Partition
+from movekd.extract.teacher_loop import TeacherJob
 from movekd.teachers.providers import find_provider
 
 Imported = tuple[Calibration, ChannelStats]

@@ -11,6 +11,7 @@ holds whole Zarr shards of every teacher; in it, one teacher after the other run
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from movekd.cache.catalog import Catalog
-from movekd.cache.layout import MAX_SHARD_ROWS, TeacherLayout
+from movekd.cache.layout import MAX_SHARD_ROWS
 from movekd.cache.spec import CacheSpec
 from movekd.cache.writer import TeacherWriter
 from movekd.corpus.transforms import ImageTransform
@@ -66,6 +67,15 @@ class SideStream:
             self._stream.synchronize()
 
 
+@dataclass(frozen=True)
+class TeacherJob:
+    """Zarr shards of one teacher to build."""
+
+    spec: CacheSpec
+    store: TeacherWriter
+    shards: Sequence[int]
+
+
 class TeacherBuild:
     """One teacher during a build.
 
@@ -78,21 +88,16 @@ class TeacherBuild:
     """
 
     def __init__(
-        self,
-        store: TeacherWriter,
-        shards: Sequence[int],
-        catalog: Catalog,
-        teacher: Teacher | None,
-        spec: CacheSpec,
-        options: BuildOptions,
+        self, job: TeacherJob, catalog: Catalog, teacher: Teacher | None, options: BuildOptions
     ) -> None:
-        """List the tasks of some Zarr shards; without any, ``teacher`` may be None."""
-        self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
-        self.transform = image_transform(spec, catalog.geometry)
-        self.tasks = _tasks(catalog, store.layout, shards)
+        """List the tasks of a job; without Zarr shards, ``teacher`` may be None."""
+        self.spec, self.store = job.spec, job.store
+        self._teacher, self._options = teacher, options
+        self.transform = image_transform(job.spec, catalog.geometry)
+        self.tasks = _tasks(catalog, job)
         self.num_rows = sum(len(task.row_ids) for task in self.tasks)
         self.seconds, self.num_done = 0.0, 0
-        self._stats = store.stats.to(torch.device(options.device))
+        self._stats = job.store.stats.to(torch.device(options.device))
         self._side_stream = SideStream(torch.device(options.device))
 
     def move_to(self, device: str) -> None:
@@ -170,12 +175,12 @@ def run_teachers(builds: Sequence[TeacherBuild], context: BuildContext) -> None:
                 build.seconds += time.perf_counter() - started
 
 
-def _tasks(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> list[ShardTask]:
-    """Return the tasks of the given Zarr shards; a shard wholly in a gap has no rows."""
-    rows, size = catalog.rows, teacher.rows_per_shard
-    spans = [(shard * size, (shard + 1) * size) for shard in shards]
+def _tasks(catalog: Catalog, job: TeacherJob) -> list[ShardTask]:
+    """Return the tasks of a job; a Zarr shard wholly in a gap has no rows."""
+    rows, size = catalog.rows, job.store.layout.rows_per_shard
+    spans = [(shard * size, (shard + 1) * size) for shard in job.shards]
     tasks = []
-    for shard, span, keys in zip(shards, spans, catalog.keys_checksums(spans), strict=True):
+    for shard, span, keys in zip(job.shards, spans, catalog.keys_checksums(spans), strict=True):
         low, high = np.searchsorted(rows, span)
         tasks.append(ShardTask(shard, rows[low:high], np.arange(low, high), keys))
     return tasks
