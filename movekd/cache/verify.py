@@ -197,7 +197,6 @@ def _check_files(
     progress: Callable[[int], None],
     remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
-    """Yield one sentence per file that is missing or differs from its entry."""
     for name, expected in files.items():
         path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():

@@ -79,14 +79,15 @@ def create_group(
     # Independent of the order in the YAML.
     stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))
     attributes = {
-        "format_version": layout.FORMAT_VERSION,
-        "spec": stored_spec,
-        "spec_fingerprint": spec.fingerprint,
-        "weights_sha256": calibration.weights_sha256,
-        "versions": _versions(),
-        "decoding": codec(spec.codec).decoding,
+        "movekd": {
+            "format_version": layout.FORMAT_VERSION,
+            "spec": stored_spec,
+            "spec_fingerprint": spec.fingerprint,
+            "weights_sha256": calibration.weights_sha256,
+            "versions": _versions(),
+            "decoding": codec(spec.codec).decoding,
+        }
     }
-    attributes = {"movekd": attributes}
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
     _write_group_files(storage, spec.name, num_rows, files, {})
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
