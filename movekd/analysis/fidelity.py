@@ -180,7 +180,6 @@ def _measure(
     gradient: KDGradient,
     trials: Mapping[tuple[int, str], CodecTrial],
 ) -> None:
-    """Pass a batch through every trial."""
     for grid, grid_stats in stats.items():
         exact = features.resize(grid)
         of_grid = [trial for (side, _), trial in trials.items() if side == grid]

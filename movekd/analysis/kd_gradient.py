@@ -117,11 +117,7 @@ class KDGradient:
         softmax of the teacher's attention weights the tokens. (In training the anchor has no
         adapter. Here it has one, so that its width may differ from the student's.)
 
-        Args:
-            keys: keys of the images, which seed the student.
-            targets: targets of the loss, on the native grid.
-            exact: exact targets, for ``near``, on the native grid.
-            at: state of the student.
+        Arguments as in ``revised``; both targets are on the native grid.
         """
         assert targets.raw_BMT is not None
         assert exact.raw_BMT is not None

@@ -273,7 +273,6 @@ def _rates_and_shapes(
 
 
 def _storage_options(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[StorageOption]:
-    """Return every codec on the native, the student's and the spec's grid."""
     num_tokens, width, cls_width, num_heads = shape
     native = grid_side(num_tokens)
     asked = native if spec.grid == "native" else spec.grid

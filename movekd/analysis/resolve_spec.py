@@ -40,17 +40,11 @@ def spec_to_run(store: TeacherCache, given: CacheSpec | None, weights: str | Non
     kept = {key: getattr(stored, key) for key in _BUILD_KEYS}
     asked = given.with_changes(weights=source, **kept)
     if asked.fingerprint != stored.fingerprint:
-        raise ConfigError(f"the YAML file is not what it was built from: {_differs(stored, asked)}")
+        differs = stored.differences(asked, "in the file")
+        if asked.weights == "random" != stored.weights:
+            differs.append("weights are random only in the file")
+        raise ConfigError(
+            f"the YAML file is not what it was built from: {'; '.join(differs)}. Give the YAML "
+            "file of the build, or leave it out."
+        )
     return asked
-
-
-def _differs(stored: CacheSpec, asked: CacheSpec) -> str:
-    before, now = stored.model_dump(), asked.model_dump()
-    said = [
-        f"{key} is {before[key]!r} in the cache, {now[key]!r} in the file"
-        for key in now
-        if before[key] != now[key] and key not in ("description", "max_error", "weights")
-    ]
-    if asked.weights == "random" != stored.weights:
-        said.append("weights are random only in the file")
-    return f"{'; '.join(said)}. Give the YAML file of the build, or leave it out."

@@ -78,17 +78,13 @@ class Catalog:
         """The position in the corpus of the image in each of ``rows``."""
         return np.cumsum(self.views == 0, dtype=np.int64) - 1
 
-    def keys_checksum(self, first: int, end: int) -> str:
-        """Return the checksum of the images' keys in rows [first, end), one key per line.
+    def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
+        """Yield the checksum of the images' keys in each span of rows [first, end), a key per line.
 
         If images have more than the base view, each line holds the view as well. The seal of a
         Zarr shard holds this checksum, so that its features cannot pass as those of other images.
+        Ascending spans take one pass together.
         """
-        (found,) = self.keys_checksums([(first, end)])
-        return found
-
-    def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
-        """Yield ``keys_checksum`` of many spans of rows; ascending spans take one pass together."""
         columns = ["key"] if self.view_set == "base" else ["key", "view"]
         text, starts, held, until = memoryview(b""), np.zeros(1, np.int32), 0, 0
         for first, end in spans:
@@ -184,11 +180,7 @@ def _compare(held: ParquetTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]
 
 
 def _refuse_orphans(storage: Storage) -> None:
-    """Refuse to assign new images to sealed features: nothing in the features would contradict.
-
-    Raises:
-        CacheError: the place holds sealed teachers and no cache.json.
-    """
+    """Refuse to assign new images to sealed features: nothing in the features would contradict."""
     teachers = [f.removesuffix(".seals") for f in storage.folders() if f.endswith(".seals")]
     sealed = [name for name in teachers if storage.exists(calibration_name(name))]
     if sealed:
@@ -303,7 +295,6 @@ def _write(
         blocks=blocks,
         files={name: entry(buffers) for name, buffers in files.items()},
     )
-    storage.write_many(
-        files | {CACHE_JSON: [sealed_bytes(record)]}
-    )  # on a full disk, all keep their content
+    # All at once: on a full disk, all keep their content.
+    storage.write_many(files | {CACHE_JSON: [sealed_bytes(record)]})
     return open_catalog(storage)

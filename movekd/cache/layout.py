@@ -14,7 +14,6 @@ writes it in one step.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from movekd.cache import codecs
 from movekd.cache.codecs import ArrayLayout
@@ -128,19 +127,3 @@ def skipped_seal_name(teacher: str) -> str:
 def shard_file(array: ArrayLayout, shard: int) -> str:
     """Return the file of one Zarr shard, relative to the group: Zarr's default chunk key."""
     return "/".join([array.name, "c", str(shard), *("0" for _ in array.row_shape)])
-
-
-def group_attributes(
-    spec: Mapping[str, Any], fingerprint: str, weights_sha256: str, versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the attributes of a teacher's group."""
-    return {
-        "movekd": {
-            "format_version": FORMAT_VERSION,
-            "spec": dict(spec),
-            "spec_fingerprint": fingerprint,
-            "weights_sha256": weights_sha256,
-            "versions": dict(versions),
-            "decoding": codecs.codec(spec["codec"]).decoding,
-        }
-    }

@@ -201,9 +201,7 @@ def s3_settings() -> dict[str, Any]:
 
     session = Session()
     profile: dict[str, Any] = {}
-    with contextlib.suppress(
-        Exception
-    ):  # the profile is missing: the client has raised for that before
+    with contextlib.suppress(Exception):  # no such profile: the client has raised for that before
         profile = session.get_scoped_config()
     found: dict[str, Any] = {}
     get = os.environ.get
@@ -219,7 +217,6 @@ def s3_settings() -> dict[str, Any]:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Return the options of the client of a scheme."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}

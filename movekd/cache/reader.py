@@ -148,7 +148,6 @@ class TeacherCache(TeacherContents):
         self._rows = self._open_rows()
 
     def _open_rows(self) -> MappedRows | TensorStoreRows:
-        """Return what reads rows from this place and compression."""
         if self.storage.local_dir is not None and self.spec.compressor == "none":
             group = self.storage.local_dir / layout.group_name(self.teacher)
             return MappedRows(group, self.layout)

@@ -109,7 +109,7 @@ class ShardSeal(Record):
     rows: Pair
     """First row, and last row plus one."""
     keys_xxh3_128: str
-    """Checksum of the keys of these rows, see ``Catalog.keys_checksum``."""
+    """Checksum of the keys of these rows, see ``Catalog.keys_checksums``."""
     files: dict[str, FileEntry]
     skipped: dict[str, str]
     """Row without features -> why."""

@@ -36,11 +36,6 @@ def entry(buffers: Iterable[Buffer]) -> FileEntry:
     return FileEntry(size_bytes=size, xxh3_128=digest.hexdigest())
 
 
-def file_entry(storage: Storage, name: str) -> FileEntry:
-    """Return size and checksum of a file, read in blocks."""
-    return entry(storage.blocks(name))
-
-
 def write_sealed(storage: Storage, name: str, content: Record | Mapping[str, Any]) -> None:
     """Write a JSON file that contains the checksum of its other content."""
     storage.write(name, [sealed_bytes(content)])

@@ -1,6 +1,6 @@
 """The bytes of one shard file: chunks, then an index with its checksum.
 
-``writer`` puts files together with ``shard_buffers``; ``row_reader`` takes them apart.
+``writer`` puts files together with ``shard_buffers``; ``mapped_rows`` takes them apart.
 
 Source: Zarr v3 specification, codec ``sharding_indexed``, version 1.0.
 """
@@ -30,11 +30,7 @@ def index_bytes(rows_per_shard: int) -> int:
 def shard_buffers(
     rows: npt.NDArray[Any], array: ArrayLayout, rows_per_shard: int, compressor: str
 ) -> list[Buffer]:
-    """Return the bytes of one shard file: the chunks in row order, then the index.
-
-    The index holds offset and size of each chunk as little-endian uint64 (both 2**64 - 1 for
-    a chunk that is not there) and ends with its CRC-32C.
-    """
+    """Return the bytes of one shard file: the chunks in row order, then the index."""
     rows = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<"))
     if compressor == "none":
         chunks: list[Buffer] = [rows.reshape(-1).view(np.uint8).data]

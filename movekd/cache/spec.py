@@ -133,16 +133,12 @@ class CacheSpec(FrozenModel):
         return content
 
     @model_validator(mode="after")
-    def _attention_has_a_block(self) -> "CacheSpec":
+    def _keys_fit_together(self) -> "CacheSpec":
         if self.cls_attention and self.layer == "neck" and self.cls_source == "token":
             raise ValueError(
                 "cls_attention is read in the block before the layer, and a neck is behind no "
                 "single one; set layer to an index or last"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _factory_goes_with_python(self) -> "CacheSpec":
         if self.provider == "python":
             if self.factory is None:
                 raise ValueError("provider python needs factory: package.module:function")
@@ -170,6 +166,15 @@ class CacheSpec(FrozenModel):
             ConfigError: a changed value cannot be.
         """
         return validate(CacheSpec, self.model_dump() | changes, f"teacher '{self.name}'")
+
+    def differences(self, other: "CacheSpec", where: str) -> list[str]:
+        """Return the keys that decide bytes and differ; ``where`` says where ``other`` stands."""
+        own, others = self.model_dump(), other.model_dump()
+        return [
+            f"{key} is {own[key]!r} in the cache, {others[key]!r} {where}"
+            for key in own
+            if own[key] != others[key] and key not in ("description", "max_error", "weights")
+        ]
 
     @property
     def fingerprint(self) -> str:

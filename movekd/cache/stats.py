@@ -50,17 +50,13 @@ class StatsAccumulator:
 
     def __init__(self) -> None:
         self._count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, tokens_BND: Tensor) -> None:
         """Add every token of a batch."""
         values = tokens_BND.flatten(0, 1).double().cpu()
         count, mean = len(values), values.mean(0)
         squares = (values - mean).square().sum(0)
-        if self._mean is None or self._squares is None:
-            self._count, self._mean, self._squares = count, mean, squares
-            return
         total = self._count + count
         delta = mean - self._mean
         self._squares = self._squares + squares + delta.square() * (self._count * count / total)
@@ -73,7 +69,7 @@ class StatsAccumulator:
         Raises:
             CacheError: nothing was added, or a feature was not finite.
         """
-        if self._mean is None or self._squares is None:
+        if not self._count:
             raise CacheError("no image of the calibration could be read; check the corpus.")
         std = (self._squares / self._count).sqrt()
         if not bool(torch.isfinite(std).all()):

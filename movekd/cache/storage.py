@@ -3,8 +3,6 @@
 A name is a path below the cache, with slashes: ``clip.zarr/tokens/c/0/0/0``. Every file appears
 whole or not at all: a reader sees the old file or the new one. All code that reads or writes a
 cache uses this interface, except ``mapped_rows`` and ``tensorstore_rows``, which read rows.
-
-``LocalStorage`` is here, ``ObjectStorage`` in ``object_storage``.
 """
 
 import contextlib
@@ -35,23 +33,18 @@ class Storage(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return a file's content. Raises FileNotFoundError; CacheError for every other failure."""
-        ...
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         """Return the content of several small files; missing files are left out."""
-        ...
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield a file's content in parts. Raises as ``read``."""
-        ...
 
     def write(self, name: str, buffers: Sequence[Buffer]) -> None:
         """Write a file whole or not at all, and durably. Raises CacheError."""
-        ...
 
     def write_many(self, files: Mapping[str, Sequence[Buffer]]) -> None:
         """Write several files, each whole or not at all. Faster than one after the other."""
-        ...
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that must not exist yet; return whether it has this content now.
@@ -59,39 +52,30 @@ class Storage(Protocol):
         In an object store, exactly one of several callers writes. In a folder, the caller holds
         the lock that keeps others away.
         """
-        ...
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
-        ...
 
     def delete_folder(self, name: str) -> None:
         """Delete everything below a name; do nothing if the folder is missing."""
-        ...
 
     def delete_leftovers(self, name: str) -> None:
         """Delete temporary files of killed writes; the caller holds the lock of the name."""
-        ...
 
     def exists(self, name: str) -> bool:
         """Return whether a file has this name."""
-        ...
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every file below a folder, name -> bytes, sorted by name."""
-        ...
 
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted; cheaper than ``sizes``."""
-        ...
 
     def folders(self) -> list[str]:
         """Return the names of the folders at the top, sorted."""
-        ...
 
     def free_bytes(self) -> int | None:
         """Return the free space; None if it is unknown."""
-        ...
 
 
 def open_storage(url: "str | Path | Storage") -> Storage:

@@ -17,7 +17,7 @@ from movekd.cache.catalog import Catalog
 from movekd.cache.contents import CacheContents, TeacherContents, open_contents
 from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.schema import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
-from movekd.cache.seal import checksum, file_entry, read_record
+from movekd.cache.seal import checksum, entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
 
@@ -145,7 +145,7 @@ def _verify_teacher(
     sealed_shards = [
         s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing
     ]
-    size = teacher.layout.rows_per_shard
+    size, rows_of_images = teacher.layout.rows_per_shard, cache.catalog.rows
     keys = cache.catalog.keys_checksums(
         (shard * size, (shard + 1) * size) for shard in sealed_shards
     )
@@ -161,7 +161,10 @@ def _verify_teacher(
                 f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
                 "Zarr shard."
             )
-        rows, files = _shard_extent(cache, teacher, shard)
+        first = shard * size
+        low, high = np.searchsorted(rows_of_images, [first, first + size])
+        rows = [first, int(rows_of_images[high - 1]) + 1 if high > low else first]
+        files = {layout.shard_file(array, shard) for array in teacher.layout.arrays.values()}
         if seal.rows != rows or set(seal.files) != files:
             yield (
                 f"{storage.url}/{seal_name} covers rows {seal.rows} and {len(seal.files)} "
@@ -187,18 +190,6 @@ def _verify_teacher(
             )
 
 
-def _shard_extent(
-    cache: CacheContents, teacher: TeacherContents, shard: int
-) -> tuple[list[int], set[str]]:
-    """Return the rows [first, end) and the files that the seal of a Zarr shard must cover."""
-    size, rows = teacher.layout.rows_per_shard, cache.catalog.rows
-    first = shard * size
-    low, high = np.searchsorted(rows, [first, first + size])
-    end = int(rows[high - 1]) + 1 if high > low else first
-    files = {layout.shard_file(array, shard) for array in teacher.layout.arrays.values()}
-    return [first, end], files
-
-
 def _check_files(
     storage: Storage,
     folder: str,
@@ -206,7 +197,6 @@ def _check_files(
     progress: Callable[[int], None],
     remedy: str = "Delete its seal and build again.",
 ) -> Iterator[str]:
-    """Yield one sentence per file that is missing or differs from its entry."""
     for name, expected in files.items():
         path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
@@ -216,7 +206,7 @@ def _check_files(
             )
             continue
         try:
-            found = file_entry(storage, f"{folder}/{name}".lstrip("/"))
+            found = entry(storage.blocks(f"{folder}/{name}".lstrip("/")))
         except FileNotFoundError:
             yield f"{path} is missing. {remedy}"
             continue

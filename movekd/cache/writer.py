@@ -39,7 +39,7 @@ from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError
 
-_VERSIONS = (
+PACKAGES = (
     "movekd",
     "numcodecs",
     "numpy",
@@ -51,7 +51,7 @@ _VERSIONS = (
     "transformers",
     "zarr",
 )
-"""Packages that decide the bytes of a cache. Caches of earlier movekd record fewer of them."""
+"""Packages whose versions decide the bytes of a cache. Caches of earlier movekd record fewer."""
 
 
 def stats_checksum(stats: ChannelStats) -> str:
@@ -76,12 +76,18 @@ def create_group(
     """
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
-    stored_spec = json.loads(
-        json.dumps(stored_spec, sort_keys=True)
-    )  # independent of the order in the YAML
-    attributes = layout.group_attributes(
-        stored_spec, spec.fingerprint, calibration.weights_sha256, _versions()
-    )
+    # Independent of the order in the YAML.
+    stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))
+    attributes = {
+        "movekd": {
+            "format_version": layout.FORMAT_VERSION,
+            "spec": stored_spec,
+            "spec_fingerprint": spec.fingerprint,
+            "weights_sha256": calibration.weights_sha256,
+            "versions": _versions(),
+            "decoding": codec(spec.codec).decoding,
+        }
+    }
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
     _write_group_files(storage, spec.name, num_rows, files, {})
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
@@ -103,9 +109,8 @@ def resize_group(
     if is_whole and sealed.num_rows >= num_rows:
         return
     files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
-    files = {
-        name: files[name] for name in arrays
-    }  # zarr.json of the group stays as the first build wrote it
+    # zarr.json of the group stays as the first build wrote it.
+    files = {name: files[name] for name in arrays}
     _write_group_files(storage, spec.name, num_rows, files, sealed.files)
 
 
@@ -189,7 +194,7 @@ class TeacherWriter(TeacherContents):
             shard: number of the Zarr shard.
             arrays: rows of each array, the first row of the shard first: (k, *row_shape). In the
                 last shard of a corpus, k may be smaller than ``rows_per_shard``.
-            keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksum``.
+            keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksums``.
             skipped: rows without features, and why; their values must be NaN in ``arrays``.
             error: error of the stored tokens against the teacher's tokens.
 
@@ -235,10 +240,9 @@ class TeacherWriter(TeacherContents):
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the bytes of a cache."""
     versions = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some packages have faulty metadata
-        for name in _VERSIONS:
+        for name in PACKAGES:
             versions[name] = importlib.metadata.version(name)
     return versions

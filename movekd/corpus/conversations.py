@@ -152,7 +152,6 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def _turn(turn: Any, where: str) -> tuple[Role, str]:
-    """Return the role and text of a LLaVA turn."""
     if not isinstance(turn, dict):
         raise _malformed(where, "the turn", turn, '{"from": ..., "value": ...}')
     role, text = turn.get("from"), turn.get("value")
@@ -175,7 +174,6 @@ def _malformed(where: str, what: str, found: Any, expected: str) -> ConfigError:
 
 
 def _describe(value: Any) -> str:
-    """Return a parsed JSON value in a few words."""
     if value is None:
         return "missing or null"
     if isinstance(value, dict | list):

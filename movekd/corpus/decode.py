@@ -133,7 +133,6 @@ def _unreadable(error: Exception) -> UnreadableImageError:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded image of any mode as RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "FI":  # mode I holds the 16 bits of a PGM, or 32 bits

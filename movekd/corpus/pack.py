@@ -3,9 +3,8 @@
     pack_llava    LLaVA's JSON and its image folder -> shards, index, names, conversations
     pack_folder   a folder of images                -> shards, index, names
 
-Each distinct image is stored once, in order of first appearance. The index is written last: a
-folder with an index is complete, and an interrupted pack is run again. The same input gives the
-same bytes. Only a few images are in memory at a time. An unusable image is reported, not raised.
+Each distinct image is stored once, in order of first appearance. The same input gives the same
+bytes. Only a few images are in memory at a time. An unusable image is reported, not raised.
 """
 
 import os

@@ -58,7 +58,6 @@ class ParquetTable:
         return int(self._starts[-1])
 
     def __getitem__(self, column: str) -> pa.ChunkedArray:
-        """Return a whole column."""
         return self.read([column])[column]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:

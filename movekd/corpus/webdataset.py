@@ -115,7 +115,6 @@ def _read_samples(builder: CorpusBuilder, path: Path, shard: str) -> list[_Sampl
 def _index_samples(
     builder: CorpusBuilder, samples: list[_Sample], path: Path, shard: str, num_workers: int
 ) -> None:
-    """Add the images and conversations of one tar."""
     sources = [
         ImageSource([sample.key, member.name] if number == 0 else [member.name], path, member)
         for sample in samples

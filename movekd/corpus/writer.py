@@ -294,14 +294,7 @@ class _TableBuilder:
     def _flush(self) -> None:
         if not self._rows:
             return
-        columns = zip(*self._rows, strict=True)
-        batch = pa.record_batch(
-            [
-                pa.array(column, field.type)
-                for column, field in zip(columns, self._schema, strict=True)
-            ],
-            schema=self._schema,
-        )
+        batch = pa.record_batch(list(zip(*self._rows, strict=True)), schema=self._schema)
         if self._expected is not None:
             expected = self._expected.slice(self._num_batched, len(batch))
             if not expected.equals(pa.Table.from_batches([batch])):

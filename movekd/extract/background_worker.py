@@ -1,7 +1,6 @@
 """Run tasks in a background thread while the device computes: encode features, then write them.
 
-``extract.teacher_loop`` submits tasks and continues with the next batch. It waits only when too
-many tasks are queued.
+``extract.teacher_loop`` submits tasks and continues with the next batch.
 """
 
 from collections import deque

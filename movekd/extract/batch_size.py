@@ -51,7 +51,10 @@ def largest_batch_size(teacher: Teacher, options: BuildOptions) -> int:
     budget = int(MEMORY_SHARE * total) - others
     try:
         peak_bytes(1)
-        return largest_power_of_two(peak_bytes, budget, _rows_per_shard(teacher, outputs[0]))
+        num_tokens, width, _, _ = outputs[0].shape
+        side = grid_side(num_tokens) if spec.grid == "native" else spec.grid
+        layout = teacher_layout(spec.codec, side**2, width, cls_width=None, num_heads=None)
+        return largest_power_of_two(peak_bytes, budget, layout.rows_per_shard)
     except torch.OutOfMemoryError:
         raise CacheError(
             f"teacher '{spec.name}' does not fit {options.device}, which has {free / 1e9:.1f} GB "
@@ -110,11 +113,3 @@ def largest_power_of_two(peak_bytes: Callable[[int], int], budget: int, limit: i
             pass
         size //= 2
     return 1
-
-
-def _rows_per_shard(teacher: Teacher, output: TeacherOutput) -> int:
-    num_tokens, width, _, _ = output.shape
-    spec = teacher.spec
-    side = grid_side(num_tokens) if spec.grid == "native" else spec.grid
-    layout = teacher_layout(spec.codec, side**2, width, cls_width=None, num_heads=None)
-    return layout.rows_per_shard

@@ -90,15 +90,10 @@ def sealed_calibration(storage: Storage, spec: CacheSpec) -> Calibration | None:
     calibration = read_calibration(storage, spec.name)
     if calibration is None or calibration.spec_fingerprint == spec.fingerprint:
         return calibration
-    stored = TeacherContents(storage, spec.name, 0).spec.model_dump()
-    asked = spec.model_dump()
-    differs = [
-        f"{key} is {stored[key]!r} in the cache, {asked[key]!r} asked for"
-        for key in asked
-        if stored[key] != asked[key] and key not in ("description", "max_error", "weights")
-    ]
-    if (stored["weights"] == "random") != (asked["weights"] == "random"):
-        differs.append(f"weights are {stored['weights']!r} in the cache")
+    stored = TeacherContents(storage, spec.name, 0).spec
+    differs = stored.differences(spec, "asked for")
+    if (stored.weights == "random") != (spec.weights == "random"):
+        differs.append(f"weights are {stored.weights!r} in the cache")
     raise CacheError(
         f"teacher '{spec.name}' in {storage.url} was built from another spec: "
         f"{'; '.join(differs)}. Give the old value, use another --cache, or --overwrite it."

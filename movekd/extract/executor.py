@@ -14,22 +14,12 @@ import torch
 from movekd.cache.layout import calibration_name
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
-from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
 from movekd.extract.calibrate import calibrate, calibrated_options, sealed_calibration
 from movekd.extract.locks import sealing
 from movekd.extract.options import BuildContext, BuildOptions
-from movekd.extract.teacher_loop import TeacherBuild, run_teachers
+from movekd.extract.teacher_loop import TeacherBuild, TeacherJob, run_teachers
 from movekd.teachers import Teacher, load_teacher
-
-
-@dataclass(frozen=True)
-class TeacherJob:
-    """Zarr shards of one teacher to build."""
-
-    spec: CacheSpec
-    store: TeacherWriter
-    shards: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -46,19 +36,15 @@ class Executor(Protocol):
 
     def begin(self, context: BuildContext, specs: Sequence[CacheSpec]) -> None:
         """Check what can be checked before the build starts."""
-        ...
 
     def require_loadable(self, spec: CacheSpec, options: BuildOptions) -> None:
         """Refuse a teacher that cannot be loaded, before anything of it is deleted."""
-        ...
 
     def calibrate(self, context: BuildContext, spec: CacheSpec) -> Calibration:
         """Seal a new teacher's calibration and create its group."""
-        ...
 
     def build(self, context: BuildContext, jobs: Sequence[TeacherJob]) -> list[JobResult]:
         """Build and seal the Zarr shards of all jobs; return one result per job."""
-        ...
 
 
 class LocalExecutor:
@@ -94,12 +80,10 @@ class LocalExecutor:
         for job in jobs:
             teacher = self.teacher(job, context.options) if job.shards else None
             options = calibrated_options(context.options, job.store.calibration)
-            builds.append(
-                TeacherBuild(job.store, job.shards, context.catalog, teacher, job.spec, options)
-            )
+            builds.append(TeacherBuild(job, context.catalog, teacher, options))
             if teacher is not None and len(jobs) > 1 and not options.concurrent:
                 builds[-1].move_to("cpu")
-        run_teachers(builds, context.corpus, context.catalog, context.options, context.progress)
+        run_teachers(builds, context)
         return [JobResult(build.num_done, build.seconds) for build in builds]
 
     def teacher(self, job: TeacherJob, options: BuildOptions) -> Teacher:

@@ -211,11 +211,10 @@ class ImageLoader:
             raise loaded.failure
         for index, reason in loaded.unreadable.items():
             self._unreadable[row_ids[index]] = reason
-        for which, found in loaded.squares.items():
-            levels_BHWC = found.levels_BHWC
+        for which, (levels_BHWC, shown) in loaded.squares.items():
             if self._is_shared:  # a tensor from a worker holds a file descriptor until it is freed
                 levels_BHWC = levels_BHWC.clone()
-            for at, (index, width, height) in enumerate(found.shown):
+            for at, (index, width, height) in enumerate(shown):
                 key = row_ids[index], self._transforms[which]
                 self._squares[key] = levels_BHWC[at], width, height
 
@@ -227,12 +226,7 @@ def square_key(transform: ImageTransform) -> ImageTransform:
 
 
 def _cuts(images: npt.NDArray[np.int64], view_bytes: int) -> npt.NDArray[np.int64]:
-    """Return where groups of a few images begin; consecutive views of one image stay together.
-
-    Args:
-        images: the image of each view, in order.
-        view_bytes: bytes per view, summed over its sizes.
-    """
+    """Return where groups of a few images begin; consecutive views of one image stay together."""
     if not len(images):
         return np.empty(0, np.int64)
     number = np.concatenate([[0], np.cumsum(images[1:] != images[:-1])])
@@ -249,19 +243,13 @@ def _groups(values: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64]) -> Itera
 
 
 @dataclass(frozen=True)
-class _Squares:
-    """Squares of one size: uint8 (B, S, S, 3), and for each its index, width and height."""
-
-    levels_BHWC: Tensor
-    shown: list[tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
 class _Loaded:
-    """A group: index of a transform -> squares; index in the group -> why it has none."""
+    """A group of views that one worker decoded together."""
 
-    squares: dict[int, _Squares]
+    squares: dict[int, tuple[Tensor, list[tuple[int, int, int]]]]
+    """Index of a transform -> uint8 (B, S, S, 3), and of each its index in the group and size."""
     unreadable: dict[int, str]
+    """Index in the group -> why it has no squares."""
     failure: CorpusError | None
     """Why the corpus itself cannot be read, which ends the build."""
 
@@ -322,6 +310,6 @@ def _collate(items: list[_Item]) -> _Loaded:
     for which, some in by_transform.items():
         levels_BHWC = torch.from_numpy(np.stack([square.levels_HWC for _, square in some]))
         shown = [(index, square.width, square.height) for index, square in some]
-        squares[which] = _Squares(levels_BHWC, shown)
+        squares[which] = levels_BHWC, shown
     failures = (item for item in items if isinstance(item, CorpusError))
     return _Loaded(squares, unreadable, next(failures, None))

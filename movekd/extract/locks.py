@@ -9,10 +9,6 @@
 A build is refused beside a part of another number and beside the same part. The locks of the last
 two kinds hold whatever else goes wrong: a worker of a cluster can outlive the build that started
 it, or live on after the build gave it up for dead.
-
-``build_lock`` is one such lock. On a file system the kernel keeps it and drops it with the process.
-In an object store the lock is an object that is created only if it does not exist. Its holder
-renews it. ``BuildLocks`` is what ``extract.run`` holds of all teachers.
 """
 
 import contextlib
@@ -101,9 +97,12 @@ class BuildLocks:
         Nobody writes what is sealed, so nobody takes its lock again. Locks that a living process
         holds stay.
         """
-        names = _named(self._storage, teacher, _SEALED)
-        sealed = [n for n in names if self._storage.exists(_seal_of(teacher, n))]
-        _errors_of_held(self._storage, teacher, sealed)
+        storage, sealed = self._storage, []
+        for lock in _named(storage, teacher, _SEALED):
+            stem = lock.strip(".").partition(".")[0]  # the inverse of ``sealing``
+            if storage.exists(f"{layout.seals_name(teacher)}/{stem}.json"):
+                sealed.append(lock)
+        _errors_of_held(storage, teacher, sealed)
 
     def is_only_part(self, teacher: str) -> bool:
         """Return whether no other part is running; asked while settling."""
@@ -134,11 +133,6 @@ def part_lock(teacher: str, partition: Partition = WHOLE) -> str:
     """Return the lock that a part of a build holds to its end."""
     name = f".part-{partition.index}-of-{partition.count}.lock"
     return f"{layout.seals_name(teacher)}/{name}"
-
-
-def _seal_of(teacher: str, lock: str) -> str:
-    """Return the seal that is written under a lock, the inverse of ``sealing``."""
-    return f"{layout.seals_name(teacher)}/{lock.strip('.').partition('.')[0]}.json"
 
 
 def _parts(storage: Storage, teacher: str) -> list[tuple[str, int]]:

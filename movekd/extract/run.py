@@ -34,10 +34,11 @@ from movekd.extract.calibrate import (
     read_other_calibration,
     sealed_calibration,
 )
-from movekd.extract.executor import Executor, JobResult, LocalExecutor, TeacherJob
+from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
 from movekd.extract.options import BuildContext, BuildOptions, Progress
 from movekd.extract.partition import WHOLE, Partition
+from movekd.extract.teacher_loop import TeacherJob
 from movekd.teachers.providers import find_provider
 
 Imported = tuple[Calibration, ChannelStats]
@@ -137,7 +138,11 @@ def build_cache(
                 started = time.perf_counter()
                 _settle_calibration(context, executor, spec, imported.get(spec.name))
                 calibration_seconds.append(time.perf_counter() - started)
-                jobs.append(_job(context, spec, partition))
+                store = TeacherWriter(storage, spec.name, catalog.num_rows)
+                store.require_images(catalog)
+                size = store.layout.rows_per_shard
+                shards = [s for s in store.missing_shards if partition.owns(s, size)]
+                jobs.append(TeacherJob(spec, store, shards))
         results = executor.build(context, jobs)
         with locks.settling():
             for spec in specs:  # of workers that were killed meanwhile
@@ -187,15 +192,6 @@ def _settle_calibration(
     if calibration is None:
         calibration = executor.calibrate(context, spec)
     resize_group(context.storage, spec, calibration, context.catalog.num_rows)
-
-
-def _job(context: BuildContext, spec: CacheSpec, partition: Partition) -> TeacherJob:
-    """Return the Zarr shards of this part that a teacher lacks."""
-    store = TeacherWriter(context.storage, spec.name, context.catalog.num_rows)
-    store.require_images(context.catalog)
-    rows = store.layout.rows_per_shard
-    shards = [shard for shard in store.missing_shards if partition.owns(shard, rows)]
-    return TeacherJob(spec, store, shards)
 
 
 def _summary(

@@ -32,7 +32,7 @@ class ShardTask:
         shard: number of the Zarr shard.
         rows: its rows that stand for a view of an image, ascending.
         row_ids: position of each in the catalog.
-        keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksum``.
+        keys_xxh3_128: checksum of the images' keys, see ``Catalog.keys_checksums``.
     """
 
     shard: int

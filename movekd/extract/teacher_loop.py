@@ -11,6 +11,7 @@ holds whole Zarr shards of every teacher; in it, one teacher after the other run
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,13 @@ import numpy.typing as npt
 import torch
 
 from movekd.cache.catalog import Catalog
-from movekd.cache.layout import MAX_SHARD_ROWS, TeacherLayout
+from movekd.cache.layout import MAX_SHARD_ROWS
 from movekd.cache.spec import CacheSpec
 from movekd.cache.writer import TeacherWriter
-from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import ImageTransform
 from movekd.extract.background_worker import BackgroundWorker
 from movekd.extract.image_loader import ImageLoader, PixelBatch, image_transform, square_key
-from movekd.extract.options import BuildOptions, Progress
+from movekd.extract.options import BuildContext, BuildOptions, Progress
 from movekd.extract.shard_buffer import ShardBuffer, ShardTask, resize_output
 from movekd.teachers import Teacher, TeacherOutput
 
@@ -67,6 +67,15 @@ class SideStream:
             self._stream.synchronize()
 
 
+@dataclass(frozen=True)
+class TeacherJob:
+    """Zarr shards of one teacher to build."""
+
+    spec: CacheSpec
+    store: TeacherWriter
+    shards: Sequence[int]
+
+
 class TeacherBuild:
     """One teacher during a build.
 
@@ -79,21 +88,16 @@ class TeacherBuild:
     """
 
     def __init__(
-        self,
-        store: TeacherWriter,
-        shards: Sequence[int],
-        catalog: Catalog,
-        teacher: Teacher | None,
-        spec: CacheSpec,
-        options: BuildOptions,
+        self, job: TeacherJob, catalog: Catalog, teacher: Teacher | None, options: BuildOptions
     ) -> None:
-        """List the tasks of some Zarr shards; without any, ``teacher`` may be None."""
-        self.spec, self.store, self._teacher, self._options = spec, store, teacher, options
-        self.transform = image_transform(spec, catalog.geometry)
-        self.tasks = _tasks(catalog, store.layout, shards)
+        """List the tasks of a job; without Zarr shards, ``teacher`` may be None."""
+        self.spec, self.store = job.spec, job.store
+        self._teacher, self._options = teacher, options
+        self.transform = image_transform(job.spec, catalog.geometry)
+        self.tasks = _tasks(catalog, job)
         self.num_rows = sum(len(task.row_ids) for task in self.tasks)
         self.seconds, self.num_done = 0.0, 0
-        self._stats = store.stats.to(torch.device(options.device))
+        self._stats = job.store.stats.to(torch.device(options.device))
         self._side_stream = SideStream(torch.device(options.device))
 
     def move_to(self, device: str) -> None:
@@ -113,8 +117,9 @@ class TeacherBuild:
         assert self._teacher is not None
         for task in tasks:
             buffer = ShardBuffer(self.store, task, self.spec.max_error)
-            for row_ids in _chunks(task.row_ids, self.store.calibration.batch_size):
-                batch = loader.next_batch(row_ids, self.transform)
+            size = self.store.calibration.batch_size
+            for start in range(0, len(task.row_ids), size):
+                batch = loader.next_batch(task.row_ids[start : start + size], self.transform)
                 output = None
                 if len(batch.unreadable) < len(batch.images):
                     pixels = batch.pixels(self._options.device, self._options.dtype)
@@ -122,7 +127,7 @@ class TeacherBuild:
                 encoder.submit(self._encode, buffer, output, batch, self._side_stream.mark())
                 self.num_done += len(batch.images)
                 progress(f"{self.spec.name}: build", self.num_done, self.num_rows)
-            encoder.submit(self._write, buffer, writer)
+            encoder.submit(writer.submit, buffer.write, self.store.storage)
 
     def _encode(
         self,
@@ -137,29 +142,13 @@ class TeacherBuild:
         with self._side_stream.after(mark):
             buffer.add(resize_output(output, self.spec), batch, self._stats)
 
-    def _write(self, buffer: ShardBuffer, writer: BackgroundWorker) -> None:
-        writer.submit(buffer.write, self.store.storage)
-
 
 Turn = list[tuple[TeacherBuild, list[ShardTask]]]
 
 
-def run_teachers(
-    builds: Sequence[TeacherBuild],
-    corpus: Corpus,
-    catalog: Catalog,
-    options: BuildOptions,
-    progress: Progress,
-) -> None:
-    """Run every teacher over the images that it lacks.
-
-    Args:
-        builds: the teachers; those without tasks are left out.
-        corpus: the images.
-        catalog: which view of which image each row is.
-        options: device, decoding processes, and whether teachers stay on the device together.
-        progress: called after each batch.
-    """
+def run_teachers(builds: Sequence[TeacherBuild], context: BuildContext) -> None:
+    """Run every teacher over the images that it lacks; those without tasks are left out."""
+    options = context.options
     builds = [build for build in builds if build.tasks]
     if not builds:
         return
@@ -171,13 +160,13 @@ def run_teachers(
         BackgroundWorker("movekd-write", 1) as writer,
         BackgroundWorker("movekd-encode", 2) as encoder,
     ):
-        loader = _image_loader(turns, corpus, catalog, options)
+        loader = _image_loader(turns, context)
         for turn in turns:
             for build, tasks in turn:
                 started = time.perf_counter()
                 if is_moving:
                     build.move_to(options.device)
-                build.run(tasks, loader, encoder, writer, progress)
+                build.run(tasks, loader, encoder, writer, context.progress)
                 if is_moving:
                     build.move_to("cpu")
                 if turn is turns[-1]:  # count the time of queued features too
@@ -186,20 +175,15 @@ def run_teachers(
                 build.seconds += time.perf_counter() - started
 
 
-def _tasks(catalog: Catalog, teacher: TeacherLayout, shards: Sequence[int]) -> list[ShardTask]:
-    """Return the tasks of the given Zarr shards; a shard wholly in a gap has no rows."""
-    rows, size = catalog.rows, teacher.rows_per_shard
-    spans = [(shard * size, (shard + 1) * size) for shard in shards]
+def _tasks(catalog: Catalog, job: TeacherJob) -> list[ShardTask]:
+    """Return the tasks of a job; a Zarr shard wholly in a gap has no rows."""
+    rows, size = catalog.rows, job.store.layout.rows_per_shard
+    spans = [(shard * size, (shard + 1) * size) for shard in job.shards]
     tasks = []
-    for shard, span, keys in zip(shards, spans, catalog.keys_checksums(spans), strict=True):
+    for shard, span, keys in zip(job.shards, spans, catalog.keys_checksums(spans), strict=True):
         low, high = np.searchsorted(rows, span)
         tasks.append(ShardTask(shard, rows[low:high], np.arange(low, high), keys))
     return tasks
-
-
-def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
 
 
 def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:
@@ -228,9 +212,7 @@ def _rows_per_turn(builds: Sequence[TeacherBuild]) -> int:
     return rows
 
 
-def _image_loader(
-    turns: Sequence[Turn], corpus: Corpus, catalog: Catalog, options: BuildOptions
-) -> ImageLoader:
+def _image_loader(turns: Sequence[Turn], context: BuildContext) -> ImageLoader:
     order: list[npt.NDArray[np.int64]] = []
     wanted: dict[ImageTransform, list[npt.NDArray[np.int64]]] = {}
     for turn in turns:
@@ -241,11 +223,11 @@ def _image_loader(
             row_ids.extend(of_build)
         order.append(np.unique(np.concatenate(row_ids)))
     return ImageLoader(
-        corpus,
-        catalog.images,
-        catalog.views,
+        context.corpus,
+        context.catalog.images,
+        context.catalog.views,
         {transform: np.concatenate(row_ids) for transform, row_ids in wanted.items()},
         np.concatenate(order),
-        num_workers=options.num_workers,
-        pin_memory=options.device.startswith("cuda"),
+        num_workers=context.options.num_workers,
+        pin_memory=context.options.device.startswith("cuda"),
     )

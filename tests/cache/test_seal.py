@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from movekd.cache.schema import FileEntry
-from movekd.cache.seal import checksum, entry, file_entry, read_sealed, write_sealed
+from movekd.cache.seal import checksum, entry, read_sealed, write_sealed
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, CorruptCacheError
 
@@ -59,4 +59,4 @@ def test_checksum_is_of_the_bytes_however_they_are_cut(tmp_path_factory, parts) 
     whole = b"".join(parts)
     assert storage.read("a") == whole
     expected = FileEntry(xxh3_128=checksum([whole]), size_bytes=len(whole))
-    assert file_entry(storage, "a") == entry(parts) == expected
+    assert entry(storage.blocks("a")) == entry(parts) == expected

@@ -114,7 +114,7 @@ def test_a_group_that_records_fewer_versions_is_read_and_finished(
 ) -> None:
     """As caches of earlier movekd are."""
     with monkeypatch.context() as patch:
-        patch.setattr("movekd.cache.writer._VERSIONS", ("movekd", "torch"))
+        patch.setattr("movekd.cache.writer.PACKAGES", ("movekd", "torch"))
         build(tmp_path, corpus_dir, tiny_specs[:1])
     (tmp_path / layout.seal_name("clip", 0)).unlink()
     build(tmp_path, corpus_dir, tiny_specs[:1])

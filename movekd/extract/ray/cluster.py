@@ -118,7 +118,6 @@ class RayCluster:
         ]
 
     def _size_workers(self) -> None:
-        """Set device, GPUs and decoding processes per worker."""
         most_gpus = max((_has(node, "GPU") for node in self._nodes()), default=0)
         num_workers, num_gpus, num_decoders = self._asked
         if num_workers is not None and num_workers < 1:
@@ -260,11 +259,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address where nobody listens; Ray would try for minutes, then end the process.
-
-    Raises:
-        ConfigError: not an address, or nobody answers.
-    """
+    """Refuse an address where nobody listens; Ray would try for minutes, then end the process."""
     if address in ("auto", "local"):
         return
     host, separator, port = address.removeprefix("ray://").rpartition(":")

@@ -8,22 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from movekd.cache.storage import open_storage
+from movekd.cache.writer import PACKAGES
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError
-
-PACKAGES = (
-    "movekd",
-    "numcodecs",
-    "numpy",
-    "open_clip_torch",
-    "pillow",
-    "timm",
-    "torch",
-    "torchvision",
-    "transformers",
-    "zarr",
-)
-"""Packages whose versions decide the bytes of a cache; all nodes need the driver's."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,7 @@ def version_reader() -> Callable[[Sequence[str]], dict[str, str | None]]:
 
 def installed_versions() -> dict[str, str | None]:
     """Return the version of each of ``PACKAGES`` here, None where it is not installed."""
-    return version_reader()(PACKAGES)
+    return version_reader()(sorted(PACKAGES))
 
 
 def require_versions(found: Mapping[str, str | None], expected: Mapping[str, str | None]) -> None:
@@ -82,8 +69,9 @@ def require_versions(found: Mapping[str, str | None], expected: Mapping[str, str
     Raises:
         CacheError: names the packages and both versions.
     """
+    absent = "not installed"
     differs = [
-        f"{name} {_version(found.get(name))} (the driver has {_version(expected[name])})"
+        f"{name} {found.get(name) or absent} (the driver has {expected[name] or absent})"
         for name in expected
         if found.get(name) != expected[name]
     ]
@@ -119,7 +107,3 @@ def check_visible(expected: NodeEnvironment) -> None:
 def node_name(host: str, node_id: str) -> str:
     """Return the name of a node in errors."""
     return f"node {host} (Ray id {node_id[:8]})"
-
-
-def _version(version: str | None) -> str:
-    return "not installed" if version is None else version

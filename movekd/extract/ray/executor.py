@@ -20,7 +20,7 @@ from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 from movekd.extract.calibrate import sealed_calibration
-from movekd.extract.executor import JobResult, TeacherJob
+from movekd.extract.executor import JobResult
 from movekd.extract.locks import part_lock
 from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.ray import worker
@@ -28,6 +28,7 @@ from movekd.extract.ray.cluster import WORKER_CPUS, RayCluster
 from movekd.extract.ray.environment import NodeEnvironment, installed_versions
 from movekd.extract.ray.worker import Assignment, Item, Report
 from movekd.extract.ray.worker_pool import WorkerPool
+from movekd.extract.teacher_loop import TeacherJob
 
 ITEMS_PER_WORKER = 8
 """Minimum number of items per worker, as long as an item holds more than one Zarr shard."""

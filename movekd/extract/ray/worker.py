@@ -18,7 +18,7 @@ from movekd.cache.storage import open_storage
 from movekd.cache.writer import TeacherWriter
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, MovekdError
-from movekd.extract.executor import LocalExecutor, TeacherJob
+from movekd.extract.executor import LocalExecutor
 from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.ray.environment import (
     NodeEnvironment,
@@ -27,6 +27,7 @@ from movekd.extract.ray.environment import (
     node_name,
     require_versions,
 )
+from movekd.extract.teacher_loop import TeacherJob
 
 Item = dict[str, list[int]]
 """Work that a worker takes at once: teacher -> Zarr shards."""
