@@ -55,7 +55,7 @@ def test_the_page_has_the_commands_that_are_followed() -> None:
     expected = ["shards pack"] * 2 + ["cache plan"] * 2 + ["cache build"] * 8 + ["cache verify"] * 2
     assert kinds == [*expected, *["train --cache"] * 2, *["evaluate runs/finetune"] * 16]
     evaluated = [w[w.index("--benchmark") + 1] for w in commands() if "--benchmark" in w]
-    of_the_paper = "vqav2 gqa vizwiz scienceqa textvqa pope mme mmbench"
+    of_the_paper = "vqav2 gqa vizwiz sqa textvqa pope mme mmbench"
     assert set(evaluated) == set(of_the_paper.split())
     assert set(evaluated) <= set(BENCHMARKS)
     config = next(w[w.index("--config_file") + 1] for w in commands() if "--config_file" in w)
