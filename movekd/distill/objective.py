@@ -230,9 +230,6 @@ def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, 
     return losses_IT, weights_IT, entropy
 
 
-# Normalisation ------------------------------------------------------------------------------------
-
-
 def count_units(batch: Mapping[str, Any]) -> Tensor:
     """Return how many units a collated batch holds, int64 (3,), in the order of ``Unit``."""
     labels, pixels = batch.get("labels"), batch["pixel_values"]
@@ -301,8 +298,6 @@ class LossLog:
         found = zip(names, *sum_over_ranks(both).tolist(), strict=True)
         return {name: total / weight for name, total, weight in found if weight}
 
-
-# Extra terms --------------------------------------------------------------------------------------
 
 TermFunction = Callable[[StudentOutput, Any], Tensor]
 """(forward pass, keys of the term) -> its sum over the micro-batch: a scalar with gradient."""

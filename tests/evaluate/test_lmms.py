@@ -135,9 +135,9 @@ def test_what_it_cannot_do_is_a_sentence(models, model, request_of):
         make("device=cpu")
     request = request_of(0, "What?")
     model.task_dict["t"]["test"][0]["image"] = "film.mp4"
-    with pytest.raises(ConfigError, match="task 't' shows a str; movekd looks at images alone"):
+    with pytest.raises(ConfigError, match="task 't' shows a str; movekd accepts only images"):
         model.generate_until([request])
-    with pytest.raises(NotImplementedError, match="generate_until alone"):
+    with pytest.raises(NotImplementedError, match="only tasks of output_type generate_until"):
         model.loglikelihood([])
 
 

@@ -86,7 +86,7 @@ class Worker:
             self._specs = {spec.name: spec for spec in assignment.specs}
             for job in self._jobs({name: [] for name in self._specs}):
                 self._executor.teacher(job, assignment.options)
-        except Exception as error:
+        except Exception as error:  # travels in the report: Ray would try the same again
             self._failure = _failed(error, is_of_node=True)
 
     def loaded(self) -> Report:
@@ -99,7 +99,7 @@ class Worker:
             jobs = self._jobs(item)
             results = self._executor.build(self._context, jobs)
             return Report({j.spec.name: r.seconds for j, r in zip(jobs, results, strict=True)})
-        except Exception as error:
+        except Exception as error:  # as above
             return _failed(error)
 
     def _jobs(self, shards: Mapping[str, Sequence[int]]) -> list[TeacherJob]:
