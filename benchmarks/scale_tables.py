@@ -20,7 +20,7 @@ import pyarrow as pa
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
 from movekd.cache.reader import open_cache
-from movekd.cache.schema import Calibration, EncodingError, FileEntry, ShardSeal
+from movekd.cache.schema import Calibration, EncodingError, ShardSeal
 from movekd.cache.seal import sealed_bytes
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.cache.stats import ChannelStats
@@ -28,6 +28,7 @@ from movekd.cache.storage import Storage, open_storage
 from movekd.cache.writer import create_group, stats_checksum
 from movekd.corpus.index import INDEX_FILE, INDEX_SCHEMA, NAMES_FILE, NAMES_SCHEMA, open_corpus
 from movekd.corpus.parquet_table import PART_ROWS, write_parquet
+from movekd.files.ownership import FileEntry
 from report import Figure, median_interval
 
 NUM_SEALS = 100_000

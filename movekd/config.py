@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from movekd.errors import ConfigError, did_you_mean
+from movekd.errors import ConfigError, did_you_mean, shorten
+from movekd.files.reading import MIB, parse_yaml, read_text
 
 
 class FrozenModel(BaseModel):
@@ -24,14 +24,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML or is not a mapping.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; expected a YAML file there.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).replace(chr(10), ' ')}") from None
+    content = parse_yaml(read_text(path, max_bytes=4 * MIB), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}; expected `key: value` lines.")
     return content
@@ -59,7 +52,7 @@ def _problem(model: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"key '{path}' is missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{path}: {message} (found {detail['input']!r})" if path else message
+    return f"{path}: {message} (found {shorten(repr(detail['input']))})" if path else message
 
 
 def _keys_at(model: type[BaseModel], where: list[str]) -> list[str]:

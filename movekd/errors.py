@@ -13,6 +13,7 @@
 A message carries three facts: what was found, what was expected, what to do.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -63,3 +64,21 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """
     near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def printable(text: object) -> str:
+    """Return text without control characters, which a terminal would obey; file names hold any.
+
+    Line breaks become blanks, other control characters and lone surrogates their escapes.
+    """
+    plain = re.sub(r"[\r\n\t]+", " ", str(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+
+
+def shorten(text: object, max_characters: int = 200) -> str:
+    """Return printable text of at most ``max_characters``; what is cut in the middle is counted."""
+    plain = printable(text)
+    if len(plain) <= max_characters:
+        return plain
+    keep = max_characters // 2
+    return f"{plain[:keep]} ... ({len(plain) - 2 * keep} characters) ... {plain[-keep:]}"

@@ -14,6 +14,7 @@ from movekd.cache.spec import CacheSpec
 from movekd.config import FrozenModel
 from movekd.corpus.anyres import Views
 from movekd.corpus.transforms import Geometry
+from movekd.files.ownership import FileEntry
 
 Count = Annotated[int, Field(ge=0)]
 Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -24,13 +25,6 @@ class Record(FrozenModel):
 
     remedy: ClassVar[str]
     """What to do if a file of this kind is damaged."""
-
-
-class FileEntry(FrozenModel):
-    """Size and checksum of a file that a seal covers."""
-
-    size_bytes: Count
-    xxh3_128: str
 
 
 class CacheRecord(Record):

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from movekd.cache.schema import FileEntry, Record
+from movekd.cache.schema import Record
 from movekd.cache.storage import Buffer, Storage
 from movekd.config import validate
 from movekd.errors import CacheError, ConfigError, CorruptCacheError
+from movekd.files.ownership import FileEntry
 
 RecordT = TypeVar("RecordT", bound=Record)
 

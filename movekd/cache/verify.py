@@ -16,10 +16,11 @@ from movekd.cache import layout
 from movekd.cache.catalog import Catalog
 from movekd.cache.contents import CacheContents, TeacherContents, open_contents
 from movekd.cache.layout import CHANNEL_ARRAYS
-from movekd.cache.schema import CacheRecord, FileEntry, GroupRecord, ShardSeal, SkippedSeal
+from movekd.cache.schema import CacheRecord, GroupRecord, ShardSeal, SkippedSeal
 from movekd.cache.seal import checksum, entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
+from movekd.files.ownership import FileEntry
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from movekd.cache.layout import TeacherLayout
 from movekd.cache.schema import (
     Calibration,
     EncodingError,
-    FileEntry,
     GroupRecord,
     ShardSeal,
     SkippedSeal,
@@ -38,6 +37,7 @@ from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError
+from movekd.files.ownership import FileEntry
 
 PACKAGES = (
     "movekd",

@@ -12,24 +12,22 @@ it, or live on after the build gave it up for dead.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import re
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from movekd.cache import layout
 from movekd.cache.object_storage import ObjectStorage
 from movekd.cache.storage import Storage
 from movekd.errors import CacheError
 from movekd.extract.partition import WHOLE, Partition
+from movekd.files.lock import hold_lock, holder
 
 RENEW_S = 15.0
 """How often a holder renews its object."""
@@ -184,63 +182,13 @@ def build_lock(storage: Storage, name: str, *, wait: bool = False, who: str = ""
         CacheError: another build holds it; names its process and host.
     """
     if storage.local_dir is not None:
-        with _file_lock(storage.local_dir / name, wait, who):
+        path = storage.local_dir / name
+        with hold_lock(path, _held, error=CacheError, wait=wait, who=who):
             yield
     else:
         assert isinstance(storage, ObjectStorage)
         with _object_lock(storage, name, wait, who):
             yield
-
-
-@contextmanager
-def _file_lock(path: Path, wait: bool, who: str) -> Iterator[None]:
-    """Hold ``path`` through the kernel, which drops the lock of a process that dies."""
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CacheError(
-                f"{path} cannot be made: {error.strerror}. A build needs a folder that it may "
-                "write to, and room in it."
-            ) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            try:
-                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(descriptor)  # the last holder has just removed this file
-        except BlockingIOError:
-            holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise _held(holder) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise CacheError(f"{path} cannot be locked: {error.strerror}.") from None
-    _open_locks.add(descriptor)
-    try:
-        with contextlib.suppress(OSError):  # only a note for people; the build reports a full disk
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{who}{_holder()}".encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        _open_locks.discard(descriptor)
-        os.close(descriptor)
-
-
-_open_locks: set[int] = set()
-
-
-def _close_in_child() -> None:
-    """Close the locks in a forked child: a decoding process must not hold one after a kill."""
-    while _open_locks:
-        os.close(_open_locks.pop())
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
@@ -250,7 +198,7 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool, who: str) -> Ite
     Nobody deletes another's object to take the lock. A process that finds a dead holder creates
     the next number, and only one of several can.
     """
-    content = {"holder": f"{who}{_holder()}", "token": uuid.uuid4().hex, "renewed": 0}
+    content = {"holder": f"{who}{holder()}", "token": uuid.uuid4().hex, "renewed": 0}
     mark, dead = json.dumps(content).encode(), set[bytes]()
     while True:
         found = _marks(storage, name)
@@ -312,10 +260,6 @@ def _is_renewed(storage: ObjectStorage, name: str, seen: bytes) -> bool:
         if storage.read_many([name]).get(name) != seen:
             return True
     return False
-
-
-def _holder() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _held(holder: str) -> CacheError:

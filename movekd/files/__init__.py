@@ -1,0 +1,1 @@
+"""Files on disk: bounded reading of files of others, what belongs to movekd, locks of folders."""

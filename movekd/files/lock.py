@@ -1,0 +1,92 @@
+"""Lock a file through the kernel, which frees the lock of a process that dies.
+
+Input: the path of a lock file. Output: a context that holds it. The file names its holder, and goes
+when the holder ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from movekd.errors import ConfigError, MovekdError
+
+Refusal = Callable[[str], MovekdError]
+"""Makes the error about a lock that another process holds, from who holds it."""
+
+
+def holder() -> str:
+    """Return who this process is: ``pid 123 on HOST``."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+@contextmanager
+def hold_lock(
+    path: Path,
+    refusal: Refusal,
+    *,
+    error: type[MovekdError] = ConfigError,
+    wait: bool = False,
+    who: str = "",
+) -> Iterator[None]:
+    """Hold ``path``; delete it at the end. Takes over the file of a dead holder.
+
+    Args:
+        path: the lock file; missing folders are made.
+        refusal: makes the error if another process holds the lock.
+        error: class of the error if the file cannot be made or locked.
+        wait: wait for another holder instead of raising.
+        who: written before this process, for processes that are refused.
+
+    Raises:
+        MovekdError: another process holds it, or the file cannot be made.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as reason:
+            raise error(
+                f"{path} cannot be made: {reason.strerror}; expected a folder that can be written "
+                "to, with room in it."
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # the last holder has just removed this file
+        except BlockingIOError:
+            found = os.read(descriptor, 4096).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise refusal(found) from None
+        except OSError as reason:
+            os.close(descriptor)
+            raise error(f"{path} cannot be locked: {reason.strerror}.") from None
+    _open_locks.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # only a note for people; the work reports a full disk
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{who}{holder()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _open_locks.discard(descriptor)
+        os.close(descriptor)
+
+
+_open_locks: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """Close the locks in a forked child: it must not hold one after its parent was killed."""
+    while _open_locks:
+        os.close(_open_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
