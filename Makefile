@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
-.PHONY: demo install test test-all test-web check format docs clean study study-full study-final
+.PHONY: demo install test test-all test-hostile test-web check format docs clean study study-full study-final
 
 demo: install
 	$(BIN)/movekd demo
@@ -34,6 +34,13 @@ test-web: install
 	  if [ "$$(id -u)" = 0 ]; then $(APT_INSTALL) chromium || { apt-get -q update && $(APT_INSTALL) chromium; }; \
 	  else echo "The page is tested in Chromium, which is missing: sudo apt-get install chromium"; exit 1; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web tests/web
+
+# Kills, damages, mutations and full disks, drawn from a seed (docs/benchmarks.md).
+MINUTES := 10
+SEED := 1
+
+test-hostile: install
+	$(BIN)/python benchmarks/hostile.py --minutes $(MINUTES) --seed $(SEED)
 
 check: install
 	$(BIN)/ruff check $(SOURCES)
