@@ -96,10 +96,10 @@ _references: dict[str, Reference] = {}
 def reference(world: World, name: str, folder: Path) -> Reference:
     """Return what an undisturbed command does; it runs once."""
     if name not in _references:
-        case, out = CASES[name], folder / "out"
+        case, out = CASES[name], _output(folder)
         if case.start is not None:
             case.start(world, out)
-        done = command(case.words(world, out), folder / "scratch", allowed=[out])
+        done = command(case.words(world, out), folder / "scratch", allowed=[out.parent])
         if done.code != 0:
             raise SystemExit(f"{name} failed undisturbed ({done.code}):\n{done.output}")
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -112,19 +112,23 @@ def kill_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
     """Kill a command at a file operation or an instant; return what, the verdict, the details."""
     name = draw.choice(sorted(CASES))
     case, expected = CASES[name], reference(world, name, folder)
-    out = folder / "out"
+    out = _output(folder)
     if case.start is not None:
         case.start(world, out)
+    at, after = 0, None
     if draw.random() < 0.5:
-        at = draw.randint(1, max(1, expected.outcome.num_operations))
+        at = draw.randint(1, expected.outcome.num_operations)
         where = f"at file operation {at}"
-        killed = command(case.words(world, out), folder / "scratch", allowed=[out], kill_at=at)
     else:
         after = draw.uniform(0, expected.outcome.seconds)
         where = f"after {after:.3f} s"
-        killed = command(
-            case.words(world, out), folder / "scratch", allowed=[out], kill_after_s=after
-        )
+    killed = command(
+        case.words(world, out),
+        folder / "scratch",
+        allowed=[out.parent],
+        kill_at=at,
+        kill_after_s=after,
+    )
     what = f"{name} killed {where}"
     if killed.code not in (-9, 0):
         return what, "fault", f"it ended with {killed.code}: {killed.last_line}"
@@ -146,7 +150,7 @@ def disk_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
             case.start(world, out)
             kib += sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) // 1024
         subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
-        full = command(case.words(world, out), folder / "scratch", allowed=[out])
+        full = command(case.words(world, out), folder / "scratch", allowed=[out.parent])
         if full.code not in (0, 1, 2) or "Traceback" in full.output:
             return what, "fault", f"it ended with {full.code}: {full.last_line[:500]}"
         if full.code == 2 and len(full.errors.strip().splitlines()) > 3:
@@ -155,6 +159,13 @@ def disk_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
         return what, *_again(world, case, expected, out, folder, may_resume=True)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def _output(folder: Path) -> Path:
+    """Return the folder that a command writes, in a folder that holds nothing else."""
+    out = folder / "written" / "out"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def can_mount(folder: Path) -> bool:
@@ -189,14 +200,15 @@ def _again(
     words = [word for word in case.words(world, out) if not (case.more and word == "--overwrite")]
     tried = [[*words, *case.more], words] if case.more and may_resume else [words]
     for attempt in tried:  # a run that had not begun cannot be resumed
-        done = command(attempt, folder / "scratch", allowed=[out])
+        done = command(attempt, folder / "scratch", allowed=[out.parent])
         if done.code == 0:
             break
-    if done.code != 0:
-        return "fault", f"run again, it ended with {done.code}: {done.last_line[:500]}"
     found = digest(out / case.compared)
+    if done.code != 0 and found != expected.files:  # an export that is whole is refused
+        return "fault", f"run again, it ended with {done.code}: {done.last_line[:500]}"
     if found != expected.files:
         names = sorted(n for n in found | expected.files if found.get(n) != expected.files.get(n))
         return "silent", f"run again, {', '.join(names[:5])} differ"
     left = [p.name for p in out.rglob("*") if p.name.endswith((".tmp", ".part", ".lock"))]
+    left += [path.name for path in out.parent.iterdir() if path != out]
     return ("fault", f"it left {', '.join(left[:5])}") if left else ("held", "")
