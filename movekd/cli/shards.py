@@ -92,11 +92,23 @@ def pack(
 @app.command("ls", cls=Command)
 def list_shards(
     data_dir: Annotated[Path, typer.Argument(help="Corpus folder.", metavar="DIR")],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read all images and compare their SHA-256 with their keys; exit 1 "
+            "if some differ.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List a corpus folder: images, shards, sizes, conversations, fingerprint.
 
-    Example: movekd shards ls data/
+    Examples:
+
+    movekd shards ls data/
+
+    movekd shards ls data/ --verify
     """
     import pyarrow.compute as pc
 
@@ -121,8 +133,15 @@ def list_shards(
         for conversation in iter_conversations(corpus.conversations_path):
             figures["conversations"] += 1
             figures["text_only"] += not conversation.images
+    wrong = []
+    if verify:
+        with progress_bar() as show:
+            wrong = list(corpus.verify(partial(show, "verify images")))
+        figures["wrong"] = wrong
     if as_json:
         print_json(figures, indent=None)
+        if wrong:
+            raise typer.Exit(1)
         return
     typer.echo(
         f"{data_dir}: {figures['images']:,} images ({size(figures['image_bytes'])}) in "
@@ -133,6 +152,12 @@ def list_shards(
         f"{figures['text_only']:,} of them text only\n"
         f"  fingerprint {figures['fingerprint'][:16]}"
     )
+    for sentence in wrong:
+        typer.echo(f"  {sentence}")
+    if verify:
+        typer.echo(f"  {len(wrong):,} of {len(corpus):,} images differ from their keys")
+    if wrong:
+        raise typer.Exit(1)
 
 
 def _print_report(report: "PackReport", target: Path) -> None:

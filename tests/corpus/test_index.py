@@ -68,6 +68,41 @@ def test_a_row_gives_the_bytes_of_its_key(data_dir):
     assert corpus.shards == ["a.tar", "sub/b.tar"]
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_bytes_are_those_of_their_key_or_an_error_that_names_it(tmp_path_factory, data):
+    """However images of one size are mixed up, copied over each other, flipped or shifted."""
+    size, count = 20, 12
+    images = [bytes([n]) * size for n in range(count)]
+    keys = [hashlib.sha256(image).hexdigest() for image in images]
+    columns = [keys, ["a.tar"] * count, [size * n for n in range(count)], *([[size] * count] * 3)]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
+    folder = tmp_path_factory.mktemp("mixed")
+    corpus = corpus_of(folder, pa.table(arrays, schema=INDEX_SCHEMA), NAMES_SCHEMA.empty_table(),
+                       row_group_size=5)  # fmt: skip
+    content = data.draw(
+        st.one_of(
+            st.permutations(images).map(b"".join),
+            st.lists(st.sampled_from(images), min_size=count, max_size=count).map(b"".join),
+            st.integers(0, size * count * 8 - 1).map(lambda bit: flipped(b"".join(images), bit)),
+            st.integers(1, size).map(lambda by: bytes(by) + b"".join(images)[:-by]),
+        )
+    )
+    (folder / "a.tar").write_bytes(content)
+    for row in range(count):
+        if content[size * row : size * (row + 1)] == images[row]:
+            assert corpus.read_image(row) == images[row]
+        else:
+            with pytest.raises(CorpusError, match=rf"image {keys[row]} of .* a\.tar have SHA-256"):
+                corpus.read_image(row)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def test_names_and_keys_give_rows_in_the_order_asked(data_dir):
     corpus = open_corpus(data_dir)
     asked = ["3.jpg", KEYS[7], "copy/3.jpg", "0.jpg", "3.jpg"]
@@ -154,7 +189,7 @@ def test_the_fingerprint_of_a_prefix_survives_an_append(data_dir_big, num_old, n
 @pytest.fixture(scope="module")
 def data_dir_big(tmp_path_factory):
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(3000)]
-    columns = [keys, ["a.tar"] * 3000, *([range(3000)] * 4)]
+    columns = [keys, ["a.tar"] * 3000, *([range(1, 3001)] * 4)]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
     index = pa.table(arrays, schema=INDEX_SCHEMA)
     return corpus_of(tmp_path_factory.mktemp("big"), index, NAMES_SCHEMA.empty_table())
