@@ -40,7 +40,15 @@ def pack(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace another corpus, its shard-*.tar included."),
+        typer.Option("--overwrite", help="Replace another corpus that movekd packed."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="With --overwrite: also replace what is not provably of movekd: files that were "
+            "changed or stand in the way, and a corpus packed before it kept a list of its files.",
+        ),
     ] = False,
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode.", show_default="cores, up to 8")
@@ -70,6 +78,7 @@ def pack(
         given: dict[str, Any] = {
             "num_workers": num_workers or packer.DEFAULT_WORKERS,
             "overwrite": overwrite,
+            "force": force,
             "progress": partial(show, "index tars" if webdataset else "pack images"),
         }
         if webdataset is not None:
@@ -80,7 +89,6 @@ def pack(
                 report = packer.pack_llava(llava_json, images, target, **given)
             else:
                 report = packer.pack_folder(images, target, **given)
-    report.write(target / "report.json")
     if as_json:
         print_json({"out": target, **report.counts}, indent=None)
     else:

@@ -36,7 +36,7 @@ def cache(tmp_path, crops, tiny_specs, monkeypatch) -> Path:
     for count in (13, 24):
         for number, crop in enumerate(crops[:count]):
             crop.save(images / f"{number:02d}.png")
-        pack_folder(images, tmp_path / "data", num_workers=1, overwrite=True)
+        pack_folder(images, tmp_path / "data", num_workers=1, overwrite=True, force=True)
         make_unreadable(tmp_path / "data", 3)
         build(tmp_path / "cache", tmp_path / "data", specs)
     return tmp_path / "cache"
