@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from movekd.corpus.keys import Keys, decode_keys
 from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet
-from movekd.errors import CorpusError, UnknownKeyError, shorten
+from movekd.errors import CorpusError, UnknownKeyError, printable, shorten
 
 INDEX_FILE = "index.parquet"
 NAMES_FILE = "names.parquet"
@@ -122,8 +122,8 @@ class Corpus:
             data = self._read(shard, offset, size)
         except OSError as error:
             raise CorpusError(
-                f"{self.data_dir / shard} cannot be read ({error.strerror}); expected {size} "
-                f"bytes of an image at {offset}. Restore the shard, or pack the corpus again."
+                f"{printable(self.data_dir / shard)} cannot be read ({error.strerror}); expected "
+                f"{size} bytes of an image at {offset}. Restore the shard, or pack the corpus again."
             ) from None
         if len(data) != size:
             raise _short_shard(self.data_dir / shard, offset + len(data), offset + size)
@@ -131,8 +131,8 @@ class Corpus:
         if found != self._keys.digest(row) and found != self._keys.digest(row, anew=True):
             raise CorpusError(
                 f"image {self.key(row)} of {self.data_dir}: the {size:,} bytes at {offset:,} of "
-                f"{shard} have SHA-256 {found.hex()[:16]}..., not that of the key; the shard is "
-                "damaged or was replaced. Restore it, or pack the corpus again with --overwrite."
+                f"{printable(shard)} have SHA-256 {found.hex()[:16]}..., not that of the key; the "
+                "shard is damaged or was replaced. Restore it, or pack the corpus again with --overwrite."
             )
         return data
 
@@ -187,7 +187,9 @@ class Corpus:
     def shard_ends(self) -> NDArray[np.int64]:
         """Return the least size of each of ``shards`` in bytes."""
         ends = np.zeros(len(self._shards), np.int64)
-        np.maximum.at(ends, self._shard, self._offset + self._size)
+        for start in range(0, len(self), PART_ROWS):  # a sum of all rows would be new memory
+            part = slice(start, start + PART_ROWS)
+            np.maximum.at(ends, self._shard[part], self._offset[part] + self._size[part])
         return ends
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
@@ -232,12 +234,12 @@ def open_corpus(data_dir: Path | str) -> Corpus:
             found = path.stat()
         except OSError as error:
             raise CorpusError(
-                f"{path} is missing ({error.strerror}); {INDEX_FILE} beside it expects it. "
-                "Restore the shard, or pack the corpus again with --overwrite."
+                f"{printable(path)} is missing ({error.strerror}); {INDEX_FILE} beside it expects "
+                "it. Restore the shard, or pack the corpus again with --overwrite."
             ) from None
         if not stat.S_ISREG(found.st_mode):
             raise CorpusError(
-                f"{path} is no regular file; {INDEX_FILE} beside it expects a tar. "
+                f"{printable(path)} is no regular file; {INDEX_FILE} beside it expects a tar. "
                 "Restore the shard, or pack the corpus again with --overwrite."
             )
         if found.st_size < end:
@@ -282,7 +284,10 @@ def require_known(
 
 
 def open_table(path: Path, schema: pa.Schema) -> ParquetTable:
-    """Open a Parquet file; require the columns of ``schema`` without nulls.
+    """Open a Parquet file; require the columns of ``schema``. Reading a null is an error, too.
+
+    The file's own statistics are not asked: a stranger may have written them, and pyarrow ends the
+    process where they contradict the schema.
 
     Raises:
         CorpusError: the file is missing, damaged, or has other columns.
@@ -301,11 +306,11 @@ def open_table(path: Path, schema: pa.Schema) -> ParquetTable:
         min_row_bytes=_MIN_ROW_BYTES if schema == INDEX_SCHEMA else 1,
         may_have_nulls=False,
     )
-    if not table.schema.equals(schema) or table.has_nulls():
+    if not table.schema.equals(schema):
         found = shorten(", ".join(f"{field.name} {field.type}" for field in table.schema))
         expected = ", ".join(f"{field.name} {field.type}" for field in schema)
         raise CorpusError(
-            f"{path} holds {found or 'no column'}; expected {expected}, without nulls. "
+            f"{path} holds {found or 'no column'}; expected {expected}. "
             "Pack the corpus again with --overwrite."
         )
     return table
@@ -369,8 +374,8 @@ def _is_below(name: str) -> bool:
 
 def _short_shard(path: Path, found: int, expected: int) -> CorpusError:
     return CorpusError(
-        f"{path} ends after {found:,} bytes; {INDEX_FILE} expects at least {expected:,}. "
-        "Copy the shard again, or pack the corpus again with --overwrite."
+        f"{printable(path)} ends after {found:,} bytes; {INDEX_FILE} expects at least "
+        f"{expected:,}. Copy the shard again, or pack the corpus again with --overwrite."
     )
 
 

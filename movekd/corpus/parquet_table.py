@@ -82,7 +82,7 @@ class ParquetTable:
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the whole table, or whole columns."""
-        return self._read(range(len(self._starts) - 1), columns)
+        return self._valid(self._read(range(len(self._starts) - 1), columns))
 
     def slice(
         self,
@@ -102,12 +102,11 @@ class ParquetTable:
         """
         end = len(self) if length is None else min(start + length, len(self))
         if end <= start:
-            return self._read([], columns, encoded)
+            return self._read([], columns, encoded)  # no row, but the columns
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         last = int(np.searchsorted(self._starts, end, "left"))
-        return self._read(range(first, last), columns, encoded).slice(
-            start - int(self._starts[first]), end - start
-        )
+        table = self._read(range(first, last), columns, encoded)
+        return self._valid(table.slice(start - int(self._starts[first]), end - start))
 
     def group_around(self, row: int) -> tuple[int, int]:
         """Return the first row of the row group that holds ``row``, and the row after its last."""
@@ -126,20 +125,6 @@ class ParquetTable:
         if not (self.schema.equals(other.schema) and len(self) == len(other)):
             return False
         return all(a.equals(b) for a, b in zip(self.parts(), other.parts(), strict=True))
-
-    def has_nulls(self) -> bool:
-        """Return whether a value is null; usually the file's statistics answer it."""
-        places = [self._metadata.schema.names.index(name) for name in self.schema.names]
-        for group in range(len(self._starts) - 1):
-            for name, place in zip(self.schema.names, places, strict=True):
-                found = self._metadata.row_group(group).column(place).statistics
-                if found is not None and found.has_null_count:
-                    count = found.null_count
-                else:
-                    count = self._read([group], [name])[name].null_count
-                if count:
-                    return True
-        return False
 
     def find(self, column: str, asked: Any) -> NDArray[np.int64]:
         """Return the first row of each string of ``asked`` in a column, -1 for an unknown one.
@@ -181,6 +166,14 @@ class ParquetTable:
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return pa.chunked_array(chunks, kind).take(pa.array(back))
+
+    def _valid(self, table: pa.Table) -> pa.Table:
+        """Return a table for callers outside; refuse text that is no UTF-8."""
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise self._damaged(_reason(error)) from None
+        return table
 
     def _each_part(self, do: Callable[[range], _Result], min_rows: int) -> list[_Result]:
         """Return the results of ``do`` for ranges of row groups, in order; runs a few threads."""
