@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from corpus_files import make_unreadable, zero_image
 from movekd.cache.spec import CacheSpec, load_spec
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder, pack_llava
@@ -226,15 +227,18 @@ def cache_dir(
 
 @pytest.fixture
 def damaged_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
-    """Return a copy of the corpus with a damaged shard, and the position of the damaged image."""
-    data = tmp_path / "damaged"
-    shutil.copytree(corpus_dir, data)
-    position = 11
-    image = open_corpus(data).index.slice(position, 1).to_pylist()[0]
-    with (data / image["shard"]).open("r+b") as shard:
-        shard.seek(image["offset"])
-        shard.write(bytes(image["size"]))
-    return data, position
+    """Return a copy of the corpus in which an image cannot be decoded, and its position."""
+    shutil.copytree(corpus_dir, tmp_path / "damaged")
+    make_unreadable(tmp_path / "damaged", 11)
+    return tmp_path / "damaged", 11
+
+
+@pytest.fixture
+def changed_corpus(tmp_path: Path, corpus_dir: Path) -> tuple[Path, int]:
+    """Return a copy of the corpus with other bytes in place of an image, and its position."""
+    shutil.copytree(corpus_dir, tmp_path / "changed")
+    zero_image(tmp_path / "changed", 11)
+    return tmp_path / "changed", 11
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,15 @@ def pack(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace another corpus, its shard-*.tar included."),
+        typer.Option("--overwrite", help="Replace another corpus that movekd packed."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="With --overwrite: also replace what is not provably of movekd: files that were "
+            "changed or stand in the way, and a corpus packed before it kept a list of its files.",
+        ),
     ] = False,
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode.", show_default="cores, up to 8")
@@ -70,6 +78,7 @@ def pack(
         given: dict[str, Any] = {
             "num_workers": num_workers or packer.DEFAULT_WORKERS,
             "overwrite": overwrite,
+            "force": force,
             "progress": partial(show, "index tars" if webdataset else "pack images"),
         }
         if webdataset is not None:
@@ -80,7 +89,6 @@ def pack(
                 report = packer.pack_llava(llava_json, images, target, **given)
             else:
                 report = packer.pack_folder(images, target, **given)
-    report.write(target / "report.json")
     if as_json:
         print_json({"out": target, **report.counts}, indent=None)
     else:
@@ -92,11 +100,23 @@ def pack(
 @app.command("ls", cls=Command)
 def list_shards(
     data_dir: Annotated[Path, typer.Argument(help="Corpus folder.", metavar="DIR")],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read all images and compare their SHA-256 with their keys; exit 1 "
+            "if some differ.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List a corpus folder: images, shards, sizes, conversations, fingerprint.
 
-    Example: movekd shards ls data/
+    Examples:
+
+    movekd shards ls data/
+
+    movekd shards ls data/ --verify
     """
     import pyarrow.compute as pc
 
@@ -121,8 +141,15 @@ def list_shards(
         for conversation in iter_conversations(corpus.conversations_path):
             figures["conversations"] += 1
             figures["text_only"] += not conversation.images
+    wrong = []
+    if verify:
+        with progress_bar() as show:
+            wrong = list(corpus.verify(partial(show, "verify images")))
+        figures["wrong"] = wrong
     if as_json:
         print_json(figures, indent=None)
+        if wrong:
+            raise typer.Exit(1)
         return
     typer.echo(
         f"{data_dir}: {figures['images']:,} images ({size(figures['image_bytes'])}) in "
@@ -133,6 +160,12 @@ def list_shards(
         f"{figures['text_only']:,} of them text only\n"
         f"  fingerprint {figures['fingerprint'][:16]}"
     )
+    for sentence in wrong:
+        typer.echo(f"  {sentence}")
+    if verify:
+        typer.echo(f"  {len(wrong):,} of {len(corpus):,} images differ from their keys")
+    if wrong:
+        raise typer.Exit(1)
 
 
 def _print_report(report: "PackReport", target: Path) -> None:

@@ -39,6 +39,7 @@ def pack_llava(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
     """Pack the images that LLaVA files name, and the conversations that can be used.
@@ -53,7 +54,8 @@ def pack_llava(
         out_dir: the corpus folder; created if missing.
         max_shard_bytes: largest tar; a larger image gets its own.
         num_workers: threads that decode images; the result does not depend on it.
-        overwrite: replace another corpus in ``out_dir``, its ``shard-*.tar`` included.
+        overwrite: replace another corpus in ``out_dir``, as far as movekd wrote it.
+        force: replace files that movekd cannot prove to be its own, too.
         progress: receives how many images are done.
 
     Raises:
@@ -62,7 +64,7 @@ def pack_llava(
     """
     require_folder(image_dir)
     conversations = [entry for path in json_paths for entry in load_conversations(path)]
-    with build_corpus(out_dir, overwrite, max_shard_bytes) as builder:
+    with build_corpus(out_dir, overwrite, max_shard_bytes, force=force) as builder:
         matched = (builder.match_placeholders(entry) for entry in conversations)
         entries = [entry for entry in matched if entry is not None]
         names = dict.fromkeys(name for entry in entries for name in entry.images)
@@ -79,6 +81,7 @@ def pack_folder(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
     """Pack every image below a folder, in the order of the paths, which become the names.
@@ -89,7 +92,7 @@ def pack_folder(
     found = (path for path in image_dir.rglob("*") if not path.is_dir())
     names = sorted(path.relative_to(image_dir).as_posix() for path in found)
     images = [name for name in names if PurePosixPath(name).suffix[1:].lower() in IMAGE_EXTENSIONS]
-    with build_corpus(out_dir, overwrite, max_shard_bytes) as builder:
+    with build_corpus(out_dir, overwrite, max_shard_bytes, force=force) as builder:
         rejected = _pack_images(builder, image_dir, images, num_workers, progress)
         for name, rejection in rejected.items():
             builder.note(rejection.kind, printable(name), rejection.reason)

@@ -6,6 +6,7 @@ touching new memory costs more than decoding. No row becomes a Python object.
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,21 +18,30 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from movekd.errors import MovekdError
+from movekd.errors import MovekdError, shorten
 
 PART_ROWS = 1 << 17
 """Rows that are decoded at a time, and rows per row group that is written."""
 _MAX_THREADS = 4
+_MAX_EXPANSION, _FREE_BYTES = 100, 1 << 24
+"""A file may expand to 16 MiB, and beyond that to 100 times its size: that of ``write_parquet``
+expands to less than 10 times."""
 _Result = TypeVar("_Result")
 
 
 class ParquetTable:
     """A Parquet file, read a few row groups at a time. Thread-safe; usable after a fork.
 
+    A stranger may have written the file: what its metadata announce is bounded by its size before
+    any memory is taken, and what is decoded must have the announced length.
+
     Args:
         file: the open file. Reads name a position, so threads and forks can share it.
         damaged: turns the reason why the file cannot be read into an error.
         columns: columns to use. Default: all.
+        min_row_bytes: bytes of the file that a row takes at least. A column of distinct SHA-256
+            takes 32, however it is encoded.
+        may_have_nulls: whether values may be null. If not, reading one is an error.
 
     Attributes:
         schema: schema of these columns.
@@ -42,16 +52,26 @@ class ParquetTable:
         file: pa.NativeFile,
         damaged: Callable[[str], MovekdError],
         columns: Sequence[str] | None = None,
+        *,
+        min_row_bytes: int = 1,
+        may_have_nulls: bool = True,
     ) -> None:
-        self._file, self._damaged = file, damaged
+        self._file, self._damaged, self._may_have_nulls = file, damaged, may_have_nulls
         try:
             parquet = pq.ParquetFile(file)
             self._metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
             self.schema = pa.schema([schema.field(name) for name in columns or schema.names])
-        except (OSError, KeyError, pa.ArrowException) as error:
+            size_bytes = file.size()
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise damaged(_reason(error)) from None
-        groups = range(self._metadata.num_row_groups)
-        counts = [self._metadata.row_group(group).num_rows for group in groups]
+        groups = [self._metadata.row_group(at) for at in range(self._metadata.num_row_groups)]
+        counts, expanded = [g.num_rows for g in groups], [g.total_byte_size for g in groups]
+        if min(counts, default=0) < 0 or sum(counts) * min_row_bytes > size_bytes:
+            raise damaged(f"it announces {sum(counts):,} rows in {size_bytes:,} bytes")
+        if min(expanded, default=0) < 0 or sum(expanded) > max(
+            _FREE_BYTES, _MAX_EXPANSION * size_bytes
+        ):
+            raise damaged(f"its {size_bytes:,} bytes expand to {sum(expanded):,}")
         self._starts = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
@@ -62,7 +82,7 @@ class ParquetTable:
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the whole table, or whole columns."""
-        return self._read(range(len(self._starts) - 1), columns)
+        return self._valid(self._read(range(len(self._starts) - 1), columns))
 
     def slice(
         self,
@@ -82,12 +102,16 @@ class ParquetTable:
         """
         end = len(self) if length is None else min(start + length, len(self))
         if end <= start:
-            return self._read([], columns, encoded)
+            return self._read([], columns, encoded)  # no row, but the columns
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         last = int(np.searchsorted(self._starts, end, "left"))
-        return self._read(range(first, last), columns, encoded).slice(
-            start - int(self._starts[first]), end - start
-        )
+        table = self._read(range(first, last), columns, encoded)
+        return self._valid(table.slice(start - int(self._starts[first]), end - start))
+
+    def group_around(self, row: int) -> tuple[int, int]:
+        """Return the first row of the row group that holds ``row``, and the row after its last."""
+        group = int(np.searchsorted(self._starts, row, "right")) - 1
+        return int(self._starts[group]), int(self._starts[group + 1])
 
     def parts(
         self, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
@@ -101,20 +125,6 @@ class ParquetTable:
         if not (self.schema.equals(other.schema) and len(self) == len(other)):
             return False
         return all(a.equals(b) for a, b in zip(self.parts(), other.parts(), strict=True))
-
-    def has_nulls(self) -> bool:
-        """Return whether a value is null; usually the file's statistics answer it."""
-        places = [self._metadata.schema.names.index(name) for name in self.schema.names]
-        for group in range(len(self._starts) - 1):
-            for name, place in zip(self.schema.names, places, strict=True):
-                found = self._metadata.row_group(group).column(place).statistics
-                if found is not None and found.has_null_count:
-                    count = found.null_count
-                else:
-                    count = self._read([group], [name])[name].null_count
-                if count:
-                    return True
-        return False
 
     def find(self, column: str, asked: Any) -> NDArray[np.int64]:
         """Return the first row of each string of ``asked`` in a column, -1 for an unknown one.
@@ -157,6 +167,14 @@ class ParquetTable:
         back[order] = np.arange(len(order))
         return pa.chunked_array(chunks, kind).take(pa.array(back))
 
+    def _valid(self, table: pa.Table) -> pa.Table:
+        """Return a table for callers outside; refuse text that is no UTF-8."""
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            raise self._damaged(_reason(error)) from None
+        return table
+
     def _each_part(self, do: Callable[[range], _Result], min_rows: int) -> list[_Result]:
         """Return the results of ``do`` for ranges of row groups, in order; runs a few threads."""
         parts, first, size = [], 0, max(min_rows, PART_ROWS)
@@ -179,20 +197,35 @@ class ParquetTable:
             )
             wanted = list(columns or self.schema.names)
             table = parquet.read_row_groups(list(groups), wanted, use_threads=False)
-            return table.select(wanted).replace_schema_metadata(None)
-        except (OSError, pa.ArrowException) as error:
+            table = table.select(wanted).replace_schema_metadata(None)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise self._damaged(_reason(error)) from None
+        expected = sum(int(self._starts[group + 1] - self._starts[group]) for group in groups)
+        if len(table) != expected:
+            raise self._damaged(f"it announces {expected:,} rows and holds {len(table):,}")
+        if not self._may_have_nulls and any(column.null_count for column in table.columns):
+            raise self._damaged("a value is null")
+        return table
 
 
 def open_parquet(
-    path: Path, damaged: Callable[[str], MovekdError], columns: Sequence[str] | None = None
+    path: Path,
+    damaged: Callable[[str], MovekdError],
+    columns: Sequence[str] | None = None,
+    *,
+    min_row_bytes: int = 1,
+    may_have_nulls: bool = True,
 ) -> ParquetTable:
-    """Open a Parquet file; raise ``damaged(reason)`` if it cannot be read."""
+    """Open a Parquet file; raise ``damaged(reason)`` if it cannot be read. See ``ParquetTable``."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO waits for a writer
+            raise damaged("it is no regular file")
         file = pa.OSFile(str(path))
     except OSError as error:
         raise damaged(_reason(error)) from None
-    return ParquetTable(file, damaged, columns)
+    return ParquetTable(
+        file, damaged, columns, min_row_bytes=min_row_bytes, may_have_nulls=may_have_nulls
+    )
 
 
 def write_parquet(sink: Any, parts: Iterable[pa.Table], schema: pa.Schema) -> None:
@@ -223,4 +256,4 @@ def lines(*columns: pa.ChunkedArray) -> tuple[memoryview, NDArray[np.int32]]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return shorten((str(error).splitlines() or [type(error).__name__])[0])

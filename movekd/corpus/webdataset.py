@@ -24,9 +24,10 @@ from movekd.corpus.image_source import (
     require_folder,
 )
 from movekd.corpus.pack import DEFAULT_WORKERS, Progress
+from movekd.corpus.publish import STAGING_DIR
 from movekd.corpus.report import PackReport
 from movekd.corpus.tar import TarMember, read_member, read_members, split_member
-from movekd.corpus.writer import STAGING_DIR, CorpusBuilder, build_corpus
+from movekd.corpus.writer import CorpusBuilder, build_corpus
 from movekd.errors import ConfigError, CorpusError
 
 _COMPRESSED_TARS = ("*.tar.gz", "*.tgz", "*.tar.zst", "*.tar.bz2", "*.tar.xz")
@@ -47,6 +48,7 @@ def index_webdataset(
     *,
     num_workers: int = DEFAULT_WORKERS,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
     """Index the images in the tars below a folder, and collect their conversations.
@@ -59,6 +61,7 @@ def index_webdataset(
         shards_dir: folder of uncompressed tars; the index is written into it.
         num_workers: threads that decode images; the result does not depend on it.
         overwrite: replace another index.
+        force: replace files that movekd cannot prove to be its own, too.
         progress: receives how many tars are done.
 
     Raises:
@@ -66,7 +69,7 @@ def index_webdataset(
     """
     require_folder(shards_dir)
     tars = [path for path in sorted(shards_dir.rglob("*.tar")) if path.parent.name != STAGING_DIR]
-    with build_corpus(shards_dir, overwrite) as builder:
+    with build_corpus(shards_dir, overwrite, force=force) as builder:
         for path in sorted(p for pattern in _COMPRESSED_TARS for p in shards_dir.rglob(pattern)):
             name = path.relative_to(shards_dir).as_posix()
             builder.note("damaged_shards", name, "is compressed; unpack it to a plain .tar")

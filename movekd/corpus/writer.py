@@ -1,11 +1,10 @@
 """Build a corpus folder: collect images, names and conversations, then write all files at once.
 
-Used by ``corpus.pack`` and ``corpus.webdataset``. Files are made in a hidden folder and moved into
-place at the end, the index last. So a folder with an index is complete.
+Used by ``corpus.pack`` and ``corpus.webdataset``. Files are made in a hidden folder;
+``corpus.publish`` moves them into place.
 """
 
 import filecmp
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +25,10 @@ from movekd.corpus.index import (
     open_table,
 )
 from movekd.corpus.parquet_table import write_parquet
+from movekd.corpus.publish import REPORT_FILE, Target, staging_folder
 from movekd.corpus.report import PackReport, Problem, ProblemKind
 from movekd.corpus.tar import ShardWriter
 from movekd.errors import CorpusError
-
-STAGING_DIR = ".packing"
 
 _BATCH_ROWS = 4096
 
@@ -42,13 +40,12 @@ class CorpusBuilder:
         num_entries: conversations found, kept or not.
     """
 
-    def __init__(
-        self, out_dir: Path, staging: Path, overwrite: bool, max_shard_bytes: int | None
-    ) -> None:
+    def __init__(self, target: Target, staging: Path, max_shard_bytes: int | None) -> None:
+        out_dir = target.folder
         self.num_entries = 0
         self._out_dir, self._staging = out_dir, staging
         self._shards = None if max_shard_bytes is None else ShardWriter(staging, max_shard_bytes)
-        self._is_guarded = (out_dir / INDEX_FILE).is_file() and not overwrite
+        self._is_guarded = target.is_guarded
         index, names = (
             open_table(out_dir / file, schema).read() if self._is_guarded else None
             for file, schema in ((INDEX_FILE, INDEX_SCHEMA), (NAMES_FILE, NAMES_SCHEMA))
@@ -147,7 +144,7 @@ class CorpusBuilder:
         )
 
     def finish(self) -> None:
-        """Write the tables.
+        """Write the tables and the report.
 
         Raises:
             CorpusError: no image was found, or ``out_dir`` holds another corpus.
@@ -163,6 +160,7 @@ class CorpusBuilder:
             is_equal = old.is_file() == new.is_file()
             if not is_equal or (old.is_file() and not filecmp.cmp(old, new, shallow=False)):
                 raise _DifferentCorpusError
+        self.report().write(self._staging / REPORT_FILE)
 
     def close(self) -> None:
         """Close the open files."""
@@ -188,7 +186,7 @@ class CorpusBuilder:
 
 @contextmanager
 def build_corpus(
-    out_dir: Path, overwrite: bool, max_shard_bytes: int | None = None
+    out_dir: Path, overwrite: bool, max_shard_bytes: int | None = None, *, force: bool = False
 ) -> Iterator[CorpusBuilder]:
     """Yield a builder; move its files into place when the block ends without an error.
 
@@ -196,30 +194,21 @@ def build_corpus(
         out_dir: the corpus folder; created if missing.
         overwrite: replace another corpus in it.
         max_shard_bytes: largest tar to write. Default: the shards lie in ``out_dir`` already.
+        force: replace files that movekd cannot prove to be its own.
 
     Raises:
-        CorpusError: ``out_dir`` holds another corpus or cannot be written, or no image was found.
+        CorpusError: ``out_dir`` holds another corpus or files of others, cannot be written, or
+            another pack is writing to it; or no image was found.
     """
-    writes_shards = max_shard_bytes is not None
-    staging = out_dir / STAGING_DIR
+    target = Target(out_dir, max_shard_bytes is not None, overwrite, force)
     try:
-        if writes_shards and not overwrite:
-            _refuse_foreign_tars(out_dir)
-        if staging.exists():  # left by an interrupted pack
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-        try:
-            builder = CorpusBuilder(out_dir, staging, overwrite, max_shard_bytes)
+        with staging_folder(target) as staging:
+            builder = CorpusBuilder(target, staging, max_shard_bytes)
             try:
                 yield builder
                 builder.finish()
             finally:
                 builder.close()
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        _publish(staging, out_dir, writes_shards)
-        shutil.rmtree(staging)
     except _DifferentCorpusError:
         raise CorpusError(
             f"{out_dir} holds another corpus than the one asked for; expected an empty folder or "
@@ -230,31 +219,6 @@ def build_corpus(
             f"{out_dir} cannot be written ({error.strerror or error}); expected a folder with "
             "free space and write permission. Correct that and run the same command again."
         ) from None
-
-
-def _refuse_foreign_tars(out_dir: Path) -> None:
-    """Raise for tars that no pack has written; an interrupted pack leaves its hidden folder."""
-    is_ours = (out_dir / INDEX_FILE).exists() or (out_dir / STAGING_DIR).exists()
-    if not is_ours and any(out_dir.glob("*.tar")):
-        raise CorpusError(
-            f"{out_dir} holds tars but no {INDEX_FILE}; expected an empty folder or a corpus. "
-            "Index them where they are with --webdataset, or choose another folder."
-        )
-
-
-def _publish(staging: Path, out_dir: Path, writes_shards: bool) -> None:
-    """Move the files into place, the index last."""
-    (out_dir / INDEX_FILE).unlink(missing_ok=True)
-    if writes_shards:
-        for old in out_dir.glob("shard-[0-9]*.tar"):
-            old.unlink()
-        for shard in sorted(staging.glob("shard-*.tar")):
-            shard.replace(out_dir / shard.name)
-    for file in (NAMES_FILE, CONVERSATIONS_FILE, INDEX_FILE):
-        if (staging / file).is_file():
-            (staging / file).replace(out_dir / file)
-        else:
-            (out_dir / file).unlink(missing_ok=True)
 
 
 class _DifferentCorpusError(Exception):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from corpus_files import make_unreadable
 from movekd.analysis.fidelity import draw_images, measure_fidelity
 from movekd.analysis.kd_gradient import KDGradient, LossTargets
 from movekd.cache.codecs import codec, codec_names
@@ -240,10 +241,6 @@ def test_nothing_to_measure_with_is_said(tmp_path, crops, tiny_specs) -> None:
     (tmp_path / "images").mkdir()
     crops[0].save(tmp_path / "images" / "one.png")
     pack_folder(tmp_path / "images", tmp_path / "data", num_workers=1)
-    shard = next((tmp_path / "data").rglob("*.tar"))
-    image = open_corpus(tmp_path / "data").index.read().to_pylist()[0]
-    with shard.open("r+b") as file:
-        file.seek(image["offset"])
-        file.write(bytes(image["size"]))
+    make_unreadable(tmp_path / "data", 0)
     with pytest.raises(CacheError, match="no image of the calibration could be read"):
         measure(tmp_path / "data", tiny_specs[0])

@@ -9,11 +9,12 @@ import yaml
 from typer.testing import CliRunner
 
 from command import invoke
+from corpus_files import make_unreadable
 from movekd.cli.cache import app
 from movekd.cli.main import main
 from movekd.cli.options import read_specs
 from movekd.corpus.index import open_corpus
-from movekd.errors import CacheError, ConfigError, MovekdError
+from movekd.errors import CacheError, ConfigError, CorpusError, MovekdError
 
 
 def run(*words):
@@ -69,17 +70,32 @@ def test_verify_exits_with_one_and_names_the_file(tmp_path, cache_dir) -> None:
 def test_skipped_images_are_listed_and_exit_with_one(tmp_path, teachers, corpus_dir) -> None:
     data = tmp_path / "data"
     shutil.copytree(corpus_dir, data)
-    image = open_corpus(data).index.slice(2, 1).to_pylist()[0]
-    with (data / image["shard"]).open("r+b") as shard:
-        shard.seek(image["offset"])
-        shard.write(bytes(image["size"]))
+    key = make_unreadable(data, 2)
     command = ("build", *teachers, "--shards", data, "--cache", tmp_path / "cache")
     command += ("--num-workers", 0)
     result = run(*command)
     assert result.exit_code == 1
-    assert f"clip: skipped {image['key']}: " in result.stderr
+    assert f"clip: skipped {key}: " in result.stderr
     assert "more than 0.10% of the images were skipped" in result.stderr
     assert run(*command, "--max-skipped-fraction", 0.5).exit_code == 0
+
+
+def test_images_that_became_others_stop_every_command(
+    tmp_path, teachers, changed_corpus, cache_dir
+) -> None:
+    """They are no unreadable images, which a build may skip."""
+    data, position = changed_corpus
+    key = open_corpus(data).key(position)
+    match = rf"^image {key} of .* bytes at .* of shard-00000\.tar have SHA-256 .*Restore it"
+    commands = [
+        ("build", *teachers, "--shards", data, "--cache", tmp_path / "cache", "--num-workers", n)
+        for n in (0, 1)
+    ]
+    show = ("show", "--cache", cache_dir, "--key", key, "--shards", data)
+    for command in (*commands, (*show, "--output", tmp_path / "sheets")):
+        with pytest.raises(CorpusError, match=match):
+            run(*command)
+    assert not list(tmp_path.rglob("0*.json"))  # no seal
 
 
 def test_flags_change_the_specs(tmp_path, teachers, corpus_dir) -> None:

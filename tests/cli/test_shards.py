@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from command import invoke
+from corpus_files import zero_image
 from movekd.cli.shards import app
 from movekd.errors import ConfigError, CorpusError
 
@@ -49,6 +50,22 @@ def test_pack_then_ls(source):
     assert "3 images" in result.stdout
     assert "width 10 to 12, height 20 to 20" in result.stdout
     assert "4 conversations, 1 of them text only" in result.stdout
+
+
+def test_verify_names_every_image_that_is_not_that_of_its_key(source):
+    pack(source)
+    whole = run("ls", source / "data", "--verify")
+    assert whole.exit_code == 0
+    assert "0 of 3 images differ from their keys" in whole.stdout
+    keys = [zero_image(source / "data", position)["key"] for position in (0, 2)]
+    found = run("ls", source / "data", "--verify")
+    assert found.exit_code == 1
+    assert "2 of 3 images differ from their keys" in found.stdout
+    assert all(f"image {key} of " in found.stdout for key in keys)
+    listed = run("ls", source / "data", "--verify", "--json")
+    assert listed.exit_code == 1
+    assert [sentence.split()[1] for sentence in json.loads(listed.stdout)["wrong"]] == keys
+    assert run("ls", source / "data").exit_code == 0
 
 
 def test_json_goes_to_stdout_alone(source):

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,41 @@ def test_a_row_gives_the_bytes_of_its_key(data_dir):
     assert len(corpus) == 20
     assert [corpus.read_image(row) for row in range(20)] == CONTENTS
     assert corpus.shards == ["a.tar", "sub/b.tar"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_bytes_are_those_of_their_key_or_an_error_that_names_it(tmp_path_factory, data):
+    """However images of one size are mixed up, copied over each other, flipped or shifted."""
+    size, count = 20, 12
+    images = [bytes([n]) * size for n in range(count)]
+    keys = [hashlib.sha256(image).hexdigest() for image in images]
+    columns = [keys, ["a.tar"] * count, [size * n for n in range(count)], *([[size] * count] * 3)]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
+    folder = tmp_path_factory.mktemp("mixed")
+    corpus = corpus_of(folder, pa.table(arrays, schema=INDEX_SCHEMA), NAMES_SCHEMA.empty_table(),
+                       row_group_size=5)  # fmt: skip
+    content = data.draw(
+        st.one_of(
+            st.permutations(images).map(b"".join),
+            st.lists(st.sampled_from(images), min_size=count, max_size=count).map(b"".join),
+            st.integers(0, size * count * 8 - 1).map(lambda bit: flipped(b"".join(images), bit)),
+            st.integers(1, size).map(lambda by: bytes(by) + b"".join(images)[:-by]),
+        )
+    )
+    (folder / "a.tar").write_bytes(content)
+    for row in range(count):
+        if content[size * row : size * (row + 1)] == images[row]:
+            assert corpus.read_image(row) == images[row]
+        else:
+            with pytest.raises(CorpusError, match=rf"image {keys[row]} of .* a\.tar have SHA-256"):
+                corpus.read_image(row)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 def test_names_and_keys_give_rows_in_the_order_asked(data_dir):
@@ -154,7 +190,7 @@ def test_the_fingerprint_of_a_prefix_survives_an_append(data_dir_big, num_old, n
 @pytest.fixture(scope="module")
 def data_dir_big(tmp_path_factory):
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(3000)]
-    columns = [keys, ["a.tar"] * 3000, *([range(3000)] * 4)]
+    columns = [keys, ["a.tar"] * 3000, *([range(1, 3001)] * 4)]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
     index = pa.table(arrays, schema=INDEX_SCHEMA)
     return corpus_of(tmp_path_factory.mktemp("big"), index, NAMES_SCHEMA.empty_table())
@@ -202,3 +238,119 @@ def test_damaged_corpora_are_refused(data_dir, tmp_path_factory):
     (data_dir / "index.parquet").write_bytes(b"PAR1 but not really PAR1")
     with pytest.raises(CorpusError, match=r"index\.parquet cannot be read"):
         open_corpus(data_dir)
+
+
+def with_column(table, name, values, kind=None):
+    place = table.schema.get_field_index(name)
+    column = pa.array([*values, *table[name].to_pylist()[len(values) :]], kind)
+    return table.set_column(place, name, column)
+
+
+SHARDS = ["/etc/passwd", "../a.tar", "sub/../../a.tar", "", ".", "a\0.tar", "x" * 5000, "\x1b[2J/a"]
+NUMBERS = [-1, -(2**63), 2**63 - 1, 2**62]
+STRANGE_INDEX = [
+    *(("shard", [name]) for name in SHARDS),
+    *((name, [value]) for name in ("offset", "size") for value in NUMBERS),
+    *((name, [value]) for name in ("width", "height") for value in (0, -1, 2**31 - 1)),
+    *(("key", [key]) for key in ("", "../../victim", KEYS[0].upper(), KEYS[0] + "0", "\x1b[2J")),
+    *((name, [None]) for name in INDEX_SCHEMA.names),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), STRANGE_INDEX)
+def test_a_value_out_of_range_is_one_sentence(data_dir, name, values):
+    index, _ = tables()
+    kind = INDEX_SCHEMA.field(name).type
+    write_table(data_dir / "index.parquet", with_column(index, name, values, kind))
+    with pytest.raises(OneSentence):
+        read_all(data_dir)
+
+
+@pytest.mark.parametrize("name", INDEX_SCHEMA.names)
+def test_a_column_of_another_type_or_without_is_refused(data_dir, name):
+    index, _ = tables()
+    kind = pa.float64() if INDEX_SCHEMA.field(name).type != pa.string() else pa.binary()
+    for changed in (
+        index.drop_columns([name]),
+        with_column(index, name, [], kind) if kind == pa.float64() else
+        index.set_column(index.schema.get_field_index(name), name, index[name].cast(kind)),
+    ):  # fmt: skip
+        write_table(data_dir / "index.parquet", changed)
+        with pytest.raises(CorpusError, match=rf"index\.parquet .*{name}"):
+            open_corpus(data_dir)
+
+
+def test_more_rows_than_a_file_can_hold_are_refused_before_they_are_read(data_dir):
+    """Equal values take no room in the file, and 20 bytes each in memory."""
+    count = 500_000
+    same = [KEYS[0], "a.tar", 0, 10, 1, 1]
+    columns = [pa.repeat(pa.scalar(v, f.type), count) for v, f in zip(same, INDEX_SCHEMA)]  # noqa: B905
+    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), data_dir / "index.parquet")
+    size = (data_dir / "index.parquet").stat().st_size
+    assert size < count
+    with pytest.raises(CorpusError, match=rf"announces {count:,} rows in {size:,} bytes"):
+        open_corpus(data_dir)
+
+
+class OneSentence(CorpusError):
+    """An error as a user may see it."""
+
+
+def read_all(data_dir):
+    """Use everything of a corpus; compare each image with its key."""
+    try:
+        corpus = open_corpus(data_dir)
+        corpus.fingerprint()
+        for row in range(len(corpus)):
+            assert hashlib.sha256(corpus.read_image(row)).hexdigest() == corpus.key(row)
+        corpus.rows(corpus.names["name"].to_pylist())
+    except CorpusError as error:
+        kind = OneSentence if len(str(error)) < 2000 and str(error).isprintable() else TypeError
+        raise kind(str(error)) from None
+
+
+FILES = ["index.parquet", "names.parquet", "conversations.jsonl", "a.tar"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "loop"])
+def test_only_regular_files_are_read(data_dir, file, kind):
+    (data_dir / file).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(data_dir / file)
+    elif kind == "folder":
+        (data_dir / file).mkdir()
+    else:
+        (data_dir / file).symlink_to("/dev/zero" if kind == "device" else data_dir / file)
+    with pytest.raises(CorpusError, match=rf"{file}.* (regular file|symbolic links)"):
+        open_corpus(data_dir).conversations_path  # noqa: B018
+
+
+def test_a_shard_that_became_a_fifo_does_not_hang(data_dir):
+    corpus = open_corpus(data_dir)
+    (data_dir / "a.tar").unlink()
+    os.mkfifo(data_dir / "a.tar")
+    with pytest.raises(CorpusError, match=r"a\.tar (cannot be read|ends after)"):
+        corpus.read_image(0)
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_tables_are_errors_or_give_the_images_of_their_keys(data_dir, examples):
+    """Any byte of the Parquet files may be any other one."""
+    whole = {name: (data_dir / name).read_bytes() for name in FILES[:2]}
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(
+        st.sampled_from(FILES[:2]),
+        st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    )
+    def check(name, changes):
+        content = bytearray(whole[name])
+        for place, value in changes:
+            content[int(place * len(content))] = value
+        (data_dir / name).write_bytes(bytes(content))
+        with suppress(UnknownKeyError, OneSentence):
+            read_all(data_dir)
+        (data_dir / name).write_bytes(whole[name])
+
+    check()

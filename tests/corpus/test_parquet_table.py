@@ -82,13 +82,21 @@ def test_tables_are_equal_however_they_are_cut(first, second, one, other) -> Non
     assert found[0].equals(stored(tables[0], row_group_size=other))
 
 
-@pytest.mark.parametrize("has_statistics", [True, False])
 @pytest.mark.parametrize("place", [None, 0, 9, 19])
-def test_nulls_are_seen(has_statistics, place) -> None:
+def test_a_null_is_damage_where_none_may_be(place) -> None:
     numbers = [None if at == place else at for at in range(20)]
+    sink = pa.BufferOutputStream()
     table = pa.table({"other": range(20), "number": pa.array(numbers, pa.int64())})
-    found = stored(table, row_group_size=6, write_statistics=has_statistics)
-    assert found.has_nulls() == (place is not None)
+    pq.write_table(table, sink, row_group_size=6)
+    file = pa.BufferReader(sink.getvalue())
+    assert ParquetTable(file, CorpusError).read().equals(table)
+    strict = ParquetTable(file, CorpusError, may_have_nulls=False)
+    assert len(strict.read(["other"])) == 20
+    if place is None:
+        assert strict.read().equals(table)
+    else:
+        with pytest.raises(CorpusError, match="a value is null"):
+            strict.read()
 
 
 @quick

@@ -77,7 +77,8 @@ def test_existing_tars_are_indexed_where_they_are(shards, snapshot):
     report = index_webdataset(shards, num_workers=2)
     after = snapshot(shards)
     assert {name: after.pop(name) for name in before} == before
-    assert sorted(after) == ["conversations.jsonl", "index.parquet", "names.parquet"]
+    made = [".movekd-files.json", "conversations.jsonl", "index.parquet", "names.parquet"]
+    assert sorted(after) == [*made, "report.json"]
     corpus = open_corpus(shards)
     contents = {
         **{"x/0": picture(0, format="JPEG"), "x/1": picture(1), "y": picture(12, (60, 60))},
@@ -128,8 +129,10 @@ def test_an_index_is_the_same_again_and_replaced_only_when_asked(shards, snapsho
     index_webdataset(shards, overwrite=True)
     assert len(open_corpus(shards)) == 4
     (shards / "index.parquet").write_bytes(b"damaged")
-    with pytest.raises(CorpusError, match=r"index\.parquet cannot be read.*--overwrite"):
-        index_webdataset(shards)
+    with pytest.raises(CorpusError, match=r"index\.parquet \(of another size\).*--force"):
+        index_webdataset(shards, overwrite=True)
+    index_webdataset(shards, overwrite=True, force=True)
+    assert len(open_corpus(shards)) == 4
 
 
 def test_a_packed_corpus_can_be_indexed_as_a_webdataset(tmp_path, crops):

@@ -16,8 +16,8 @@ import xxhash
 import zarr
 
 from builds import build
+from corpus_files import make_unreadable
 from movekd.cache.reader import open_cache
-from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "cache-format.md"
@@ -36,12 +36,8 @@ def cache(tmp_path, crops, tiny_specs, monkeypatch) -> Path:
     for count in (13, 24):
         for number, crop in enumerate(crops[:count]):
             crop.save(images / f"{number:02d}.png")
-        pack_folder(images, tmp_path / "data", num_workers=1, overwrite=True)
-        corpus = open_corpus(tmp_path / "data")
-        place = corpus.index.slice(3, 1).to_pylist()[0]
-        with (tmp_path / "data" / place["shard"]).open("r+b") as shard:
-            shard.seek(place["offset"])
-            shard.write(bytes(place["size"]))
+        pack_folder(images, tmp_path / "data", num_workers=1, overwrite=True, force=True)
+        make_unreadable(tmp_path / "data", 3)
         build(tmp_path / "cache", tmp_path / "data", specs)
     return tmp_path / "cache"
 

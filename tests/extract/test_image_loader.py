@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from corpus_files import make_unreadable
 from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.webdataset import index_webdataset
@@ -226,16 +227,14 @@ def test_odd_images_are_shown_or_listed_and_the_build_goes_on(tmp_path, tiny_spe
     corpus = open_corpus(wds)
     assert len(corpus) == len(shown)
     victim = int(corpus.rows(["palette"])[0])
-    place = corpus.index.slice(victim, 1).to_pylist()[0]
-    with (wds / place["shard"]).open("r+b") as tar:  # damaged after it was packed
-        tar.seek(place["offset"])
-        tar.write(bytes(place["size"]))
+    key = make_unreadable(wds, victim)
+    corpus = open_corpus(wds)
     options = BuildOptions(batch_size=4, num_workers=0)
     (summary,) = build_cache(
         tmp_path / "cache", corpus, tiny_specs[:1], geometry="crop", options=options
     )
     assert summary.status.images == len(shown)
-    assert list(summary.skipped) == [place["key"]]
+    assert list(summary.skipped) == [key]
     targets = open_cache(tmp_path / "cache")["clip"].read(range(len(shown)))
     finite = targets.tokens_BND.isfinite().all(-1).all(-1)
     assert [row for row, is_finite in enumerate(finite.tolist()) if not is_finite] == [victim]

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from builds import build
+from kills import kill_at
 from movekd.cache import layout
 from movekd.cache.reader import open_cache
 from movekd.cache.storage import open_storage
@@ -69,36 +70,6 @@ def test_interrupted_and_run_again_equals_undisturbed(
         assert snapshot(tmp_path / f"{number}") == undisturbed
 
 
-def kill_at(event: int, action) -> bool:
-    """Run ``action`` in a forked child that kills itself at its n-th open, rename or mkdir.
-
-    Returns whether it was killed; it was not if it did less than that.
-    """
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def audit(name, arguments):
-            nonlocal seen
-            if name in ("open", "os.rename", "os.mkdir", "os.remove", "os.truncate"):
-                seen += "built" in str(arguments[0])
-                if seen == event:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(audit)
-        try:
-            action()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
 @pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_file_and_run_again_equals_undisturbed(
     tmp_path, grown, tiny_specs, small_shards, snapshot, stride
@@ -118,7 +89,7 @@ def test_killed_at_any_file_and_run_again_equals_undisturbed(
             shutil.rmtree(out, ignore_errors=True)
             if start is not None:
                 shutil.copytree(tmp_path / start, out)
-            killed = kill_at(event, lambda out=out, data=data: build(out, data, specs))
+            killed = kill_at(event, lambda out=out, data=data: build(out, data, specs), "built")
             build(out, data, specs)
             assert snapshot(out) == expected, event
             event += stride

@@ -9,6 +9,7 @@ import tensorstore
 import torch
 import zarr
 
+from corpus_files import make_unreadable
 from movekd.analysis.fidelity import measure_fidelity
 from movekd.analysis.plan import plan_cache
 from movekd.analysis.verify_features import verify_features
@@ -210,12 +211,9 @@ def test_an_image_is_decoded_once_for_views_asked_for_in_turn(
 
 def test_an_unreadable_image_is_skipped_in_all_its_views(tmp_path, view_corpora, specs) -> None:
     shutil.copytree(view_corpora[0], tmp_path / "data")
-    image = open_corpus(tmp_path / "data").index.slice(2, 1).to_pylist()[0]
-    with (tmp_path / "data" / image["shard"]).open("r+b") as shard:
-        shard.seek(image["offset"])
-        shard.write(bytes(image["size"]))
+    key = make_unreadable(tmp_path / "data", 2)
     (summary,) = build(tmp_path / "cache", tmp_path / "data", specs[:1])
-    assert list(summary.skipped) == [image["key"]]
+    assert list(summary.skipped) == [key]
     assert summary.status.skipped == 4
     cache = open_cache(tmp_path / "cache")
     assert sorted(cache["clip"].skipped) == [8, 9, 10, 11]

@@ -1,9 +1,13 @@
-"""Image files and LLaVA entries for tests that pack a corpus."""
+"""Image files and LLaVA entries for tests that pack a corpus, and damage to a packed one."""
 
+import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -28,3 +32,27 @@ def entry(
         "conversations": turns,
         **more,
     }
+
+
+def zero_image(data: Path, position: int) -> dict[str, Any]:
+    """Overwrite an image of a corpus with zeros; return its row of the index."""
+    image: dict[str, Any] = pq.read_table(data / "index.parquet").slice(position, 1).to_pylist()[0]
+    with (data / image["shard"]).open("r+b") as shard:
+        shard.seek(image["offset"])
+        shard.write(bytes(image["size"]))
+    return image
+
+
+def make_unreadable(data: Path, position: int) -> str:
+    """Make an image of a corpus one that cannot be decoded; return its key.
+
+    The key is that of its bytes: so does an image look that another version of Pillow has read.
+    """
+    image = zero_image(data, position)
+    key = hashlib.sha256(bytes(image["size"])).hexdigest()
+    for file in ("index.parquet", "names.parquet"):
+        table = pq.read_table(data / file)
+        keys = [key if old == image["key"] else old for old in table["key"].to_pylist()]
+        place = table.schema.get_field_index("key")
+        pq.write_table(table.set_column(place, "key", pa.array(keys)), data / file)
+    return key
