@@ -68,6 +68,9 @@ class Storage(Protocol):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every file below a folder, name -> bytes, sorted by name."""
 
+    def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of some files below a folder in bytes; missing files are left out."""
+
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted; cheaper than ``sizes``."""
 
@@ -227,6 +230,16 @@ class LocalStorage:
                         with contextlib.suppress(FileNotFoundError):  # a build beside us renames
                             found[name] = entry.stat().st_size
         return dict(sorted(found.items()))
+
+    def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of some regular files: faster than listing, which visits each folder."""
+        found = {}
+        for name in names:
+            with self._errors(name, "read"), contextlib.suppress(*_ABSENT):
+                status = os.stat(f"{self._folder}/{name}")
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = status.st_size
+        return found
 
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted."""

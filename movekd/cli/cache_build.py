@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -106,6 +107,14 @@ def build(
             "first one calibrates."
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="First compare every sealed byte, and build again what differs. Default: only "
+            "existence and size.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="First delete these teachers from the cache.")
     ] = False,
@@ -113,7 +122,8 @@ def build(
 ) -> None:
     """Run frozen teachers once over a corpus and store their features.
 
-    Interrupt it at any time: the same command resumes.
+    Interrupt it at any time: the same command resumes. Sealed files that are gone or have another
+    size are built again.
 
     Example: movekd cache build --teacher clip --teacher eva02 --shards data/ --cache cache/
 
@@ -191,8 +201,10 @@ def build(
                 executor=None if cluster is None else RayExecutor(cluster),
                 partition=part,
                 replace=overwrite,
+                is_verifying=verify,
                 channel_stats=channel_stats,
                 deletes=_print_deletion,
+                tell=partial(typer.echo, err=True),
                 progress=progress,
             )
         )

@@ -184,10 +184,10 @@ def test_errors_are_one_sentence_with_exit_code_two_and_no_traceback(tmp_path) -
 def test_interruptions_and_the_systems_errors_are_sentences(
     cache_dir, monkeypatch, capsys, raised, code, sentence
 ) -> None:
-    def status(_: object) -> None:
+    def status(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("movekd.cache.verify.status", status)
+    monkeypatch.setattr("movekd.cache.verify.teacher_status", status)
     monkeypatch.setattr(sys, "argv", ["movekd", "cache", "ls", str(cache_dir)])
     with pytest.raises(SystemExit) as end:
         main()
