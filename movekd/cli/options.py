@@ -1,5 +1,6 @@
 """Options that several commands share, and the checks of their values."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -177,8 +178,6 @@ def build_options(
     Raises:
         ConfigError: a value is unknown, or the device cannot be used.
     """
-    import os
-
     import torch
 
     from movekd.extract.options import BuildOptions
@@ -275,4 +274,4 @@ def named_weights(given: Sequence[str] | None, names: Sequence[str]) -> dict[str
 def _resolve_weights(place: str) -> str:
     from movekd.cache.spec import WEIGHTS_WORDS
 
-    return place if place in WEIGHTS_WORDS else str(Path(place).resolve())
+    return place if place in WEIGHTS_WORDS else os.path.abspath(place)
