@@ -1,6 +1,7 @@
 """`movekd cache plan`: estimate the size, time and break-even point of a cache."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ from movekd.cli.options import (
     named_values,
     read_specs,
 )
-from movekd.cli.output import print_json, print_table, progress_bar, size
+from movekd.cli.output import is_quiet, print_json, print_table, progress_bar, size
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def plan(
             assumed_disk=assumed_disk,
             is_disk_measured=measure_disk,
             asked_hours=build_hours,
+            tell=(lambda step: None) if is_quiet() else partial(typer.echo, err=True),
             progress=progress,
         )
     if json:
@@ -142,7 +144,7 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
             f"{p.grid}x{p.grid}x{p.width}",
             size(p.row_bytes),
             size(p.total_bytes),
-            f"{p.images_per_s:,.1f}",
+            f"{p.images_per_s:,.1f}" if p.images_per_s >= 1 else f"{p.images_per_s:.2g}",
             f"{p.hours:,.2f}",
             p.bound_by,
             *_run_cells(p),
@@ -176,7 +178,10 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     if assumed:
         typer.echo(f"images/s assumed, not measured: {', '.join(assumed)}")
     if planned.random_weights:
-        typer.echo(f"weights not found, so measured with random ones: {planned.random_weights}")
+        typer.echo(
+            "measured with random weights (a plan downloads none, the build needs the real ones): "
+            f"{planned.random_weights}"
+        )
 
 
 def _print_needs(planned: "CachePlan") -> None:
