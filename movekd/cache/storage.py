@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from movekd.errors import CacheError, ConfigError
+from movekd.errors import CacheError, ConfigError, shorten
 
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
@@ -92,6 +92,15 @@ def open_storage(url: "str | Path | Storage") -> Storage:
         return url
     if not str(url):
         raise ConfigError("the cache's name is empty; expected a folder or a URL.")
+    try:
+        is_text = b"\0" not in str(url).encode()
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise ConfigError(
+            f"the cache's name {shorten(url)} is no UTF-8 text, or holds a NUL; the libraries that "
+            "read its tables need such names. Rename the folder."
+        )
     scheme, separator, rest = str(url).partition("://")
     if not separator:
         return LocalStorage(Path(url))

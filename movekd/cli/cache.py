@@ -47,8 +47,10 @@ def list_teachers(
     for name in opened.teachers:
         try:
             sealed = opened.sealed(name)
-            teachers.append(teacher_status(sealed, opened.catalog))
+            status = teacher_status(sealed, opened.catalog)
+            sealed.require_images(opened.catalog)
             wrong[name] = [str(file) for file in wrong_files(sealed)]
+            teachers.append(status)
         except CorruptCacheError as error:  # the other teachers are listed nevertheless
             wrong[name] = [str(error)]
     if json:
@@ -100,7 +102,7 @@ def _print_teachers(
             typer.echo(f"{name}: {sentence}", err=True)
         if found[_SHOWN:]:
             typer.echo(f"{name}: {len(found) - _SHOWN} more files", err=True)
-        if found:
+        if found and name in {teacher.teacher for teacher in teachers}:
             typer.echo(
                 f"{name}: run its `movekd cache build` again, which builds these Zarr shards anew",
                 err=True,
