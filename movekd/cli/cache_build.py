@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from movekd.cli.options import (
+    MAX_PROCESSES,
     AutoBatchSize,
     Cache,
     CalibrationImages,
@@ -26,6 +27,7 @@ from movekd.cli.options import (
     check_one_of,
     check_resize_mode,
     check_tiles,
+    finite,
     read_specs,
 )
 from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, size
@@ -52,6 +54,7 @@ def build(
         int | None,
         typer.Option(
             min=0,
+            max=MAX_PROCESSES,
             help="Local: processes that decode images. Default: all cores but one. Ray: workers "
             "that hold the teachers. Default: one per GPU (one per node without GPUs).",
         ),
@@ -60,6 +63,7 @@ def build(
         int | None,
         typer.Option(
             min=1,
+            max=MAX_PROCESSES,
             help="CPU threads per forward pass. Use the same value for identical output. "
             "Default: torch's setting.",
         ),
@@ -76,7 +80,12 @@ def build(
     calibration_images: CalibrationImages = None,
     max_skipped_fraction: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Exit 1 if a larger fraction of images is unreadable."),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=finite,
+            help="Exit 1 if a larger fraction of images is unreadable.",
+        ),
     ] = 0.001,
     channel_stats: Annotated[
         str | None,
@@ -94,11 +103,18 @@ def build(
     ] = None,
     num_gpus_per_worker: Annotated[
         float | None,
-        typer.Option(min=0, help="Ray: GPUs per worker, or a fraction. Default: 1 (0 on CPUs)."),
+        typer.Option(
+            min=0,
+            max=MAX_PROCESSES,
+            callback=finite,
+            help="Ray: GPUs per worker, or a fraction. Default: 1 (0 on CPUs).",
+        ),
     ] = None,
     num_decoders: Annotated[
         int | None,
-        typer.Option(min=0, help="Ray: processes per worker that decode images."),
+        typer.Option(
+            min=0, max=MAX_PROCESSES, help="Ray: processes per worker that decode images."
+        ),
     ] = None,
     partition: Annotated[
         str | None,

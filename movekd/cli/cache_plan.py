@@ -22,6 +22,7 @@ from movekd.cli.options import (
     WeightsOption,
     build_options,
     check_tiles,
+    finite,
     named_values,
     read_specs,
 )
@@ -42,7 +43,8 @@ def plan(
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Images to plan for. Default: those of the corpus.")
+        int | None,
+        typer.Option(min=1, max=10**15, help="Images to plan for. Default: those of the corpus."),
     ] = None,
     student_grid: StudentGrid = STUDENT_GRID,
     grid: GridOption = None,
@@ -55,19 +57,37 @@ def plan(
     ] = None,
     assume_write: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process writes to --cache. Default: measured."),
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="MB/s that one process writes to --cache. Default: measured.",
+        ),
     ] = None,
     assume_read: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process reads from it. Default: measured."),
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="MB/s that one process reads from it. Default: measured.",
+        ),
     ] = None,
     build_hours: Annotated[
-        float, typer.Option(min=1e-9, help="Hours for the build; gives the number of writers.")
+        float,
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="Hours for the build; gives the number of writers.",
+        ),
     ] = 24.0,
     train_rate: Annotated[
-        float, typer.Option(min=1e-9, help="Images/s of a training run.")
+        float, typer.Option(min=1e-9, max=1e12, callback=finite, help="Images/s of a training run.")
     ] = 100.0,
-    epochs: Annotated[float, typer.Option(min=1e-9, help="Epochs of a training run.")] = 1.0,
+    epochs: Annotated[
+        float, typer.Option(min=1e-9, max=1e12, callback=finite, help="Epochs of a training run.")
+    ] = 1.0,
     measure_disk: Annotated[
         bool,
         typer.Option(help="Measure the disk: write up to 256 MB to --cache and delete them."),

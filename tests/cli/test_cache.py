@@ -1,3 +1,4 @@
+import contextlib
 import json
 import resource
 import shutil
@@ -158,6 +159,32 @@ def test_wrong_flags_are_sentences(tmp_path, teachers, corpus_dir, arguments, me
     with pytest.raises(ConfigError, match=message):
         run(*command, *arguments)
     assert not (tmp_path / "cache").exists()
+
+
+NUMBERS = {
+    "build": "batch-size num-workers num-threads calibration-images grid max-skipped-fraction "
+    "num-gpus-per-worker num-decoders",
+    "plan": "batch-size num-images student-grid grid assume-write assume-read build-hours "
+    "train-rate epochs",
+    "fidelity": "num-images batch-size num-workers student-grid student-width calibration-images",
+    "verify": "recompute seed batch-size",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(name, option) for name in NUMBERS for option in NUMBERS[name].split()]
+)
+def test_a_number_out_of_range_is_refused(teachers, corpus_dir, tmp_path, command, option) -> None:
+    needed = (
+        ["--cache", tmp_path] if command == "verify" else [*teachers[:2], "--shards", corpus_dir]
+    )
+    for number in ("nan", "inf", "-1", "1e40", "9" * 40, "9" * 5_000, "x"):
+        sentence = ""
+        with contextlib.suppress(ConfigError):
+            result = run(command, *needed, f"--{option}", number)
+            assert result.exit_code == 2
+            sentence = result.stderr
+        assert not sentence or option in sentence
 
 
 def test_a_teacher_given_twice_is_refused(teachers, corpus_dir) -> None:
