@@ -3,14 +3,14 @@
 Input: the specs of some teachers, a corpus, and the cache's storage. Output: a ``CachePlan``.
 
 Each teacher runs on a few images, and the storage is written and read, so shapes and rates are
-measured. They do not depend on the values of the weights. If the weights are out of reach, random
-ones are used, and the plan says so.
+measured. They do not depend on the values of the weights. So nothing is downloaded: where a spec
+says the architecture, the weights are random, and the plan says so.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,6 +42,8 @@ from movekd.teachers.backbone import OutputShape
 from movekd.teachers.providers import build_backbone
 
 _MIN_SECONDS = 1.0
+_SLOW_SECONDS = 4.0
+"""An image that takes longer on a CPU is measured once: a batch of it would take minutes."""
 _MAX_BATCHES = 50
 
 
@@ -114,6 +116,7 @@ def plan_cache(
     assumed_disk: DiskRates | None = None,
     is_disk_measured: bool = True,
     asked_hours: float = 24.0,
+    tell: Callable[[str], None] = lambda step: None,
     progress: Progress = lambda what, done, total: None,
 ) -> CachePlan:
     """Return bytes, hours, read rates and break-even of every codec and grid of some teachers.
@@ -131,7 +134,8 @@ def plan_cache(
         assumed_disk: rates of one process at the cache's storage, instead of measuring them.
         is_disk_measured: whether to measure the rates by writing to ``cache`` (deleted again).
         asked_hours: how long the build may take; decides the number of writers.
-        progress: called before each measurement.
+        tell: called with each step before it starts; a step of a large teacher takes a minute.
+        progress: called before each teacher.
 
     Raises:
         CacheError: the corpus is empty.
@@ -144,11 +148,12 @@ def plan_cache(
     rows_of_corpus = int(num_views(corpus.index["width"], corpus.index["height"], views).sum())
     num_images = len(corpus) if num_images is None else num_images
     num_rows = round(rows_of_corpus * num_images / len(corpus))
-    rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, progress)
+    rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, tell, progress)
     stored = [o for spec in specs for o in _storage_options(spec, shapes[spec.name], student_grid)]
     storage = open_storage(cache)
     disk = assumed_disk or DiskRates(None, None, "not asked for")
     if is_disk_measured and assumed_disk is None:
+        tell(f"plan: writing and reading at {storage.url}")
         rows = [option.arrays.row_bytes for option in stored if option.is_spec]
         disk = measure_disk(storage, sum(rows) // len(rows))
     request = PlanRequest(asked_hours, runs, disk.read_bytes_per_s)
@@ -203,8 +208,13 @@ def forward_rate(
             "--batch-size."
         )
     pixels = batch.pixels(options.device, options.dtype)[readable]
-    output = teacher.forward(pixels)  # untimed, because the first pass allocates memory
     started, done = time.perf_counter(), 0
+    if options.device == "cpu":
+        shape = teacher.forward(pixels[:1]).shape
+        if (seconds := time.perf_counter() - started) > _SLOW_SECONDS:
+            return 1 / seconds, shape
+    output = teacher.forward(pixels)  # untimed, because the first pass allocates memory
+    started = time.perf_counter()
     for _ in range(_MAX_BATCHES):
         teacher.forward(pixels)
         if options.device.startswith("cuda"):
@@ -218,9 +228,8 @@ def forward_rate(
 def output_shape(spec: CacheSpec) -> OutputShape:
     """Return the shape of a teacher's output, without weights if possible.
 
-    On torch's meta device a network has shapes but no values. If the architecture is only in the
-    config.json of the weights, or an operation needs values, the real network runs on one image of
-    zeros.
+    On torch's meta device a network has shapes but no values. If an operation needs values, or the
+    architecture is only in the config.json of the weights, the network runs on one image of zeros.
 
     Raises:
         WeightsError: the real network is needed and its weights are out of reach.
@@ -231,8 +240,27 @@ def output_shape(spec: CacheSpec) -> OutputShape:
             stand_in = spec.with_changes(weights="random")
             teacher = Teacher(build_backbone(stand_in), stand_in, "")
             return teacher.forward(pixels_BCHW).shape
-    except (MovekdError, RuntimeError):
-        return load_teacher(spec).forward(pixels_BCHW).shape
+    except MovekdError:
+        return _teacher_to_measure(spec, "cpu", torch.float32)[0].forward(pixels_BCHW).shape
+
+
+def _teacher_to_measure(spec: CacheSpec, device: str, dtype: torch.dtype) -> tuple[Teacher, bool]:
+    """Return a teacher of a spec's shapes, and whether its weights are random.
+
+    Raises:
+        WeightsError: the architecture is only in the weights, and they are out of reach.
+    """
+    try:
+        if spec.weights != "hub":
+            return load_teacher(spec, device, dtype), spec.weights == "random"
+    except WeightsError:
+        pass
+    stand_in = spec.with_changes(weights="random")
+    try:
+        teacher = Teacher(build_backbone(stand_in), stand_in, "")  # without hashing its weights
+    except ConfigError:
+        return load_teacher(spec, device, dtype), False
+    return teacher.to(device=device, dtype=dtype), True
 
 
 class StorageOption(NamedTuple):
@@ -250,6 +278,7 @@ def _rates_and_shapes(
     corpus: Corpus,
     options: BuildOptions,
     assumed: Mapping[str, float],
+    tell: Callable[[str], None],
     progress: Progress,
 ) -> tuple[dict[str, float], dict[str, OutputShape], list[str]]:
     """Return images/s and output shape by teacher, and the teachers with random weights."""
@@ -257,16 +286,17 @@ def _rates_and_shapes(
     shapes: dict[str, OutputShape] = {}
     random: list[str] = []
     for number, spec in enumerate(specs):
-        progress(f"plan: {spec.name}", number, len(specs))
+        progress("plan: teachers", number, len(specs))
+        step = f"plan: {spec.name} ({number + 1} of {len(specs)})"
         if spec.name in assumed:
+            tell(f"{step}: shapes of its features")
             rates[spec.name], shapes[spec.name] = assumed[spec.name], output_shape(spec)
             continue
-        try:
-            teacher = load_teacher(spec, options.device, options.dtype)
-        except WeightsError:
+        tell(f"{step}: making the network")
+        teacher, is_random = _teacher_to_measure(spec, options.device, options.dtype)
+        if is_random and spec.weights != "random":
             random.append(spec.name)
-            stand_in = spec.with_changes(weights="random")
-            teacher = load_teacher(stand_in, options.device, options.dtype)
+        tell(f"{step}: forward passes at {spec.image_size}x{spec.image_size} pixels")
         rates[spec.name], shapes[spec.name] = forward_rate(teacher, corpus, options)
         del teacher  # frees its memory for the next one
     return rates, shapes, random

@@ -90,6 +90,8 @@ class SealSums:
     keys_S: npt.NDArray[np.bytes_]
     """``ShardSeal.keys_xxh3_128``."""
     size_bytes_S: npt.NDArray[np.int64]
+    file_bytes_SA: npt.NDArray[np.int64]
+    """Size of the file of each of A arrays, in the layout's order; -1 if the seal lists none."""
     error_mean_S: npt.NDArray[np.float64]
     error_max_S: npt.NDArray[np.float64]
     num_tokens_S: npt.NDArray[np.int64]
@@ -159,12 +161,15 @@ class TeacherContents:
         """What all seals say, in arrays. Each seal is checked against its own checksum."""
         skipped: dict[int, str] = {}
         found: list[tuple[Any, ...]] = []
+        arrays = self.layout.arrays.values()
         for shard, seal in self._read_seals():
             size_bytes = sum(file.size_bytes for file in seal.files.values())
+            listed = (seal.files.get(layout.shard_file(array, shard)) for array in arrays)
+            sizes = tuple(-1 if file is None else file.size_bytes for file in listed)
             error = (seal.error.mean, seal.error.max, seal.error.num_tokens)
-            found.append((shard, seal.rows, seal.keys_xxh3_128, size_bytes, *error))
+            found.append((shard, seal.rows, seal.keys_xxh3_128, size_bytes, sizes, *error))
             skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        columns: Any = np.array(found, "i8, 2i8, S32, i8, f8, f8, i8")
+        columns: Any = np.array(found, f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8")
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
     def _read_seals(self) -> Iterator[tuple[int, ShardSeal]]:

@@ -127,6 +127,11 @@ class ObjectStorage:
         named = {path.lstrip("/")[start:]: size for path, size in found.items()}
         return dict(sorted(named.items()))
 
+    def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of some objects from one listing, a thousand per request."""
+        found = self.sizes(folder)
+        return {name: found[name] for name in names if name in found}
+
     def folders(self) -> list[str]:
         """Return the names of the prefixes at the top."""
         return self._list("", "directory")

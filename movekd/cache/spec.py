@@ -7,70 +7,99 @@ teacher's Zarr group hold all of it.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from movekd.cache.codecs import codec_names
+from movekd.cache.model_args import check_model_args
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry, Resample
-from movekd.errors import ConfigError, did_you_mean
+from movekd.errors import ConfigError, did_you_mean, shorten
 from movekd.resources import resource_dir
 
 WEIGHTS_WORDS = ("hub", "random", "factory")
 """Values of ``weights`` that are not a path."""
 
 
+MAX_IMAGE_SIZE = 8_192
+MAX_GRID = 1_024
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected text without control characters")
+    return text
+
+
+def _in_0_to_1(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= value <= 1 for value in values):  # NaN as well
+        raise ValueError("every value must be from 0 to 1; divide values of 0..255 by 255")
+    return values
+
+
+Name = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
+Place = Annotated[str, Field(max_length=4_096), AfterValidator(_printable)]
+Colour = Annotated[tuple[float, float, float], AfterValidator(_in_0_to_1)]
+
+
 class CacheSpec(FrozenModel):
     """One teacher: its model, its input, which features are taken, and how they are stored."""
 
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_]*$", description="Name of the teacher's group in the cache."
+        max_length=100,
+        pattern=r"^[a-z0-9][a-z0-9_]*$",
+        description="Name of the teacher's group in the cache.",
     )
-    description: str = Field(default="", description="One line for readers of the file.")
+    description: str = Field(
+        default="", max_length=10_000, description="One line for readers of the file."
+    )
 
     provider: str = Field(
+        max_length=100,
         pattern=r"^[a-z][a-z0-9_]*$",
         description="The library that defines the architecture, for example transformers or timm; "
         "python for a module of your own.",
     )
-    model: str = Field(
+    model: Name = Field(
         description="The model's name in that library, or a hub id. Default with provider python: "
         "the factory."
     )
     factory: str | None = Field(
         default=None,
+        max_length=1_000,
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
         description="provider python: package.module:function, called with `model_args`; returns "
         "the network.",
     )
-    revision: str = Field(default="main", description="Revision of the weights on the hub.")
-    weights: str = Field(
+    revision: Name = Field(default="main", description="Revision of the weights on the hub.")
+    weights: Place = Field(
         default="hub",
         description="hub, a local directory, a .safetensors or .pth file, `random` (for tests "
         "and benchmarks), or `factory` (provider python: the function loads the weights).",
     )
-    seed: int = Field(default=0, description="Seed of `weights: random`.")
-    model_args: dict[str, Any] = Field(
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of `weights: random`.")
+    model_args: Annotated[dict[str, Any], AfterValidator(check_model_args)] = Field(
         default_factory=dict,
         description="Arguments of the architecture; a published model needs none.",
     )
 
-    image_size: int = Field(gt=0, description="Side of the square input in pixels.")
+    image_size: int = Field(
+        gt=0, le=MAX_IMAGE_SIZE, description="Side of the square input in pixels."
+    )
     geometry: Geometry | None = Field(
         default=None, description="Resize mode of this teacher; null: that of the cache."
     )
     resample: Resample = Field(default="bicubic", description="Pillow filter of the resize.")
-    mean: tuple[float, float, float] = Field(description="Channel means of pixels in 0..1.")
-    std: tuple[float, float, float] = Field(
-        description="Channel standard deviations of pixels in 0..1."
-    )
-    fill: tuple[float, float, float] | None = Field(
+    mean: Colour = Field(description="Channel means of pixels in 0..1.")
+    std: Colour = Field(description="Channel standard deviations of pixels in 0..1.")
+    fill: Colour | None = Field(
         default=None, description="Colour of padding in 0..1; null: the mean."
     )
 
-    layer: int | Literal["last", "neck"] = Field(
+    layer: Annotated[int, Field(ge=-1_000, le=1_000)] | Literal["last", "neck"] = Field(
         description="Index into the hidden states (-2: before the last block), `last` (the model's "
         "own output), or `neck` (SAM)."
     )
@@ -86,7 +115,7 @@ class CacheSpec(FrozenModel):
         "attention-pooling head: its output, and its probe's attention over the patches.",
     )
 
-    grid: Literal["native"] | Annotated[int, Field(gt=0)] = Field(
+    grid: Literal["native"] | Annotated[int, Field(gt=0, le=MAX_GRID)] = Field(
         default="native", description="Side of the stored grid; `native`: the grid of the teacher."
     )
     codec: str = Field(
@@ -100,12 +129,15 @@ class CacheSpec(FrozenModel):
     max_error: float | None = Field(
         default=None,
         gt=0,
+        le=1e6,
+        allow_inf_nan=False,
         description="The build stops if the relative error of a token, in standardised "
         "channels, exceeds this; null: never.",
     )
     calibration_images: int = Field(
         default=512,
         gt=0,
+        le=10**9,
         description="Number of images that the channel statistics are computed from.",
     )
 
@@ -205,12 +237,12 @@ def load_spec(teacher: str) -> CacheSpec:
     is_file = teacher.endswith((".yaml", ".yml"))
     if not is_file and teacher not in shipped:
         raise ConfigError(
-            f"no teacher '{teacher}' in cache_specs/.{did_you_mean(teacher, shipped)} "
+            f"no teacher '{shorten(teacher)}' in cache_specs/.{did_you_mean(teacher, shipped)} "
             f"Known: {', '.join(shipped)}; or give the path of a YAML file."
         )
     path = Path(teacher) if is_file else shipped[teacher]
     content = read_yaml(path)
     weights = content.get("weights")
     if isinstance(weights, str) and weights not in WEIGHTS_WORDS:
-        content["weights"] = str((path.parent / weights).resolve())
+        content["weights"] = os.path.abspath(path.parent / weights)
     return validate(CacheSpec, content, str(path))

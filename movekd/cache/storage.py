@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from movekd.errors import CacheError, ConfigError
+from movekd.errors import CacheError, ConfigError, shorten
 
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
@@ -68,6 +68,9 @@ class Storage(Protocol):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return every file below a folder, name -> bytes, sorted by name."""
 
+    def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of some files below a folder in bytes; missing files are left out."""
+
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted; cheaper than ``sizes``."""
 
@@ -89,6 +92,15 @@ def open_storage(url: "str | Path | Storage") -> Storage:
         return url
     if not str(url):
         raise ConfigError("the cache's name is empty; expected a folder or a URL.")
+    try:
+        is_text = b"\0" not in str(url).encode()
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise ConfigError(
+            f"the cache's name {shorten(url)} is no UTF-8 text, or holds a NUL; the libraries that "
+            "read its tables need such names. Rename the folder."
+        )
     scheme, separator, rest = str(url).partition("://")
     if not separator:
         return LocalStorage(Path(url))
@@ -227,6 +239,16 @@ class LocalStorage:
                         with contextlib.suppress(FileNotFoundError):  # a build beside us renames
                             found[name] = entry.stat().st_size
         return dict(sorted(found.items()))
+
+    def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of some regular files: faster than listing, which visits each folder."""
+        found = {}
+        for name in names:
+            with self._errors(name, "read"), contextlib.suppress(*_ABSENT):
+                status = os.stat(f"{self._folder}/{name}")
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = status.st_size
+        return found
 
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted."""

@@ -6,7 +6,8 @@ Zarr's CRC covers only the index of a shard, so a flipped data byte reads back s
 checksums in the seals find it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,11 @@ from movekd.cache.seal import checksum, entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
 from movekd.files.ownership import FileEntry
+
+_MEND = "Run its `movekd cache build` with --verify, which builds this Zarr shard again."
+_LOCK = re.compile(r"\.(.+\.)?lock(\.\d+)?")
+"""What ``extract.locks`` makes; in an object store the names end in a number."""
+_SEAL = re.compile(r"\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,12 @@ def verify(
             yield from _verify_teacher(cache, name, progress)
         except MovekdError as error:
             yield str(error)
+    for path in storage.files(""):
+        if path.startswith(".") and path.endswith(".tmp"):
+            yield (
+                f"{storage.url}/{path} was left by a write that did not end; if no build is "
+                "running, the next `movekd cache build` of its teacher deletes it."
+            )
 
 
 def _verify_teacher(
@@ -137,30 +149,59 @@ def _verify_teacher(
             f"{sealed.num_rows} rows, the cache has {len(expected)} and {teacher.num_rows}; run "
             "its `movekd cache build` again."
         )
-    known, missing = set(metadata), set(teacher.missing_shards)
+    missing = set(teacher.missing_shards)
     for shard in sorted(missing):
         yield (
             f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
             "again."
         )
-    sealed_shards = [
-        s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing
-    ]
-    size, rows_of_images = teacher.layout.rows_per_shard, cache.catalog.rows
-    keys = cache.catalog.keys_checksums(
-        (shard * size, (shard + 1) * size) for shard in sealed_shards
+    shards = [s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing]
+    for _, problem in shard_problems(teacher, cache.catalog, shards, progress):
+        yield problem
+    skipped = read_record(storage, layout.skipped_seal_name(name), SkippedSeal).files
+    yield from _check_files(
+        storage, layout.seals_name(name), skipped, progress, "Run its `movekd cache build` again."
     )
-    for shard, expected_keys in zip(sealed_shards, keys, strict=True):
-        seal_name = layout.seal_name(name, shard)
+    own = {*metadata}
+    for array in teacher.layout.arrays.values():
+        own.update(layout.shard_file(array, shard) for shard in shards)
+    for path in storage.sizes(group):
+        if path.removeprefix(f"{group}/") not in own:
+            yield (
+                f"{storage.url}/{path} is covered by no seal; a build was interrupted, or the file "
+                "is foreign."
+            )
+    yield from _foreign_seals(teacher)
+
+
+def shard_problems(
+    teacher: TeacherContents,
+    catalog: Catalog,
+    shards: Sequence[int],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[tuple[int, str]]:
+    """Yield each problem of some sealed Zarr shards: the shard, and a sentence.
+
+    Args:
+        teacher: the teacher.
+        catalog: the images of its cache.
+        shards: numbers of Zarr shards with a seal, ascending.
+        progress: called with the number of bytes of each file after it was read.
+    """
+    storage, group = teacher.storage, layout.group_name(teacher.teacher)
+    size, rows_of_images = teacher.layout.rows_per_shard, catalog.rows
+    keys = catalog.keys_checksums((shard * size, (shard + 1) * size) for shard in shards)
+    for shard, expected_keys in zip(shards, keys, strict=True):
+        seal_name = layout.seal_name(teacher.teacher, shard)
         try:
             seal = read_record(storage, seal_name, ShardSeal)
         except CacheError as error:
-            yield str(error)
+            yield shard, str(error)
             continue
         if seal.calibration != teacher.calibration.hash:
             yield (
-                f"{storage.url}/{seal_name} was sealed under another calibration; rebuild this "
-                "Zarr shard."
+                shard,
+                f"{storage.url}/{seal_name} was sealed under another calibration. {_MEND}",
             )
         first = shard * size
         low, high = np.searchsorted(rows_of_images, [first, first + size])
@@ -168,27 +209,40 @@ def _verify_teacher(
         files = {layout.shard_file(array, shard) for array in teacher.layout.arrays.values()}
         if seal.rows != rows or set(seal.files) != files:
             yield (
+                shard,
                 f"{storage.url}/{seal_name} covers rows {seal.rows} and {len(seal.files)} "
-                f"files, its Zarr shard has {rows} and {len(files)}; delete this seal and build "
-                "again."
+                f"files, its Zarr shard has {rows} and {len(files)}. {_MEND}",
             )
         if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
             yield (
+                shard,
                 f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
-                "one of the two comes from another cache. Restore it, or --overwrite the teacher."
+                "one of the two comes from another cache. Restore it, or --overwrite the teacher.",
             )
-        known.update(seal.files)
-        yield from _check_files(storage, group, seal.files, progress)
-    skipped = read_record(storage, layout.skipped_seal_name(name), SkippedSeal).files
-    yield from _check_files(
-        storage, layout.seals_name(name), skipped, progress, "Run its `movekd cache build` again."
-    )
-    for path in storage.sizes(group):
-        if path.removeprefix(f"{group}/") not in known:
-            yield (
-                f"{storage.url}/{path} is covered by no seal; a build was interrupted, or the file "
-                "is foreign."
-            )
+        for problem in _check_files(storage, group, seal.files, progress):
+            yield shard, problem
+
+
+def _foreign_seals(teacher: TeacherContents) -> Iterator[str]:
+    """Yield one sentence per file beside the seals that a build does not write there."""
+    name, storage = teacher.teacher, teacher.storage
+    num_shards = teacher.layout.num_shards(teacher.num_rows)
+    own = {
+        layout.calibration_name(name),
+        layout.metadata_name(name),
+        layout.skipped_name(name),
+        layout.skipped_seal_name(name),
+        *(layout.seal_name(name, shard) for shard in range(num_shards)),
+    }
+    for path in storage.sizes(layout.seals_name(name)):
+        file = PurePosixPath(path).name
+        if path in own or _LOCK.fullmatch(file):
+            continue
+        if _SEAL.fullmatch(file):
+            what = f"seals a Zarr shard that the cache does not have; it has {num_shards}"
+        else:
+            what = "is no seal of this teacher"
+        yield f"{storage.url}/{path} {what}. No build wrote it; delete it."
 
 
 def _check_files(
@@ -196,7 +250,7 @@ def _check_files(
     folder: str,
     files: Mapping[str, FileEntry],
     progress: Callable[[int], None],
-    remedy: str = "Delete its seal and build again.",
+    remedy: str = _MEND,
 ) -> Iterator[str]:
     for name, expected in files.items():
         path = f"{storage.url}/{folder}/{name}" if folder else f"{storage.url}/{name}"

@@ -1,5 +1,6 @@
 """`movekd cache`: the group of commands, and `ls`."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,9 +13,13 @@ from movekd.cli.cache_show import show
 from movekd.cli.cache_verify import verify
 from movekd.cli.options import Cache, Json, PositionalCache, one_cache
 from movekd.cli.output import percent, print_json, print_table, size
+from movekd.errors import CorruptCacheError
 
 if TYPE_CHECKING:
+    from movekd.cache.contents import CacheContents
     from movekd.cache.verify import TeacherStatus
+
+_SHOWN = 10
 
 app = typer.Typer(no_args_is_help=True)
 for command in (build, plan, fidelity, show, verify):
@@ -27,14 +32,27 @@ def list_teachers(
 ) -> None:
     """List the teachers of a cache: rows, completeness, size, codec, error.
 
+    Exits with 1 if sealed files are missing or have another size than their seals say.
+
     Example: movekd cache ls --cache cache/
     """
     from movekd.cache.contents import open_contents
-    from movekd.cache.verify import status
+    from movekd.cache.inventory import wrong_files
+    from movekd.cache.verify import teacher_status
 
     cache = one_cache(cache, positional)
     opened = open_contents(cache)
-    teachers = status(opened)
+    teachers: list[TeacherStatus] = []
+    wrong: dict[str, list[str]] = {}
+    for name in opened.teachers:
+        try:
+            sealed = opened.sealed(name)
+            status = teacher_status(sealed, opened.catalog)
+            sealed.require_images(opened.catalog)
+            wrong[name] = [str(file) for file in wrong_files(sealed)]
+            teachers.append(status)
+        except CorruptCacheError as error:  # the other teachers are listed nevertheless
+            wrong[name] = [str(error)]
     if json:
         print_json(
             {
@@ -43,11 +61,20 @@ def list_teachers(
                 "images": opened.catalog.num_images,
                 "rows": len(opened.catalog.index),
                 "teachers": teachers,
+                "wrong_files": {name: found for name, found in wrong.items() if found},
             }
         )
-        return
+    else:
+        _print_teachers(opened, teachers, wrong)
+    if any(wrong.values()):
+        raise typer.Exit(1)
+
+
+def _print_teachers(
+    opened: "CacheContents", teachers: "Sequence[TeacherStatus]", wrong: Mapping[str, Sequence[str]]
+) -> None:
     print_table(
-        f"{cache}: {opened.catalog.num_images:,} images, geometry "
+        f"{opened.url}: {opened.catalog.num_images:,} images, geometry "
         f"{opened.geometry}, views {opened.views}: {len(opened.catalog.index):,} rows",
         [
             *("teacher", "state", "rows", "grid", "channels", "codec", "size", "error mean", "max"),
@@ -56,7 +83,7 @@ def list_teachers(
         [
             [
                 t.teacher,
-                _state(t),
+                _state(t, wrong[t.teacher]),
                 f"{t.rows:,}",
                 f"{t.grid}x{t.grid}",
                 t.width,
@@ -70,12 +97,26 @@ def list_teachers(
         ],
     )
 
+    for name, found in wrong.items():
+        for sentence in found[:_SHOWN]:
+            typer.echo(f"{name}: {sentence}", err=True)
+        if found[_SHOWN:]:
+            typer.echo(f"{name}: {len(found) - _SHOWN} more files", err=True)
+        if found and name in {teacher.teacher for teacher in teachers}:
+            typer.echo(
+                f"{name}: run its `movekd cache build` again, which builds these Zarr shards anew",
+                err=True,
+            )
 
-def _state(teacher: "TeacherStatus") -> str:
+
+def _state(teacher: "TeacherStatus", wrong: Sequence[str]) -> str:
     state = (
         "complete"
         if teacher.sealed_shards == teacher.total_shards
         else f"{teacher.sealed_shards} of {teacher.total_shards} Zarr shards"
     )
+    if wrong:
+        files = f"{len(wrong)} file{'s' if wrong[1:] else ''}"
+        state = f"{files} MISSING OR WRONG, else {state}"
     state += f", {teacher.skipped} skipped" if teacher.skipped else ""
     return state + (", RANDOM WEIGHTS" if teacher.random_weights else "")

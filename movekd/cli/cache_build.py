@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from movekd.cli.options import (
+    MAX_PROCESSES,
     AutoBatchSize,
     Cache,
     CalibrationImages,
@@ -25,6 +27,7 @@ from movekd.cli.options import (
     check_one_of,
     check_resize_mode,
     check_tiles,
+    finite,
     read_specs,
 )
 from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, size
@@ -51,6 +54,7 @@ def build(
         int | None,
         typer.Option(
             min=0,
+            max=MAX_PROCESSES,
             help="Local: processes that decode images. Default: all cores but one. Ray: workers "
             "that hold the teachers. Default: one per GPU (one per node without GPUs).",
         ),
@@ -59,6 +63,7 @@ def build(
         int | None,
         typer.Option(
             min=1,
+            max=MAX_PROCESSES,
             help="CPU threads per forward pass. Use the same value for identical output. "
             "Default: torch's setting.",
         ),
@@ -75,7 +80,12 @@ def build(
     calibration_images: CalibrationImages = None,
     max_skipped_fraction: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Exit 1 if a larger fraction of images is unreadable."),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=finite,
+            help="Exit 1 if a larger fraction of images is unreadable.",
+        ),
     ] = 0.001,
     channel_stats: Annotated[
         str | None,
@@ -93,11 +103,18 @@ def build(
     ] = None,
     num_gpus_per_worker: Annotated[
         float | None,
-        typer.Option(min=0, help="Ray: GPUs per worker, or a fraction. Default: 1 (0 on CPUs)."),
+        typer.Option(
+            min=0,
+            max=MAX_PROCESSES,
+            callback=finite,
+            help="Ray: GPUs per worker, or a fraction. Default: 1 (0 on CPUs).",
+        ),
     ] = None,
     num_decoders: Annotated[
         int | None,
-        typer.Option(min=0, help="Ray: processes per worker that decode images."),
+        typer.Option(
+            min=0, max=MAX_PROCESSES, help="Ray: processes per worker that decode images."
+        ),
     ] = None,
     partition: Annotated[
         str | None,
@@ -106,6 +123,14 @@ def build(
             "first one calibrates."
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="First compare every sealed byte, and build again what differs. Default: only "
+            "existence and size.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="First delete these teachers from the cache.")
     ] = False,
@@ -113,7 +138,8 @@ def build(
 ) -> None:
     """Run frozen teachers once over a corpus and store their features.
 
-    Interrupt it at any time: the same command resumes.
+    Interrupt it at any time: the same command resumes. Sealed files that are gone or have another
+    size are built again.
 
     Example: movekd cache build --teacher clip --teacher eva02 --shards data/ --cache cache/
 
@@ -191,8 +217,10 @@ def build(
                 executor=None if cluster is None else RayExecutor(cluster),
                 partition=part,
                 replace=overwrite,
+                is_verifying=verify,
                 channel_stats=channel_stats,
                 deletes=_print_deletion,
+                tell=partial(typer.echo, err=True),
                 progress=progress,
             )
         )

@@ -4,7 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from movekd.cache.model_args import MAX_WIDTH
 from movekd.cli.options import (
+    MAX_COUNT,
+    MAX_PROCESSES,
     STUDENT_GRID,
     BatchSize,
     CalibrationImages,
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
 def fidelity(
     teacher: Teachers,
     shards: Shards,
-    num_images: Annotated[int, typer.Option(min=1, help="Images to measure with.")] = 32,
+    num_images: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Images to measure with.")
+    ] = 32,
     tiles: Tiles = "base",
     resize_mode: ResizeMode = None,
     weights: WeightsOption = None,
@@ -41,10 +46,16 @@ def fidelity(
     batch_size: BatchSize = 8,
     num_workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes that decode images. Default: all cores but one."),
+        typer.Option(
+            min=0,
+            max=MAX_PROCESSES,
+            help="Processes that decode images. Default: all cores but one.",
+        ),
     ] = None,
     student_grid: StudentGrid = STUDENT_GRID,
-    student_width: Annotated[int, typer.Option(min=1, help="Channels of the student.")] = 1024,
+    student_width: Annotated[
+        int, typer.Option(min=1, max=MAX_WIDTH, help="Channels of the student.")
+    ] = 1024,
     calibration_images: CalibrationImages = None,
     json: Json = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """`movekd cache plan`: estimate the size, time and break-even point of a cache."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,10 +22,11 @@ from movekd.cli.options import (
     WeightsOption,
     build_options,
     check_tiles,
+    finite,
     named_values,
     read_specs,
 )
-from movekd.cli.output import print_json, print_table, progress_bar, size
+from movekd.cli.output import is_quiet, print_json, print_table, progress_bar, size
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def plan(
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Images to plan for. Default: those of the corpus.")
+        int | None,
+        typer.Option(min=1, max=10**15, help="Images to plan for. Default: those of the corpus."),
     ] = None,
     student_grid: StudentGrid = STUDENT_GRID,
     grid: GridOption = None,
@@ -54,19 +57,37 @@ def plan(
     ] = None,
     assume_write: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process writes to --cache. Default: measured."),
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="MB/s that one process writes to --cache. Default: measured.",
+        ),
     ] = None,
     assume_read: Annotated[
         float | None,
-        typer.Option(min=1e-9, help="MB/s that one process reads from it. Default: measured."),
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="MB/s that one process reads from it. Default: measured.",
+        ),
     ] = None,
     build_hours: Annotated[
-        float, typer.Option(min=1e-9, help="Hours for the build; gives the number of writers.")
+        float,
+        typer.Option(
+            min=1e-9,
+            max=1e12,
+            callback=finite,
+            help="Hours for the build; gives the number of writers.",
+        ),
     ] = 24.0,
     train_rate: Annotated[
-        float, typer.Option(min=1e-9, help="Images/s of a training run.")
+        float, typer.Option(min=1e-9, max=1e12, callback=finite, help="Images/s of a training run.")
     ] = 100.0,
-    epochs: Annotated[float, typer.Option(min=1e-9, help="Epochs of a training run.")] = 1.0,
+    epochs: Annotated[
+        float, typer.Option(min=1e-9, max=1e12, callback=finite, help="Epochs of a training run.")
+    ] = 1.0,
     measure_disk: Annotated[
         bool,
         typer.Option(help="Measure the disk: write up to 256 MB to --cache and delete them."),
@@ -103,6 +124,7 @@ def plan(
             assumed_disk=assumed_disk,
             is_disk_measured=measure_disk,
             asked_hours=build_hours,
+            tell=(lambda step: None) if is_quiet() else partial(typer.echo, err=True),
             progress=progress,
         )
     if json:
@@ -142,7 +164,7 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
             f"{p.grid}x{p.grid}x{p.width}",
             size(p.row_bytes),
             size(p.total_bytes),
-            f"{p.images_per_s:,.1f}",
+            f"{p.images_per_s:,.1f}" if p.images_per_s >= 1 else f"{p.images_per_s:.2g}",
             f"{p.hours:,.2f}",
             p.bound_by,
             *_run_cells(p),
@@ -176,7 +198,10 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     if assumed:
         typer.echo(f"images/s assumed, not measured: {', '.join(assumed)}")
     if planned.random_weights:
-        typer.echo(f"weights not found, so measured with random ones: {planned.random_weights}")
+        typer.echo(
+            "measured with random weights (a plan downloads none, the build needs the real ones): "
+            f"{planned.random_weights}"
+        )
 
 
 def _print_needs(planned: "CachePlan") -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import (
+    MAX_COUNT,
     BatchSize,
     Cache,
     Device,
@@ -25,7 +26,8 @@ def verify(
     cache: Cache = "cache",
     positional: PositionalCache = None,
     recompute: Annotated[
-        int, typer.Option(min=0, help="Also run each teacher again on this many rows.")
+        int,
+        typer.Option(min=0, max=MAX_COUNT, help="Also run each teacher again on this many rows."),
     ] = 0,
     shards: Annotated[
         Path | None, typer.Option(help="With --recompute: corpus that the cache was built from.")
@@ -39,7 +41,7 @@ def verify(
     ] = None,
     weights: NamedWeights = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="With --recompute: seed that draws the rows.")
+        int, typer.Option(min=0, max=2**32 - 1, help="With --recompute: seed that draws the rows.")
     ] = 0,
     device: Device = "auto",
     batch_size: BatchSize = 8,

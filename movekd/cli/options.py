@@ -1,5 +1,7 @@
 """Options that several commands share, and the checks of their values."""
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -8,7 +10,7 @@ import typer
 
 from movekd.cache.codecs import codec_names
 from movekd.cli.output import quiet_libraries
-from movekd.errors import ConfigError, did_you_mean
+from movekd.errors import ConfigError, did_you_mean, shorten
 
 if TYPE_CHECKING:
     from movekd.cache.spec import CacheSpec
@@ -80,16 +82,32 @@ NamedWeights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+MAX_BATCH_SIZE = 65_536
+MAX_COUNT = 10**9
+"""Largest number of images, rows or channels that an option takes."""
+MAX_PROCESSES = 4_096
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse NaN, which passes the limits of an option."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH_SIZE, help="Images per forward pass.")]
 AutoBatchSize = Annotated[
     str, typer.Option(help="Images per forward pass, or auto: the largest that the device holds.")
 ]
 StudentGrid = Annotated[
-    int, typer.Option(min=1, help="Side of the student's grid, to which tokens are pooled.")
+    int,
+    typer.Option(min=1, max=1_024, help="Side of the student's grid, to which tokens are pooled."),
 ]
 CalibrationImages = Annotated[
     int | None,
-    typer.Option(min=1, help="Images for the channel statistics. Default: the spec's number."),
+    typer.Option(
+        min=1, max=MAX_COUNT, help="Images for the channel statistics. Default: the spec's number."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -130,8 +148,8 @@ def read_specs(
     if grid == "student":
         changes["grid"] = STUDENT_GRID
     elif grid not in (None, "native"):
-        if not grid.isdecimal():
-            raise ConfigError(f"--grid is '{grid}'; expected native, student or a number.")
+        if not _is_number(grid):
+            raise ConfigError(f"--grid is '{shorten(grid)}'; expected native, student or a number.")
         changes["grid"] = int(grid)
     given = {key: value for key, value in changes.items() if value is not None}
     specs = [load_spec(teacher).with_changes(**given) for teacher in teachers]
@@ -177,8 +195,6 @@ def build_options(
     Raises:
         ConfigError: a value is unknown, or the device cannot be used.
     """
-    import os
-
     import torch
 
     from movekd.extract.options import BuildOptions
@@ -198,11 +214,11 @@ def build_options(
         raise ConfigError(f"--dtype is '{dtype}'; expected auto, float32, bfloat16 or float16.")
     if num_workers is None:
         num_workers = max((os.cpu_count() or 1) - 1, 1)
-    if isinstance(batch_size, str) and batch_size != "auto" and not batch_size.isdecimal():
-        raise ConfigError(f"--batch-size is '{batch_size}'; expected a number or `auto`.")
+    if isinstance(batch_size, str) and batch_size != "auto" and not _is_number(batch_size):
+        raise ConfigError(f"--batch-size is '{shorten(batch_size)}'; expected a number or `auto`.")
     images = None if batch_size == "auto" else int(batch_size)
-    if images == 0:
-        raise ConfigError("--batch-size is 0; expected at least 1, or `auto`.")
+    if images is not None and not 1 <= images <= MAX_BATCH_SIZE:
+        raise ConfigError(f"--batch-size is {images}; expected 1 to {MAX_BATCH_SIZE:,}, or `auto`.")
     if images is None and concurrent:
         raise ConfigError(
             "--batch-size auto gives each teacher the whole device, --concurrent shares it; give a "
@@ -272,7 +288,12 @@ def named_weights(given: Sequence[str] | None, names: Sequence[str]) -> dict[str
     return {name: _resolve_weights(place) for name, place in values.items()}
 
 
+def _is_number(text: str) -> bool:
+    """Return whether a text is a whole number that Python converts; 5,000 digits it refuses."""
+    return text.isascii() and text.isdecimal() and len(text) <= 20
+
+
 def _resolve_weights(place: str) -> str:
     from movekd.cache.spec import WEIGHTS_WORDS
 
-    return place if place in WEIGHTS_WORDS else str(Path(place).resolve())
+    return place if place in WEIGHTS_WORDS else os.path.abspath(place)

@@ -26,6 +26,11 @@ def set_verbosity(level: int) -> None:
     _verbosity = level
 
 
+def is_quiet() -> bool:
+    """Return whether ``-q`` was given."""
+    return _verbosity < 0
+
+
 def is_verbose() -> bool:
     """Return whether ``-v`` was given."""
     return _verbosity > 0

@@ -13,6 +13,7 @@ it, or live on after the build gave it up for dead.
 
 import contextlib
 import json
+import logging
 import re
 import threading
 import time
@@ -25,7 +26,7 @@ from pathlib import PurePosixPath
 from movekd.cache import layout
 from movekd.cache.object_storage import ObjectStorage
 from movekd.cache.storage import Storage
-from movekd.errors import CacheError
+from movekd.errors import CacheError, shorten
 from movekd.extract.partition import WHOLE, Partition
 from movekd.files.lock import hold_lock, holder
 
@@ -34,6 +35,7 @@ RENEW_S = 15.0
 STALE_S = 60.0
 """A holder that does not renew its object for so long is dead."""
 
+_log = logging.getLogger("movekd")  # without a handler, Python prints warnings as plain lines
 _PART = re.compile(r"(\.part-\d+-of-(\d+)\.lock)(\.\d+)?")
 _SHARD = re.compile(r"(\.\d+\.lock)(\.\d+)?")
 _SEALED = re.compile(r"(\.(?:\d+|calibration)\.lock)(\.\d+)?")
@@ -183,7 +185,14 @@ def build_lock(storage: Storage, name: str, *, wait: bool = False, who: str = ""
     """
     if storage.local_dir is not None:
         path = storage.local_dir / name
-        with hold_lock(path, _held, error=CacheError, wait=wait, who=who):
+        with hold_lock(
+            path,
+            _held,
+            error=CacheError,
+            wait=wait,
+            waiting=lambda found: _tell_waiting(storage, name, found),
+            who=who,
+        ):
             yield
     else:
         assert isinstance(storage, ObjectStorage)
@@ -200,6 +209,7 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool, who: str) -> Ite
     """
     content = {"holder": f"{who}{holder()}", "token": uuid.uuid4().hex, "renewed": 0}
     mark, dead = json.dumps(content).encode(), set[bytes]()
+    has_told = False
     while True:
         found = _marks(storage, name)
         newest = max(found, default=-1)
@@ -209,6 +219,9 @@ def _object_lock(storage: ObjectStorage, name: str, wait: bool, who: str) -> Ite
                 dead.add(seen)
             elif not wait and newest in _marks(storage, name):  # renewed, not released
                 raise _held(str(json.loads(seen)["holder"]))
+            elif wait and not has_told and newest in _marks(storage, name):
+                has_told = True
+                _tell_waiting(storage, name, str(json.loads(seen)["holder"]))
             continue  # look again: it may have been released while we watched
         number = newest + 1
         if not storage.create(f"{name}.{number}", mark):
@@ -260,6 +273,14 @@ def _is_renewed(storage: ObjectStorage, name: str, seen: bytes) -> bool:
         if storage.read_many([name]).get(name) != seen:
             return True
     return False
+
+
+def _tell_waiting(storage: Storage, name: str, holder: str) -> None:
+    _log.warning(
+        "waiting for %s/%s, which another build holds (%s). If that process is stopped, resume or "
+        "end it.",
+        *(storage.url, name, shorten(holder)),
+    )
 
 
 def _held(holder: str) -> CacheError:

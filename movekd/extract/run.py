@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, update_catalog
+from movekd.cache.inventory import damaged_seals, describe, wrong_files
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.verify import TeacherStatus, teacher_status
+from movekd.cache.verify import TeacherStatus, shard_problems, teacher_status
 from movekd.cache.writer import TeacherWriter, resize_group
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus
@@ -74,11 +75,15 @@ def build_cache(
     executor: Executor | None = None,
     partition: Partition | None = None,
     replace: bool = False,
+    is_verifying: bool = False,
     channel_stats: str | Path | Storage | None = None,
     deletes: Callable[[str, Mapping[str, int]], None] = lambda folder, sizes: None,
+    tell: Callable[[str], None] = lambda sentence: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BuildSummary]:
     """Build what is missing of some teachers over the same decoded images; yield one summary each.
+
+    Zarr shards whose sealed files are gone or have another size are built again, after saying so.
 
     A build that is interrupted at any instant and run again leaves the same bytes as one that is
     not, whichever executor runs it and in however many parts. This holds for equal device, dtype,
@@ -95,10 +100,13 @@ def build_cache(
         partition: which part of the Zarr shards to build. Default: all. The first part that starts
             calibrates, the others wait for it.
         replace: delete what the cache holds of these teachers first.
+        is_verifying: compare every sealed byte first, and build again what differs. Default: only
+            existence and size.
         channel_stats: another cache. A new teacher takes over its sealed calibration, so that
             caches built on several machines are encoded alike. Default: calibrate on the corpus.
         deletes: called before ``replace`` deletes a folder, with the folder and the sizes of its
             files, after all checks have passed.
+        tell: called with one sentence about sealed files that are wrong and will be built again.
         progress: called after each batch.
 
     Raises:
@@ -136,12 +144,14 @@ def build_cache(
             for spec in specs:
                 _delete_leftovers(storage, locks, spec)
                 started = time.perf_counter()
-                _settle_calibration(context, executor, spec, imported.get(spec.name))
+                _settle_calibration(context, executor, spec, imported.get(spec.name), tell)
                 calibration_seconds.append(time.perf_counter() - started)
-                store = TeacherWriter(storage, spec.name, catalog.num_rows)
-                store.require_images(catalog)
+                store, wrong = _open_sealed(context, spec, tell)
+                if is_verifying:
+                    wrong |= _verified(context, store, wrong, partition, tell)
                 size = store.layout.rows_per_shard
-                shards = [s for s in store.missing_shards if partition.owns(s, size)]
+                lacking = sorted({*store.missing_shards, *wrong})
+                shards = [s for s in lacking if partition.owns(s, size)]
                 jobs.append(TeacherJob(spec, store, shards))
         results = executor.build(context, jobs)
         with locks.settling():
@@ -183,15 +193,83 @@ def _delete_leftovers(storage: Storage, locks: BuildLocks, spec: CacheSpec) -> N
 
 
 def _settle_calibration(
-    context: BuildContext, executor: Executor, spec: CacheSpec, imported: Imported | None
+    context: BuildContext,
+    executor: Executor,
+    spec: CacheSpec,
+    imported: Imported | None,
+    tell: Callable[[str], None],
 ) -> None:
     """Make sure that a teacher has a sealed calibration and arrays of the right length."""
+    name, group = layout.calibration_name(spec.name), layout.group_name(spec.name)
+    if not context.storage.exists(name) and (left := context.storage.sizes(group)):
+        tell(
+            f"{spec.name}: {name} is missing (an interrupted --overwrite or calibration, or it was "
+            f"deleted). Without it the {len(left)} files in {group} mean nothing; they are deleted "
+            "and built again."
+        )
     if imported is not None:
         import_calibration(context, spec, *imported)
     calibration = sealed_calibration(context.storage, spec)
     if calibration is None:
         calibration = executor.calibrate(context, spec)
     resize_group(context.storage, spec, calibration, context.catalog.num_rows)
+
+
+def _open_sealed(
+    context: BuildContext, spec: CacheSpec, tell: Callable[[str], None]
+) -> tuple[TeacherWriter, set[int]]:
+    """Return a teacher, and its Zarr shards with files that are gone or have another size.
+
+    Seals that cannot be read are deleted: they prove nothing, so their Zarr shards are not sealed.
+    The others stay until their Zarr shards can be written again, see ``ShardBuffer.write``.
+    """
+    storage, num_rows = context.storage, context.catalog.num_rows
+    store = TeacherWriter(storage, spec.name, num_rows)
+    for shard, problem in damaged_seals(store).items():
+        tell(f"{spec.name}: {problem} Zarr shard {shard} is built again.")
+        storage.delete(layout.seal_name(spec.name, shard))
+        store = TeacherWriter(storage, spec.name, num_rows)
+    store.require_images(context.catalog)
+    files = wrong_files(store)
+    wrong = {file.shard for file in files if file.shard is not None}
+    if wrong:
+        tell(f"{spec.name}: {describe(files)}. {_count(len(wrong))} built again.")
+    return store, wrong
+
+
+def _verified(
+    context: BuildContext,
+    store: TeacherWriter,
+    known: set[int],
+    partition: Partition,
+    tell: Callable[[str], None],
+) -> set[int]:
+    """Return the sealed Zarr shards of this part that differ from their seals, read in full."""
+    size, done = store.layout.rows_per_shard, 0
+    left_out = {*store.missing_shards, *known}
+    shards = [
+        shard
+        for shard in range(store.layout.num_shards(store.num_rows))
+        if shard not in left_out and partition.owns(shard, size)
+    ]
+    sums = store.sums
+    total = int(sums.size_bytes_S[np.isin(sums.shards_S, shards)].sum())
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        context.progress(f"{store.teacher}: verify, bytes", done, total)
+
+    problems = list(shard_problems(store, context.catalog, shards, advance))
+    wrong = {shard for shard, _ in problems}
+    if wrong:
+        first = f"{problems[0][1]} " + (f"{len(problems) - 1} more. " if problems[1:] else "")
+        tell(f"{store.teacher}: {first}{_count(len(wrong))} built again.")
+    return wrong
+
+
+def _count(num_shards: int) -> str:
+    return "1 Zarr shard is" if num_shards == 1 else f"{num_shards} Zarr shards are"
 
 
 def _summary(

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from movekd.cache import layout
+from movekd.cache.catalog import Catalog
 from movekd.cache.contents import read_calibration
 from movekd.cache.schema import EncodingError
 from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage
+from movekd.cache.verify import shard_problems
 from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch
@@ -44,8 +46,11 @@ class ShardTask:
 class ShardBuffer:
     """The rows of one Zarr shard in memory; NaN until ``add`` fills them."""
 
-    def __init__(self, store: TeacherWriter, task: ShardTask, max_error: float | None) -> None:
-        self._store, self._task, self._max_error = store, task, max_error
+    def __init__(
+        self, store: TeacherWriter, task: ShardTask, catalog: Catalog, max_error: float | None
+    ) -> None:
+        self._store, self._task, self._catalog = store, task, catalog
+        self._max_error = max_error
         self._first = task.shard * store.layout.rows_per_shard
         length = int(task.rows[-1]) - self._first + 1 if len(task.rows) else 0
         self._arrays = {
@@ -92,19 +97,24 @@ class ShardBuffer:
     def write(self, storage: Storage) -> None:
         """Write and seal the Zarr shard, unless another process has sealed it meanwhile.
 
+        A seal that its files contradict goes only now, when all of them can be written again.
+
         Raises:
             CacheError: another build has replaced the teacher meanwhile.
         """
         store, shard = self._store, self._task.shard
         seal = layout.seal_name(store.teacher, shard)
         with sealing(storage, seal):
-            if storage.exists(seal):
-                return  # sealed files are never written again, and hold the same bytes
+            is_sealed = storage.exists(seal)
+            if is_sealed and not any(shard_problems(store, self._catalog, [shard])):
+                return  # whole files are never written again, and hold the same bytes
             if read_calibration(storage, store.teacher) != store.calibration:
                 raise CacheError(
                     f"teacher '{store.teacher}' in {storage.url} was replaced by another build "
                     "while this one ran; run the same command again to continue that one."
                 )
+            if is_sealed:
+                storage.delete(seal)
             store.write_shard(
                 shard,
                 self._arrays,

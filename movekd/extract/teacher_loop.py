@@ -91,7 +91,7 @@ class TeacherBuild:
         self, job: TeacherJob, catalog: Catalog, teacher: Teacher | None, options: BuildOptions
     ) -> None:
         """List the tasks of a job; without Zarr shards, ``teacher`` may be None."""
-        self.spec, self.store = job.spec, job.store
+        self.spec, self.store, self._catalog = job.spec, job.store, catalog
         self._teacher, self._options = teacher, options
         self.transform = image_transform(job.spec, catalog.geometry)
         self.tasks = _tasks(catalog, job)
@@ -116,7 +116,7 @@ class TeacherBuild:
         """Run the teacher over some tasks; the threads encode, write and seal its features."""
         assert self._teacher is not None
         for task in tasks:
-            buffer = ShardBuffer(self.store, task, self.spec.max_error)
+            buffer = ShardBuffer(self.store, task, self._catalog, self.spec.max_error)
             size = self.store.calibration.batch_size
             for start in range(0, len(task.row_ids), size):
                 batch = loader.next_batch(task.row_ids[start : start + size], self.transform)

@@ -8,11 +8,15 @@ import contextlib
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from movekd.errors import ConfigError, MovekdError
+
+TELL_AFTER_S = 1.0
+"""How long a process waits for a lock before it says so."""
 
 Refusal = Callable[[str], MovekdError]
 """Makes the error about a lock that another process holds, from who holds it."""
@@ -30,6 +34,7 @@ def hold_lock(
     *,
     error: type[MovekdError] = ConfigError,
     wait: bool = False,
+    waiting: Callable[[str], None] = lambda holder: None,
     who: str = "",
 ) -> Iterator[None]:
     """Hold ``path``; delete it at the end. Takes over the file of a dead holder.
@@ -39,6 +44,7 @@ def hold_lock(
         refusal: makes the error if another process holds the lock.
         error: class of the error if the file cannot be made or locked.
         wait: wait for another holder instead of raising.
+        waiting: called once with who holds it, after waiting for ``TELL_AFTER_S``.
         who: written before this process, for processes that are refused.
 
     Raises:
@@ -54,7 +60,12 @@ def hold_lock(
                 "to, with room in it."
             ) from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                _wait(descriptor, waiting)
             try:
                 if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                     break
@@ -62,7 +73,7 @@ def hold_lock(
                 pass
             os.close(descriptor)  # the last holder has just removed this file
         except BlockingIOError:
-            found = os.read(descriptor, 4096).decode(errors="replace") or "another process"
+            found = _holder(descriptor)
             os.close(descriptor)
             raise refusal(found) from None
         except OSError as reason:
@@ -78,6 +89,22 @@ def hold_lock(
         path.unlink(missing_ok=True)
         _open_locks.discard(descriptor)
         os.close(descriptor)
+
+
+def _wait(descriptor: int, waiting: Callable[[str], None]) -> None:
+    """Lock a file that another process holds, and say so if that takes long."""
+    timer = threading.Timer(TELL_AFTER_S, lambda: waiting(_holder(descriptor)))
+    timer.daemon = True
+    timer.start()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        timer.cancel()
+
+
+def _holder(descriptor: int) -> str:
+    """Return who wrote the lock file."""
+    return os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"
 
 
 _open_locks: set[int] = set()

@@ -5,9 +5,10 @@ it. Nothing here knows an architecture.
 """
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
-from movekd.errors import WeightsError, did_you_mean
+from movekd.errors import WeightsError, did_you_mean, shorten
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Published:
     repo: str | None = None
     files: Sequence[str] = ("model.safetensors",)
 
+
+LIBRARY_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+    *(MemoryError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, UnpicklingError),
+)
+"""What libraries raise about arguments and files that make no sense; they document few of them."""
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -120,30 +127,59 @@ def _download(spec: CacheSpec, repo: str, names: Sequence[str]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    reason: Exception | None = None
+    reason: object = None
+    is_local = not hub_answers()
     for name in names:
         try:
             with quiet():
-                return Path(hf_hub_download(repo, name, revision=spec.revision))
+                return Path(
+                    hf_hub_download(repo, name, revision=spec.revision, local_files_only=is_local)
+                )
         except LocalEntryNotFoundError as error:  # offline, but another name may be cached
             reason = error
         except EntryNotFoundError as error:  # try the next name
             reason = error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no name of a repository
             reason = error
             break
-    raise unreachable(spec, repo, names, reason) from None
+    raise unreachable(spec, repo, names, NO_ANSWER if is_local else reason) from None
+
+
+NO_ANSWER = "the hub does not answer, and the files are not in its cache on this machine"
+
+
+def hub_answers(timeout_s: float = 5.0) -> bool:
+    """Return whether the hub answers anything at all.
+
+    Without it, downloads are tried again for a minute or more before a library says so. Proxies and
+    ``HF_ENDPOINT`` hold here as for downloads.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers: list[object] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # the client may raise the errors of several libraries
+            answers.append(get_session().head(constants.ENDPOINT, timeout=timeout_s))
+
+    # Looking the name up has no timeout, so a thread waits for it.
+    thread = threading.Thread(target=ask, name="movekd-hub", daemon=True)
+    thread.start()
+    thread.join(timeout_s + 1)
+    return bool(answers)
 
 
 def unreachable(
     spec: CacheSpec, repo: str, names: Iterable[str], reason: object = None
 ) -> WeightsError:
     """Return an error that says how to fetch weights by hand and suggests the nearest model."""
-    why = f" ({str(reason).splitlines()[0]})" if reason and str(reason) else ""
+    why = f" ({shorten(str(reason).splitlines()[0])})" if reason and str(reason) else ""
     return WeightsError(
-        f"weights of '{spec.name}' could not be fetched from {repo}{why}."
+        f"weights of '{spec.name}' could not be fetched from {shorten(repo)}{why}."
         f"{_nearest_shipped(spec)} Check the name and the connection, or "
-        f"download {' or '.join(names)} from https://huggingface.co/{repo} on "
+        f"download {' or '.join(names)} from https://huggingface.co/{shorten(repo)} on "
         "another machine and set `weights: DIRECTORY` in the teacher's YAML."
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.teachers.backbone import Backbone, check_name
 from movekd.teachers.checkpoints import (
     Published,
@@ -38,7 +38,7 @@ def eva02_det_backbone(spec: CacheSpec) -> Backbone:
         module = Eva02Det(**spec.model_args)
     except TypeError as error:
         raise ConfigError(
-            f"model_args of '{spec.name}' make no eva02_det: {error}. Correct them."
+            f"model_args of '{spec.name}' make no eva02_det: {shorten(error)}. Correct them."
         ) from None
     if spec.weights != "random":
         path = weights_file(spec, RELEASED)

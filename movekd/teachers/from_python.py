@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError, MovekdError, did_you_mean
+from movekd.errors import ConfigError, MovekdError, did_you_mean, shorten
 from movekd.teachers.backbone import Backbone, TeacherOutput
 from movekd.teachers.checkpoints import (
     Published,
@@ -71,7 +71,7 @@ def _create(spec: CacheSpec) -> nn.Module:
         module = factory(**spec.model_args)
     except Exception as error:  # user code may raise anything
         raise ConfigError(
-            f"{spec.factory} fails with model_args {spec.model_args} of '{spec.name}': "
+            f"{spec.factory} fails with model_args {shorten(spec.model_args)} of '{spec.name}': "
             f"{_said(error)}. Correct model_args or the function; --debug shows where."
         ) from error
     if not isinstance(module, nn.Module) or next(module.parameters(), None) is None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.teachers.attention_pool import find_pool
 from movekd.teachers.backbone import Backbone, check_name
 from movekd.teachers.checkpoints import (
@@ -88,7 +88,7 @@ def _create(spec: CacheSpec, name: str, **options: Any) -> Any:
             return timm.create_model(name, **spec.model_args, **options)
     except (TypeError, AssertionError) as error:
         raise ConfigError(
-            f"model_args of '{spec.name}' make no {name}: {error}. Correct them."
+            f"model_args of '{spec.name}' make no {name}: {shorten(error)}. Correct them."
         ) from None
 
 

@@ -7,22 +7,23 @@ Legend: B batch, C channels, H x W pixels.
 """
 
 import inspect
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError, WeightsError, did_you_mean
+from movekd.errors import ConfigError, MovekdError, WeightsError, did_you_mean, shorten
 from movekd.teachers import pix2struct
 from movekd.teachers.attention_pool import find_pool
 from movekd.teachers.backbone import Backbone
 from movekd.teachers.checkpoints import (
+    LIBRARY_ERRORS,
+    NO_ANSWER,
     Published,
     first_line,
     given_path,
+    hub_answers,
     quiet,
     read_state_dict,
     unreachable,
@@ -87,16 +88,20 @@ def _model(spec: CacheSpec) -> Any:
         config = _config_from_args(spec)
         return _load_all(spec, path, config, config, None, state_dict=read_state_dict(path))
     source = str(path or spec.model)
-    where = {"revision": spec.revision} if path is None else {"local_files_only": True}
+    is_local = path is not None or not hub_answers()
+    where: dict[str, Any] = {"local_files_only": is_local}
+    where |= {"revision": spec.revision} if path is None else {}
     try:
         whole = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
         config = getattr(whole, "vision_config", whole)
         _check_args_agree(spec, config, source)
         return _load_all(spec, source, config, whole, source, **where)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except MovekdError:
+        raise
+    except LIBRARY_ERRORS as error:
         if path is None:
             names = ("config.json with model.safetensors", "pytorch_model.bin")
-            raise unreachable(spec, spec.model, names, error) from None
+            raise unreachable(spec, spec.model, names, NO_ANSWER if is_local else error) from None
         raise WeightsError(
             f"weights of '{spec.name}': {path} is not a transformers checkpoint "
             f"({first_line(error)}). Expected config.json and model.safetensors in it, as "
@@ -179,7 +184,7 @@ def _config_from_args(spec: CacheSpec) -> Any:
     try:
         return AutoConfig.for_model(model_type, **args)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
+        said = shorten(" ".join(str(error).split()))
         raise ConfigError(
             f"model_args of '{spec.name}' make no {model_type}: {said}. Correct them."
         ) from None

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError, did_you_mean
+from movekd.errors import ConfigError, MovekdError, did_you_mean, shorten
 from movekd.seeding import seeded
 from movekd.teachers.backbone import Backbone
-from movekd.teachers.checkpoints import Published
+from movekd.teachers.checkpoints import LIBRARY_ERRORS, Published, first_line
 from movekd.teachers.eva02_det import RELEASED, eva02_det_backbone
 from movekd.teachers.from_python import python_backbone
 from movekd.teachers.from_timm import (
@@ -73,8 +75,18 @@ def build_backbone(spec: CacheSpec) -> Backbone:
         ConfigError: the provider, the model or one of ``model_args`` is unknown.
         WeightsError: the weights are missing, unreadable, or do not fit.
     """
-    with seeded(spec.seed):
-        return find_provider(spec).build(spec)
+    provider = find_provider(spec)
+    try:
+        with seeded(spec.seed):
+            return provider.build(spec)
+    except (MovekdError, torch.OutOfMemoryError):
+        raise
+    except LIBRARY_ERRORS as error:
+        said = shorten(first_line(error))
+        raise ConfigError(
+            f"{spec.provider} makes no {shorten(spec.model)} for '{spec.name}' "
+            f"({type(error).__name__}: {said}). Correct model_args of the spec, or its weights."
+        ) from error
 
 
 def published(spec: CacheSpec) -> Published:

@@ -9,20 +9,25 @@ T tokens with prefix, N patch tokens on a square grid, row-major, D width.
 import hashlib
 import inspect
 import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError, MovekdError
+from movekd.errors import ConfigError, MovekdError, shorten
 from movekd.teachers.attention import find_attention, watch_cls_attention
 from movekd.teachers.attention_pool import pool
 from movekd.teachers.backbone import Backbone, TeacherOutput
+from movekd.teachers.checkpoints import LIBRARY_ERRORS
 from movekd.teachers.providers import build_backbone
 
 _SHAPES = 16
 """Most input shapes that one teacher is compiled for: batch sizes tried, and smaller last ones."""
+
+_OF_DEVICE = re.compile(r"cuda|cudnn|cublas|nccl", re.IGNORECASE)
+"""Errors of a device, which say nothing about the spec."""
 
 
 class Teacher(nn.Module):
@@ -123,12 +128,15 @@ class Teacher(nn.Module):
         parameter = next(self.module.parameters())
         try:
             output = self._run(pixels_BCHW.to(parameter.device, parameter.dtype))
-        except (ValueError, AssertionError) as error:
+        except LIBRARY_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError) or _OF_DEVICE.search(str(error)):
+                raise
             size = "x".join(str(side) for side in pixels_BCHW.shape[2:])
             raise ConfigError(
-                f"{self.spec.model} does not take {size} pixels: {error} Set image_size of "
-                f"'{self.spec.name}' to the model's own, or give the model this size in model_args."
-            ) from None
+                f"{shorten(self.spec.model)} does not take {size} pixels: {shorten(error)} Set "
+                f"image_size of '{self.spec.name}' to the model's own, or give the model this size "
+                "in model_args."
+            ) from error
         if not isinstance(output, TeacherOutput):
             output = self._select(output)
         if math.isqrt(output.tokens_BND.shape[1]) ** 2 != output.tokens_BND.shape[1]:

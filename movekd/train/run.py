@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from movekd.cache.inventory import require_whole
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
@@ -194,6 +195,7 @@ def _open_targets(
                 f"teacher '{name}' in {cache.url} lacks {len(teacher.missing_shards)} Zarr shards; "
                 f"finish it with `movekd cache build --teacher {name}` before training."
             )
+        require_whole(teacher)
         if teacher.spec.weights == "random" and not allow_random_teachers:
             raise CacheError(
                 f"teacher '{name}' in {cache.url} was built from random weights, which teach "

@@ -14,7 +14,7 @@ from movekd.cache.verify import status
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.options import BuildOptions
-from movekd.teachers import load_teacher
+from movekd.teachers import Teacher, load_teacher
 
 OPTIONS = BuildOptions(batch_size=4, num_workers=0)
 DISK = DiskRates(write_bytes_per_s=1e6, read_bytes_per_s=2e6)
@@ -82,6 +82,47 @@ def test_weights_out_of_reach_are_replaced_and_named(tmp_path, corpus_dir, tiny_
     spec = tiny_specs[0].with_changes(weights=str(tmp_path / "none.safetensors"))
     plan = plan_cache([spec], open_corpus(corpus_dir), tmp_path, options=OPTIONS)
     assert plan.random_weights == "clip"
+
+
+def test_a_plan_needs_no_network_and_says_its_steps(
+    tmp_path, corpus_dir, tiny_specs, monkeypatch
+) -> None:
+    def answers() -> bool:
+        raise AssertionError("a plan asked the hub")
+
+    monkeypatch.setattr("movekd.teachers.checkpoints.hub_answers", answers)
+    monkeypatch.setattr("movekd.teachers.from_transformers.hub_answers", answers)
+    specs = [spec.with_changes(weights="hub") for spec in tiny_specs]
+    said = []
+    plan = plan_cache(specs, open_corpus(corpus_dir), tmp_path, options=OPTIONS, tell=said.append)
+    assert plan.random_weights == "clip, conv"
+    assert [step.partition(":")[2] for step in said[:4]] == [
+        " clip (1 of 2): making the network",
+        " clip (1 of 2): forward passes at 16x16 pixels",
+        " conv (2 of 2): making the network",
+        " conv (2 of 2): forward passes at 32x32 pixels",
+    ]
+    assert said[4:] == [f"plan: writing and reading at {tmp_path}"]
+
+
+def test_a_slow_teacher_is_measured_with_one_image(
+    tmp_path, corpus_dir, tiny_specs, monkeypatch
+) -> None:
+    batches = []
+    monkeypatch.setattr("movekd.analysis.plan._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("movekd.teachers.teacher.Teacher.forward", _counting(batches))
+    plan_cache(tiny_specs[:1], open_corpus(corpus_dir), tmp_path, options=OPTIONS)
+    assert batches == [1]
+
+
+def _counting(batches):
+    forward = Teacher.forward
+
+    def counted(teacher, pixels):
+        batches.append(len(pixels))
+        return forward(teacher, pixels)
+
+    return counted
 
 
 def test_hours_are_those_of_the_slower_one_of_teacher_and_disk(

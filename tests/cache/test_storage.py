@@ -124,3 +124,12 @@ def test_a_client_that_is_not_installed_is_named(monkeypatch) -> None:
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(ConfigError, match=r"scheme 'ftp://'; expected .*s3://, gs://, memory://"):
         open_storage("ftp://host/cache")
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a\0b"])
+def test_a_name_that_is_no_text_is_a_sentence(name) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cache's name .*is no UTF-8 text.* Rename the folder"
+    ) as e:
+        open_storage(name)
+    str(e.value).encode()

@@ -67,10 +67,30 @@ def test_sentences_name_the_file_and_what_to_do(copy) -> None:
     (copy / "conv.seals" / "00000.json").unlink()
     found = sorted(verify(copy))
     assert len(found) == 4
-    assert any(f"{tokens} is damaged" in p and "build again" in p for p in found)
+    assert any(f"{tokens} is damaged" in p and "build` with --verify" in p for p in found)
     assert any("notes.txt is covered by no seal" in p for p in found)
     assert any("Zarr shard 0 is not built" in p for p in found)
     assert any("conv.zarr/tokens/c/0/0/0 is covered by no seal" in p for p in found)
+
+
+def test_what_no_build_leaves_is_found(copy) -> None:
+    """Leftovers of killed writes, seals beyond the last Zarr shard, foreign files; no locks."""
+    (copy / "clip.seals" / ".part-0-of-1.lock").write_text("pid 1")
+    (copy / "clip.seals" / ".00000.lock.3").write_text("pid 1")
+    assert list(verify(copy)) == []
+    shutil.copy(copy / "clip.seals" / "00000.json", copy / "clip.seals" / "00007.json")
+    (copy / "clip.seals" / "notes.txt").write_text("mine")
+    (copy / ".clip.zarr.tokens.c.0.0.0.12-ab.tmp").write_bytes(b"half")
+    (copy / "clip.zarr" / ".tokens.tmp").write_bytes(b"half")
+    found = list(verify(copy))
+    assert len(found) == 4
+    for sentence in (
+        "00007.json seals a Zarr shard that the cache does not have; it has 1",
+        "notes.txt is no seal of this teacher",
+        ".12-ab.tmp was left by a write that did not end",
+        ".tokens.tmp is covered by no seal",
+    ):
+        assert [p for p in found if sentence in p], sentence
 
 
 def test_a_seal_that_leads_out_of_the_group_is_not_followed(copy, tmp_path) -> None:
@@ -118,7 +138,7 @@ def test_a_seal_that_covers_less_than_its_shard_is_found(copy, change) -> None:
     """Its own checksum right, as after a file was restored under another name."""
     storage, name = open_storage(copy), layout.seal_name("clip", 0)
     write_sealed(storage, name, read_sealed(storage, name) | change)
-    assert any(f"{name} covers" in p and "build again" in p for p in verify(copy))
+    assert any(f"{name} covers" in p and "build` with --verify" in p for p in verify(copy))
 
 
 def test_metadata_that_covers_less_than_the_group_is_found(copy) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import resource
 import shutil
@@ -176,6 +177,32 @@ def test_wrong_flags_are_sentences(tmp_path, teachers, corpus_dir, arguments, me
     assert not (tmp_path / "cache").exists()
 
 
+NUMBERS = {
+    "build": "batch-size num-workers num-threads calibration-images grid max-skipped-fraction "
+    "num-gpus-per-worker num-decoders",
+    "plan": "batch-size num-images student-grid grid assume-write assume-read build-hours "
+    "train-rate epochs",
+    "fidelity": "num-images batch-size num-workers student-grid student-width calibration-images",
+    "verify": "recompute seed batch-size",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(name, option) for name in NUMBERS for option in NUMBERS[name].split()]
+)
+def test_a_number_out_of_range_is_refused(teachers, corpus_dir, tmp_path, command, option) -> None:
+    needed = (
+        ["--cache", tmp_path] if command == "verify" else [*teachers[:2], "--shards", corpus_dir]
+    )
+    for number in ("nan", "inf", "-1", "1e40", "9" * 40, "9" * 5_000, "x"):
+        sentence = ""
+        with contextlib.suppress(ConfigError):
+            result = run(command, *needed, f"--{option}", number)
+            assert result.exit_code == 2
+            sentence = result.stderr
+        assert not sentence or option in sentence
+
+
 def test_a_teacher_given_twice_is_refused(teachers, corpus_dir) -> None:
     with pytest.raises(ConfigError, match="a teacher is given twice: clip, clip, conv"):
         run("build", *teachers, *teachers[:2], "--shards", corpus_dir)
@@ -200,10 +227,10 @@ def test_errors_are_one_sentence_with_exit_code_two_and_no_traceback(tmp_path) -
 def test_interruptions_and_the_systems_errors_are_sentences(
     cache_dir, monkeypatch, capsys, raised, code, sentence
 ) -> None:
-    def status(_: object) -> None:
+    def status(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("movekd.cache.verify.status", status)
+    monkeypatch.setattr("movekd.cache.verify.teacher_status", status)
     monkeypatch.setattr(sys, "argv", ["movekd", "cache", "ls", str(cache_dir)])
     with pytest.raises(SystemExit) as end:
         main()

@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -184,6 +187,27 @@ def test_a_waiting_build_gets_the_lock_when_it_is_free(tmp_path, holder) -> None
         assert holder.wait() == 0
 
 
+def test_who_waits_says_for_whom(place, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("movekd.files.lock.TELL_AFTER_S", 0.0)
+    storage, told = open_storage(place), threading.Event()
+    handler = logging.Handler()
+    handler.emit = lambda record: told.set()
+    logging.getLogger("movekd").addHandler(handler)
+    with ThreadPoolExecutor(1) as pool:
+        with build_lock(storage, ".lock"):
+            waits = pool.submit(take, storage)
+            assert told.wait(60)
+        waits.result()
+    logging.getLogger("movekd").removeHandler(handler)
+    found = rf"waiting for .*/\.lock, .* \(pid {os.getpid()} on {socket.gethostname()}\)"
+    assert [bool(re.match(found, record.getMessage())) for record in caplog.records] == [True]
+
+
+def take(storage) -> None:
+    with build_lock(storage, ".lock", wait=True):
+        pass
+
+
 def test_the_lock_goes_away_with_an_error(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt), build_lock(open_storage(tmp_path), "a"):
         raise KeyboardInterrupt
@@ -194,6 +218,8 @@ TAKE_TURNS = """
 import sys
 from movekd.extract.locks import build_lock
 from movekd.cache.storage import open_storage
+from movekd.files import lock
+lock.TELL_AFTER_S = 1e6  # a busy machine may take its time
 for _ in range(100):
     with build_lock(open_storage(sys.argv[1]), "locks/.lock", wait=True):
         pass

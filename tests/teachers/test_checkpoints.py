@@ -1,7 +1,9 @@
 """Weights are found, read without running anything, and refused with the way out."""
 
+import threading
 from collections.abc import Callable
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from movekd.errors import WeightsError
 from movekd.teachers.checkpoints import (
     Published,
     given_path,
+    hub_answers,
     load_exactly,
     quiet,
     read_state_dict,
@@ -104,3 +107,26 @@ def test_quiet_leaves_the_libraries_as_they_were() -> None:
     with pytest.raises(RuntimeError, match="inside"), quiet():
         raise RuntimeError("inside")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_whether_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any answer counts, also an error; a closed port is known at once."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert hub_answers()
+        server.shutdown()
+        thread.join()
+    assert not hub_answers()

@@ -299,6 +299,14 @@ def test_an_incomplete_teacher_is_refused(digits, tmp_path):
         train(digits.config(), tmp_path / "run", tmp_path / "cache")
 
 
+def test_a_teacher_whose_sealed_files_are_gone_is_refused_before_the_first_step(digits, tmp_path):
+    shutil.copytree(digits.cache, tmp_path / "cache")
+    (tmp_path / "cache/sam.zarr/tokens/c/0/0/0").unlink()
+    with pytest.raises(CacheError, match=r"'sam'.*tokens/c/0/0/0 is missing.*movekd cache build"):
+        train(digits.config(), tmp_path / "run", tmp_path / "cache", allow_random_teachers=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_random_teachers_teach_nothing_unless_asked(digits, tmp_path, corpus_dir, cache_dir):
     keys = [
         f"data.shards={corpus_dir}",

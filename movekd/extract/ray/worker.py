@@ -15,6 +15,7 @@ from movekd.cache import layout
 from movekd.cache.catalog import open_catalog
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import open_storage
+from movekd.cache.verify import shard_problems
 from movekd.cache.writer import TeacherWriter
 from movekd.corpus.index import open_corpus
 from movekd.errors import CacheError, MovekdError
@@ -103,16 +104,20 @@ class Worker:
             return _failed(error)
 
     def _jobs(self, shards: Mapping[str, Sequence[int]]) -> list[TeacherJob]:
-        """Return jobs for the shards without a seal: a dead worker may have sealed some."""
-        exists = self._context.storage.exists
+        """Return jobs for the shards that are not whole: a dead worker may have sealed some."""
         return [
             TeacherJob(
                 self._specs[name],
                 self._stores[name],
-                [shard for shard in given if not exists(layout.seal_name(name, shard))],
+                [shard for shard in given if not self._is_whole(name, shard)],
             )
             for name, given in shards.items()
         ]
+
+    def _is_whole(self, name: str, shard: int) -> bool:
+        storage, catalog = self._context.storage, self._context.catalog
+        is_sealed = storage.exists(layout.seal_name(name, shard))
+        return is_sealed and not any(shard_problems(self._stores[name], catalog, [shard]))
 
 
 def calibrate(assignment: Assignment) -> Report:

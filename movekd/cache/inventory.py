@@ -1,0 +1,133 @@
+"""Compare existence and size of a teacher's sealed files with what the seals say.
+
+Input: an opened teacher. Output: its wrong files. No features are read, so this costs seconds for
+millions of images. `cache ls`, `cache build` and `train` start with it. ``verify`` compares bytes.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from movekd.cache import layout
+from movekd.cache.contents import TeacherContents
+from movekd.cache.layout import CHANNEL_ARRAYS
+from movekd.cache.schema import GroupRecord, ShardSeal, SkippedSeal
+from movekd.cache.seal import read_record
+from movekd.errors import CacheError, CorruptCacheError
+from movekd.files.ownership import FileEntry
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class WrongFile:
+    """A sealed file that is missing or has another size.
+
+    Attributes:
+        name: path below the cache.
+        shard: the Zarr shard that it belongs to; None for the small files of a teacher.
+        expected_bytes: size in the seal; None if the seal does not list the file.
+        found_bytes: its size; None if it is missing.
+    """
+
+    name: str
+    shard: int | None
+    expected_bytes: int | None
+    found_bytes: int | None
+
+    def __str__(self) -> str:
+        if self.expected_bytes is None:
+            return f"{self.name} is listed by no seal that can be read"
+        found = "is missing" if self.found_bytes is None else f"has {self.found_bytes:,} bytes"
+        return f"{self.name} {found} (sealed with {self.expected_bytes:,} bytes)"
+
+
+def wrong_files(teacher: TeacherContents) -> list[WrongFile]:
+    """Return the sealed files of a teacher that are missing or have another size, by name.
+
+    Raises:
+        CorruptCacheError: a seal is damaged.
+    """
+    sealed: list[tuple[str, int | None, int | None]] = [*_small_files(teacher)]
+    group, sums = layout.group_name(teacher.teacher), teacher.sums
+    for at, array in enumerate(teacher.layout.arrays.values()):
+        sizes = zip(sums.shards_S.tolist(), sums.file_bytes_SA[:, at].tolist(), strict=True)
+        for shard, size_bytes in sizes:
+            name = f"{group}/{layout.shard_file(array, shard)}"
+            sealed.append((name, shard, None if size_bytes < 0 else size_bytes))
+    found: dict[str, int] = {}
+    for folder in (group, layout.seals_name(teacher.teacher)):
+        names = [name for name, _, _ in sealed if name.startswith(f"{folder}/")]
+        found |= teacher.storage.sizes_of(folder, names)
+    return sorted(
+        (
+            WrongFile(name, shard, expected, found.get(name))
+            for name, shard, expected in sealed
+            if expected is None or found.get(name) != expected
+        ),
+        key=lambda wrong: wrong.name,
+    )
+
+
+def _small_files(teacher: TeacherContents) -> Iterator[tuple[str, None, int | None]]:
+    """Yield name and sealed size of the files beside the Zarr shards."""
+    storage, name = teacher.storage, teacher.teacher
+    sealed = read_record(storage, layout.metadata_name(name), GroupRecord).files
+    arrays = (*teacher.layout.arrays, *CHANNEL_ARRAYS)
+    for file in ("zarr.json", *(f"{array}/zarr.json" for array in arrays)):
+        yield f"{layout.group_name(name)}/{file}", None, _size(sealed, file)
+    for array in CHANNEL_ARRAYS:
+        yield f"{layout.group_name(name)}/{array}/c/0", None, _size(sealed, f"{array}/c/0")
+    seal, table = layout.skipped_seal_name(name), layout.skipped_name(name)
+    if storage.exists(seal):  # the end of a build writes it; the first caches had none
+        listed: Mapping[str, FileEntry] = {}
+        with contextlib.suppress(CorruptCacheError):
+            listed = read_record(storage, seal, SkippedSeal).files
+        yield table, None, _size(listed, table.rpartition("/")[2])
+
+
+def damaged_seals(teacher: TeacherContents) -> dict[int, str]:
+    """Return the seals that cannot be read, Zarr shard -> what is wrong.
+
+    They are looked at one by one only if reading all of them fails.
+    """
+    try:
+        _ = teacher.sums
+    except CorruptCacheError:
+        pass
+    else:
+        return {}
+    damaged: dict[int, str] = {}
+    for shard in range(teacher.layout.num_shards(teacher.num_rows)):
+        name = layout.seal_name(teacher.teacher, shard)
+        try:
+            if teacher.storage.exists(name):
+                read_record(teacher.storage, name, ShardSeal)
+        except CorruptCacheError as error:
+            damaged[shard] = str(error)
+    return damaged
+
+
+def require_whole(teacher: TeacherContents) -> None:
+    """Refuse a teacher with sealed files that are missing or have another size.
+
+    Raises:
+        CacheError: names the first files, and the command that builds them again.
+    """
+    if wrong := wrong_files(teacher):
+        raise CacheError(
+            f"teacher '{teacher.teacher}' in {teacher.storage.url}: {describe(wrong)}; expected "
+            f"every sealed file. Run its `movekd cache build --teacher {teacher.teacher}` again, "
+            "which builds their Zarr shards anew."
+        )
+
+
+def describe(wrong: Sequence[WrongFile]) -> str:
+    """Return one clause about some wrong files; it names the first ones and counts the others."""
+    shown = "; ".join(map(str, wrong[:_SHOWN]))
+    return shown + (f"; and {len(wrong) - _SHOWN} more files" if wrong[_SHOWN:] else "")
+
+
+def _size(sealed: Mapping[str, FileEntry], name: str) -> int | None:
+    entry = sealed.get(name)
+    return None if entry is None else entry.size_bytes
