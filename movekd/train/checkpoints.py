@@ -133,13 +133,13 @@ def publish(partial: Path, output_dir: Path) -> None:
     """Give a written checkpoint its record and its name, durably."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in [*files, *(path for path in partial.rglob("*") if path.is_dir())]:
-        _fsync(path)
+        fsync(path)
     write_owned(partial, [path.relative_to(partial).as_posix() for path in files], MADE_BY)
     final = output_dir / partial.name
     if os.path.lexists(final):
         set_aside(final)
     partial.rename(final)
-    _fsync(output_dir)
+    fsync(output_dir)
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:
@@ -256,7 +256,8 @@ def _aside_name(name: str, number: int) -> str:
     return f"{name}.damaged" if number == 1 else f"{name}.damaged-{number}"
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,7 +30,7 @@ from movekd.distributed import (
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import CONFIG_FILE, part_of, save_adapters, save_parts
 from movekd.student.vlm import Student, build_encoder, build_vlm
-from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, writing
+from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, rotate, writing
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
@@ -196,6 +196,7 @@ def train(
             _save_model(config, output_dir, model, student)
             log = json.dumps(trainer.state.log_history, indent=1) + "\n"
             write_recorded(output_dir, {LOG_FILE: log})
+        rotate(output_dir, arguments.save_total_limit)  # a kill may have interrupted the last one
     return TrainSummary(
         output_dir,
         result.global_step,

@@ -30,7 +30,6 @@ from movekd.train.checkpoints import (
     find_whole,
     has_record,
     last_checkpoint,
-    remove_partial,
     set_aside,
 )
 from movekd.train.config import TrainConfig
@@ -41,6 +40,7 @@ from movekd.train.run_record import (
     TARGETS_FILE,
     delete_run,
     describe_files,
+    remove_unfinished,
     require_deletable,
     require_free,
     write_recorded,
@@ -164,7 +164,7 @@ def prepare_run(output_dir: Path, start: RunStart, *, force: bool = False) -> li
 
     Deletes the earlier run, or renames the damaged checkpoints of this one.
     """
-    remove_partial(output_dir)
+    remove_unfinished(output_dir)
     lines = [*start.notes]
     for path in filter(Path.is_dir, start.damaged):  # a node may have none of another's
         lines.append(f"{path.name} is now {set_aside(path).name}; delete it if you do not need it.")

@@ -32,7 +32,9 @@ from movekd.train.checkpoints import (
     MADE_BY,
     PARTIAL_DIR,
     delete_checkpoint,
+    fsync,
     numbered_checkpoints,
+    remove_partial,
 )
 from movekd.train.fingerprints import INPUTS_FILE
 
@@ -93,9 +95,19 @@ def publish_model(partial: Path, output_dir: Path) -> None:
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     names = {path: f"{MODEL_DIR}/{path.relative_to(partial).as_posix()}" for path in files}
     _record(output_dir, {name: file_entry(path) for path, name in names.items()})
+    for path in files:
+        fsync(path)
     for path, name in names.items():
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, output_dir / name)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    remove_partial(output_dir)
+    for name in (*_START_FILES, CONFIG_FILE, LOG_FILE, OWNERSHIP_FILE):
+        for path in output_dir.glob(f".{name}.*.tmp"):  # of ``write_durably``
+            path.unlink()
 
 
 def curve_files(output_dir: Path) -> set[Path]:

@@ -82,6 +82,10 @@ class DistillTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        # Resumed from the last step inside an epoch, Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
         # A dataloader that skips to a resumed step does not pass set_epoch to the sampler.
         assert self._sampler is not None
         self._sampler.set_epoch(epoch)
