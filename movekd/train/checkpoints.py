@@ -187,11 +187,11 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        is_torchs = isinstance(error, RuntimeError)  # which does not say why it cannot write
+        if is_torchs and not re.search("PytorchStreamWriter|inline_container", str(error)):
             raise
         shutil.rmtree(output_dir / PARTIAL_DIR, ignore_errors=True)
-        # torch and safetensors say it with the place in their source
-        why = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        why = "a write failed" if is_torchs else getattr(error, "strerror", None) or str(error)
         raise TrainingError(
             f"{what} cannot be written to {output_dir}: {shorten(why)}; expected room on the disk "
             f"and the right to write. {continue_hint(output_dir)}"
