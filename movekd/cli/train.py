@@ -23,8 +23,20 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=c overrides a key of the config.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in --output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Continue from the last whole checkpoint; without one, start."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Delete what an earlier run wrote into --output.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="With --overwrite: delete also what no record shows to be of that run, at names "
+            "that a run uses (config.yaml, model, runs, checkpoint-N, ...)."
+        ),
+    ] = False,
     allow_random_teachers: Annotated[
         bool, typer.Option(help="Accept features of teachers with random weights (for tests).")
     ] = False,
@@ -56,18 +68,27 @@ def train(
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
         return
+    from movekd.train.checkpoints import continue_hint
     from movekd.train.run import train as run
 
-    with progress_bar() as progress:
-        summary = run(
-            resolved,
-            output,
-            cache,
-            resume=resume,
-            overwrite=overwrite,
-            allow_random_teachers=allow_random_teachers,
-            progress=progress,
-        )
+    try:
+        with progress_bar() as progress:
+            summary = run(
+                resolved,
+                output,
+                cache,
+                resume=resume,
+                overwrite=overwrite,
+                force=force,
+                allow_random_teachers=allow_random_teachers,
+                progress=progress,
+                notify=lambda line: typer.echo(f"movekd: {line}", err=True),
+            )
+    except KeyboardInterrupt:
+        sentence = f"interrupted. {continue_hint(output)}"
+        if distributed.should_print(sentence):
+            typer.echo(f"movekd: {sentence}", err=True)
+        raise SystemExit(130) from None
     distributed.destroy_process_group()
     if not distributed.is_main_process():
         return

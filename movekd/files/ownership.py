@@ -8,6 +8,7 @@ still as listed; everything else belongs to somebody else and stays.
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -27,12 +28,19 @@ Change = Literal["missing", "no regular file", "of another size", "of other cont
 
 
 class FileEntry(BaseModel):
-    """Size and checksum of a file."""
+    """Size and checksum of a file.
+
+    Attributes:
+        size_bytes: its size.
+        xxh3_128: its checksum.
+        grows: both are those of the file's beginning, which stays while the file grows (a log).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_bytes: Annotated[int, Field(ge=0)]
     xxh3_128: str
+    grows: bool = False
 
 
 class OwnedFiles(BaseModel):
@@ -49,14 +57,23 @@ class OwnedFiles(BaseModel):
     files: dict[str, FileEntry]
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Return size and checksum of a regular file, read in blocks; raises OSError."""
+def file_entry(path: Path, size_bytes: int | None = None) -> FileEntry:
+    """Return size and checksum of a regular file, read in blocks; raises OSError.
+
+    With ``size_bytes``, return those of the file's beginning, which stays while the file grows.
+    """
     digest, size = xxhash.xxh3_128(), 0
+    left = sys.maxsize if size_bytes is None else size_bytes
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(min(_BLOCK_BYTES, left - size)):
             digest.update(block)
             size += len(block)
-    return FileEntry(size_bytes=size, xxh3_128=digest.hexdigest())
+    return FileEntry(size_bytes=size, xxh3_128=digest.hexdigest(), grows=size_bytes is not None)
+
+
+def content_entry(content: bytes) -> FileEntry:
+    """Return size and checksum of a file that will hold ``content``."""
+    return FileEntry(size_bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
 
 
 def write_owned(
@@ -71,7 +88,7 @@ def write_owned(
     """
     known = files if isinstance(files, Mapping) else {n: file_entry(folder / n) for n in files}
     owned = OwnedFiles(made_by=made_by, files=dict(sorted(known.items())))
-    body = owned.model_dump()
+    body = owned.model_dump(exclude_defaults=True)
     text = json.dumps(body | {_SELF: _checksum(body)}, indent=1, sort_keys=True) + "\n"
     write_durably(folder / OWNERSHIP_FILE, text.encode())
     return owned
@@ -102,31 +119,41 @@ def read_owned(folder: Path) -> OwnedFiles | None:
     return owned
 
 
-def changes(folder: Path, owned: OwnedFiles) -> dict[str, Change]:
-    """Return the files that are not as recorded, with what is wrong. Reads all of them."""
+def changes(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> dict[str, Change]:
+    """Return the files that are not as recorded, with what is wrong.
+
+    Reads all of them; with ``by_size`` it compares only their sizes.
+    """
     found = {}
     for name, entry in owned.files.items():
-        if change := _change(folder, name, entry):
+        if change := _change(folder, name, entry, by_size):
             found[name] = change
     return found
 
 
-def delete_owned(folder: Path, owned: OwnedFiles) -> dict[str, Change]:
+def delete_owned(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> dict[str, Change]:
     """Delete the files that are as recorded, then the record and the folders that became empty.
+
+    The record goes last, so that a deletion that was interrupted can be repeated.
+
+    Args:
+        folder: the folder.
+        owned: its record.
+        by_size: compare only sizes: for files that the caller wrote or checked itself.
 
     Returns:
         The files that stay because they are not as recorded any more. Missing files do not count.
     """
-    (folder / OWNERSHIP_FILE).unlink(missing_ok=True)
     left: dict[str, Change] = {}
     parents: set[Path] = set()
     for name, entry in owned.files.items():
-        change = _change(folder, name, entry)
+        change = _change(folder, name, entry, by_size)
         if change is None:
             (folder / name).unlink()
             parents |= {folder / parent for parent in PurePosixPath(name).parents} - {folder}
         elif change != "missing":
             left[name] = change
+    (folder / OWNERSHIP_FILE).unlink(missing_ok=True)
     for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
         try:
             parent.rmdir()
@@ -154,7 +181,7 @@ def write_durably(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def _change(folder: Path, name: str, entry: FileEntry) -> Change | None:
+def _change(folder: Path, name: str, entry: FileEntry, by_size: bool = False) -> Change | None:
     path = folder / name
     # A folder that was replaced by a link would lead out of ours.
     if any((folder / parent).is_symlink() for parent in PurePosixPath(name).parents[:-1]):
@@ -165,9 +192,13 @@ def _change(folder: Path, name: str, entry: FileEntry) -> Change | None:
         return "missing"
     if not stat.S_ISREG(found.st_mode):
         return "no regular file"
-    if found.st_size != entry.size_bytes:
+    has_grown = entry.grows and found.st_size > entry.size_bytes
+    if found.st_size != entry.size_bytes and not has_grown:
         return "of another size"
-    return None if file_entry(path) == entry else "of other content"
+    if by_size:
+        return None
+    now = file_entry(path, entry.size_bytes if entry.grows else None)
+    return None if now == entry else "of other content"
 
 
 def _is_below(name: str) -> bool:

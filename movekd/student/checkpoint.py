@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from movekd.config import read_yaml, validate
 from movekd.corpus.transforms import Geometry
-from movekd.errors import WeightsError
+from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading
 from movekd.student.provenance import imported_from
@@ -69,7 +69,11 @@ def part_parameters(vlm: nn.Module, part: str) -> Iterator[tuple[str, nn.Paramet
 
 
 def save_parts(directory: Path, vlm: nn.Module, parts: list[str]) -> None:
-    """Write one file for each part."""
+    """Write one file for each part.
+
+    Raises:
+        WeightsError: a weight is NaN or infinite; that part is not written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for part in parts:
         _save(directory / PART_FILES[part], part_parameters(vlm, part))
@@ -177,7 +181,7 @@ def load_student(
             "a `movekd train` that ended."
         )
     source = str(model_dir / CONFIG_FILE)
-    content = read_yaml(model_dir / CONFIG_FILE)
+    content = read_run_config(model_dir / CONFIG_FILE)
     config = validate(StudentConfig, content.get("student", {}), source)
     geometry = content.get("data", {}).get("geometry")
     if geometry not in get_args(Geometry) or config.prompt is None:
@@ -193,6 +197,25 @@ def load_student(
     if (mark := imported_from(student.vlm)) is not None:
         content.setdefault("imported", mark)  # a run that started from an imported model
     return TrainedStudent(student, config.prompt, geometry, model_dir, content)
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Return the content of a run's config.yaml, as it is; its sections are mappings or null.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or a section is something else.
+    """
+    content = read_yaml(path)
+    for key in ("student", "data", "distill", "training", "student.mole"):
+        value: Any = content
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if not isinstance(value, dict | None):
+            raise ConfigError(
+                f"{path}: {key} is {shorten(repr(value), 80)}; expected a mapping, as `movekd "
+                "train` writes it. Restore the file, or train again."
+            )
+    return content
 
 
 def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
@@ -248,6 +271,11 @@ def local_base(base: Any, model_dir: Path) -> Any:
 
 def _save(path: Path, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters}
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise WeightsError(
+            f"{path.name} was not written: {len(bad)} of its {len(tensors)} tensors hold values "
+            f"that are not finite ({bad[0]}); expected finite weights."
+        )
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)

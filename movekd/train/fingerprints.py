@@ -6,14 +6,14 @@ of it: data may move.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from movekd.cache.reader import FeatureCache
 from movekd.corpus.index import Corpus
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
+from movekd.files.reading import read_json
 from movekd.train.config import TrainConfig
 
 INPUTS_FILE = "inputs.json"
@@ -42,6 +42,23 @@ def input_fingerprints(
     return inputs
 
 
+def read_inputs(output_dir: Path) -> dict[str, Any] | None:
+    """Return what inputs.json of a run holds, or None if a run of an older version has none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = output_dir / INPUTS_FILE
+    if not path.exists():
+        return None
+    remedy = "Restore it, or start again in another --output."
+    inputs = read_json(path, remedy=remedy)
+    size = inputs.get("global_batch_size", 1) if isinstance(inputs, dict) else None
+    if type(size) is not int or not 1 <= size < 2**31:
+        raise ConfigError(f"{path} is damaged; expected checksums and samples per step. {remedy}")
+    return dict(inputs)
+
+
 def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
     """Refuse ranks that read other data than rank 0, for example from an old copy on their node.
 
@@ -63,14 +80,10 @@ def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
     Raises:
         ConfigError: says what differs.
     """
-    path = output_dir / INPUTS_FILE
-    if not path.exists():  # a run of an older version
+    old = read_inputs(output_dir)
+    if old is None:  # a run of an older version
         return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; start again in another --output.") from None
+    changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
     if "global_batch_size" in changed:
         raise ConfigError(
             f"{output_dir} was begun with {old.get('global_batch_size')} samples per step, and "
@@ -78,15 +91,16 @@ def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
             "gradient_accumulation_steps). Choose the last two so that the product is the old one."
         )
     if "order" in changed:
+        order = shorten(old.get("order", "grouped over many steps"))
         raise ConfigError(
             f"{output_dir} was begun with another order of samples "
-            f"({old.get('order', 'grouped over many steps')}; now: {inputs.get('order')}), and a "
+            f"({order}; now: {inputs.get('order')}), and a "
             "resume would see some samples twice and others never. Start again in another --output."
         )
     if changed:
         raise ConfigError(
-            f"{output_dir} was begun with other data: {', '.join(changed)} differ. Give the "
-            "corpus and the cache that it was begun with, or another --output."
+            f"{output_dir} was begun with other data: {shorten(', '.join(changed))} differ. Give "
+            "the corpus and the cache that it was begun with, or another --output."
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from movekd.config import read_yaml
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.checkpoint import (
     BASE_KEYS,
@@ -19,6 +18,7 @@ from movekd.student.checkpoint import (
     load_adapters,
     load_parts,
     local_base,
+    read_run_config,
 )
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
@@ -61,7 +61,7 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
     """
     if not (directory / CONFIG_FILE).exists():
         raise WeightsError(f"{directory} holds no {CONFIG_FILE}; it is not a finished run.")
-    earlier: dict[str, Any] = read_yaml(directory / CONFIG_FILE).get("student") or {}
+    earlier: dict[str, Any] = read_run_config(directory / CONFIG_FILE).get("student") or {}
     now = config.student.model_dump(mode="json")
     bases = {
         key: local_base(earlier.get(key), directory.resolve())

@@ -7,10 +7,11 @@ and no teacher code imported: the targets are read from the cache.
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -20,10 +21,17 @@ from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus
 from movekd.distill.objective import Objective, read_loss_terms
-from movekd.distributed import broadcast_decision, gather, is_dead_peer_error, launch_id
+from movekd.distributed import (
+    broadcast_decision,
+    gather,
+    is_dead_peer_error,
+    is_main_process,
+    launch_id,
+)
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import CONFIG_FILE, part_of, save_adapters, save_parts
 from movekd.student.vlm import Student, build_encoder, build_vlm
+from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, rotate, writing
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
@@ -35,7 +43,16 @@ from movekd.train.fingerprints import (
 from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
 from movekd.train.init_from import load_init_from
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.run_dir import LOG_FILE, delete_run, plan_start, write_run_files
+from movekd.train.run_dir import plan_start, prepare_run, write_run_files
+from movekd.train.run_record import (
+    LOG_FILE,
+    MODEL_DIR,
+    curve_files,
+    lock_run,
+    publish_model,
+    record_curves,
+    write_recorded,
+)
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
@@ -80,7 +97,25 @@ def _short_errors() -> Iterator[None]:
         ) from None
 
 
+P = ParamSpec("P")
+Train = Callable[Concatenate[TrainConfig, Path, P], TrainSummary]
+
+
+def _exclusive(train: Train[P]) -> Train[P]:
+    """Return ``train`` with its run directory locked, from before anything in it is read."""
+
+    @wraps(train)
+    def locked(config: TrainConfig, output_dir: Path, /, *args: P.args, **kw: P.kwargs) -> Any:
+        training_arguments(config, output_dir)  # this connects the ranks
+        with ExitStack() as held:
+            broadcast_decision(lambda: held.enter_context(lock_run(output_dir)))
+            return train(config, output_dir, *args, **kw)
+
+    return locked
+
+
 @_short_errors()
+@_exclusive
 def train(
     config: TrainConfig,
     output_dir: Path,
@@ -88,33 +123,42 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     allow_random_teachers: bool = False,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> TrainSummary:
     """Train to the end, and save the model.
 
     A run that was interrupted and resumed ends with the weights of an uninterrupted one, bit for
-    bit on CPU. A restart by torchrun resumes the run without ``resume``, with the same samples in
-    each step, also in another number of processes.
+    bit on CPU. It takes the newest whole checkpoint. A restart by torchrun resumes the run without
+    ``resume``, with the same samples in each step, also in another number of processes.
 
     Args:
         config: the resolved run.
         output_dir: the run directory.
         cache_url: the feature cache, a folder or URL; needed if the config distils.
-        resume: continue from the last checkpoint in ``output_dir``.
-        overwrite: delete an earlier run in ``output_dir``.
+        resume: continue from the last whole checkpoint in ``output_dir``, or start there.
+        overwrite: delete the files of an earlier run in ``output_dir``.
+        force: with ``overwrite``, delete also files at a run's names that are not as a run
+            recorded them.
         allow_random_teachers: accept targets of teachers with random weights (tests, benchmarks).
         progress: called with the name of the stage, the steps done and all steps.
+        notify: called in rank 0 with what a user should know, a line each.
 
     Raises:
-        MovekdError: config, corpus and cache do not match; names the key that differs.
-        TrainingError: the loss is NaN or infinite, or another process has ended.
+        MovekdError: config, corpus and cache do not match; names the key that differs. Or another
+            training works in ``output_dir``.
+        TrainingError: the loss or a weight is NaN or infinite, no checkpoint is whole, the disk is
+            full, or another process has ended.
     """
-    arguments = training_arguments(config, output_dir)  # this connects the ranks
+    arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
     launches = gather(launch_id())
     start = broadcast_decision(
-        lambda: plan_start(config, output_dir, launches, resume=resume, overwrite=overwrite)
+        lambda: plan_start(
+            config, output_dir, launches, resume=resume, overwrite=overwrite, force=force
+        )
     )
     if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
@@ -133,20 +177,27 @@ def train(
         raise ConfigError(f"training: {error}") from None
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:
-        if start.is_overwriting:  # only now: all checks have passed
-            delete_run(output_dir)
+        lines = prepare_run(output_dir, start, force=force)  # only now: all checks have passed
+        if notify is not None and is_main_process():
+            for line in lines:
+                notify(line)
         names = config.distill.teachers if config.distill is not None else ()
         teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
         write_run_files(output_dir, config, inputs, launches, teachers)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_ShowProgress(config.stage, progress))
+    if arguments.should_save:
+        trainer.add_callback(_RecordCurves(output_dir))
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
     gather_parameters(model)
+    trainer.require_finite()
     if arguments.should_save:
-        _save_model(config, output_dir / "model", model, student)
-        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
-        (output_dir / LOG_FILE).write_text(log, encoding="utf-8")
+        with writing("the model", output_dir):
+            _save_model(config, output_dir, model, student)
+            log = json.dumps(trainer.state.log_history, indent=1) + "\n"
+            write_recorded(output_dir, {LOG_FILE: log})
+        rotate(output_dir, arguments.save_total_limit)  # a kill may have interrupted the last one
     return TrainSummary(
         output_dir,
         result.global_step,
@@ -164,6 +215,17 @@ class _ShowProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report one more step."""
         self._progress(f"train {self._what}", state.global_step, state.max_steps)
+
+
+class _RecordCurves(TrainerCallback):
+    """Records the files of TensorBoard as this run's; its callback has opened them before."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir, self._before = output_dir, curve_files(output_dir)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the new files."""
+        record_curves(self._output_dir, self._before)
 
 
 def _open_targets(
@@ -264,9 +326,10 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
 
 
 def _save_model(
-    config: TrainConfig, directory: Path, model: DistillModel, student: Student
+    config: TrainConfig, output_dir: Path, model: DistillModel, student: Student
 ) -> None:
     """Write every part that learned, in this stage or an earlier one."""
+    directory = output_dir / PARTIAL_DIR / MODEL_DIR
     parts = {*(config.trained or []), *model.loaded_parts}
     if config.stage == "distill":
         parts &= set(ENCODER_PARTS)
@@ -275,3 +338,5 @@ def _save_model(
     if student.tokenizer is not None:
         student.tokenizer.save_pretrained(directory)
     (directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    publish_model(directory, output_dir)
+    remove_partial(output_dir)

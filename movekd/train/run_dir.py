@@ -1,49 +1,61 @@
 """Create, resume or overwrite a run directory.
 
 OUTPUT/
-  config.yaml       the run, with every default filled in
-  inputs.json       checksums of corpus, conversations and each teacher's features
-  launches.json     the launches of torchrun that have worked on the run
-  targets.json      the teachers that it distils from, as `movekd cache ls --json` lists them
-  log.json          every logged step, when the run has ended
-  checkpoint-N/     checkpoints of transformers' Trainer, for --resume
-  runs/             TensorBoard
-  model/            the trained parts (see student.checkpoint)
+  config.yaml         the run, with every default filled in
+  inputs.json         checksums of corpus, conversations and each teacher's features
+  launches.json       the launches of torchrun that have worked on the run
+  targets.json        the teachers that it distils from, as `movekd cache ls --json` lists them
+  log.json            every logged step, when the run has ended
+  checkpoint-N/       checkpoints of transformers' Trainer, for --resume (see checkpoints)
+  runs/               TensorBoard
+  model/              the trained parts (see student.checkpoint)
+  .movekd-files.json  the files that the run wrote (see run_record)
 """
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from movekd import distributed
 from movekd.cache.verify import TeacherStatus
-from movekd.config import read_yaml, validate
-from movekd.errors import ConfigError
-from movekd.student.checkpoint import CONFIG_FILE
-from movekd.train.config import TrainConfig
-from movekd.train.fingerprints import INPUTS_FILE
-from movekd.train.trainer import CHECKPOINT_FILE
-
-LAUNCHES_FILE = "launches.json"
-LOG_FILE = "log.json"
-TARGETS_FILE = "targets.json"
-_RUN_FILES = (
-    CONFIG_FILE,
-    INPUTS_FILE,
-    LAUNCHES_FILE,
-    TARGETS_FILE,
-    LOG_FILE,
-    "runs",
-    "model",
-    "checkpoint-*",
+from movekd.config import validate
+from movekd.errors import ConfigError, TrainingError
+from movekd.files.reading import MIB, read_json
+from movekd.student.checkpoint import CONFIG_FILE, read_run_config
+from movekd.train.checkpoints import (
+    find_whole,
+    has_record,
+    last_checkpoint,
+    set_aside,
 )
+from movekd.train.config import TrainConfig
+from movekd.train.fingerprints import INPUTS_FILE, read_inputs
+from movekd.train.run_record import (
+    LAUNCHES_FILE,
+    LOG_FILE,
+    TARGETS_FILE,
+    delete_run,
+    describe_files,
+    remove_unfinished,
+    require_deletable,
+    require_free,
+    write_recorded,
+)
+
+__all__ = [
+    "LOG_FILE",
+    "TARGETS_FILE",
+    "RunStart",
+    "is_restart",
+    "last_checkpoint",
+    "plan_start",
+    "prepare_run",
+    "write_run_files",
+]
 
 _CHANGEABLE_KEYS = (
     "training.dataloader_num_workers",
@@ -61,15 +73,23 @@ _CHANGEABLE_KEYS = (
 _BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class RunStart(NamedTuple):
-    """How a run starts."""
+@dataclass(frozen=True)
+class RunStart:
+    """How a run starts.
+
+    Attributes:
+        checkpoint: whole checkpoint to resume from; None: start from the beginning.
+        samples: samples per step to keep, of a resumed run; None: as the config says.
+        is_overwriting: whether to delete the files of an earlier run first.
+        damaged: newer checkpoints, which are damaged and make way.
+        notes: what a user should know, a line each.
+    """
 
     checkpoint: Path | None
-    """Checkpoint to resume from; None: start from the beginning."""
     samples: int | None
-    """Samples per step to keep, of a resumed run; None: as the config says."""
     is_overwriting: bool
-    """Whether to delete the files of an earlier run first."""
+    damaged: tuple[Path, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def plan_start(
@@ -79,6 +99,7 @@ def plan_start(
     *,
     resume: bool,
     overwrite: bool,
+    force: bool = False,
 ) -> RunStart:
     """Return how the run in a folder starts; this deletes nothing yet.
 
@@ -89,31 +110,73 @@ def plan_start(
             the next two say.
         resume: continue the run in the folder.
         overwrite: replace it.
+        force: with ``overwrite``, delete also files that are not provably of the run.
 
     Raises:
         ConfigError: the folder holds a run and neither flag is given, or a run of another config,
             or files that are not a run's and would be overwritten.
+        TrainingError: a resume finds checkpoints, and none of them is whole.
     """
     if is_restart(output_dir, launches):
         resume, overwrite = True, False
     if overwrite:
-        _refuse_to_delete(config, output_dir)
-    if overwrite or not (output_dir / CONFIG_FILE).exists():
-        return RunStart(None, None, overwrite)
+        _refuse_to_delete(config, output_dir, force)
+        return RunStart(None, None, True)
+    if not (output_dir / CONFIG_FILE).exists():
+        require_free(output_dir)
+        note = f"{output_dir} holds no run to resume: it starts from the beginning."
+        return RunStart(None, None, False, notes=(note,) if resume else ())
     if not resume:
         raise ConfigError(
             f"{output_dir} holds a run already; give --resume to continue it, --overwrite to "
             "delete it, or another --output."
         )
-    old = _with_new_keys(read_yaml(output_dir / CONFIG_FILE))
+    old = _with_new_keys(read_run_config(output_dir / CONFIG_FILE))
     new = yaml.safe_load(config.to_yaml())
     changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_CHANGEABLE_KEYS)]
     if changed:
         raise ConfigError(
-            f"{output_dir} was begun with another config: {', '.join(changed)} differ. Give the "
-            f"old values (in {output_dir / CONFIG_FILE}), or another --output."
+            f"{output_dir} was begun with another config: {describe_files(changed)} differ. Give "
+            f"the old values (in {output_dir / CONFIG_FILE}), or another --output."
         )
-    return RunStart(last_checkpoint(output_dir), _samples_to_keep(old, config, output_dir), False)
+    found = find_whole(output_dir)
+    if found.whole is None and found.damaged:
+        raise TrainingError(
+            f"{output_dir} holds no whole checkpoint to resume from: {found.describe()}. Restore "
+            "one, or move them away to start from the beginning with --resume."
+        )
+    notes = []
+    if found.whole is None:
+        notes = [f"{output_dir} holds no checkpoint yet: it starts from the beginning."]
+    elif found.damaged:
+        notes = [f"{found.describe()}; resuming from {found.whole.name}."]
+    if found.whole is not None and not has_record(found.whole):
+        notes.append(
+            f"{found.whole.name} has no checksums (an older version of movekd wrote it); resuming "
+            "from it as it is."
+        )
+    samples = _samples_to_keep(old, config, output_dir)
+    return RunStart(found.whole, samples, False, tuple(found.damaged), tuple(notes))
+
+
+def prepare_run(output_dir: Path, start: RunStart, *, force: bool = False) -> list[str]:
+    """Make the folder ready for a run that has passed all checks; return lines for the user.
+
+    Deletes the earlier run, or renames the damaged checkpoints of this one.
+    """
+    remove_unfinished(output_dir)
+    lines = [*start.notes]
+    for path in filter(Path.is_dir, start.damaged):  # a node may have none of another's
+        lines.append(f"{path.name} is now {set_aside(path).name}; delete it if you do not need it.")
+    if (
+        start.is_overwriting
+        and output_dir.is_dir()
+        and (left := delete_run(output_dir, force=force))
+    ):
+        lines.append(
+            f"{output_dir} keeps what `movekd train` did not write: {describe_files(left)}."
+        )
+    return lines
 
 
 def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
@@ -127,16 +190,6 @@ def is_restart(output_dir: Path, launches: Sequence[str | None]) -> bool:
     return not _launches(output_dir).isdisjoint(launches)
 
 
-def delete_run(output_dir: Path) -> None:
-    """Delete the files of an earlier run, and no others."""
-    for pattern in _RUN_FILES:
-        for path in output_dir.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
 def write_run_files(
     output_dir: Path,
     config: TrainConfig,
@@ -145,28 +198,17 @@ def write_run_files(
     teachers: Sequence[TeacherStatus] = (),
 ) -> None:
     """Write the files that describe a run: config, inputs, teachers and launches."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     known = sorted({name for name in launches if name} | _launches(output_dir))
-    if known:  # first: a restart must find it, if it finds anything
-        _write(output_dir / LAUNCHES_FILE, json.dumps(known) + "\n")
-    _write(output_dir / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n")
     table = json.dumps([asdict(teacher) for teacher in teachers], indent=1)
-    _write(output_dir / TARGETS_FILE, table + "\n")
-    _write(output_dir / CONFIG_FILE, config.to_yaml())
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # not complete: Trainer writes the state last
-        if number and (path / CHECKPOINT_FILE).exists():
-            found.append((int(number[1]), path))
-    return max(found)[1] if found else None
+    contents = {
+        LAUNCHES_FILE: json.dumps(known) + "\n",  # first: a restart must find it
+        INPUTS_FILE: json.dumps(inputs, indent=1) + "\n",
+        TARGETS_FILE: table + "\n",
+        CONFIG_FILE: config.to_yaml(),
+    }
+    if not known:
+        del contents[LAUNCHES_FILE]
+    write_recorded(output_dir, contents)
 
 
 def _samples_to_keep(old: dict[str, Any], config: TrainConfig, output_dir: Path) -> int | None:
@@ -174,44 +216,33 @@ def _samples_to_keep(old: dict[str, Any], config: TrainConfig, output_dir: Path)
     before = old.get("training") or {}
     if any(before.get(key) != config.training.get(key) for key in _BATCH_KEYS):
         return None
-    try:
-        inputs = json.loads((output_dir / INPUTS_FILE).read_text(encoding="utf-8"))
-        return int(inputs["global_batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):  # an older run, or one killed at its start
-        return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically: a process that is killed meanwhile leaves no half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    inputs = read_inputs(output_dir)  # None: an older run, or one killed at its start
+    return None if inputs is None else inputs.get("global_batch_size")
 
 
 def _launches(output_dir: Path) -> set[str]:
     """Return the launches of torchrun that have worked on the run in a folder."""
-    try:
-        return set(json.loads((output_dir / LAUNCHES_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    path = output_dir / LAUNCHES_FILE
+    if not path.exists():
         return set()
+    remedy = "Restore it; or remove it, if no torchrun is about to restart this run."
+    launches = read_json(path, max_bytes=MIB, remedy=remedy)
+    if not isinstance(launches, list) or not all(isinstance(name, str) for name in launches):
+        raise ConfigError(f"{path} is damaged; expected a list of names. {remedy}")
+    return set(launches)
 
 
-def _refuse_to_delete(config: TrainConfig, output_dir: Path) -> None:
+def _refuse_to_delete(config: TrainConfig, output_dir: Path, force: bool) -> None:
     """Refuse to overwrite a folder that is not a run, or the run that ``init_from`` names."""
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        if not (output_dir / CONFIG_FILE).exists():
-            raise ConfigError(
-                f"{output_dir} holds files but no {CONFIG_FILE} of a run, so --overwrite does not "
-                "delete it. Give another --output, or empty it yourself."
-            )
-        if config.init_from is not None and output_dir.resolve() in (
-            config.init_from.resolve(),
-            *config.init_from.resolve().parents,
-        ):
-            raise ConfigError(
-                f"--overwrite would delete {output_dir}, and init_from {config.init_from} lies "
-                "there; give another --output."
-            )
+    require_deletable(output_dir, force=force)
+    if config.init_from is not None and output_dir.resolve() in (
+        config.init_from.resolve(),
+        *config.init_from.resolve().parents,
+    ):
+        raise ConfigError(
+            f"--overwrite would delete {output_dir}, and init_from {config.init_from} lies "
+            "there; give another --output."
+        )
 
 
 def _with_new_keys(old: dict[str, Any]) -> dict[str, Any]:

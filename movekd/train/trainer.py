@@ -5,9 +5,12 @@
 - A checkpoint holds only the parameters that learn.
 """
 
+import pickle
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,22 @@ from transformers import Trainer
 
 from movekd.distill.objective import LossLog, count_units, step_loss
 from movekd.distributed import sum_over_ranks
-from movekd.errors import TrainingError
-from movekd.student.checkpoint import load_exact
+from movekd.errors import TrainingError, shorten
+from movekd.student.checkpoint import load_exact, part_of
+from movekd.train.checkpoints import (
+    CHECKPOINT_FILE,
+    PARTIAL_DIR,
+    continue_hint,
+    publish,
+    rotate,
+    writing,
+)
 from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.model import DistillModel
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.training_args import global_batch_size
-
-CHECKPOINT_FILE = "trained.safetensors"
 
 
 class DistillTrainer(Trainer):
@@ -56,6 +65,7 @@ class DistillTrainer(Trainer):
         self._log = LossLog()  # since the last log, or since the resume
         self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
+        self._is_saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
         args = self.args
@@ -72,6 +82,10 @@ class DistillTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        # Resumed from the last step inside an epoch, Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
         # A dataloader that skips to a resumed step does not pass set_epoch to the sampler.
         assert self._sampler is not None
         self._sampler.set_epoch(epoch)
@@ -102,8 +116,8 @@ class DistillTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step}, in the batch of "
                 f"{', '.join(keys)}. Parts: "
                 f"{', '.join(f'{name} {value.item():.4g}' for name, value in parts.items())}. "
-                "Lower training.learning_rate, or look at those samples; --resume continues from "
-                "the last checkpoint."
+                "Lower training.learning_rate, or look at those samples. "
+                f"{continue_hint(Path(self.args.output_dir))}"
             )
         self._log.add(parts, terms)
         return (loss, terms) if return_outputs else loss
@@ -147,10 +161,45 @@ class DistillTrainer(Trainer):
         }
         save_file(tensors, directory / CHECKPOINT_FILE, metadata={"format": "pt"})
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Trainer writes the state next, which marks the checkpoint as complete: wait for all ranks.
-        self.accelerator.wait_for_everyone()
+    def _get_output_dir(self, trial: Any) -> str:
+        output_dir: str = super()._get_output_dir(trial)
+        return str(Path(output_dir) / PARTIAL_DIR) if self._is_saving else output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint whole or not at all, then delete older ones (`save_total_limit`)."""
+        self.require_finite()
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with writing(name, output_dir):
+            self._is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._is_saving = False
+            self.accelerator.wait_for_everyone()  # each rank writes its own part
+            if self.args.should_save:
+                publish(output_dir / PARTIAL_DIR / name, output_dir)
+                rotate(output_dir, self.args.save_total_limit)
+
+    def require_finite(self) -> None:
+        """Refuse to save weights that are NaN or infinite; every rank must call this.
+
+        Raises:
+            TrainingError: names the parts and the step.
+        """
+        bad = []
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if parameter.requires_grad and not torch.isfinite(values).all():
+                bad.append(name)
+        num_bad = torch.tensor(len(bad), device=self.args.device)
+        if int(sum_over_ranks(num_bad)):  # FSDP: perhaps in the shards of another rank
+            parts = sorted({"adapters" if "adapters." in n else part_of(n) for n in bad})
+            raise TrainingError(
+                f"weights of {', '.join(parts) or 'another process'} are not finite after step "
+                f"{self.state.global_step}{f' ({bad[0]})' if bad else ''}, so they were not saved. "
+                "Lower training.learning_rate, or look at the samples of that step. "
+                f"{continue_hint(Path(self.args.output_dir))}"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:  # from the files that accelerate wrote
@@ -159,3 +208,28 @@ class DistillTrainer(Trainer):
         module = self.model if model is None else model
         learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
         load_exact(Path(resume_from_checkpoint) / CHECKPOINT_FILE, learning)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Turn the errors of a checkpoint without checksums that holds something else into one."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, pickle.PickleError) as error:
+        if checkpoint is None:
+            raise
+        raise TrainingError(
+            f"{checkpoint} cannot be resumed from: {shorten(error)}; expected the state that "
+            "`movekd train` saved with this config. Remove that folder to resume from an earlier "
+            "checkpoint."
+        ) from None

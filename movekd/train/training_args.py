@@ -53,6 +53,9 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
     # torchrun would start P separate runs on CPUs without use_cpu
     by_device = {"use_cpu": not has_accelerator, "dataloader_pin_memory": has_accelerator}
     keys = _DEFAULTS | by_device | config.training
+    for key in ("save_strategy", "logging_strategy", "eval_strategy"):
+        if keys.get(key) is False:  # YAML 1.1 reads `no` as false
+            keys[key] = "no"
     for old, new in _RENAMED.items():
         if old in keys and new in fields:
             keys[new] = keys.pop(old)
