@@ -119,20 +119,17 @@ def movekd(*arguments: Any, run_quietly: bool = False) -> str:
     """Run a `movekd` command in this process; return what it printed.
 
     Raises:
-        SystemExit: the command failed.
+        MovekdError: the command could not do its work.
+        SystemExit: the command finished with problems.
     """
     from movekd.cli.main import app
-    from movekd.errors import MovekdError
 
     words = [str(argument) for argument in arguments]
     print("\n$ movekd " + " ".join(words), flush=True)
     captured = io.StringIO()
     target: Any = captured if run_quietly else sys.stdout
-    try:
-        with contextlib.redirect_stdout(target):
-            code = app(words, standalone_mode=False)
-    except MovekdError as error:
-        raise SystemExit(f"movekd: {error}") from None
+    with contextlib.redirect_stdout(target):
+        code = app(words, standalone_mode=False)
     if code:
         raise SystemExit(code)
     return captured.getvalue()
@@ -247,4 +244,6 @@ def _first_last(log: list[dict[str, float]], name: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    from movekd.cli.failures import run_guarded
+
+    run_guarded(main)
