@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
@@ -35,6 +35,7 @@ from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsd
 from movekd.train.init_from import load_init_from
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.run_dir import LOG_FILE, delete_run, plan_start, write_run_files
+from movekd.train.sample_count import SampleCount, count_samples
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
@@ -89,6 +90,7 @@ def train(
     overwrite: bool = False,
     allow_random_teachers: bool = False,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> TrainSummary:
     """Train to the end, and save the model.
 
@@ -104,6 +106,7 @@ def train(
         overwrite: delete an earlier run in ``output_dir``.
         allow_random_teachers: accept targets of teachers with random weights (tests, benchmarks).
         progress: called with the name of the stage, the steps done and all steps.
+        notify: called in rank 0 with what a user should know, a line each.
 
     Raises:
         MovekdError: config, corpus and cache do not match; names the key that differs.
@@ -126,6 +129,8 @@ def train(
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
+    if isinstance(dataset, ConversationDataset) and start.checkpoint is None:
+        _count_samples(dataset, arguments, progress, notify)
     try:
         trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
     except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
@@ -152,6 +157,22 @@ def train(
         result.metrics["train_runtime"],
         [dict(entry) for entry in trainer.state.log_history],
     )
+
+
+def _count_samples(
+    dataset: ConversationDataset,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> None:
+    """Say which samples teach nothing, before the first step; each rank looks at its share."""
+    rank, num_ranks = arguments.process_index, arguments.world_size
+    count = SampleCount()
+    for share in gather(count_samples(dataset, rank, num_ranks, progress if rank == 0 else None)):
+        count.add(share)
+    count.require_samples(dataset.max_length)
+    if notify is not None and rank == 0 and count.has_losses:
+        notify(count.sentence(dataset.max_length))
 
 
 class _ShowProgress(TrainerCallback):
