@@ -5,9 +5,12 @@ Importing the commands takes part of a second, in which Ctrl-C is no error eithe
 
 import sys
 
+from movekd.threads import limit_threads
+
 
 def main() -> None:
     """Run the command line."""
+    limit_threads()
     try:
         from movekd.cli.main import main as run
     except KeyboardInterrupt:

@@ -177,11 +177,10 @@ def build_options(
     Raises:
         ConfigError: a value is unknown, or the device cannot be used.
     """
-    import os
-
     import torch
 
     from movekd.extract.options import BuildOptions
+    from movekd.threads import num_cpus
 
     device = resolve_device(device)
     if is_here:
@@ -197,7 +196,7 @@ def build_options(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is '{dtype}'; expected auto, float32, bfloat16 or float16.")
     if num_workers is None:
-        num_workers = max((os.cpu_count() or 1) - 1, 1)
+        num_workers = max(num_cpus() - 1, 1)
     if isinstance(batch_size, str) and batch_size != "auto" and not batch_size.isdecimal():
         raise ConfigError(f"--batch-size is '{batch_size}'; expected a number or `auto`.")
     images = None if batch_size == "auto" else int(batch_size)

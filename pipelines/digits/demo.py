@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import resource
 import shutil
 import sys
@@ -40,6 +41,8 @@ class Step:
 
 def main() -> None:
     """Parse the command line and run every step."""
+    for name, value in (("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "PASSIVE")):
+        os.environ.setdefault(name, value)  # torch reads it when it is imported, below
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="Folder to write.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of scenes and training.")
