@@ -1,12 +1,45 @@
-"""Read YAML files into frozen pydantic models, with a clear error for each wrong key."""
+"""Read YAML files into frozen pydantic models, with a clear error for each wrong key.
 
+Ranges of values live in the models. ``Integer``, ``Number``, ``Text`` and ``FilePath`` are the
+types of their scalars: they refuse what pydantic's accept, such as ``true`` for 1, NaN, or a NUL.
+"""
+
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from movekd.errors import ConfigError, did_you_mean, shorten
 from movekd.files.reading import MIB, parse_yaml, read_text
+
+_MAX_PROBLEMS = 6
+"""Wrong keys that one error names; it counts the others."""
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _passable(value: Any) -> Any:
+    """Refuse text that no system call takes."""
+    if isinstance(value, str | Path) and not 0 < len(str(value)) <= 4096:
+        raise ValueError("expected 1 to 4,096 characters")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError("expected text without NUL characters")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+"""A whole number; ``true`` is none."""
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+"""A finite number; ``true`` is none."""
+Text = Annotated[str, BeforeValidator(_passable)]
+"""A text without NUL, such as a name or a hub id."""
+FilePath = Annotated[Path, BeforeValidator(_passable)]
+"""A path that the system calls take, whether or not it exists."""
 
 
 class FrozenModel(BaseModel):
@@ -30,29 +63,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def validate(model: type[ModelT], content: dict[str, Any], source: str) -> ModelT:
+def validate(model: type[ModelT], content: Any, source: str) -> ModelT:
     """Return ``content`` as a ``model``.
 
     Raises:
-        ConfigError: one line for each wrong key, with the key's path and the nearest right one.
+        ConfigError: names the wrong keys, each with its path and the nearest right key.
     """
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_problem(model, detail) for detail in error.errors())
-        raise ConfigError(f"{source}: {problems}") from None
+        raise ConfigError(f"{source}: {problems(model, error)}") from None
+
+
+def problems(model: type[BaseModel], error: ValidationError) -> str:
+    """Return the first errors of a validation as one line, and the number of the others."""
+    details = error.errors(include_url=False)
+    found = "; ".join(_problem(model, detail) for detail in details[:_MAX_PROBLEMS])
+    num_others = len(details) - _MAX_PROBLEMS
+    return found if num_others <= 0 else f"{found}; and {num_others:,} more wrong keys"
 
 
 def _problem(model: type[BaseModel], detail: Any) -> str:
     """Return one pydantic error as `path: what was found, what to do`."""
     where = [str(part) for part in detail["loc"]]
-    path = ".".join(where)
     if detail["type"] == "extra_forbidden":
-        return f"unknown key '{path}'.{did_you_mean(where[-1], _keys_at(model, where[:-1]))}"
+        near = did_you_mean(where[-1], _keys_at(model, where[:-1]))
+        return f"unknown key '{shorten('.'.join(where), 120)}'.{near}"
+    # of a union, pydantic names the choice too, such as `list[function-after[...]]`
+    path = shorten(".".join(part for part in where if not part.endswith("]")), 120)
     if detail["type"] == "missing":
         return f"key '{path}' is missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{path}: {message} (found {shorten(repr(detail['input']))})" if path else message
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        return shorten(f"{path}: {message}".removeprefix(": "), 1000)  # it says which of its keys
+    near = ""
+    if detail["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        near = did_you_mean(str(detail["input"]), known)
+    found = shorten(repr(detail["input"]), 120)
+    return f"{path}: {shorten(message, 400)} (found {found}).{near}".removesuffix(".")
 
 
 def _keys_at(model: type[BaseModel], where: list[str]) -> list[str]:

@@ -77,8 +77,11 @@ def printable(text: object) -> str:
 
 def shorten(text: object, max_characters: int = 200) -> str:
     """Return printable text of at most ``max_characters``; what is cut in the middle is counted."""
-    plain = printable(text)
+    raw, keep = str(text), max_characters // 2
+    if len(raw) > 2 * max_characters:  # megabytes would take long to escape
+        start, end = printable(raw[:keep])[:keep], printable(raw[-keep:])[-keep:]
+        return f"{start} ... ({len(raw) - 2 * keep} characters) ... {end}"
+    plain = printable(raw)
     if len(plain) <= max_characters:
         return plain
-    keep = max_characters // 2
     return f"{plain[:keep]} ... ({len(plain) - 2 * keep} characters) ... {plain[-keep:]}"

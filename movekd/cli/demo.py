@@ -25,10 +25,11 @@ def demo(
     Example: movekd demo --output demo/
     """
     from movekd.resources import resource_dir
+    from movekd.threads import environment_of_one_thread
 
     script = resource_dir("pipelines") / "digits" / "demo.py"
     arguments = ["--output", str(output), "--seed", str(seed)]
     arguments += [*(["--retrain"] if retrain else []), *(["--json"] if json else [])]
-    raise typer.Exit(
-        subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
-    )
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, check=False, env=environment_of_one_thread())
+    raise typer.Exit(done.returncode)

@@ -1,6 +1,7 @@
 """The entry point of `movekd`: its commands, and how their errors are printed.
 
-Exit codes: 0 done, 1 finished with problems, 2 could not start, 130 interrupted.
+Exit codes: 0 done, 1 finished with problems, 2 could not start or had to stop, 3 a bug of movekd,
+130 interrupted.
 """
 
 import resource
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -27,11 +28,10 @@ from movekd.cli import (
     view,
 )
 from movekd.cli.aliases import Command
-from movekd.errors import MovekdError
+from movekd.cli.failures import INTERRUPTED, exit_interrupted, one_line, run_guarded
 
 app = typer.Typer(
     name="movekd",
-    help="Distil several vision encoders into one, from a cache of their features.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,45 +73,28 @@ def options(
 
     -q, -v and --debug work anywhere on the line. `movekd COMMAND --help` shows examples.
 
-    Exit codes: 0 done, 1 finished with problems, 2 could not start.
+    Exit codes: 0 done, 1 finished with problems, 2 could not start or had to stop (the line says
+    what to do), 3 a bug (the line says where its traceback is), 130 interrupted.
     """
     output.set_verbosity(verbose - quiet)
 
 
 def main() -> None:
-    """Run the command line; print a MovekdError as one line, without a traceback."""
+    """Run the command line; whatever fails is one line, without a traceback."""
     sys.argv[1:] = _globals_first(sys.argv[1:])
+    run_guarded(_main)
+
+
+def _main() -> None:
     started = time.monotonic()
-    try:
-        code = _run()
-    except MovekdError as error:
-        if "--debug" in sys.argv:
-            raise
-        _fail(str(error), 2)
-    except OSError as error:  # of any file that no other handler expected
-        if "--debug" in sys.argv:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}. Check the path, its rights and the disk.", 2)
-    except RuntimeError as error:
-        if "--debug" in sys.argv or type(error).__name__ != "OutOfMemoryError":
-            raise
-        _fail(
-            f"the device is out of memory: {str(error).splitlines()[0]} Give a smaller batch size, "
-            "or free the device. A teacher keeps the batch size that its calibration settled; "
-            "build it again with --overwrite to change that.",
-            2,
-        )
-    if code == 130:  # typer turns Ctrl-C into this code
-        _fail(
-            "interrupted. What is sealed or saved stays; run the same command again to resume "
-            "(`train` with --resume, `cache build` without --overwrite).",
-            130,
-        )
+    code = _run()
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        exit_interrupted()
     if output.is_verbose():
         peak = max(resource.getrusage(who).ru_maxrss for who in _PROCESSES) * 1024 / 2**30
         took = time.monotonic() - started
         typer.echo(f"movekd: {took:.1f} s, largest process {peak:.2f} GiB", err=True)
+    sys.stdout.flush()  # here, because Python ignores what fails at its exit
     sys.exit(code)
 
 
@@ -130,22 +113,24 @@ def _run() -> int:
     """Run the command, print its usage errors, and return its exit code."""
     try:
         code = app(standalone_mode=False)
-    except typer.Abort:
-        return 1
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # of any file: typer takes it for a prompt's
+            raise abort.__cause__ from None
+        return INTERRUPTED
+    except SystemExit as ended:  # typer's answer to a pipe that nobody reads
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        raise
     except Exception as error:
         show: Callable[[], None] | None = getattr(error, "show", None)  # usage errors have it
         if show is None:
             raise
+        if isinstance(text := getattr(error, "message", None), str):
+            error.message = one_line(text)  # type: ignore[attr-defined]
         if distributed.should_print(str(error)):
             show()
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
-
-
-def _fail(sentence: str, code: int) -> NoReturn:
-    if distributed.should_print(sentence):  # only one of several processes prints
-        typer.echo(f"movekd: {sentence}", err=True)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

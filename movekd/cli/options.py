@@ -198,6 +198,7 @@ def build_options(
     import torch
 
     from movekd.extract.options import BuildOptions
+    from movekd.threads import num_cpus
 
     device = resolve_device(device)
     if is_here:
@@ -213,7 +214,7 @@ def build_options(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is '{dtype}'; expected auto, float32, bfloat16 or float16.")
     if num_workers is None:
-        num_workers = max((os.cpu_count() or 1) - 1, 1)
+        num_workers = max(num_cpus() - 1, 1)
     if isinstance(batch_size, str) and batch_size != "auto" and not _is_number(batch_size):
         raise ConfigError(f"--batch-size is '{shorten(batch_size)}'; expected a number or `auto`.")
     images = None if batch_size == "auto" else int(batch_size)

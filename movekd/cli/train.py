@@ -63,10 +63,14 @@ def train(
             print_json(resolved.model_dump(mode="json"))
         elif distributed.is_main_process():
             typer.echo(resolved.to_yaml())
+        model = resolved.student.language_model
+        if resolved.data.shards.exists() and model is not None and Path(model).is_dir():
+            _count_samples(resolved)  # of a hub's id it would download the tokenizer
         return
     quiet_libraries()
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
+        _count_samples(resolved)
         return
     from movekd.train.checkpoints import continue_hint
     from movekd.train.run import train as run
@@ -115,3 +119,18 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
         f"{len(shown)} of {shown[0].num_samples} samples. The model learns the text in [[ ]]; each "
         "image is shown as one <image>."
     )
+
+
+def _count_samples(config: "TrainConfig") -> None:
+    """Print on standard error how many samples teach nothing."""
+    from movekd.train.sample_count import count_samples
+    from movekd.train.show_samples import open_conversations
+
+    if config.stage == "distill" or not distributed.is_main_process():
+        return
+    quiet_libraries()
+    dataset = open_conversations(config)
+    with progress_bar() as progress:
+        count = count_samples(dataset, progress=progress)
+    count.require_samples(dataset.max_length)
+    typer.echo(f"movekd: {count.sentence(dataset.max_length)}", err=True)

@@ -7,7 +7,6 @@ Each distinct image is stored once, in order of first appearance. The same input
 bytes. Only a few images are in memory at a time. An unusable image is reported, not raised.
 """
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -22,9 +21,10 @@ from movekd.corpus.image_source import (
 )
 from movekd.corpus.report import PackReport
 from movekd.corpus.writer import CorpusBuilder, build_corpus
+from movekd.threads import num_cpus
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+DEFAULT_WORKERS = min(8, num_cpus())
 """Threads that decode images: one per core, at most 8."""
 
 Progress = Callable[[int, int], None]

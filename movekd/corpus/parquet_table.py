@@ -5,7 +5,6 @@ decodes a few row groups at a time and drops them. That is faster than keeping t
 touching new memory costs more than decoding. No row becomes a Python object.
 """
 
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from movekd.errors import MovekdError, shorten
+from movekd.threads import num_cpus
 
 PART_ROWS = 1 << 17
 """Rows that are decoded at a time, and rows per row group that is written."""
@@ -182,7 +182,7 @@ class ParquetTable:
             if group == len(self._starts) - 1 or self._starts[group] - self._starts[first] >= size:
                 parts.append(range(first, group))
                 first = group
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1, len(parts))
+        num_threads = min(_MAX_THREADS, num_cpus(), len(parts))
         if num_threads < 2:
             return [do(part) for part in parts]
         with ThreadPoolExecutor(num_threads) as pool:

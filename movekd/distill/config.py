@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from movekd.config import FrozenModel, ModelT
+from movekd.config import FrozenModel, ModelT, Number, Text
 from movekd.distill.weighting import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 
@@ -15,12 +15,14 @@ WITH_ANCHOR_SHARE: tuple[TeacherWeighting, ...] = ("anchor", "anchor_equal")
 class DistillConfig(FrozenModel):
     """What the student learns from the teachers. Null keys take the recipe's value."""
 
-    teachers: list[str] = Field(min_length=1, description="Groups of the cache, by name.")
-    anchor: str = Field(
+    teachers: list[Text] = Field(
+        min_length=1, max_length=64, description="Groups of the cache, by name."
+    )
+    anchor: Text = Field(
         default="clip", description="The teacher whose [CLS] gives token and teacher weights."
     )
-    kd_weight: float | None = Field(
-        default=None, ge=0, description="Weight of the KD loss. official: 0.5; revised: 2."
+    kd_weight: Number | None = Field(
+        default=None, ge=0, le=1e4, description="Weight of the KD loss. official: 0.5; revised: 2."
     )
     adapters: Literal["teacher", "student"] | None = Field(
         default=None,
@@ -40,7 +42,7 @@ class DistillConfig(FrozenModel):
     token_weighting: TokenWeighting | None = Field(
         default=None, description="softmax (official), blend (revised) or none."
     )
-    token_blend: float = Field(
+    token_blend: Number = Field(
         default=0.5, ge=0, le=1, description="Share of attention in `blend`."
     )
     teacher_weighting: TeacherWeighting | None = Field(
@@ -48,7 +50,7 @@ class DistillConfig(FrozenModel):
         description="anchor (official), anchor_equal, equal (revised), similarity to the anchor, "
         "or balanced by the losses.",
     )
-    anchor_share: float | None = Field(
+    anchor_share: Number | None = Field(
         default=None,
         ge=0,
         le=1,
@@ -78,7 +80,7 @@ class DistillConfig(FrozenModel):
 class LossTermConfig(FrozenModel):
     """Keys of one entry of `loss_terms`; a term with more keys subclasses this."""
 
-    weight: float = Field(description="Weight of the term in the loss.")
+    weight: Number = Field(ge=-1e4, le=1e4, description="Weight of the term in the loss.")
 
 
 def check_distill(distill: DistillConfig) -> None:

@@ -7,6 +7,7 @@ so that no file can exhaust memory, recurse too deeply, or wait for ever.
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ def parse_yaml(text: str, source: str, *, error: type[MovekdError] = ConfigError
     raise error(_sentence(f"{source} is not YAML: {found}", "`key: value` lines"))
 
 
+_LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXbBoO_:.]*").fullmatch
+"""Finds what YAML reads as a number, hexadecimal ones included, which Python may fail to print."""
+
+
 def _yaml_limit(text: str) -> str:
     """Return which limit a YAML text breaks, or an empty string; reads it without recursion."""
     counts, open_anchors, done = [0], [""], dict[str, int]()
@@ -158,6 +163,8 @@ def _yaml_limit(text: str) -> str:
         elif isinstance(event, yaml.ScalarEvent):
             counts[-1] += 1
             done[anchor] = 1
+            if len(event.value) > 1000 and event.implicit[0] and _LONG_NUMBER(event.value):
+                return "has a number of more than 1,000 characters"
         if counts[-1] > MAX_YAML_VALUES:
             return f"has more than {MAX_YAML_VALUES:,} values, aliases counted in full"
     return ""

@@ -3,11 +3,11 @@
 Used by ``vlm.build_vlm``. Every run keeps them, so that it can be loaded again.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from movekd.config import FrozenModel
+from movekd.config import FrozenModel, Integer, Number, Text
 
 Recipe = Literal["official", "revised"]
 """official: as the released code. revised: without its defects."""
@@ -21,15 +21,32 @@ Architecture = Literal["llava", "llava_next"]
 """llava: an image is one square. llava_next: the whole image, stretched, and its tiles."""
 
 
+# fmt: off
+Activation = Literal[
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
+    "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh",
+]
+# fmt: on
+"""Activations of transformers without parameters."""
+
+Level = Annotated[Number, Field(ge=0, le=1)]
+"""Mean of a channel, of pixels in 0 to 1."""
+Deviation = Annotated[Number, Field(gt=0, le=1)]
+"""Standard deviation of a channel, of pixels in 0 to 1."""
+Block = Annotated[Integer, Field(ge=-10_000, le=10_000)]
+"""Index of a block; ``mole_config`` holds it against the tower's number of blocks."""
+
+
 class MoleKeys(FrozenModel):
     """A Mixture of LoRA Experts in the tower's MLPs. Null keys take the recipe's value."""
 
-    num_experts: int = Field(default=3, ge=1, description="Experts per layer.")
-    r: int = Field(default=32, ge=1, description="Rank of each expert.")
-    lora_alpha: float | None = Field(
-        default=None, description="Scale is lora_alpha / r. official: 1; revised: r."
+    num_experts: Integer = Field(default=3, ge=1, le=256, description="Experts per layer.")
+    r: Integer = Field(default=32, ge=1, le=4096, description="Rank of each expert.")
+    lora_alpha: Number | None = Field(
+        default=None, gt=0, le=1e6, description="Scale is lora_alpha / r. official: 1; revised: r."
     )
-    lora_dropout: float = Field(
+    lora_dropout: Number = Field(
         default=0.05, ge=0, lt=1, description="Dropout on the experts' input."
     )
     use_gate: bool | None = Field(
@@ -42,7 +59,9 @@ class MoleKeys(FrozenModel):
         description="kaiming: the student differs from its base at step 0 (official). zero: it "
         "equals its base (revised).",
     )
-    layers_to_transform: Literal["all", "read"] | list[int] | None = Field(
+    layers_to_transform: (
+        Literal["all", "read"] | Annotated[list[Block], Field(min_length=1)] | None
+    ) = Field(
         default=None,
         description="Blocks with experts: all, read (only the blocks before the hidden state that "
         "is read), or a list of indices from 0. official: all; revised: read.",
@@ -52,7 +71,9 @@ class MoleKeys(FrozenModel):
         description="Form of the balance loss, which keeps the experts equally busy. official: "
         "sample; revised: batch.",
     )
-    balance_weight: float = Field(default=0.01, ge=0, description="Weight of the balance loss.")
+    balance_weight: Number = Field(
+        default=0.01, ge=0, le=1e4, description="Weight of the balance loss."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -79,27 +100,30 @@ class StudentConfig(FrozenModel):
         default="llava",
         description="llava (LLaVA-1.5): the whole image. llava_next: also up to four tiles.",
     )
-    vision_tower: str = Field(
+    vision_tower: Text = Field(
         description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
     )
-    language_model: str | None = Field(
+    language_model: Text | None = Field(
         default=None,
         description="Hub id or directory of a causal language model; stage distill loads none.",
     )
-    vision_feature_layer: int = Field(
-        default=-2, lt=0, description="Hidden state of the tower that is projected and distilled."
+    vision_feature_layer: Integer = Field(
+        default=-2,
+        lt=0,
+        ge=-1000,
+        description="Hidden state of the tower that is projected and distilled.",
     )
-    projector_hidden_act: str = Field(
+    projector_hidden_act: Activation = Field(
         default="gelu", description="gelu makes LLaVA's mlp2x_gelu projector."
     )
     mole: MoleKeys | None = Field(default_factory=MoleKeys, description="The experts. Null: none.")
     prompt: PromptFormat | None = Field(
         default=None, description="Prompt format. Null: v1 in finetune, else plain."
     )
-    image_mean: tuple[float, float, float] | None = Field(
+    image_mean: tuple[Level, Level, Level] | None = Field(
         default=None, description="Null takes the vision tower's preprocessor_config.json."
     )
-    image_std: tuple[float, float, float] | None = Field(
+    image_std: tuple[Deviation, Deviation, Deviation] | None = Field(
         default=None, description="Null takes the vision tower's preprocessor_config.json."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

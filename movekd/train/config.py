@@ -12,13 +12,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from movekd.config import FrozenModel, read_yaml, validate
+from movekd.config import FilePath, FrozenModel, Integer, Text, read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
 from movekd.distill.objective import read_loss_terms
 from movekd.distill.weighting import ANCHOR_SHARE
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
+from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
+from movekd.train.training_keys import check_training_keys
 
 Stage = Literal["distill", "pretrain", "finetune"]
 Part = Literal["mole", "projector", "vision_tower", "language_model"]
@@ -75,8 +77,8 @@ ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 class DataConfig(FrozenModel):
     """Images and conversations."""
 
-    shards: Path = Field(description="Folder that `movekd shards pack` wrote.")
-    conversations: list[Path] = Field(
+    shards: FilePath = Field(description="Folder that `movekd shards pack` wrote.")
+    conversations: list[FilePath] = Field(
         default_factory=list,
         description="LLaVA JSON files; empty: those packed with the images. Stage distill takes "
         "none: it sees every image of the corpus.",
@@ -91,7 +93,9 @@ class DataConfig(FrozenModel):
         description="A step holds only samples with images or only text, and its micro-batches "
         "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
     )
-    model_max_length: int = Field(default=2048, gt=0, description="Cut longer samples, in tokens.")
+    model_max_length: Integer = Field(
+        default=2048, gt=0, le=2**24, description="Cut longer samples, in tokens."
+    )
 
 
 class TrainConfig(FrozenModel):
@@ -108,17 +112,19 @@ class TrainConfig(FrozenModel):
     distill: DistillConfig | None = Field(
         default=None, description="Null trains without distillation."
     )
-    loss_terms: dict[str, dict[str, Any]] = Field(
+    loss_terms: dict[Text, dict[str, Any]] = Field(
         default_factory=dict,
+        max_length=64,
         description="Further loss terms, by the name they were registered under: "
         "`{name: {weight: 0.1}}`.",
     )
     data: DataConfig
-    init_from: Path | None = Field(
+    init_from: FilePath | None = Field(
         default=None, description="Output of an earlier stage, whose weights to start from."
     )
     trained: list[Part] | None = Field(
         default=None,
+        min_length=1,
         description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
         "in distill (vision_tower if mole is null).",
     )
@@ -128,11 +134,8 @@ class TrainConfig(FrozenModel):
 
     @field_validator("training")
     @classmethod
-    def _not_ours(cls, training: dict[str, Any]) -> dict[str, Any]:
-        for key in ("output_dir", "remove_unused_columns", "resume_from_checkpoint"):
-            if key in training:
-                raise ValueError(f"'{key}' is set by the command line, not here")
-        return {key: _number(value) for key, value in training.items()}
+    def _check_training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return check_training_keys({key: _number(value) for key, value in training.items()})
 
     def resolved(self) -> "TrainConfig":
         """Return the same run with every key of the recipe and the stage filled in."""
@@ -182,6 +185,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     content = read_yaml(path)
     for override in overrides or []:
         _override(content, override)
+    validate(TrainConfig, content, str(path))  # so that what is looked for on the disk is a path
     _resolve_paths(content, path.parent)
     config = validate(TrainConfig, content, str(path)).resolved()
     _check(config)
@@ -251,7 +255,8 @@ def _check_encoder_only(config: TrainConfig) -> None:
 
 def _number(value: Any) -> Any:
     """Return `2e-5` as a number; YAML 1.1 reads it as text, because it has no dot."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*\d[eE][-+]?\d+", value)
+    pattern = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+    is_number = isinstance(value, str) and len(value) < 64 and re.fullmatch(pattern, value)
     return float(value) if is_number else value
 
 
@@ -259,17 +264,23 @@ def _override(content: dict[str, Any], override: str) -> None:
     """Set one ``a.b=c`` in the YAML's content; c is read as YAML."""
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override!r} is not of the form a.b=c.")
+        raise ConfigError(f"--set {shorten(repr(override))} is not of the form a.b=c.")
     *parents, last = key.split(".")
+    if len(parents) > _MAX_PARENTS:
+        raise ConfigError(
+            f"--set {shorten(key)} has {len(parents) + 1} parts; expected at most "
+            f"{_MAX_PARENTS + 1}, as in student.mole.r=16."
+        )
     for parent in parents:
         inner = content.setdefault(parent, {})
         if not isinstance(inner, dict):
             inner = content[parent] = {}
         content = inner
-    try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: '{value}' is not YAML.") from None
+    content[last] = parse_yaml(value, f"--set {shorten(override)}")
+
+
+_MAX_PARENTS = 7
+"""Most dots in the key of an override; the deepest keys have three."""
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:

@@ -23,10 +23,14 @@ from movekd.corpus.anyres import Views, num_views
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import ImageTransform
-from movekd.errors import CacheError, ConfigError
+from movekd.errors import CacheError, ConfigError, shorten
 from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import check_conversation
-from movekd.student.tokenization import IGNORED, tokenize_conversation
+from movekd.student.tokenization import (
+    IGNORED,
+    TokenizedConversation,
+    tokenize_conversation,
+)
 from movekd.train.config import DataConfig
 from movekd.train.encoder_data import name_bad_image
 from movekd.train.sampler import EMPTY
@@ -61,8 +65,8 @@ class ConversationDataset(Dataset[Sample]):
         target_views: the views of an image that have targets.
 
     Raises:
-        ConfigError: no conversation was given, or the images of one do not match its text or
-            ``max_length``; names it.
+        ConfigError: no conversation was given, or some cannot be trained on: without an answer,
+            or with images that do not match their text or ``max_length``; names them.
         UnknownKeyError: an image is missing from the shards or the cache; names some.
         CacheError: the cache has skipped an image that a conversation uses; names some.
     """
@@ -86,8 +90,8 @@ class ConversationDataset(Dataset[Sample]):
                 "LLaVA JSON file, or pack one with the images."
             )
         self.conversations = conversations
-        self._tokenizer, self._prompt, self._recipe = tokenizer, prompt, recipe
-        self._max_length = max_length
+        self.tokenizer, self.prompt, self.recipe = tokenizer, prompt, recipe
+        self.max_length = max_length
         names = [name for conversation in conversations for name in conversation.images]
         counts = [len(conversation.images) for conversation in conversations]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -105,33 +109,55 @@ class ConversationDataset(Dataset[Sample]):
 
     def _check_images(self) -> None:
         """Check all images now, so that none stops the run at a later step."""
+        refused: list[str] = []
+        first = ""
         for position, conversation in enumerate(self.conversations):
-            images = slice(self._starts[position], self._starts[position + 1])
-            num_tokens = int(self._num_tokens[images].sum())
-            if num_tokens >= self._max_length:
-                raise ConfigError(
+            num_tokens = self.num_image_tokens(position)
+            problem = ""
+            if num_tokens >= self.max_length:
+                problem = (
                     f"the images of conversation '{conversation.id}' are {num_tokens} tokens, and "
-                    f"data.model_max_length is {self._max_length}; raise it above that."
+                    f"data.model_max_length is {self.max_length}; raise it above that."
                 )
-            check_conversation(conversation, self._prompt)
+            else:
+                try:
+                    check_conversation(conversation, self.prompt)
+                except ConfigError as error:
+                    problem = str(error)
+            if problem:
+                refused.append(conversation.id)
+                first = first or problem
+        require_none_refused(refused, first, len(self.conversations))
+
+    def num_image_tokens(self, position: int) -> int:
+        """Return how many tokens the images of a conversation are."""
+        return int(self._num_tokens[self._starts[position] : self._starts[position + 1]].sum())
+
+    def tokenize(self, position: int, max_length: int | None) -> TokenizedConversation:
+        """Return tokens and labels of a conversation, cut at ``max_length``.
+
+        Raises:
+            ConfigError: the prompt cannot be made of it, or the cut would go through an image.
+        """
+        images = slice(self._starts[position], self._starts[position + 1])
+        return tokenize_conversation(
+            self.conversations[position],
+            self.tokenizer,
+            prompt=self.prompt,
+            num_image_tokens=self._num_tokens[images].tolist(),
+            recipe=self.recipe,
+            model_max_length=max_length,
+        )
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, position: int) -> Sample:
         if position == EMPTY:
-            return Sample("(filled up)", [self._tokenizer.pad_token_id or 0], [IGNORED], [], [])
+            return Sample("(filled up)", [self.tokenizer.pad_token_id or 0], [IGNORED], [], [])
         conversation = self.conversations[position]
         images = slice(self._starts[position], self._starts[position + 1])
-        num_tokens = self._num_tokens[images].tolist()
-        tokenized = tokenize_conversation(
-            conversation,
-            self._tokenizer,
-            prompt=self._prompt,
-            num_image_tokens=num_tokens,
-            recipe=self._recipe,
-            model_max_length=self._max_length,
-        )
+        tokenized = self.tokenize(position, self.max_length)
         rows: list[int] = []
         if self._rows is not None:
             bases, counts = self._rows[images].tolist(), self._num_rows[images].tolist()
@@ -227,6 +253,22 @@ def read_conversations(data: DataConfig, corpus: Corpus) -> list[Conversation]:
             "JSON file."
         )
     return [conversation for path in paths for conversation in load_conversations(path)]
+
+
+def require_none_refused(ids: Sequence[str], first: str, num_all: int) -> None:
+    """Refuse to train while some conversations cannot be used, and name all that fit into a line.
+
+    Raises:
+        ConfigError: ``first``, which is what is wrong with the first one, and the others' ids.
+    """
+    if not ids:
+        return
+    if len(ids) > 1:
+        first += (
+            f" {len(ids) - 1:,} more of the {num_all:,} conversations cannot be trained on: "
+            f"{shorten(', '.join(ids[1:]), 800)}."
+        )
+    raise ConfigError(first)
 
 
 def _refuse_skipped(

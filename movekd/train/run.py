@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from movekd.cache.inventory import require_whole
 from movekd.cache.reader import FeatureCache, open_cache
@@ -53,6 +53,7 @@ from movekd.train.run_record import (
     record_curves,
     write_recorded,
 )
+from movekd.train.sample_count import SampleCount, count_samples
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
@@ -171,6 +172,8 @@ def train(
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     dataset, collator = build_data(config, corpus, cache, student)
+    if isinstance(dataset, ConversationDataset) and start.checkpoint is None:
+        _count_samples(dataset, arguments, progress, notify)
     try:
         trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
     except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
@@ -204,6 +207,22 @@ def train(
         result.metrics["train_runtime"],
         [dict(entry) for entry in trainer.state.log_history],
     )
+
+
+def _count_samples(
+    dataset: ConversationDataset,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> None:
+    """Say which samples teach nothing, before the first step; each rank looks at its share."""
+    rank, num_ranks = arguments.process_index, arguments.world_size
+    count = SampleCount()
+    for share in gather(count_samples(dataset, rank, num_ranks, progress if rank == 0 else None)):
+        count.add(share)
+    count.require_samples(dataset.max_length)
+    if notify is not None and rank == 0 and count.has_losses:
+        notify(count.sentence(dataset.max_length))
 
 
 class _ShowProgress(TrainerCallback):

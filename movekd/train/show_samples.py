@@ -63,24 +63,7 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
         ConfigError: the run reads no text, or a conversation cannot be tokenised.
         WeightsError: the tokenizer or the tower's config cannot be found.
     """
-    if config.student.language_model is None or config.student.prompt is None:
-        raise ConfigError(
-            "stage: distill reads no text, so it has no samples of tokens to show; give the "
-            "config of a pretrain or a finetune."
-        )
-    corpus = open_corpus(config.data.shards)
-    tokenizer = load_tokenizer(config.student.language_model, key="student.language_model")
-    dataset = ConversationDataset(
-        read_conversations(config.data, corpus),
-        corpus,
-        None,
-        (),
-        tokenizer,
-        image_token_counter(config.student),
-        config.student.prompt,
-        config.recipe,
-        config.data.model_max_length,
-    )
+    dataset = open_conversations(config)
     shown = []
     for at in range(min(number, len(dataset))):
         position = at * len(dataset) // min(number, len(dataset))
@@ -91,8 +74,33 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
                 list(dataset.conversations[position].images),
                 sample.input_ids,
                 sample.labels,
-                tokenizer.convert_ids_to_tokens(sample.input_ids),
+                dataset.tokenizer.convert_ids_to_tokens(sample.input_ids),
                 len(dataset),
             )
         )
     return shown
+
+
+def open_conversations(config: TrainConfig) -> ConversationDataset:
+    """Return the samples of a run, without targets; no weights are loaded.
+
+    Raises:
+        ConfigError, WeightsError: as ``show_samples``.
+    """
+    if config.student.language_model is None or config.student.prompt is None:
+        raise ConfigError(
+            "stage: distill reads no text, so it has no samples of tokens to show; give the "
+            "config of a pretrain or a finetune."
+        )
+    corpus = open_corpus(config.data.shards)
+    return ConversationDataset(
+        read_conversations(config.data, corpus),
+        corpus,
+        None,
+        (),
+        load_tokenizer(config.student.language_model, key="student.language_model"),
+        image_token_counter(config.student),
+        config.student.prompt,
+        config.recipe,
+        config.data.model_max_length,
+    )

@@ -81,9 +81,15 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
             logging_nan_inf_filter=False,  # compute_loss stops at NaN and names the samples
             **keys,
         )
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+    except (
+        *(TypeError, ValueError, RuntimeError, ImportError),
+        *(KeyError, AttributeError, OverflowError),  # of a value of another type
+    ) as error:
         reason = str(error).strip() or type(error).__name__
-        raise ConfigError(f"training: {reason.splitlines()[0]}") from None
+        raise ConfigError(
+            f"training: {reason.splitlines()[0]} Expected arguments that "
+            "transformers.TrainingArguments takes; correct them."
+        ) from None
 
 
 def global_batch_size(arguments: TrainingArguments) -> int:

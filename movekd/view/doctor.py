@@ -17,6 +17,7 @@ from movekd.analysis.disk_benchmark import DiskRates, measure_disk
 from movekd.cache.spec import load_spec, shipped_specs
 from movekd.cache.storage import Storage
 from movekd.teachers.providers import find_downloaded, published
+from movekd.threads import num_cpus
 
 _ROW_BYTES = 600_000
 """About the size of CLIP-L's 576 tokens in int8."""
@@ -136,8 +137,7 @@ def _devices() -> Iterator[Device]:
     if torch.backends.mps.is_available():
         yield Device("mps", "Apple GPU", None, True)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Device("cpu", f"{platform.machine()}, {cores} cores", memory, True)
+    yield Device("cpu", f"{platform.machine()}, {num_cpus()} cores", memory, True)
 
 
 def _weights(name: str) -> TeacherWeights:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import resource
 import shutil
 import sys
@@ -40,6 +41,8 @@ class Step:
 
 def main() -> None:
     """Parse the command line and run every step."""
+    for name, value in (("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "PASSIVE")):
+        os.environ.setdefault(name, value)  # torch reads it when it is imported, below
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="Folder to write.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of scenes and training.")
@@ -119,20 +122,17 @@ def movekd(*arguments: Any, run_quietly: bool = False) -> str:
     """Run a `movekd` command in this process; return what it printed.
 
     Raises:
-        SystemExit: the command failed.
+        MovekdError: the command could not do its work.
+        SystemExit: the command finished with problems.
     """
     from movekd.cli.main import app
-    from movekd.errors import MovekdError
 
     words = [str(argument) for argument in arguments]
     print("\n$ movekd " + " ".join(words), flush=True)
     captured = io.StringIO()
     target: Any = captured if run_quietly else sys.stdout
-    try:
-        with contextlib.redirect_stdout(target):
-            code = app(words, standalone_mode=False)
-    except MovekdError as error:
-        raise SystemExit(f"movekd: {error}") from None
+    with contextlib.redirect_stdout(target):
+        code = app(words, standalone_mode=False)
     if code:
         raise SystemExit(code)
     return captured.getvalue()
@@ -247,4 +247,6 @@ def _first_last(log: list[dict[str, float]], name: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    from movekd.cli.failures import run_guarded
+
+    run_guarded(main)

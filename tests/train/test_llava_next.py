@@ -259,6 +259,6 @@ def test_image_features_agree_with_transformers_on_which_views_there_are(digits,
     batch = collator([dataset[position] for position in range(7)])
     output, tokens_VND = image_features(model.vlm, batch["pixel_values"], batch["image_sizes"])
     assert len(tokens_VND) == sum(NUM_VIEWS)
-    image_id = dataset._tokenizer.convert_tokens_to_ids("<image>")
+    image_id = dataset.tokenizer.convert_tokens_to_ids("<image>")
     counts = [dataset[position].input_ids.count(image_id) for position in range(7)]
     assert [len(features) for features in output.pooler_output] == counts

@@ -82,7 +82,10 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
         ("distill.kd_weigth=1", r"unknown key 'distill\.kd_weigth'.*Did you mean 'kd_weight'"),
         ("student.mole.num_expert=1", r"'student\.mole\.num_expert'.*Did you mean 'num_experts'"),
         ("recip=official", r"unknown key 'recip'.*Did you mean 'recipe'"),
-        ("recipe=offical", r"recipe: .*'official' or 'revised'.*found 'offical'"),
+        (
+            "recipe=offical",
+            r"'official' or 'revised' \(found 'offical'\)\. Did you mean 'official'",
+        ),
         ("stage=null", r"stage: "),
         ("data.geometry=round", r"data\.geometry: .*found 'round'"),
         ("distill.teachers=[]", r"distill\.teachers: "),

@@ -20,7 +20,8 @@ def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("training.learning_rate=fast", r"training\.learning_rate is 'fast'; expected a number"),
+        ("training.learning_rate=fast", r"training: learning_rate: .*number.*\(found 'fast'\)"),
+        ("training.eval_delay=often", r"training\.eval_delay is 'often'; expected a number"),
         ("training.eval_strategy=steps", r"eval_strategy asks for evaluation.*movekd evaluate"),
         ("training.report_to=wandb", r"training: .*[Ww]and[Bb]"),
         ("training.lr_scheduler_type=sideways", r"training: .*sideways"),

@@ -5,11 +5,13 @@ Made from the student's YAML or from a saved adapter; read by ``layer.MoleLayer`
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Literal
 
 from peft import PeftConfig
 
-from movekd.errors import ConfigError, did_you_mean
+from movekd.config import validate
+from movekd.errors import ConfigError
+from movekd.student.config import MoleKeys
 
 LoraInit = Literal["kaiming", "zero"]
 """Initial values of the experts.
@@ -17,6 +19,10 @@ LoraInit = Literal["kaiming", "zero"]
 kaiming: both factors Kaiming-uniform, so the student differs from its base at step 0 (official).
 zero: the second factor is zero, so the student is its base at step 0 (revised).
 """
+
+
+_CHECKED_KEYS = ("num_experts", "r", "lora_alpha", "lora_dropout", "use_gate", "init_lora_weights")
+"""Attributes whose ranges are those of student.yaml."""
 
 
 class MolePeftType(StrEnum):
@@ -66,29 +72,9 @@ class MoleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MolePeftType.MOLE
-        if self.num_experts < 1 or self.r < 1:
-            raise ConfigError(
-                f"MoleConfig has num_experts={self.num_experts} and r={self.r}; expected at least "
-                "one expert of at least rank 1. Set both to 1 or more."
-            )
-        if self.lora_alpha is None:
-            self.lora_alpha = float(self.r)
-        if self.lora_alpha <= 0:
-            raise ConfigError(
-                f"MoleConfig has lora_alpha={self.lora_alpha}; expected a number above 0, because "
-                "it scales the experts' output. Set 1.0 (official) or leave it out (equal to r)."
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"MoleConfig has lora_dropout={self.lora_dropout}; expected a probability below 1. "
-                "Set 0.0 for none."
-            )
-        if self.init_lora_weights not in get_args(LoraInit):
-            raise ConfigError(
-                f"MoleConfig has init_lora_weights={self.init_lora_weights!r}; expected one of "
-                f"{', '.join(get_args(LoraInit))}."
-                f"{did_you_mean(str(self.init_lora_weights), get_args(LoraInit))}"
-            )
+        keys = {key: getattr(self, key) for key in _CHECKED_KEYS}
+        checked = validate(MoleKeys, keys, "MoleConfig")
+        self.lora_alpha = float(self.r) if checked.lora_alpha is None else checked.lora_alpha
         if self.layers_to_transform == []:
             raise ConfigError(
                 "MoleConfig has layers_to_transform=[]; expected the index of at least one block, "

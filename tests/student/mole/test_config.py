@@ -23,11 +23,13 @@ def test_a_saved_config_comes_back_equal_through_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_experts": 0}, r"num_experts=0 and r=32; expected at least one expert"),
-        ({"r": 0}, r"r=0; expected at least one expert"),
-        ({"lora_alpha": 0.0}, r"lora_alpha=0.0; expected a number above 0"),
-        ({"lora_dropout": 1.0}, r"lora_dropout=1.0; expected a probability below 1"),
-        ({"init_lora_weights": "zeros"}, r"'zeros'; expected one of kaiming, zero.*'zero'\?"),
+        ({"num_experts": 0}, r"num_experts: .*greater than or equal to 1 \(found 0\)"),
+        ({"r": 0}, r"MoleConfig: r: .*greater than or equal to 1 \(found 0\)"),
+        ({"lora_alpha": 0.0}, r"lora_alpha: .*greater than 0 \(found 0\.0\)"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha: .*finite number \(found nan\)"),
+        ({"lora_dropout": 1.0}, r"lora_dropout: .*less than 1 \(found 1\.0\)"),
+        ({"r": "8a"}, r"MoleConfig: r: .*valid integer.*\(found '8a'\)"),
+        ({"init_lora_weights": "zeros"}, r"'kaiming' or 'zero' \(found 'zeros'\).*'zero'\?"),
         ({"layers_to_transform": []}, r"=\[\]; expected the index of at least one block"),
         (
             {"target_modules": ".*mlp", "layers_to_transform": [0]},
