@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from movekd.errors import ConfigError, MovekdError, shorten
+from movekd.errors import ConfigError, MovekdError, printable, shorten
 
 MIB = 1024 * 1024
 MAX_DEPTH = 64
@@ -42,16 +42,20 @@ def read_bytes(
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise error(_sentence(f"{path} is no regular file", "a regular file", remedy))
+                raise error(
+                    _sentence(f"{printable(path)} is no regular file", "a regular file", remedy)
+                )
             raw = file.read(max_bytes + 1) if found.st_size <= max_bytes else None
     except FileNotFoundError:
-        raise error(_sentence(f"{path} does not exist", "a file there", remedy)) from None
+        raise error(
+            _sentence(f"{printable(path)} does not exist", "a file there", remedy)
+        ) from None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
         why = getattr(reason, "strerror", None) or reason
         text = f"{shorten(path)} cannot be read: {why}"
         raise error(_sentence(text, "a readable file", remedy)) from None
     if raw is None or len(raw) > max_bytes:
-        found_text = f"{path} has more than {max_bytes:,} bytes"
+        found_text = f"{printable(path)} has more than {max_bytes:,} bytes"
         raise error(_sentence(found_text, "a smaller file", remedy))
     return raw
 
@@ -64,7 +68,7 @@ def read_text(
         raw = read_bytes(path, max_bytes=max_bytes, error=error, remedy=remedy)
         return raw.decode("utf-8")
     except UnicodeDecodeError as reason:
-        text = f"{path} is no UTF-8 text (byte {reason.start})"
+        text = f"{printable(path)} is no UTF-8 text (byte {reason.start})"
         raise error(_sentence(text, "UTF-8", remedy)) from None
 
 

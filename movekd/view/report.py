@@ -22,7 +22,8 @@ from movekd.corpus.decode import decode_image
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.answers import ANSWERS_DIR
 from movekd.evaluate.exact_match import normalise, split_questions
-from movekd.evaluate.generate import generate_answers, read_from_folder
+from movekd.evaluate.generate import generate_answers
+from movekd.evaluate.image_folder import read_from_folder
 from movekd.student.checkpoint import TrainedStudent
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import RunLog

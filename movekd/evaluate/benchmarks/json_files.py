@@ -1,10 +1,13 @@
 """Read the JSON and JSONL files of benchmarks; errors name the file, the line and the fix."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from movekd.errors import ConfigError
+from movekd.files.reading import MIB, parse_json, read_bytes
+
+_MAX_BYTES = 2048 * MIB
+"""VQAv2's annotations of the training split have 390 MB."""
 
 
 def read_json(path: Path, kind: type, what: str) -> Any:
@@ -13,12 +16,7 @@ def read_json(path: Path, kind: type, what: str) -> Any:
     Raises:
         ConfigError: the file is missing, is not JSON or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); expected {what}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); expected {what}.") from None
+    content = parse_json(_read_text(path, what), str(path), remedy=f"Give {what}.")
     if not isinstance(content, kind):
         raise ConfigError(f"{path} holds a {type(content).__name__}; expected {what}.")
     return content
@@ -32,27 +30,30 @@ def read_lines(
     Args:
         path: the file.
         what: the expected content, for messages.
-        is_torn_ok: skip a last line without its end, which another process may be writing.
+        is_torn_ok: skip a last line without its end: another process is writing it, or was killed.
 
     Raises:
         ConfigError: the file is missing, or a line is not a JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read ({reason}); expected {what}.") from None
+    lines = _read_text(path, what, is_torn_ok=is_torn_ok).split("\n")
     entries = []
-    for number, line in enumerate(lines[:-1] if is_torn_ok else lines):
+    for number, line in enumerate(lines):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{path}: line {number + 1} is not JSON ({error}); expected {what}."
-            ) from None
+        entry = parse_json(line, f"{path}: line {number + 1}", remedy=f"Give {what}.")
         if not isinstance(entry, dict):
             raise ConfigError(f"{path}: line {number + 1} is not an object; expected {what}.")
         entries.append((f"{path}: line {number + 1}", entry))
     return entries
+
+
+def _read_text(path: Path, what: str, *, is_torn_ok: bool = False) -> str:
+    raw = read_bytes(path, max_bytes=_MAX_BYTES, remedy=f"Give {what}.")
+    if is_torn_ok:
+        raw = raw[: raw.rfind(b"\n") + 1]  # before decoding: it may end within a letter
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is no UTF-8 text (byte {error.start}); expected {what}. Save it as UTF-8."
+        ) from None

@@ -102,7 +102,7 @@ def test_what_is_no_question_file_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"line 1: question_id is true"):
         load_jsonl(write_jsonl(path, {"question_id": True, "image": "a", "text": "b"}))
     path.write_text('{"question_id": 1\n')
-    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+    with pytest.raises(ConfigError, match="line 1 is no JSON"):
         load_jsonl(path)
     path.write_text("[1]\n")
     with pytest.raises(ConfigError, match="line 1 is not an object"):
@@ -110,9 +110,9 @@ def test_what_is_no_question_file_is_a_sentence(tmp_path):
     path.write_text("\n")
     with pytest.raises(ConfigError, match="holds no question"):
         load_jsonl(path)
-    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
         load_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is no JSON"):
         load_science(path)
     path.write_text('[{"id": "1", "conversations": []}]')
     with pytest.raises(ConfigError, match="entry 0, turn 0: value is null"):
