@@ -7,6 +7,7 @@ so that no file can exhaust memory, recurse too deeply, or wait for ever.
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ MAX_DEPTH = 64
 """Deepest nesting of JSON and YAML values; the deepest file of movekd has 8 levels."""
 MAX_YAML_VALUES = 100_000
 """Most values of a YAML file, each alias counted as all values that it stands for."""
+_MAX_DIGITS = 1000
+"""Longest number of a YAML file; Python prints none of more than 4,300 digits."""
+_DIGITS = re.compile(r"[-+]?[0-9a-fA-FxXoO_.:]+")
 
 
 def read_bytes(
@@ -162,6 +166,9 @@ def _yaml_limit(text: str) -> str:
         elif isinstance(event, yaml.ScalarEvent):
             counts[-1] += 1
             done[anchor] = 1
+            is_number = event.implicit[0] or str(event.tag).endswith((":int", ":float"))
+            if is_number and len(event.value) > _MAX_DIGITS and _DIGITS.fullmatch(event.value):
+                return f"has a number of {len(event.value):,} characters"
         if counts[-1] > MAX_YAML_VALUES:
             return f"has more than {MAX_YAML_VALUES:,} values, aliases counted in full"
     return ""

@@ -1,9 +1,11 @@
 """Read the JSON and JSONL files of benchmarks; errors name the file, the line and the fix."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from movekd.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from movekd.errors import ConfigError, shorten
 from movekd.files.reading import MIB, parse_json, read_bytes
 
 _MAX_BYTES = 2048 * MIB
@@ -45,6 +47,46 @@ def read_lines(
             raise ConfigError(f"{path}: line {number + 1} is not an object; expected {what}.")
         entries.append((f"{path}: line {number + 1}", entry))
     return entries
+
+
+class Entry(BaseModel):
+    """Base of the entries of annotation files: strict types, other keys ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+def check_entry(kind: type[EntryT], value: Any, where: str) -> EntryT:
+    """Return a JSON value as an entry.
+
+    Raises:
+        ConfigError: a key is missing or of another type; names the first.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the entry"
+        raise ConfigError(
+            f"{where}: {shorten(key)} is {shorten(repr(first['input']), 60)} ({first['msg']}); "
+            "expected the benchmark's own file. Download it again."
+        ) from None
+
+
+def objects(content: Any, where: str) -> list[dict[str, Any]]:
+    """Return the objects of a JSON list.
+
+    Raises:
+        ConfigError: it is no list, or holds something else.
+    """
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ConfigError(
+            f"{where} is {shorten(repr(content), 60)}; expected a list of objects. Download the "
+            "file again."
+        )
+    return content
 
 
 def _read_text(path: Path, what: str, *, is_torn_ok: bool = False) -> str:
