@@ -267,9 +267,10 @@ def test_a_report_of_odd_values_is_written(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("new", SCALARS, ids=repr)
-def test_a_report_with_any_odd_value_is_written(tmp_path, new):
-    for place in PLACES[:: 1 if new is math.nan else 4]:
+@pytest.mark.parametrize("number", range(len(SCALARS)))
+def test_a_report_with_any_odd_value_is_written(tmp_path, number):
+    new = SCALARS[number]
+    for place in PLACES[number % 8 :: 8]:
         shows(write_changed(tmp_path, [(place, new)]), tmp_path)
 
 
