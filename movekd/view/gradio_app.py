@@ -162,11 +162,15 @@ def _run_tab(run: Path) -> None:
 
     def curves() -> str:
         try:
-            figures = run_figures(read_run(run))
+            log = read_run(run)
         except MovekdError as error:
             return message_html(str(error))
-        parts = [f"<figure><figcaption>{h}</figcaption>{to_svg(f)}</figure>" for h, f in figures]
-        return f'<div class="movekd-curves">{"".join(parts)}</div>'
+        parts = [
+            f"<figure><figcaption>{heading}</figcaption>{to_svg(figure)}</figure>"
+            for heading, figure in run_figures(log)
+        ]
+        said = message_html(f"Left out: {'. '.join(log.left_out)}.") if log.left_out else ""
+        return f'{said}<div class="movekd-curves">{"".join(parts)}</div>'
 
     with gr.Tab("Run"):
         shown = gr.HTML(curves, every=_REFRESH_S, elem_id="curves")

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import xxhash
 
-from movekd.errors import ConfigError, shorten
+from movekd.errors import ConfigError, printable, shorten
 from movekd.evaluate.benchmarks.json_files import read_lines
 from movekd.evaluate.benchmarks.questions import Question
 
@@ -60,7 +60,12 @@ class AnswerProvenance:
             name = path.relative_to(model)
             if path.suffix in _MODEL_FILES and path.is_file() and name.parts[0] != ANSWERS_DIR:
                 digest.update(f"{name} {_file_digest(path)}\n".encode())
-        return cls(run.resolve().name, digest.hexdigest(), _file_digest(questions), max_new_tokens)
+        return cls(
+            printable(run.resolve().name),
+            digest.hexdigest(),
+            _file_digest(questions),
+            max_new_tokens,
+        )
 
     def entry(self, question: Question, answer: str) -> dict[str, Any]:
         """Return one line of the file."""

@@ -14,7 +14,6 @@ model_vqa_mmbench.py.
 """
 
 import base64
-import binascii
 import csv
 import io
 import json
@@ -85,7 +84,7 @@ class Question:
         if self.embedded is not None:
             try:
                 return base64.b64decode(self.embedded, validate=False)
-            except binascii.Error as error:
+            except ValueError as error:  # of base64, or of characters beyond ASCII
                 raise ConfigError(
                     f"the image of question {shorten(self.id)} is not base64 ({error}); download "
                     "the question file again."
@@ -214,7 +213,8 @@ def _require(entry: Any, key: str, kind: type | tuple[type, ...], where: str) ->
             f"{where}: {key} is {shorten(json.dumps(value), 60)}; expected a question in LLaVA's "
             "form. Check that --questions names the benchmark's own question file."
         )
-    return value
+    # as in conversations: tokenizers and UTF-8 refuse half of a surrogate pair, JSON does not
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _optional(entry: dict[str, Any], key: str, where: str) -> str | None:
