@@ -1,5 +1,6 @@
 """`movekd ask`: ask a trained student about one image."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ import typer
 
 from movekd.cli.options import Device, Run, load_run
 from movekd.cli.output import print_json
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
+from movekd.files.reading import MIB, read_bytes
 
 if TYPE_CHECKING:
     from movekd.corpus.conversations import Role
+
+_MAX_IMAGE_BYTES = 512 * MIB
 
 
 def ask(
@@ -41,12 +45,18 @@ def ask(
 
     movekd ask my-model cat.jpg --chat
     """
+    from movekd.corpus.decode import probe_image
     from movekd.evaluate.chat import answer
 
-    if not image.is_file():
-        raise ConfigError(f"{image} is not a file; expected an image such as a JPEG or PNG.")
+    if re.match(r"(https?|ftp|s3|gs|file|data):", str(image), re.IGNORECASE):
+        raise ConfigError(
+            f"{shorten(image)} is an address; movekd loads no image from the network. Download "
+            "it, and give the file."
+        )
+    pixels = read_bytes(image, max_bytes=_MAX_IMAGE_BYTES, remedy="Give an image file.")
     if question is None and not chat:
         raise ConfigError("the question is missing; give it after the image, or give --chat.")
+    probe_image(pixels)  # before the model loads
     trained = load_run(run, device)
     if chat and trained.prompt == "plain":
         raise ConfigError(
@@ -56,7 +66,7 @@ def ask(
     turns: list[tuple[Role, str]] = []
     for asked in _questions(question, chat=chat):
         turns.append(("human", asked if turns else f"<image>\n{asked}"))
-        said = answer(trained, image.read_bytes(), turns, max_new_tokens).text
+        said = answer(trained, pixels, turns, max_new_tokens).text
         turns.append(("gpt", said))
         if json:
             print_json({"question": asked, "answer": said}, indent=None)

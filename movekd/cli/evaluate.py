@@ -12,6 +12,7 @@ from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from movekd.evaluate.benchmarks.run import BenchmarkRun
+    from movekd.evaluate.exact_match_run import ExactMatchRun
 
 
 def evaluate(
@@ -35,8 +36,8 @@ def evaluate(
     answers: Annotated[
         Path | None,
         typer.Option(
-            help="Answers file, in LLaVA's jsonl; a benchmark resumes it. Default: none; with "
-            "--benchmark, RUN/answers/QUESTIONS.jsonl."
+            help="Answers file, in LLaVA's jsonl, written as answers come; the same command "
+            "resumes it. Default: none; with --benchmark, RUN/answers/QUESTIONS.jsonl."
         ),
     ] = None,
     submission: Annotated[
@@ -74,6 +75,7 @@ def evaluate(
     """
     from movekd.evaluate.benchmarks.answers import Part
     from movekd.evaluate.benchmarks.run import MAX_NEW_TOKENS, BenchmarkRun
+    from movekd.evaluate.exact_match_run import ExactMatchRun
 
     if benchmark is None:
         for option, value in {
@@ -87,9 +89,11 @@ def evaluate(
                     f"{option} goes with --benchmark, which is not given; name one, or leave "
                     f"{option} out for exact match."
                 )
-        _exact_match(
-            run, questions, images, batch_size, max_new_tokens or 32, answers, device, is_json=json
-        )
+        if images is None:
+            raise ConfigError("--images is missing; give the folder of the questions' images.")
+        tokens = max_new_tokens or 32
+        whole = ExactMatchRun(run, questions, images, answers, batch_size, tokens)
+        _exact_match(whole, device, is_json=json)
         return
     if part is not None and partition is not None:
         raise ConfigError("--part is the old form of --partition; give only --partition.")
@@ -140,7 +144,7 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
                 for name, row in report.rows.items()
             ],
         )
-    typer.echo(f"{outcome.num_questions} answers in {outcome.answers}")
+    typer.echo(_stored(outcome.num_questions, outcome.num_asked, outcome.answers))
     if outcome.missing is not None:
         typer.echo(f"not scored; {outcome.missing}")
 
@@ -151,41 +155,12 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def _exact_match(
-    run: Path,
-    questions: Path,
-    images: Path | None,
-    batch_size: int,
-    max_new_tokens: int,
-    answers: Path | None,
-    device: str,
-    *,
-    is_json: bool,
-) -> None:
-    from movekd.corpus.conversations import load_conversations
-    from movekd.evaluate.exact_match import exact_match, split_questions, write_answers
-    from movekd.evaluate.generate import generate_answers, read_from_folder
+def _exact_match(todo: "ExactMatchRun", device: str, *, is_json: bool) -> None:
+    from movekd.evaluate.exact_match_run import run_exact_match
 
-    if images is None:
-        raise ConfigError("--images is missing; give the folder of the questions' images.")
-    asked, right = split_questions(load_conversations(questions))
-    trained = load_run(run, device)
-    given: list[str] = []
     with progress_bar() as progress:
-        for answer in generate_answers(
-            trained.student,
-            asked,
-            read_from_folder(images),
-            prompt=trained.prompt,
-            geometry=trained.geometry,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        ):
-            given.append(answer)
-            progress("evaluate", len(given), len(asked))
-    if answers is not None:
-        write_answers(answers, asked, given)
-    scores = exact_match(asked, right, given)
+        outcome = run_exact_match(todo, lambda: load_run(todo.run, device), progress)
+    scores = outcome.scores
     if is_json:
         print_json(
             {
@@ -195,10 +170,19 @@ def _exact_match(
         )
         return
     print_table(
-        f"{run}: exact match",
+        f"{todo.run}: exact match",
         ["question type", "accuracy", "95% interval", "questions"],
         [
             [name, f"{s.accuracy:.3f}", f"{s.interval[0]:.3f} - {s.interval[1]:.3f}", s.total]
             for name, s in scores.items()
         ],
     )
+    if todo.answers is not None:
+        typer.echo(_stored(outcome.num_questions, outcome.num_asked, todo.answers))
+
+
+def _stored(num_questions: int, num_asked: int, path: Path) -> str:
+    """Return the line about the answers file; says what an earlier run had left."""
+    earlier = num_questions - num_asked
+    said = f", {earlier} of them given before" if earlier else ""
+    return f"{num_questions} answers in {path}{said}"

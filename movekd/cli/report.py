@@ -1,12 +1,14 @@
 """`movekd report`: write one HTML file about a training run."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from movekd.cli.options import Device, Json, load_run
-from movekd.cli.output import print_json
+from movekd.cli.output import print_json, progress_bar
 from movekd.errors import ConfigError
 
 
@@ -28,7 +30,8 @@ def report(
 ) -> None:
     """Write one HTML file about a run: curves, routing, answers, config, teachers.
 
-    The file opens from disk, without a network.
+    The file opens from disk, without a network. Exit code 1: a file of the run holds values that
+    the report leaves out; it says which.
 
     Examples:
 
@@ -42,13 +45,19 @@ def report(
     if (questions is None) != (images is None):
         raise ConfigError("--questions and --images go together; give both, or neither.")
     log = read_run(run)
-    answers = stored_answers(run, samples)
+    answers, unread = stored_answers(run, samples)
+    log = replace(log, left_out=[*log.left_out, *unread])
     if questions is not None and images is not None:
-        answers = [*ask_samples(load_run(run, device), questions, images, samples), *answers]
+        with progress_bar() as progress:
+            load = partial(load_run, run, device)
+            answers = [*ask_samples(load, questions, images, samples, progress), *answers]
     path = output or run / "report.html"
     write_report(log, answers, path)
     if json:
         facts = {"report": str(path), "ended": log.is_ended, "logged_steps": len(log.steps)}
-        print_json(facts | {"answers": len(answers)})
+        print_json(facts | {"answers": len(answers), "left_out": log.left_out})
     else:
         typer.echo(str(path))
+    if log.left_out:
+        typer.echo(f"left out: {'. '.join(log.left_out)}.", err=True)
+        raise typer.Exit(1)

@@ -1,15 +1,10 @@
-"""Score answers to a LLaVA-style file by exact match, per question type: `movekd evaluate`.
+"""Score answers to a LLaVA-style file by exact match, per question type: `movekd evaluate`."""
 
-``write_answers`` writes LLaVA's jsonl (question_id, prompt, text), which LLaVA's scorers read.
-"""
-
-import json
 import math
 import string
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
@@ -85,12 +80,3 @@ def exact_match(
         counts[ALL].append(is_right)
     order = sorted(counts, key=lambda name: (name == ALL, name))
     return {name: Score(sum(counts[name]), len(counts[name])) for name in order}
-
-
-def write_answers(path: Path, questions: Sequence[Conversation], answers: Sequence[str]) -> None:
-    """Write answers in LLaVA's jsonl: question_id, prompt, text."""
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers, strict=True):
-            prompt = question.turns[-1][1]
-            line = {"question_id": question.id, "prompt": prompt, "text": answer}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -4,14 +4,12 @@ Legend: B questions, L tokens, V views of images, C H W a view.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.transforms import Geometry, SeenImage
-from movekd.errors import CorpusError
 from movekd.student.config import PromptFormat
 from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import Student, image_features
@@ -82,26 +80,3 @@ def _num_tokens(student: Student, images: Sequence[SeenImage]) -> list[int]:
     """Return the number of tokens of each image in the prompt."""
     widths, heights = [image.width for image in images], [image.height for image in images]
     return student.count_tokens(widths, heights).tolist() if images else []
-
-
-def read_from_folder(folder: Path) -> Callable[[str], bytes]:
-    """Return a reader of images by name that never leaves ``folder``.
-
-    Raises:
-        CorpusError: when called, if the image is missing or its name leads out of the folder.
-    """
-    root = folder.resolve()
-
-    def read(name: str) -> bytes:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise CorpusError(f"the image name '{name}' leads out of {folder}; it is refused.")
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise CorpusError(
-                f"image '{name}' cannot be read in {folder} ({error.strerror}); give the folder "
-                "of the questions' images with --images."
-            ) from None
-
-    return read

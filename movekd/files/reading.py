@@ -14,13 +14,16 @@ from typing import Any
 
 import yaml
 
-from movekd.errors import ConfigError, MovekdError, shorten
+from movekd.errors import ConfigError, MovekdError, printable, shorten
 
 MIB = 1024 * 1024
 MAX_DEPTH = 64
 """Deepest nesting of JSON and YAML values; the deepest file of movekd has 8 levels."""
 MAX_YAML_VALUES = 100_000
 """Most values of a YAML file, each alias counted as all values that it stands for."""
+_MAX_DIGITS = 1000
+"""Longest number of a YAML file; Python prints none of more than 4,300 digits."""
+_DIGITS = re.compile(r"[-+]?[0-9a-fA-FxXbBoO_.:]+")
 
 
 def read_bytes(
@@ -43,16 +46,20 @@ def read_bytes(
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise error(_sentence(f"{path} is no regular file", "a regular file", remedy))
+                raise error(
+                    _sentence(f"{printable(path)} is no regular file", "a regular file", remedy)
+                )
             raw = file.read(max_bytes + 1) if found.st_size <= max_bytes else None
     except FileNotFoundError:
-        raise error(_sentence(f"{path} does not exist", "a file there", remedy)) from None
+        raise error(
+            _sentence(f"{printable(path)} does not exist", "a file there", remedy)
+        ) from None
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
         why = getattr(reason, "strerror", None) or reason
         text = f"{shorten(path)} cannot be read: {why}"
         raise error(_sentence(text, "a readable file", remedy)) from None
     if raw is None or len(raw) > max_bytes:
-        found_text = f"{path} has more than {max_bytes:,} bytes"
+        found_text = f"{printable(path)} has more than {max_bytes:,} bytes"
         raise error(_sentence(found_text, "a smaller file", remedy))
     return raw
 
@@ -65,7 +72,7 @@ def read_text(
         raw = read_bytes(path, max_bytes=max_bytes, error=error, remedy=remedy)
         return raw.decode("utf-8")
     except UnicodeDecodeError as reason:
-        text = f"{path} is no UTF-8 text (byte {reason.start})"
+        text = f"{printable(path)} is no UTF-8 text (byte {reason.start})"
         raise error(_sentence(text, "UTF-8", remedy)) from None
 
 
@@ -138,10 +145,6 @@ def parse_yaml(text: str, source: str, *, error: type[MovekdError] = ConfigError
     raise error(_sentence(f"{source} is not YAML: {found}", "`key: value` lines"))
 
 
-_LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxXbBoO_:.]*").fullmatch
-"""Finds what YAML reads as a number, hexadecimal ones included, which Python may fail to print."""
-
-
 def _yaml_limit(text: str) -> str:
     """Return which limit a YAML text breaks, or an empty string; reads it without recursion."""
     counts, open_anchors, done = [0], [""], dict[str, int]()
@@ -163,8 +166,9 @@ def _yaml_limit(text: str) -> str:
         elif isinstance(event, yaml.ScalarEvent):
             counts[-1] += 1
             done[anchor] = 1
-            if len(event.value) > 1000 and event.implicit[0] and _LONG_NUMBER(event.value):
-                return "has a number of more than 1,000 characters"
+            is_number = event.implicit[0] or str(event.tag).endswith((":int", ":float"))
+            if is_number and len(event.value) > _MAX_DIGITS and _DIGITS.fullmatch(event.value):
+                return f"has a number of {len(event.value):,} characters"
         if counts[-1] > MAX_YAML_VALUES:
             return f"has more than {MAX_YAML_VALUES:,} values, aliases counted in full"
     return ""

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from movekd.errors import shorten
 from movekd.view.features import FeatureView
 
 _CELL = 2.7  # inches
@@ -30,7 +31,8 @@ def draw_sheet(views: Sequence[FeatureView], title: str) -> Figure:
     }
     size = (_CELL * max(len(columns), 1) + 0.6, (_CELL + 0.35) * len(views) + 0.6)
     figure = Figure(size, dpi=_DPI, layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    # image names may hold anything; a dollar sign would begin a formula
+    figure.suptitle(shorten(title), fontsize=9, parse_math=False)
     rows = figure.subplots(len(views), max(len(columns), 1), squeeze=False)
     for row, features in zip(rows, views, strict=True):
         for panel, (field, draw) in zip(row, columns.items(), strict=False):

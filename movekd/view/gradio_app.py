@@ -1,34 +1,47 @@
 """Show a cache and a trained student in the browser: `movekd view`.
 
 ``browser`` reads the cache, ``evaluate.chat`` asks the student, Gradio draws. The browser sends
-names, keys, numbers and pixels; the server never opens a path from it.
+names, keys, numbers and the bytes of a picture, as text; ``gate`` refuses everything else.
 """
 
-from collections.abc import Callable
-from html import escape, unescape
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from movekd.corpus.conversations import Role
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Role
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import find_rows
-from movekd.errors import MovekdError
+from movekd.errors import MovekdError, shorten
 from movekd.evaluate.chat import Answer, answer
 from movekd.student.checkpoint import TrainedStudent
 from movekd.view.browser import Browser
-from movekd.view.html import SCRIPT, STYLE, experts_html, message_html, png, teachers_html
+from movekd.view.gate import MAX_IMAGE_BYTES, Gate
+from movekd.view.html import (
+    IMAGE_SCRIPT,
+    IMAGE_TEMPLATE,
+    SCRIPT,
+    STYLE,
+    experts_html,
+    message_html,
+    teachers_html,
+)
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import read_run
 
 _MOST_HEADS = 64
 _REFRESH_S = 30
-_DAY_S = 86_400  # lifetime of an uploaded image; all are deleted at the end
+_MOST_SESSIONS = 64
+_MOST_WAITING = 32
+_PICTURE_SIDE = 1024  # of the picture under the experts
 _FONT = ["system-ui", "sans-serif"]  # Gradio's fonts lack bold letters
 
 
@@ -42,9 +55,7 @@ def build_page(
         run: folder of a run; adds its curves.
         student: its model; adds a chat.
     """
-    with gr.Blocks(
-        title="movekd", analytics_enabled=False, fill_width=True, delete_cache=(_DAY_S, _DAY_S)
-    ) as page:
+    with gr.Blocks(title="movekd", analytics_enabled=False, fill_width=True) as page:
         title = f"<h2>movekd</h2>{escape(browser.cache.url)}"
         gr.HTML(title, elem_id="title", padding=False)
         chosen, teachers = _cache_tab(browser)
@@ -66,24 +77,21 @@ def build_page(
 
 
 def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -> None:
-    """Serve the page until it is interrupted; call ``on_start`` when it is ready.
-
-    On a local address, only local host names are accepted. This stops a web site whose name points
-    to this machine (DNS rebinding).
-    """
-    is_local = host == "localhost" or host.startswith("127.")
-    names = [host, "127.0.0.1", "localhost"] if is_local else ["*"]
-    page.queue(default_concurrency_limit=1).launch(
+    """Serve the page until it is interrupted; call ``on_start`` when it is ready."""
+    page.queue(default_concurrency_limit=1, max_size=_MOST_WAITING).launch(
         server_name=host,
         server_port=port,
         share=False,
+        ssr_mode=False,
+        mcp_server=False,
         enable_monitoring=False,
+        state_session_capacity=_MOST_SESSIONS,
         footer_links=[],
         theme=gr.themes.Default(font=_FONT, font_mono=["monospace"]),
         css=STYLE,
         quiet=True,
         prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
+        app_kwargs={"middleware": [Middleware(Gate, host=host)]},
     )
     on_start()
     page.block_thread()
@@ -154,11 +162,15 @@ def _run_tab(run: Path) -> None:
 
     def curves() -> str:
         try:
-            figures = run_figures(read_run(run))
+            log = read_run(run)
         except MovekdError as error:
             return message_html(str(error))
-        parts = [f"<figure><figcaption>{h}</figcaption>{to_svg(f)}</figure>" for h, f in figures]
-        return f'<div class="movekd-curves">{"".join(parts)}</div>'
+        parts = [
+            f"<figure><figcaption>{heading}</figcaption>{to_svg(figure)}</figure>"
+            for heading, figure in run_figures(log)
+        ]
+        said = message_html(f"Left out: {'. '.join(log.left_out)}.") if log.left_out else ""
+        return f'{said}<div class="movekd-curves">{"".join(parts)}</div>'
 
     with gr.Tab("Run"):
         shown = gr.HTML(curves, every=_REFRESH_S, elem_id="curves")
@@ -166,10 +178,12 @@ def _run_tab(run: Path) -> None:
 
 
 def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None:
-    """Add the tab of a chat about the shown image of the cache, or an uploaded one."""
+    """Add the tab of a chat about the shown image of the cache, or one that the browser sends."""
     with gr.Tab("Ask"), gr.Row():
         with gr.Column(scale=3):
-            image = gr.Image(label="Image. Default: that of the cache", type="numpy", height=240)
+            image = gr.HTML(
+                "", html_template=IMAGE_TEMPLATE, js_on_load=IMAGE_SCRIPT, elem_id="image"
+            )
             # leaves out the button that sends the chat to a hub
             chat = gr.Chatbot(label="Chat", elem_id="chat", buttons=["copy"], render_markdown=False)
             question = gr.Textbox(label="Question", elem_id="question")
@@ -178,35 +192,35 @@ def _ask_tab(browser: Browser, student: TrainedStudent, key: gr.Textbox) -> None
         with gr.Column(scale=2):
             block = gr.Slider(0, 1, step=1, value=0, label="Block", interactive=True)
             experts = gr.HTML(elem_id="experts")
+    said = gr.State(
+        ()
+    )  # the turns of the chat; the server keeps them, so no browser can invent any
     last = gr.State(None)
 
     def reply(
-        asked: str, history: list[dict[str, Any]], given: Any, name: str, block: float
+        asked: str, turns: tuple[tuple[Role, str], ...], given: str | None, name: str, block: float
     ) -> tuple[Any, ...]:
-        history = history or []
-        if not asked.strip():
-            return history, asked, None, message_html("Type a question."), gr.skip()
+        if not asked or not asked.strip():
+            return gr.skip(), asked, turns, None, message_html("Type a question."), gr.skip()
+        turns = (*turns, ("human", asked))
         try:
-            pixels = given if given is not None else _cached_image(browser, name)
-            said = answer(student, png(pixels), _turns(history, asked))
+            pixels = _sent_image(given) if given else _cached_image(browser, name)
+            found = answer(student, pixels, _with_placeholder(turns))
         except MovekdError as error:
-            return history, asked, None, message_html(str(error)), gr.skip()
-        history = [
-            *history,
-            {"role": "user", "content": escape(asked)},  # Gradio renders it as HTML
-            {"role": "assistant", "content": escape(said.text)},
-        ]
-        blocks = 0 if said.experts_LGG is None else len(said.experts_LGG)
+            return gr.skip(), asked, turns[:-1], None, message_html(str(error)), gr.skip()
+        turns = (*turns, ("gpt", found.text))
+        blocks = 0 if found.experts_LGG is None else len(found.experts_LGG)
         number = min(int(block), max(blocks - 1, 0))
         slider = gr.Slider(maximum=max(blocks - 1, 1), value=number)
-        return history, "", (said, pixels), _draw_experts((said, pixels), number), slider
+        shown = found, _picture(pixels)
+        return _messages(turns), "", turns, shown, _draw_experts(shown, number), slider
 
-    outputs = [chat, question, last, experts, block]
-    inputs = [question, chat, image, key, block]
+    outputs = [chat, question, said, last, experts, block]
+    inputs = [question, said, image, key, block]
     ask.click(reply, inputs, outputs)
     question.submit(reply, inputs, outputs)
     block.input(_draw_experts, [last, block], experts, trigger_mode="always_last")
-    gr.on([anew.click, chat.clear], lambda: ([], None, ""), None, [chat, last, experts])
+    gr.on([anew.click, chat.clear], lambda: ([], (), None, ""), None, [chat, said, last, experts])
 
 
 def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: float) -> str:
@@ -215,34 +229,54 @@ def _draw_experts(last: tuple[Answer, npt.NDArray[np.uint8]] | None, block: floa
     said, pixels = last
     if said.experts_LGG is None:
         return message_html("This student has no experts.")
-    return experts_html(said.experts_LGG[int(block)], said.num_experts, pixels)
+    number = min(max(int(block), 0), len(said.experts_LGG) - 1)
+    return experts_html(said.experts_LGG[number], said.num_experts, pixels)
 
 
-def _cached_image(browser: Browser, name: str) -> npt.NDArray[np.uint8]:
-    """Return the pixels of an image of the corpus."""
+def _sent_image(text: str) -> bytes:
+    """Return the bytes of an image that the browser sent in base64.
+
+    Raises:
+        MovekdError: it is no base64 or too large; ``answer`` checks that it is an image.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise MovekdError("The image did not arrive whole; choose it again.") from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise MovekdError(
+            f"The image has {len(data):,} bytes; expected at most {MAX_IMAGE_BYTES:,}. Choose a "
+            "smaller one."
+        )
+    return data
+
+
+def _cached_image(browser: Browser, name: str) -> bytes:
+    """Return the bytes of an image of the corpus."""
     if browser.corpus is None:
-        raise MovekdError("The cache holds no pictures; upload an image, or start with --shards.")
+        raise MovekdError("The cache holds no pictures; choose an image, or start with --shards.")
     if not name or not name.strip():
-        raise MovekdError("Show an image of the cache first, or upload one.")
+        raise MovekdError("Show an image of the cache first, or choose one.")
     corpus = browser.corpus
     row = int(find_rows([name.strip()], corpus.index, corpus.names)[0])
     if row < 0:
-        raise MovekdError(f"{corpus.data_dir} holds no image {name.strip()!r}.")
-    return np.asarray(decode_image(corpus.read_image(row)))
+        raise MovekdError(f"{corpus.data_dir} holds no image '{shorten(name.strip())}'.")
+    return corpus.read_image(row)
 
 
-def _turns(history: list[dict[str, Any]], asked: str) -> list[tuple[Role, str]]:
+def _picture(data: bytes) -> npt.NDArray[np.uint8]:
+    """Return the pixels that the page shows, at most ``_PICTURE_SIDE`` wide and high."""
+    image = decode_image(data)
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _with_placeholder(turns: Sequence[tuple[Role, str]]) -> list[tuple[Role, str]]:
     """Return the turns of a chat in LLaVA's form; the first question holds the image."""
-    said: list[tuple[Role, str]] = [
-        ("human" if entry["role"] == "user" else "gpt", _text(entry["content"]))
-        for entry in history
-    ]
-    said.append(("human", asked))
-    return [("human", f"<image>\n{said[0][1]}"), *said[1:]]
+    return [("human", f"{IMAGE_PLACEHOLDER}\n{turns[0][1]}"), *turns[1:]]
 
 
-def _text(content: Any) -> str:
-    """Return the text of a message; Gradio hands it back as a list of parts."""
-    if isinstance(content, str):
-        return unescape(content)
-    return unescape("".join(part.get("text", "") for part in content if isinstance(part, dict)))
+def _messages(turns: Sequence[tuple[Role, str]]) -> list[dict[str, str]]:
+    """Return the turns of a chat as Gradio shows them: as HTML."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return [{"role": roles[role], "content": escape(text)} for role, text in turns]

@@ -41,6 +41,36 @@ element.addEventListener('mousemove', (event) => {
 """
 """Hovering over a token marks it and its nearest tokens, for every teacher."""
 
+IMAGE_TEMPLATE = """
+<div class="movekd-file">
+  ${value
+    ? '<img alt="" src="data:image/*;base64,' + value + '">' +
+      '<button type="button">Remove Image</button>'
+    : '<label>Image. Default: that of the cache <input type="file" accept="image/*"></label>'}
+  <div role="status"></div>
+</div>
+"""
+"""Choice of an image; the value is its file in base64. Nothing is uploaded to a folder."""
+
+IMAGE_SCRIPT = """
+element.addEventListener('change', (event) => {
+  const file = event.target.files && event.target.files[0];
+  if (!file) return;
+  if (file.size > 16777216) {
+    element.querySelector('[role=status]').textContent =
+      'The image has more than 16 MiB; choose a smaller one.';
+    return;
+  }
+  const reader = new FileReader();
+  reader.onload = () => { props.value = reader.result.split(',')[1]; };
+  reader.readAsDataURL(file);
+});
+element.addEventListener('click', (event) => {
+  if (event.target.closest('button')) props.value = '';
+});
+"""
+"""Reads the chosen file in the browser. The number is ``gate.MAX_IMAGE_BYTES``."""
+
 STYLE = """
 #found { max-height: 20rem; overflow-y: auto; }
 .movekd { display: flex; flex-direction: column; gap: 1.2rem; }
@@ -53,6 +83,7 @@ STYLE = """
 .movekd-pane img { image-rendering: pixelated; } .movekd-pane img.over { opacity: .6; }
 .movekd rect { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2; }
 .movekd rect.near { stroke: #fff; } .movekd rect.here { stroke: #ff2d2d; }
+.movekd-file img { max-height: 15rem; max-width: 100%; display: block; }
 .movekd-curves { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 .movekd-curves figure { margin: 0; } .movekd-curves figcaption { font-weight: 600; }
 .movekd-said { font-size: .8rem; min-height: 1.2em; font-variant-numeric: tabular-nums; }

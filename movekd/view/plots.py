@@ -4,6 +4,7 @@ Input: a run's log. Output: one matplotlib figure per heading, if the run logged
 """
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,11 @@ from movekd.view.run_log import RunLog
 
 _LOSSES = {"loss": "all terms", "loss_text": "text", "loss_kd": "KD", "loss_balance": "balance"}
 _COLLAPSE = {"token_std": "standard deviation", "token_rank": "effective rank"}
+_ROUTING = re.compile(r"routing_share_(\d{1,6})_(\d{1,6})", re.ASCII)
 _SVG: Mapping[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "movekd"}
 _WIDTH, _HEIGHT = 5.6, 3.2
+_MAX_LINES = 40
+_MAX_BLOCKS = 120
 
 
 def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
@@ -37,7 +41,8 @@ def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
             yield heading, _lines(run, names, from_zero=heading in ("Throughput", "Memory"))
     if any(run.series(name)[0] for name in _COLLAPSE):
         yield "Student's tokens: falling curves mean collapse", _collapse(run)
-    if shares := run.names("routing_share_"):
+    shares = [n for n in run.names("routing_share_") if _ROUTING.fullmatch(n)]
+    if shares:
         yield "Routing: share of tokens per expert, in each block", _routing(run, shares)
 
 
@@ -53,7 +58,7 @@ def to_svg(figure: Figure) -> str:
 def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) -> Figure:
     figure = Figure((_WIDTH, _HEIGHT))
     axes = figure.subplots()
-    shown = {name: run.series(name) for name in names}
+    shown = {name: run.series(name) for name in list(names)[:_MAX_LINES]}
     for name, (steps, values) in shown.items():
         if steps:
             axes.plot(steps, values, label=names[name], marker="o" if len(steps) < 12 else "")
@@ -75,7 +80,8 @@ def _collapse(run: RunLog) -> Figure:
         steps, values = run.series(name)
         at.plot(steps, values, color=colour)
         at.set_ylabel(_COLLAPSE[name], color=colour, fontsize=9)
-        at.set_ylim(0, 1.15 * max(values, default=1))
+        finite = [value for value in values if math.isfinite(value) and value > 0]
+        at.set_ylim(0, 1.15 * max(finite, default=1))
     _finish(axes)
     return figure
 
@@ -84,17 +90,18 @@ def _routing(run: RunLog, names: Sequence[str]) -> Figure:
     """Plot the stacked shares of the experts over the steps, one panel per block."""
     of_block: dict[int, dict[int, str]] = {}
     for name in names:
-        found = re.fullmatch(r"routing_share_(\d+)_(\d+)", name)
+        found = _ROUTING.fullmatch(name)
         if found:
             of_block.setdefault(int(found[1]), {})[int(found[2])] = name
+    of_block = dict(sorted(of_block.items())[:_MAX_BLOCKS])
     columns = min(6, len(of_block))
     rows = -(-len(of_block) // columns)
     figure = Figure((2.1 * columns + 0.6, 1.5 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    for panel, block in zip(panels, sorted(of_block), strict=False):
-        experts = sorted(of_block[block])
-        series = [run.series(of_block[block][expert]) for expert in experts]
-        panel.stackplot(series[0][0], *[values for _, values in series], labels=experts)
+    for panel, block in zip(panels, of_block, strict=False):
+        experts = sorted(of_block[block])[:_MAX_LINES]
+        steps, shares_ET = _common_steps(run, [of_block[block][expert] for expert in experts])
+        panel.stackplot(steps, *shares_ET, labels=experts)
         panel.set_title(f"block {block}", fontsize=8)
         panel.tick_params(labelsize=7)
         panel.set_ylim(0, 1)
@@ -104,6 +111,12 @@ def _routing(run: RunLog, names: Sequence[str]) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, [f"expert {e}" for e in labels], loc="outside right center", fontsize=8)
     return figure
+
+
+def _common_steps(run: RunLog, names: Sequence[str]) -> tuple[list[float], list[list[float]]]:
+    """Return the steps at which all names were logged, and their values, as stacking needs them."""
+    entries = [entry for entry in run.steps if all(name in entry for name in names)]
+    return [entry["step"] for entry in entries], [[e[name] for e in entries] for name in names]
 
 
 def _finish(axes: Any) -> None:

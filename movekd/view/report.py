@@ -7,27 +7,33 @@ without scripts and without requests to the network.
 import base64
 import datetime
 import io
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
 
 from movekd import __version__
-from movekd.corpus.conversations import load_conversations
+from movekd.corpus.conversations import IMAGE_PLACEHOLDER
 from movekd.corpus.decode import decode_image
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.evaluate.benchmarks.answers import ANSWERS_DIR
-from movekd.evaluate.exact_match import normalise, split_questions
-from movekd.evaluate.generate import generate_answers, read_from_folder
+from movekd.evaluate.benchmarks.json_files import read_lines
+from movekd.evaluate.exact_match import normalise
+from movekd.evaluate.generate import generate_answers
+from movekd.evaluate.image_folder import Progress, check_images, read_from_folder
+from movekd.evaluate.question_file import load_questions
+from movekd.files.ownership import write_durably
 from movekd.student.checkpoint import TrainedStudent
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import RunLog
 
 _THUMBNAIL = 160
+_UNFIT = re.compile(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that HTML does not take: control characters and halves of surrogate pairs."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
     )
     page = environment.get_template("report.html.j2").render(
         name=run.directory.resolve().name,
+        left_out=run.left_out,
         facts=_facts(run),
         figures=[(heading, to_svg(figure)) for heading, figure in run_figures(run)],
         answers=answers,
@@ -69,29 +76,39 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
         date=datetime.date.today().isoformat(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_durably(path, _UNFIT.sub("\ufffd", page).encode())
 
 
 def ask_samples(
-    trained: TrainedStudent, questions: Path, images: Path, number: int
+    load: Callable[[], TrainedStudent],
+    questions: Path,
+    images: Path,
+    number: int,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[SampleAnswer]:
     """Return answers to questions spread evenly over a LLaVA-style file.
 
+    Args:
+        load: loads the model, after the images were checked.
+        questions: the file.
+        images: folder of its images.
+        number: how many questions.
+        progress: called while images are checked.
+
     Raises:
         ConfigError: the file holds no question with an answer.
-        CorpusError: an image is missing.
+        CorpusError: an image is missing or cannot be decoded.
     """
-    asked, right = split_questions(load_conversations(questions))
-    if not asked:
-        raise ConfigError(f"{questions} holds no question; expected LLaVA's JSON.")
-    number = min(number, len(asked))
-    places = [at * len(asked) // number for at in range(number)]
+    every = load_questions(questions)
+    number = min(number, len(every))
+    chosen = [every[at * len(every) // number] for at in range(number)]
     read = read_from_folder(images)
+    names = dict.fromkeys(name for question in chosen for name in question.conversation.images)
+    check_images({name: partial(read, name) for name in names}, progress)
+    trained = load()
     given = generate_answers(
         trained.student,
-        [asked[place] for place in places],
+        [question.conversation for question in chosen],
         read,
         prompt=trained.prompt,
         geometry=trained.geometry,
@@ -99,31 +116,37 @@ def ask_samples(
     )
     return [
         SampleAnswer(
-            asked[place].turns[-1][1].replace("<image>", "").strip(),
+            question.line.prompt.replace(IMAGE_PLACEHOLDER, "").strip(),
             answer,
-            right[place],
-            normalise(answer) == normalise(right[place]),
-            thumbnail(read(asked[place].images[0])) if asked[place].images else None,
+            question.right,
+            normalise(answer) == normalise(question.right),
+            thumbnail(read(question.conversation.images[0]))
+            if question.conversation.images
+            else None,
             questions.name,
         )
-        for place, answer in zip(places, given, strict=True)
+        for question, answer in zip(chosen, given, strict=True)
     ]
 
 
-def stored_answers(directory: Path, number: int) -> list[SampleAnswer]:
-    """Return the first stored answers of each benchmark that `movekd evaluate` ran."""
-    found = []
+def stored_answers(directory: Path, number: int) -> tuple[list[SampleAnswer], list[str]]:
+    """Return the first stored answers of each benchmark that `movekd evaluate` ran.
+
+    Returns:
+        The answers, and which files were left out, in words.
+    """
+    found, left_out = [], []
     for path in sorted((directory / ANSWERS_DIR).glob("*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            for _, line in zip(range(number), lines, strict=False):
-                try:
-                    said: Mapping[str, Any] = json.loads(line)
-                    found.append(
-                        SampleAnswer(said["prompt"], said["text"], None, None, None, path.name)
-                    )
-                except (ValueError, KeyError, TypeError):
-                    continue  # another process is writing this line
-    return found
+        try:
+            lines = read_lines(path, "LLaVA's answers", is_torn_ok=True)
+            for _, said in lines[:number]:
+                question, text = said.get("prompt"), said.get("text")
+                if not isinstance(question, str) or not isinstance(text, str):
+                    raise ConfigError(f"{path} has a line without prompt and text.")
+                found.append(SampleAnswer(question, text, None, None, None, path.name))
+        except ConfigError as error:
+            left_out.append(f"{ANSWERS_DIR}/{shorten(path.name)}: {shorten(error)}")
+    return found, left_out
 
 
 def thumbnail(data: bytes) -> str:
@@ -142,15 +165,21 @@ def thumbnail(data: bytes) -> str:
 def _facts(run: RunLog) -> list[tuple[str, str]]:
     """Return the labels and values at the top of the report."""
     config, last = run.config, run.steps[-1] if run.steps else {}
-    student = config.get("student", {})
+    student = config.get("student")
+    if not isinstance(student, dict):
+        student = {}
     facts = [
         ("state", "finished" if run.is_ended else "not finished: state of its last checkpoint"),
-        ("stage", f"{config.get('stage')}, recipe {config.get('recipe')}"),
+        ("stage", f"{shorten(config.get('stage'))}, recipe {shorten(config.get('recipe'))}"),
         ("steps", f"{last.get('step', 0):,.0f} ({last.get('epoch', 0):.2f} epochs)"),
-        ("vision tower", str(student.get("vision_tower"))),
-        ("language model", str(student.get("language_model"))),
+        ("vision tower", shorten(student.get("vision_tower"))),
+        ("language model", shorten(student.get("language_model"))),
     ]
     if run.is_ended:
         facts.append(("time", str(datetime.timedelta(seconds=round(run.ending["train_runtime"])))))
-        facts.append(("samples per second", f"{run.ending['train_samples_per_second']:,.1f}"))
+        rate = run.ending.get("train_samples_per_second")
+        facts.append(("samples per second", "-" if rate is None else f"{rate:,.1f}"))
+    if run.num_not_finite:
+        what = f"{run.num_not_finite:,} logged values: NaN, infinite or above 1e30; gaps in curves"
+        facts.append(("not finite", what))
     return facts

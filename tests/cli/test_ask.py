@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import scenes
 from movekd.cli.main import app
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, UnreadableImageError
 from movekd.student.checkpoint import PART_FILES, save_parts
 from movekd.student.config import MoleKeys, StudentConfig
 from movekd.student.vlm import build_vlm
@@ -94,6 +94,14 @@ def test_a_chat_keeps_image_and_turns(folder):
 
 def test_what_cannot_be_asked_is_a_sentence(folder):
     image = folder / "images/test_00000.png"
+    with pytest.raises(ConfigError, match=r"is an address; .*Download it, and give the file"):
+        run("ask", folder / "hf", "https://example.com/cat.jpg", "Is there a 3?")
+    with pytest.raises(ConfigError, match=r"none\.png does not exist.* Give an image file"):
+        run("ask", folder / "none", folder / "none.png", "Is there a 3?")
+    with pytest.raises(ConfigError, match=r"Is a directory.* Give an image file"):
+        run("ask", folder / "none", folder, "Is there a 3?")
+    with pytest.raises(UnreadableImageError, match="no image that can be read"):
+        run("ask", folder / "none", folder / "test.json", "Is there a 3?")
     with pytest.raises(ConfigError, match="the question is missing"):
         run("ask", folder / "hf", image)
     with pytest.raises(ConfigError, match="holds only an image and its"):

@@ -1,6 +1,7 @@
 """Tests of `movekd evaluate`: every benchmark by a real small model, interrupted and in parts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,87 @@ def test_exact_match_is_what_comes_without_a_benchmark(model):
     figures = json.loads(run("evaluate", model, *words, "--json", "--max-new-tokens", 4))
     assert figures["all"]["total"] == 3
     assert "exact match" in run("evaluate", model, *words, "--max-new-tokens", 4)
+
+
+@pytest.fixture
+def asked(model, tmp_path):
+    """Seven questions to the model about two images: one without an id, two alike, one of text."""
+    names = sorted(path.name for path in (model / "images").glob("test_*"))[:2]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        shutil.copy(model / "images" / name, tmp_path / "images")
+    entries = []
+    for number in range(6):
+        turns = [{"from": "human", "value": f"<image>\nIs there a {number % 5}?"}]
+        turns.append({"from": "gpt", "value": "yes"})
+        entry = {"id": "x", "image": names[number % 2], "conversations": turns}
+        entries.append(entry)
+    del entries[1]["id"]
+    text = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
+    entries.append({"id": "text", "conversations": text})
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def exact(model, folder, *words):
+    given = ("--questions", folder / "q.json", "--images", folder / "images", *SHORT)
+    return run("evaluate", model, *given, *words)
+
+
+def test_exact_match_resumes_and_gives_what_one_run_gives(model, asked, monkeypatch):
+    whole, path = asked / "whole.jsonl", asked / "a.jsonl"
+    figures = exact(model, asked, "--answers", whole, "--json", "--batch-size", 3)
+    assert figures == exact(model, asked, "--json")
+    content = whole.read_bytes()
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert [line["question_id"] for line in lines] == ["x", "1", "x", "x", "x", "x#2", "text"]
+    assert lines[0]["prompt"] == "<image>\nIs there a 0?"
+    for length in (5, len(content) // 2):
+        path.write_bytes(content[:length])
+        said = exact(model, asked, "--answers", path)
+        assert path.read_bytes() == content
+        before = content[:length].count(b"\n")
+        assert f"7 answers in {path}" + f", {before} of them given before" * bool(before) in said
+    monkeypatch.setattr("movekd.student.checkpoint.load_student", None)  # calling it would fail
+    assert exact(model, asked, "--answers", path, "--json") == figures
+    with pytest.raises(ConfigError, match="was given with --max-new-tokens 4; this is 5"):
+        exact(model, asked, "--answers", path, "--max-new-tokens", 5)
+
+
+def test_bad_images_are_all_named_before_a_model_loads(model, asked, monkeypatch):
+    monkeypatch.setattr("movekd.student.checkpoint.load_student", None)  # calling it would fail
+    first, second = sorted((asked / "images").iterdir())
+    first.write_bytes(first.read_bytes()[:200])
+    second.unlink()
+    with pytest.raises(CorpusError, match="2 of 2 images cannot be used") as caught:
+        exact(model, asked)
+    assert first.name in str(caught.value)
+    assert second.name in str(caught.value)
+
+
+def test_entries_that_cannot_be_asked_are_all_named(model, asked):
+    entries = json.loads((asked / "q.json").read_text())
+    entries[0]["conversations"] = entries[0]["conversations"][:1]
+    entries[2]["conversations"][0]["value"] = "No place for an image"
+    entries[3] = 7
+    (asked / "q.json").write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match="3 entries cannot be asked") as caught:
+        exact(model, asked)
+    for part in (
+        "entry 0",
+        "entry 2",
+        "entry 3",
+        "does not end with a 'gpt' turn",
+        "has 0 <image>",
+    ):
+        assert part in str(caught.value)
+    (asked / "q.json").write_text("[]")
+    with pytest.raises(ConfigError, match="has no question to evaluate"):
+        exact(model, asked)
+    line = {"question_id": 1, "image": "a.jpg", "text": "Is it?"}
+    (asked / "q.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match=r"the form of LLaVA's benchmarks.* --benchmark"):
+        run("evaluate", model, "--questions", asked / "q.jsonl", "--images", asked)
 
 
 def test_what_cannot_be_evaluated_is_a_sentence(model, files, tmp_path):

@@ -1,6 +1,7 @@
 """`cache show`, `report`, `doctor` and `view`, as the command line gives them."""
 
 import json
+import os
 import socket
 
 import pytest
@@ -12,7 +13,7 @@ from movekd.cli.cache_show import show
 from movekd.cli.doctor import doctor
 from movekd.cli.report import report
 from movekd.cli.view import view
-from movekd.errors import ConfigError, UnknownKeyError
+from movekd.errors import ConfigError, CorpusError, UnknownKeyError
 from small_run import write_run
 
 app = typer.Typer()
@@ -89,6 +90,29 @@ def test_report_asks_the_model_questions(finished, tmp_path, crops):
     assert run("report", finished, "--output", tmp_path / "r.html").stdout.strip() == str(
         tmp_path / "r.html"
     )
+
+
+def test_report_says_what_it_left_out_and_exits_with_1(finished):
+    log = [*json.loads((finished / "log.json").read_text()), {"loss": "abc", "step": 2}]
+    (finished / "log.json").write_text(json.dumps(log))
+    done = run("report", finished)
+    assert done.exit_code == 1
+    assert "left out: log.json: loss: abc." in done.stderr
+    assert "log.json: loss: abc" in (finished / "report.html").read_text()
+    assert json.loads(run("report", finished, "--json").stdout)["left_out"]
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "../a.png", "/etc/passwd", "pipe.png", "cut.png"])
+def test_report_checks_its_images_before_a_model_loads(finished, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    (tmp_path / "images" / "cut.png").write_bytes(b"\x89PNG")
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "7"}]
+    (tmp_path / "q.json").write_text(json.dumps([{"image": name, "conversations": turns}]))
+    (finished / "model" / "config.yaml").unlink()  # loading would fail
+    asked = ("--questions", tmp_path / "q.json", "--images", tmp_path / "images")
+    with pytest.raises(CorpusError, match="1 of 1 images cannot be used"):
+        run("report", finished, *asked)
 
 
 def test_report_wants_questions_and_images_together(finished):

@@ -1,7 +1,5 @@
 """Tests of movekd.evaluate.exact_match."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +11,6 @@ from movekd.evaluate.exact_match import (
     exact_match,
     normalise,
     split_questions,
-    write_answers,
 )
 
 
@@ -87,13 +84,3 @@ def test_a_question_without_an_answer_is_named(turns):
         ConfigError, match=r"'x' does not end with a 'gpt' turn; expected the right"
     ):
         split_questions([question("x", None, *turns)])
-
-
-def test_answers_are_written_in_llavas_form(tmp_path):
-    asked, _ = split_questions([question("1"), question("2")])
-    write_answers(tmp_path / "answers.jsonl", asked, ["sieben ✓", "8"])
-    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"question_id": "1", "prompt": "?", "text": "sieben ✓"},
-        {"question_id": "2", "prompt": "?", "text": "8"},
-    ]

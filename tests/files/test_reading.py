@@ -14,6 +14,7 @@ BAD_YAML = {
     "a date that does not exist": "description: 2026-13-45",
     "an integer that is none": "a: !!int abc",
     "too many digits": f"a: {'9' * 5000}",
+    "too many hexadecimal digits": f"a: 0x{'f' * 5000}",
     "deep brackets": "a: " + "[" * 3000 + "]" * 3000,
     "deep blocks": "\n".join(" " * n + "a:" for n in range(3000)),
     "an alias bomb": BOMB,

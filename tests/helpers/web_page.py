@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Page, expect
 
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 _START_S = 120  # loading PyTorch on a busy machine
+VIEW = ("-m", "movekd", "view")
 _HARMLESS = ("warning: Method not implemented.",)  # Gradio's own, at every upload
 
 expect.set_options(timeout=20_000)  # the first answer of a student on a busy machine
@@ -36,12 +37,12 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, *options: str) -> Iterator[Served]:
+def serve(folder: Path, *options: str, program: Sequence[str] = VIEW) -> Iterator[Served]:
     """Run `movekd view` in a folder; require that Ctrl-C ends it with code 0 and no leftovers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     uploads = folder / f"uploads-{port}"
-    command = [sys.executable, "-m", "movekd", "view", "--port", str(port), *options]
+    command = [sys.executable, *program, "--port", str(port), *options]
     log = folder / f"view-{port}.log"
     with (
         log.open("w") as stderr,

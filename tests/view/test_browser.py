@@ -1,10 +1,13 @@
 """What the page is told about a cache."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builds import build
 from movekd.corpus.index import open_corpus
@@ -103,3 +106,13 @@ def test_experts_are_shown_with_their_shares():
     assert "expert 0: 25%" in page
     assert "expert 1: 75%" in page
     assert "expert 2: 0%" in page
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(st.text())
+def test_no_text_of_a_file_becomes_a_tag(text):
+    page = teachers_html([], text) + message_html(text)
+    assert re.findall(r"</?[a-z]+", page) == ["<div", "<div", "</div", "</div", "<div", "</div"]
+    for name in ("class", "role"):
+        page = re.sub(rf' {name}="[a-z-]+"', "", page)
+    assert re.search(r"<[^>]*[=\"']", page) is None

@@ -116,3 +116,9 @@ def test_colours_stay_when_more_of_the_cache_is_there(cache):
     assert again.bases.keys() == {"clip", "conv"}
     for one, two in zip(before, again.show("photos/02.png"), strict=True):
         assert torch.equal(torch.from_numpy(one.colours_GGC), torch.from_numpy(two.colours_GGC))
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$.png", "a\0b\x1b[2J\n.png", "\udc80.png", "x" * 5000])
+def test_a_title_is_text_whatever_the_image_is_called(cache, name):
+    views = FeatureViewer(cache, teachers=["conv"]).show("photos/01.png")
+    assert as_image(draw_sheet(views, name)).width > 100

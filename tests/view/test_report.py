@@ -1,15 +1,19 @@
 """The report of a run: complete, safe to open, and no network."""
 
 import json
+import math
+import os
 from html.parser import HTMLParser
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from movekd.errors import ConfigError
 from movekd.view.plots import run_figures
 from movekd.view.report import SampleAnswer, stored_answers, write_report
-from movekd.view.run_log import read_run
+from movekd.view.run_log import RunLog, TeacherRow, read_run
 from small_run import write_run
 
 STEPS = [
@@ -146,7 +150,7 @@ def test_what_is_no_run_is_a_sentence(tmp_path, run):
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
         read_run(tmp_path)
     (run / "log.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"log.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"log.json is no JSON that can be read.*Restore it"):
         read_run(run)
 
 
@@ -154,10 +158,177 @@ def test_answers_beside_a_run_are_shown_torn_lines_left_out(run):
     (run / "answers").mkdir()
     line = json.dumps({"question_id": 1, "prompt": "Is it?", "text": "Yes"})
     (run / "answers" / "pope.jsonl").write_text(f'{line}\n{{"question_id": 2, "pro')
-    found = stored_answers(run, 8)
+    found, left_out = stored_answers(run, 8)
+    assert left_out == []
     assert [(a.question, a.answer, a.source) for a in found] == [("Is it?", "Yes", "pope.jsonl")]
 
 
 def test_small_run_has_no_log(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
         read_run(write_run(tmp_path / "run"))
+
+
+SCALARS = [
+    *(None, True, "abc", "", -1, 0, 10**40, -(10**400), 1e308, 5e-324, math.nan, math.inf),
+    *([], {}, [[1]], {"a": 1}, "<script>alert(1)</script>", "$\\frac{", "\x1b[2J\0", "\ud800"),
+]
+"""What a stranger may write in place of a number or a word."""
+
+
+def scalars(value, path=()):
+    """Yield the path of each scalar in a JSON value."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from scalars(value[key], (*path, key))
+    else:
+        yield path
+
+
+def put(value, path, new):
+    """Return a copy of a JSON value with another scalar at ``path``."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return copy
+
+
+FILES = {
+    "log.json": [*STEPS[:2], ENDING],
+    "targets.json": [TEACHER],
+    "config.yaml": {
+        "stage": "finetune",
+        "recipe": "revised",
+        "student": {"vision_tower": "clip", "language_model": "llama"},
+        "distill": {"teachers": ["clip"]},
+    },
+}
+PLACES = [(name, path) for name, content in FILES.items() for path in scalars(content)]
+
+
+def write_changed(folder, changes):
+    """Write the files of a run with other scalars at some places; return what read_run gives."""
+    for name, content in FILES.items():
+        for place, new in changes:
+            if place[0] == name:
+                content = put(content, place[1], new)
+        (folder / name).write_text(json.dumps(content))  # JSON is YAML
+    return read_run(folder)
+
+
+def shows(log, folder):
+    """Write the report, and require that it is one page of text without scripts."""
+    write_report(log, [], folder / "report.html")
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert "script" not in page.tags
+    assert not set(source) & set(map(chr, [*range(9), 11, 12, *range(14, 32), 127]))
+    for text in log.left_out:
+        assert text in page.text
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    changes=st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from(SCALARS)),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda change: change[0],
+    )
+)
+def test_odd_values_are_left_out_and_counted(tmp_path_factory, changes):
+    folder = tmp_path_factory.getbasetemp() / "odd"
+    folder.mkdir(exist_ok=True)
+    try:
+        log = write_changed(folder, changes)
+    except ConfigError as error:
+        assert len(str(error)) < 2000  # noqa: PT017
+        assert {name for (name, _), _ in changes} >= {"config.yaml"}
+        return
+    for entry in [*log.steps, log.ending]:
+        assert all(type(v) is float and (math.isnan(v) or abs(v) <= 1e30) for v in entry.values())
+        assert math.isfinite(entry.get("step", 0))
+    odd = [
+        new for (name, _), new in changes if name != "config.yaml" and type(new) not in (int, float)
+    ]
+    kept = sum(map(len, [*log.steps, log.ending])) + 12 * len(log.teachers)
+    assert bool(log.left_out) == (kept < sum(map(len, FILES["log.json"])) + 12) or not odd
+    assert len("".join(log.left_out)) < 2000
+    assert all(text.isprintable() for text in log.left_out)
+
+
+def test_a_report_of_odd_values_is_written(tmp_path):
+    """Many places at a time, because figures take time; one at a time in the next test."""
+    for turn in range(2):
+        places = PLACES[turn::5]
+        changes = [(p, SCALARS[at % len(SCALARS)]) for at, p in enumerate(places)]
+        shows(write_changed(tmp_path, changes), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SCALARS)))
+def test_a_report_with_any_odd_value_is_written(tmp_path, number):
+    new = SCALARS[number]
+    for place in PLACES[number % 8 :: 8]:
+        shows(write_changed(tmp_path, [(place, new)]), tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "content", ["", "[" * 3000, "7", "null", '"x"', "{", "\0", "9" * 5000, "[1]"]
+)
+def test_a_damaged_file_is_one_sentence_or_left_out(run, name, content):
+    (run / name).write_text(content)
+    try:
+        log = read_run(run)
+    except ConfigError as error:
+        said = str(error)
+    else:
+        said = "".join(log.left_out)
+        shows(log, run)
+    assert said.isprintable()
+    assert 0 < len(said) < 2000
+
+
+def test_special_files_of_a_run_are_sentences(run):
+    for name in FILES:
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises(ConfigError, match="is no regular file"):
+            read_run(run)
+        (run / name).unlink()
+        (run / name).write_bytes(content)
+    (run / "answers").mkdir()
+    os.mkfifo(run / "answers" / "pope.jsonl")
+    (run / "answers" / "gqa.jsonl").write_text('{"prompt": 7, "text": []}\n')
+    found, left_out = stored_answers(run, 8)
+    assert found == []
+    assert len(left_out) == 2
+
+
+def test_a_diverged_run_is_shown_with_gaps(run):
+    steps = [*STEPS, {"step": 6, "epoch": 0.6, "loss": math.nan, "token_std": math.inf}]
+    (run / "log.json").write_text(json.dumps([*steps, ENDING]))
+    log = read_run(run)
+    assert log.left_out == []
+    assert log.num_not_finite == 2
+    shows(log, run)
+
+
+@settings(max_examples=8, derandomize=True, deadline=None)
+@given(st.text(), st.text(), st.text())
+def test_no_text_becomes_a_tag(tmp_path_factory, question, text, name):
+    """Answers, file names and teachers are a stranger's; with the tags that scripts need."""
+    folder = tmp_path_factory.getbasetemp() / "text"
+    folder.mkdir(exist_ok=True)
+    bad = "<script src=x onerror='y'>"
+    answers = [SampleAnswer(question + bad, bad + text, bad, None, None, name + bad)]
+    teacher = TeacherRow.model_validate(TEACHER | {"teacher": bad + name[:50], "codec": bad})
+    config = {"stage": bad, "student": {"vision_tower": question}}
+    log = RunLog(folder / "<b>", config, [], {}, [teacher], 0, [bad])
+    write_report(log, answers, folder / "report.html")
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert not {"script", "b"} & set(page.tags)
+    assert page.text.count(bad) >= 7

@@ -231,7 +231,7 @@ def test_the_student_looks_at_an_image_that_is_given(
 def test_questions_that_cannot_be_asked_are_sentences(page: Page) -> None:
     ask(page, "Is there a 3?")
     alert = page.locator("#experts").get_by_role("alert")
-    expect(alert).to_have_text("Show an image of the cache first, or upload one.")
+    expect(alert).to_have_text("Show an image of the cache first, or choose one.")
     ask(page, " ")
     expect(alert).to_have_text("Type a question.")
     page.get_by_role("tab", name="Cache").click()

@@ -57,17 +57,13 @@ def test_no_file_is_served(served, world, path):
     assert "root:" not in text
 
 
-def test_no_path_is_taken_for_an_image(served, world):
-    """As the page sends an image that was uploaded, but of a file that was not."""
+def test_a_program_is_no_browser(served, world):
+    """A path as the page once sent an uploaded image, to the routes for programs: closed."""
     image = str(next((world / "source" / "images").glob("*.png")))
-    for given in ({"path": image}, {"path": "x", "url": f"{served.url}static/img/logo.png"}):
-        given["meta"] = {"_type": "gradio.FileData"}
-        body = json.dumps({"data": ["Is there a 3?", [], given, "pretrain_00002.png", 0]})
-        status, text = request(served, "POST", "/gradio_api/call/reply", body)
-        assert status == 200
-        event = json.loads(text)["event_id"]
-        status, text = request(served, "GET", f"/gradio_api/call/reply/{event}")
-        assert text.startswith("event: error")
+    given = {"path": image, "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": ["Is there a 3?", given, "pretrain_00002.png", 0]})
+    for route in ("call/reply", "run/reply", "api/reply", "call/v2/reply"):
+        assert request(served, "POST", f"/gradio_api/{route}", body)[0] == 404
 
 
 def test_no_call_is_kept_in_the_browser(served):

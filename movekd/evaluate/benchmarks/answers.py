@@ -15,6 +15,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +25,13 @@ from typing import IO, Any
 
 import xxhash
 
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, printable, shorten
 from movekd.evaluate.benchmarks.json_files import read_lines
 from movekd.evaluate.benchmarks.questions import Question
 
 ANSWERS_DIR = "answers"
 """Default folder for answers, in the folder of a run."""
+_BEGINNING = b'{"question_id": '
 _MODEL_FILES = frozenset({".safetensors", ".json", ".yaml", ".bin", ".model"})
 
 
@@ -57,7 +60,12 @@ class AnswerProvenance:
             name = path.relative_to(model)
             if path.suffix in _MODEL_FILES and path.is_file() and name.parts[0] != ANSWERS_DIR:
                 digest.update(f"{name} {_file_digest(path)}\n".encode())
-        return cls(run.resolve().name, digest.hexdigest(), _file_digest(questions), max_new_tokens)
+        return cls(
+            printable(run.resolve().name),
+            digest.hexdigest(),
+            _file_digest(questions),
+            max_new_tokens,
+        )
 
     def entry(self, question: Question, answer: str) -> dict[str, Any]:
         """Return one line of the file."""
@@ -181,7 +189,7 @@ def open_answers(
         ConfigError: the file has another origin, is damaged, or is open in another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with _open_to_append(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -189,19 +197,78 @@ def open_answers(
                 f"{path} is being written by another process; wait for it, or give each process "
                 "a part with --partition i/n."
             ) from None
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):  # an interrupted process left an incomplete last line
-            os.truncate(path, end)
-        known = {question.key: question for question in questions}
-        given = _read(path, known, origin)
+        known = _by_key(questions)
+        given = _read(path, known, origin, is_torn_ok=True)
+        _cut_torn_line(path)
         answers = AnswersFile(file, origin, given)
         if take_parts:
-            for part in sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+            for part in _parts(path):
                 for key, text in _read(part, known, origin, is_torn_ok=True).items():
                     if key not in given:
                         answers.add(known[key], text)
         yield answers
+
+
+def _by_key(questions: Sequence[Question]) -> dict[tuple[str, str], Question]:
+    """Return the questions by id and prompt, which is what an answers file tells apart.
+
+    Raises:
+        ConfigError: two questions have the same id and prompt and different images.
+    """
+    known: dict[tuple[str, str], Question] = {}
+    for question in questions:
+        other = known.setdefault(question.key, question)
+        if (other.image, other.embedded) != (question.image, question.embedded):
+            raise ConfigError(
+                f"two questions have the id {shorten(question.id)} and the same text, about "
+                f"different images ({shorten(other.image)}, {shorten(question.image)}); expected "
+                "one answer per id and text. Give them different ids."
+            )
+    return known
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    """Return the file, created if it is missing: a regular file, through no link.
+
+    A run of a stranger may hold a link at this place, to a file that is not ours to write to.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO without it waits for a writer
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); expected a file or a free name, no "
+            "link. Give another --answers."
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path} is no regular file; expected one. Give another --answers.")
+    return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut an incomplete last line, which an interrupted process left; never one of somebody else.
+
+    Raises:
+        ConfigError: the last line is not the beginning of an answer.
+    """
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    torn = content[end:]
+    if not torn.startswith(_BEGINNING) and not _BEGINNING.startswith(torn):
+        raise ConfigError(
+            f"{path}: the last line is no answer of LLaVA's jsonl; expected a file of answers. "
+            "Give another --answers."
+        )
+    if torn:
+        os.truncate(path, end)
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the answers files of the parts of a file."""
+    name = rf"{re.escape(path.stem)}-(part-)?\d+-of-\d+{re.escape(path.suffix)}"
+    return sorted(part for part in path.parent.iterdir() if re.fullmatch(name, part.name))
 
 
 def _read(

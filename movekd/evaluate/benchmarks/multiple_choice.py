@@ -9,14 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from movekd.corpus.conversations import IMAGE_PLACEHOLDER
-from movekd.errors import ConfigError
-from movekd.evaluate.benchmarks.json_files import read_json
+from movekd.errors import ConfigError, shorten
+from movekd.evaluate.benchmarks.json_files import Entry, check_entry, read_json
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.report import Report, accuracy_report, accuracy_rows
 
 LETTERS = "ABCDE"
 _COPIES = 1_000_000
 """MMBench adds 1,000,000, 2,000,000, ... to the index for copies with rotated options."""
+
+
+class _GqaTypes(Entry):
+    structural: str | None = None
+
+
+class _GqaEntry(Entry):
+    answer: str
+    types: _GqaTypes = _GqaTypes()
+
+
+class _Problem(Entry):
+    choices: list[str]
+    answer: int
 
 
 def gqa_answer(answer: str) -> str:
@@ -38,16 +52,17 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
     known = read_json(annotations, dict, "GQA's questions by id")
     scores: list[tuple[tuple[str, ...], float]] = []
     for question, answer in zip(questions, answers, strict=True):
-        entry = known.get(str(question.id))
-        if not isinstance(entry, dict) or "answer" not in entry:
+        found = known.get(str(question.id))
+        if not isinstance(found, dict) or "answer" not in found:
             raise ConfigError(
-                f"{annotations} has no answer to question {question.id} ({len(known)} questions); "
-                "expected testdev_balanced_questions.json. For a split without answers leave "
-                "--annotations out and give --submission."
+                f"{annotations} has no answer to question {shorten(question.id)} ({len(known)} "
+                "questions); expected testdev_balanced_questions.json. For a split without answers "
+                "leave --annotations out and give --submission."
             )
-        kind = entry.get("types", {}).get("structural")
+        entry = check_entry(_GqaEntry, found, f"{annotations}: question {shorten(question.id)}")
+        kind = entry.types.structural
         categories = () if kind is None else ("open" if kind == "query" else "binary",)
-        scores.append((categories, float(gqa_answer(answer) == entry["answer"])))
+        scores.append((categories, float(gqa_answer(answer) == entry.answer)))
     return accuracy_report(scores)
 
 
@@ -90,11 +105,18 @@ def score_science(
         str(question.id): (question, answer)
         for question, answer in zip(questions, answers, strict=True)
     }
+    for name, ids in splits.items():
+        if not isinstance(ids, list) or not all(isinstance(number, str) for number in ids):
+            raise ConfigError(
+                f"{annotations / 'pid_splits.json'}: {shorten(name)} is {shorten(repr(ids), 60)}; "
+                "expected a list of ids. Download the file again."
+            )
     split = next((ids for ids in splits.values() if asked.keys() <= set(ids)), None)
     if split is None or not problems.keys() >= set(split):
         raise ConfigError(
             f"{annotations} has no split with the questions of --questions (its splits are "
-            f"{', '.join(splits)}); expected the problems.json and pid_splits.json of one release."
+            f"{shorten(', '.join(splits))}); expected the problems.json and pid_splits.json of one "
+            "release."
         )
     scores: list[tuple[tuple[str, ...], float]] = []
     for number in split:
@@ -102,10 +124,11 @@ def score_science(
             scores.append((("not asked",), 0.0))
             continue
         question, answer = asked[number]
-        problem = problems[number]
-        letter = read_letter(answer, len(problem["choices"]))
+        where = f"{annotations / 'problems.json'}: {shorten(number)}"
+        problem = check_entry(_Problem, problems[number], where)
+        letter = read_letter(answer, len(problem.choices))
         kind = "image" if IMAGE_PLACEHOLDER in question.prompt else "text"
-        is_right = letter is not None and LETTERS.index(letter) == problem["answer"]
+        is_right = letter is not None and LETTERS.index(letter) == problem.answer
         scores.append(((kind,), float(is_right)))
     rows = accuracy_rows(scores)
     if "image" not in rows:

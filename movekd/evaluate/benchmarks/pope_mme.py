@@ -3,13 +3,15 @@
 Input: questions, a model's answers, the benchmark's labels. Output: a ``Report``.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.evaluate.benchmarks.json_files import read_lines
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.report import Report, Row
+from movekd.files.reading import MIB, read_text
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark"),
@@ -71,6 +73,11 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
     """
     rows: dict[str, Row] = {}
     for category in dict.fromkeys(question.category for question in questions):
+        if category is not None and not re.fullmatch(r"\w{1,40}", category):  # a part of a path
+            raise ConfigError(
+                f"a question's category is '{shorten(category)}'; expected random, popular or "
+                "adversarial. Check that --questions is llava_pope_test.jsonl."
+            )
         path = annotations
         if annotations.is_dir():
             path = annotations / f"coco_pope_{category}.json"
@@ -82,7 +89,8 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
             key = question.image, question.prompt.partition("\n")[0]
             if key not in labels:
                 raise ConfigError(
-                    f"{path} has no label for '{key[1]}' about {key[0]} ({len(labels)} labels); "
+                    f"{path} has no label for '{shorten(key[1])}' about {shorten(key[0])} "
+                    f"({len(labels)} labels); "
                     "expected the labels that --questions was made from."
                 )
             right.append(labels[key])
@@ -115,7 +123,7 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str], annotations
         subtask, _, rest = str(question.id).partition("/")
         if subtask not in unread or not rest:
             raise ConfigError(
-                f"question {question.id} names no subtask of MME; expected an id such as "
+                f"question {shorten(question.id)} names no subtask of MME; expected an id such as "
                 f"'OCR/0001.jpg', with one of {', '.join(unread)}."
             )
         stem = Path(rest).stem
@@ -138,8 +146,8 @@ def _mme_row(subtask: str, images: dict[str, list[bool]]) -> Row:
     for stem, right in images.items():
         if len(right) != 2:
             raise ConfigError(
-                f"{subtask}/{stem} has {len(right)} questions; expected two per image. Give the "
-                "whole question file."
+                f"{subtask}/{shorten(stem)} has {len(right)} questions; expected two per image. "
+                "Give the whole question file."
             )
     accuracy = _share(sum(map(sum, images.values())), 2 * len(images))
     accuracy_plus = _share(sum(map(all, images.values())), len(images))
@@ -157,13 +165,8 @@ def _mme_label(folder: Path, subtask: str, stem: str, prompt: str) -> str:
     if (place / "questions_answers_YN").is_dir():
         place = place / "questions_answers_YN"
     path = place / f"{stem}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); give MME_Benchmark_release_version as "
-            "--annotations."
-        ) from None
+    remedy = "Then give MME_Benchmark_release_version as --annotations."
+    lines = read_text(path, max_bytes=MIB, remedy=remedy).splitlines()
     labels = {
         _bare(question): right.strip().lower()
         for question, tab, right in (line.partition("\t") for line in lines)
@@ -172,8 +175,8 @@ def _mme_label(folder: Path, subtask: str, stem: str, prompt: str) -> str:
     label = labels.get(_bare(prompt))
     if label not in ("yes", "no"):
         raise ConfigError(
-            f"{path} has no yes or no for '{_bare(prompt)}'; expected it after a tab, as in MME's "
-            "own files. Download them again."
+            f"{path} has no yes or no for '{shorten(_bare(prompt))}'; expected it after a tab, as "
+            "in MME's own files. Download them again."
         )
     return label
 
@@ -186,14 +189,14 @@ def _bare(prompt: str) -> str:
 
 
 def _pope_labels(path: Path) -> dict[tuple[str | None, str], bool]:
-    labels = {}
+    labels: dict[tuple[str | None, str], bool] = {}
     for where, entry in read_lines(path, "POPE's labels, coco_pope_<category>.json"):
         if entry.get("label") not in ("yes", "no"):
             raise ConfigError(
-                f"{where}: label is '{entry.get('label')}'; expected yes or no. Give the folder of "
-                "POPE's coco_pope_*.json as --annotations."
+                f"{where}: label is '{shorten(entry.get('label'))}'; expected yes or no. Give the "
+                "folder of POPE's coco_pope_*.json as --annotations."
             )
-        labels[entry.get("image"), str(entry.get("text"))] = entry["label"] == "yes"
+        labels[str(entry.get("image")), str(entry.get("text"))] = entry["label"] == "yes"
     return labels
 
 

@@ -14,8 +14,8 @@ model_vqa_mmbench.py.
 """
 
 import base64
-import binascii
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -24,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from movekd.corpus.conversations import IMAGE_PLACEHOLDER, Conversation
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.evaluate.benchmarks.json_files import read_json, read_lines
+from movekd.files.reading import MIB, read_bytes
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 """LLaVA's scripts append this to the questions of ScienceQA and MMBench."""
 _OPTIONS = "ABCD"
 _ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})
+_MAX_DIGITS = 19
+_MAX_TSV_BYTES = 2048 * MIB
 _REFERENCE_LENGTH = 64
 """An MMBench image of fewer characters is the index of the row that holds it."""
 
@@ -81,14 +84,15 @@ class Question:
         if self.embedded is not None:
             try:
                 return base64.b64decode(self.embedded, validate=False)
-            except binascii.Error as error:
+            except ValueError as error:  # of base64, or of characters beyond ASCII
                 raise ConfigError(
-                    f"the image of question {self.id} is not base64 ({error}); download the "
-                    "question file again."
+                    f"the image of question {shorten(self.id)} is not base64 ({error}); download "
+                    "the question file again."
                 ) from None
         if read is None:
             raise ConfigError(
-                f"question {self.id} has the image '{self.image}'; give its folder with --images."
+                f"question {shorten(self.id)} has the image '{shorten(self.image)}'; give its "
+                "folder with --images."
             )
         assert self.image is not None
         return read(self.image)
@@ -107,7 +111,7 @@ def load_jsonl(path: Path) -> list[Question]:
                 id=_require(entry, "question_id", (str, int), where),
                 prompt=_require(entry, "text", str, where),
                 image=_require(entry, "image", str, where),
-                category=entry.get("category"),
+                category=_optional(entry, "category", where),
             )
         )
     return _some(questions, path)
@@ -125,7 +129,7 @@ def load_science(path: Path) -> list[Question]:
         where = f"{path}: entry {number}"
         turns = _require(entry, "conversations", list, where)
         text = _require(turns[0] if turns else {}, "value", str, f"{where}, turn 0")
-        image = entry.get("image")
+        image = _optional(entry, "image", where)
         text = f"{text.replace(IMAGE_PLACEHOLDER, '').strip()}\n{LETTER_PROMPT}"
         questions.append(
             Question(
@@ -158,9 +162,10 @@ def load_options(path: Path) -> list[Question]:
         image = row["image"]
         if len(image) <= _REFERENCE_LENGTH and image in images:
             image = images[image]
-        if not row["index"].isdecimal() or _is_absent(image):
+        is_number = row["index"].isdecimal() and len(row["index"]) < _MAX_DIGITS
+        if not is_number or _is_absent(image):
             raise ConfigError(
-                f"{path}: row {number + 1} has index '{row['index'][:20]}' and an image of "
+                f"{path}: row {number + 1} has index '{shorten(row['index'], 20)}' and an image of "
                 f"{len(image)} characters; expected a number and base64. Download the file again."
             )
         questions.append(
@@ -179,12 +184,14 @@ def load_options(path: Path) -> list[Question]:
 
 def _read_tsv(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are longer than its default
+    raw = read_bytes(path, max_bytes=_MAX_TSV_BYTES, remedy="Give MMBench's TSV.")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read ({reason}); expected MMBench's TSV.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({shorten(error)}); expected MMBench's TSV. Download it again."
+        ) from None
     missing = {"index", "question", "A", "B", "image"} - (rows[0].keys() if rows else set())
     if rows and missing:
         raise ConfigError(
@@ -203,10 +210,15 @@ def _require(entry: Any, key: str, kind: type | tuple[type, ...], where: str) ->
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(
-            f"{where}: {key} is {json.dumps(value)[:60]}; expected a question in LLaVA's form. "
-            "Check that --questions names the benchmark's own question file."
+            f"{where}: {key} is {shorten(json.dumps(value), 60)}; expected a question in LLaVA's "
+            "form. Check that --questions names the benchmark's own question file."
         )
-    return value
+    # as in conversations: tokenizers and UTF-8 refuse half of a surrogate pair, JSON does not
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _optional(entry: dict[str, Any], key: str, where: str) -> str | None:
+    return None if entry.get(key) is None else _require(entry, key, str, where)
 
 
 def _some(questions: list[Question], path: Path) -> list[Question]:

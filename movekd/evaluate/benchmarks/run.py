@@ -6,6 +6,7 @@ call resumes, a ``Report`` and a submission file. Used by `movekd evaluate --ben
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,10 +163,21 @@ def _answer(
     asked = answers.open_questions(questions)
     if not asked:
         return 0
-    from movekd.evaluate.generate import generate_answers, read_from_folder
+    from movekd.evaluate.image_folder import check_images, read_from_folder
+
+    read = None if todo.images is None else read_from_folder(todo.images)
+    with_image = [q for q in asked if q.image is not None or q.embedded is not None]
+    for question in with_image:
+        if read is None and question.embedded is None:
+            question.read_image(None)  # says which folder lacks
+    readers = {
+        str(q.image) if q.embedded is None else f"question {q.id}": partial(q.read_image, read)
+        for q in with_image
+    }
+    check_images(readers, progress)
+    from movekd.evaluate.generate import generate_answers
 
     trained = load()
-    read = None if todo.images is None else read_from_folder(todo.images)
     given = generate_answers(
         trained.student,
         [question.to_conversation(str(place)) for place, question in enumerate(asked)],

@@ -11,6 +11,7 @@ Source: haotian-liu/LLaVA scripts/convert_{vqav2,vizwiz,mmbench}_for_submission.
 convert_gqa_for_eval.py.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from movekd.evaluate.benchmarks.multiple_choice import gqa_answer
 from movekd.evaluate.benchmarks.questions import Question, load_jsonl
 from movekd.evaluate.benchmarks.vqa_normalize import normalise_evalai
+from movekd.files.ownership import write_durably
 
 
 def write_vqav2(
@@ -76,7 +78,9 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         sheet.append([cell if isinstance(cell, int) else _text_cell(sheet, cell) for cell in row])
     path.parent.mkdir(parents=True, exist_ok=True)
-    book.save(path)
+    content = io.BytesIO()
+    book.save(content)
+    write_durably(path, content.getvalue())
 
 
 def _text_cell(sheet: Any, value: Any) -> Any:
@@ -88,4 +92,5 @@ def _text_cell(sheet: Any, value: Any) -> Any:
 
 def _write(path: Path, entries: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(entries, ensure_ascii=False)
+    write_durably(path, text.encode(errors="replace"))  # a file of a stranger holds any character

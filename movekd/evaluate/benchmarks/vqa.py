@@ -8,14 +8,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from movekd.errors import ConfigError
-from movekd.evaluate.benchmarks.json_files import read_json
+from pydantic import Field
+
+from movekd.errors import ConfigError, shorten
+from movekd.evaluate.benchmarks.json_files import Entry, check_entry, objects, read_json
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.report import Report, accuracy_report
 from movekd.evaluate.benchmarks.vqa_normalize import normalise, normalise_evalai
 
 _TEXTVQA_PEOPLE = 10
 _OCR = "Reference OCR token:"
+
+
+class _Person(Entry):
+    answer: str
+
+
+class _People(Entry):
+    answers: tuple[_Person, ...] = Field((), strict=False)
+    answer_type: str | None = None
+
+
+class _Words(Entry):
+    answers: tuple[str, ...] = Field((), strict=False)
 
 
 def consensus(matches: int, people: int) -> float:
@@ -76,7 +91,8 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotatio
         ConfigError: the file is another one, or lacks a question.
     """
     content = read_json(annotations, dict, "VQAv2's annotations")
-    known = {str(entry.get("question_id")): entry for entry in content.get("annotations", [])}
+    listed = objects(content.get("annotations", []), f"{annotations}: annotations")
+    known = {str(entry.get("question_id")): entry for entry in listed}
     entries = [_find(known, str(q.id), f"question {q.id}", annotations) for q in questions]
     return _score_people(entries, answers, annotations, vqa_accuracy)
 
@@ -90,7 +106,7 @@ def score_vizwiz(
         ConfigError: the file is another one, or lacks an image.
     """
     content = read_json(annotations, list, "VizWiz's annotations")
-    known = {str(entry.get("image")): entry for entry in content}
+    known = {str(entry.get("image")): entry for entry in objects(content, str(annotations))}
     entries = [_find(known, str(q.image), f"image '{q.image}'", annotations) for q in questions]
     return _score_people(entries, answers, annotations, vizwiz_accuracy)
 
@@ -105,17 +121,18 @@ def score_textvqa(
     """
     content = read_json(annotations, dict, "TextVQA's annotations")
     known = {
-        (entry.get("image_id"), str(entry.get("question")).lower()): entry
-        for entry in content.get("data", [])
+        (str(entry.get("image_id")), str(entry.get("question")).lower()): entry
+        for entry in objects(content.get("data", []), f"{annotations}: data")
     }
     scores: list[tuple[tuple[str, ...], float]] = []
     for question, answer in zip(questions, answers, strict=True):
         asked = asked_question(question.prompt).lower()
         what = f"question '{asked}' about image '{question.id}'"
-        people = _find(known, (question.id, asked), what, annotations).get("answers", [])
+        found = _find(known, (str(question.id), asked), what, annotations)
+        people = check_entry(_Words, found, f"{annotations}, {shorten(what)}").answers
         if len(people) != _TEXTVQA_PEOPLE:
             raise ConfigError(
-                f"{annotations} has {len(people)} answers to {what}; expected "
+                f"{annotations} has {len(people)} answers to {shorten(what)}; expected "
                 f"{_TEXTVQA_PEOPLE}. Give the annotations of a split with answers."
             )
         scores.append(((), textvqa_accuracy(answer, people)))
@@ -144,22 +161,23 @@ def _score_people(
     """Return the scores of the challenge's server for answers in TextVQA's form, as LLaVA's."""
     scores: list[tuple[tuple[str, ...], float]] = []
     for entry, answer in zip(entries, answers, strict=True):
-        people = [person.get("answer") for person in entry.get("answers", [])]
-        if not people or not all(isinstance(person, str) for person in people):
+        checked = check_entry(_People, entry, str(annotations))
+        people = [person.answer for person in checked.answers]
+        if not people:
             raise ConfigError(
                 f"{annotations} has no answers of people; expected a split with answers. For "
                 "another one leave --annotations out and give --submission."
             )
-        kind = entry.get("answer_type")
+        kind = checked.answer_type
         score = accuracy(normalise_evalai(answer), people)
-        scores.append(((kind,) if isinstance(kind, str) else (), score))
+        scores.append(((kind,) if kind is not None else (), score))
     return accuracy_report(scores)
 
 
 def _find(known: dict[Any, Any], key: Any, what: str, annotations: Path) -> Any:
     if key not in known:
         raise ConfigError(
-            f"{annotations} has no entry for {what} ({len(known)} entries); expected the "
+            f"{annotations} has no entry for {shorten(what)} ({len(known)} entries); expected the "
             "annotations of the split of --questions."
         )
     return known[key]

@@ -24,7 +24,8 @@ import scenes
 from movekd.config import read_yaml
 from movekd.corpus.conversations import load_conversations
 from movekd.evaluate.exact_match import exact_match, split_questions
-from movekd.evaluate.generate import generate_answers, read_from_folder
+from movekd.evaluate.generate import generate_answers
+from movekd.evaluate.image_folder import read_from_folder
 from movekd.student import recorded_routing, routing
 from movekd.student.checkpoint import TrainedStudent, load_student
 from movekd.student.hf_loading import quiet_libraries

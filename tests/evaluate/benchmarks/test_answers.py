@@ -1,6 +1,7 @@
 """Tests of movekd.evaluate.benchmarks.answers: resuming, parts, and one file per run."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -100,7 +101,7 @@ def test_foreign_and_edited_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="answers question 9, which the question file lacks"):
         answer(path)
     path.write_text("{}\nnot json\n{}\n")
-    with pytest.raises(ConfigError, match="line 2 is not JSON"):
+    with pytest.raises(ConfigError, match="line 2 is no JSON"):
         answer(path)
 
 
@@ -185,3 +186,42 @@ def test_an_origin_knows_every_byte_of_model_and_questions(tmp_path):
     assert AnswerProvenance.of(tmp_path / "run", questions, 8) != first
     questions.write_text("1")
     assert AnswerProvenance.of(tmp_path / "run", questions, 8).questions != first.questions
+
+
+def test_equal_ids_and_texts_about_different_images_are_refused(tmp_path):
+    questions = [Question(1, "Red?", "a.jpg"), Question(1, "Red?", "b.jpg")]
+    with (
+        pytest.raises(ConfigError, match=r"two questions have the id 1 .* \(a\.jpg, b\.jpg\)"),
+        open_answers(tmp_path / "a.jsonl", questions, ORIGIN),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b"my notes\n", b"my notes\nand more", b"{}", b"\xff"]
+)
+def test_a_file_of_somebody_else_is_never_written_to(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError):
+        answer(path)
+    assert path.read_bytes() == content
+
+
+def test_links_and_special_files_are_not_written_to(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    (tmp_path / "a.jsonl").symlink_to(mine)
+    with pytest.raises(ConfigError, match=r"cannot be written .* no link"):
+        answer(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        answer(tmp_path / "b.jsonl")
+    assert mine.read_text() == ""
+
+
+def test_only_parts_of_this_file_are_gathered(tmp_path):
+    path = tmp_path / "q[1].jsonl"
+    answer(Part(0, 2).beside(path), Part(0, 2).of(QUESTIONS), take_parts=False)
+    (tmp_path / "q[1]-hard-part-0-of-2.jsonl").write_text("of another question file\n")
+    assert answer(path) == QUESTIONS[1::2]

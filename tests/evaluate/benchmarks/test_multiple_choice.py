@@ -96,7 +96,7 @@ def test_science_of_another_split_is_a_sentence(tmp_path):
     write_science(tmp_path)
     with pytest.raises(ConfigError, match=r"splits are train, test, minitest"):
         score_science([Question("0", "Q"), Question("5", "Q")], ["A", "A"], tmp_path)
-    with pytest.raises(ConfigError, match=r"problems\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"problems\.json does not exist"):
         score_science([Question("0", "Q")], ["A"], tmp_path / "none")
 
 

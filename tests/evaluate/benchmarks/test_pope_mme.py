@@ -99,7 +99,7 @@ def test_pope_labels_of_other_questions_are_a_sentence(tmp_path):
     write_labels(tmp_path, "random", [("a", "Cat?", "yes")])
     with pytest.raises(ConfigError, match=r"no label for 'Dog\?' about a \(1 labels\)"):
         score_pope([Question(1, "Dog?" + SUFFIX, "a", "random")], ["Yes"], tmp_path)
-    with pytest.raises(ConfigError, match=r"coco_pope_popular\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"coco_pope_popular\.json does not exist"):
         score_pope([Question(1, "Cat?" + SUFFIX, "a", "popular")], ["Yes"], tmp_path)
     write_labels(tmp_path, "random", [("a", "Cat?", "maybe")])
     with pytest.raises(ConfigError, match="line 1: label is 'maybe'; expected yes or no"):

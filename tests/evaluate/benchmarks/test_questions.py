@@ -45,6 +45,12 @@ def test_jsonl(tmp_path):
     assert conversation.turns == (("human", f"<image>\n{ASK}"),)
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    entry = {"question_id": "\ud800", "image": "\udc80.jpg", "text": "a\ud800?"}
+    (question,) = load_jsonl(write_jsonl(tmp_path / "q.jsonl", entry))
+    assert (question.id, question.image, question.prompt) == ("?", "?.jpg", "a??")
+
+
 def test_science_with_and_without_an_image(tmp_path):
     turns = [
         {"from": "human", "value": "Which?\nA. x\nB. y\n<image>"},
@@ -93,6 +99,8 @@ def test_images_are_read_by_name():
         question.read_image(None)
     with pytest.raises(ConfigError, match="image of question 1 is not base64"):
         Question(1, "?", embedded="abcde").read_image(None)
+    with pytest.raises(ConfigError, match="image of question 1 is not base64"):
+        Question(1, "?", embedded="ä" * 100).read_image(None)
 
 
 def test_what_is_no_question_file_is_a_sentence(tmp_path):
@@ -102,7 +110,7 @@ def test_what_is_no_question_file_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"line 1: question_id is true"):
         load_jsonl(write_jsonl(path, {"question_id": True, "image": "a", "text": "b"}))
     path.write_text('{"question_id": 1\n')
-    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+    with pytest.raises(ConfigError, match="line 1 is no JSON"):
         load_jsonl(path)
     path.write_text("[1]\n")
     with pytest.raises(ConfigError, match="line 1 is not an object"):
@@ -110,9 +118,9 @@ def test_what_is_no_question_file_is_a_sentence(tmp_path):
     path.write_text("\n")
     with pytest.raises(ConfigError, match="holds no question"):
         load_jsonl(path)
-    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
         load_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is no JSON"):
         load_science(path)
     path.write_text('[{"id": "1", "conversations": []}]')
     with pytest.raises(ConfigError, match="entry 0, turn 0: value is null"):
