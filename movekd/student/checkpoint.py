@@ -34,6 +34,7 @@ from movekd.student.hf_loading import loading
 from movekd.student.provenance import imported_from
 from movekd.student.tensor_files import describe_difference, read_json
 from movekd.student.tokenizer import load_tokenizer
+from movekd.student.towers import EXPORTED_TYPES
 from movekd.student.vlm import Student, build_encoder, build_vlm
 
 PART_FILES = {
@@ -209,7 +210,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{directory} is a checkpoint of the released code; expected a model directory of "
             f"movekd. Make one of it: movekd import {directory} --output DIR."
         )
-    if model_type == "movekd_clip_vision":
+    if model_type in EXPORTED_TYPES.values():
         raise WeightsError(
             f"{directory} holds only a vision encoder, which answers no questions; expected a "
             "run, an imported model or an export of format hf."

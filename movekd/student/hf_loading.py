@@ -6,11 +6,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, dynamic_module_utils
+from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from movekd.errors import WeightsError
-from movekd.student.export.modeling_movekd import MovekdClipVisionConfig, MovekdClipVisionModel
+from movekd.student.export import modeling_movekd
 
 SAFE_LOAD_KWARGS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
 """How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, from which only
@@ -20,10 +20,9 @@ tensors are read."""
 def register_auto_classes() -> None:
     """Make transformers load exports with movekd's own classes, without ``trust_remote_code``.
 
-    Afterwards ``AutoModel`` and ``LlavaForConditionalGeneration`` know the exported vision tower.
+    Afterwards ``AutoModel`` and ``LlavaForConditionalGeneration`` know the exported vision towers.
     """
-    AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
-    AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)
+    modeling_movekd.register_auto_classes()
 
 
 def quiet_libraries() -> None:

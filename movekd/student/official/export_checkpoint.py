@@ -67,13 +67,9 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
         )
     require_official(vlm)
     directory.mkdir(parents=True, exist_ok=True)
-    adapters = _adapters(trained.directory)
+    adapters = adapters_of_run(trained.directory)
     originals = trained.directory / ORIGINALS
-    config = (
-        read_json(originals / "config.json")
-        if (originals / "config.json").exists()
-        else _config(trained)
-    )
+    config = official_config(trained)
     state = official_state_dict(vlm)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][: config["vocab_size"]]
@@ -108,7 +104,17 @@ def write_stage_1(directory: Path, state: Mapping[str, Tensor]) -> None:
             write_bin(directory / STAGE_1_FILES[part], tensors)
 
 
-def _adapters(model_dir: Path) -> dict[str, Tensor]:
+def official_config(trained: TrainedStudent) -> dict[str, Any]:
+    """Return the config.json of an export; an imported checkpoint's is its own.
+
+    Raises:
+        ConfigError: the released code cannot compute this student.
+    """
+    original = trained.directory / ORIGINALS / "config.json"
+    return read_json(original) if original.exists() else _config(trained)
+
+
+def adapters_of_run(model_dir: Path) -> dict[str, Tensor]:
     """Return the official adapters of a run; heads of the revised recipe are left out."""
     path = model_dir / ADAPTERS_FILE
     if not path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from movekd.student.export.formats import export
+from exports import export
 from movekd.student.vlm import image_features
 
 

@@ -5,8 +5,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from exports import export
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export
 from movekd.student.export.model_card import model_card, random_parts
 from movekd.student.official.import_checkpoint import import_official
 
