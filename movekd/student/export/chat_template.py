@@ -30,8 +30,8 @@ _TEXT_ONLY = (
     "{%- else %}{%- set flat.messages = flat.messages + [message] %}{%- endif %}"
     "{%- endfor %}{%- set messages = flat.messages %}\n"
 )
-"""Joins the parts of each message; the one image of a message stands in front, on a separate line. The
-line break at the end is not printed (``trim_blocks``): the next template starts on a new line."""
+"""Joins the parts of each message; the one image of a message stands on the first line. The line
+break at the end is not printed (``trim_blocks``): the next template starts on a new line."""
 
 _V1 = (
     "{%- set system = namespace(text=SYSTEM) %}"

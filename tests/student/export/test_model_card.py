@@ -1,5 +1,7 @@
 """Tests of movekd.student.export.model_card."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -23,6 +25,19 @@ def test_every_export_has_a_card(official, tmp_path, kind):
     assert "Random weights" not in body
     assert str(official.directory) not in text
     assert "DIR" not in body
+
+
+@pytest.mark.parametrize("prompt", ["v1", "chat_template", "plain"])
+def test_the_card_shows_the_prompt(official, prompt):
+    trained = replace(official, prompt=prompt)
+    section = model_card(trained, "hf", "x").split("## Prompt\n")[1].split("\n## ")[0]
+    assert f"Format `{prompt}`" in section
+    if prompt == "v1":
+        assert (
+            "answers to the user's questions. USER: <image>\nWhat is in the image? ASS" in section
+        )
+        assert "The tokenizer puts `<s>` in front" in section
+    assert ("```text" in section) == (prompt != "plain")
 
 
 def test_weights_that_never_learned_are_marked(kit, official, tmp_path):
