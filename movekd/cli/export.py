@@ -9,6 +9,13 @@ from movekd.cli.options import Json, Run, check_one_of
 from movekd.cli.output import print_json, quiet_libraries, size
 
 FORMATS = ("hf", "encoder", "onnx", "official")
+Overwrite = Annotated[
+    bool, typer.Option(help="Replace an earlier export or import in --output, if unchanged.")
+]
+Force = Annotated[
+    bool,
+    typer.Option(help="With --overwrite: delete also files there that movekd did not write."),
+]
 
 
 def export(
@@ -21,9 +28,16 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier export or import in --output.")
-    ] = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Load the export again in a fresh process and compare it with the run. Needs the "
+            "memory of the model twice; for --format official also its disk space.",
+        ),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Write a trained student in the format of another library, with a model card.
@@ -41,7 +55,15 @@ def export(
 
     quiet_libraries()
     trained = load_student(model, takes_encoder=True)
-    said = write(trained, format, output, overwrite=overwrite, source=model)  # type: ignore[arg-type]
+    said = write(
+        trained,
+        format,  # type: ignore[arg-type]  # one of FORMATS
+        output,
+        overwrite=overwrite,
+        force=force,
+        check=check,
+        source=model,
+    )
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     random = random_parts(trained.student.vlm)
     if json:
@@ -51,8 +73,7 @@ def export(
         return
     for name, num_bytes in files.items():
         typer.echo(f"{output / name}  {size(num_bytes)}")
-    if said:
-        typer.echo(said)
+    typer.echo(said)
     if random:
         typer.echo(f"random weights ({', '.join(random)}): the card says so", err=True)
 
@@ -74,9 +95,8 @@ def import_(
         str | None,
         typer.Option(help="Hub id or directory of a fast tokenizer, if SOURCE has none."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier export or import in --output.")
-    ] = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Convert files of the released code to a model for `ask`, `evaluate` and `export`.
@@ -90,7 +110,7 @@ def import_(
 
     movekd import pretrain-files --language-model lmsys/vicuna-7b-v1.5 --output models/stage-1
     """
-    from movekd.student.export.formats import new_directory
+    from movekd.student.export.output_folder import new_directory
     from movekd.student.official.import_checkpoint import import_official
 
     quiet_libraries()
@@ -100,7 +120,9 @@ def import_(
         "tokenizer": tokenizer,
     }
     kept = [source, *(Path(value) for value in named.values() if value is not None)]
-    with new_directory(output, overwrite=overwrite, kept=kept) as directory:
+    with new_directory(
+        output, "movekd import", overwrite=overwrite, force=force, kept=kept
+    ) as directory:
         found = import_official(source, directory, **named)
     if json:
         facts = {"out": output, "stage": int(found.stage), "tensors": found.num_tensors}

@@ -30,11 +30,13 @@ from movekd.config import read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
-from movekd.student.hf_loading import loading
+from movekd.student.hf_loading import loading, require_whole
+from movekd.student.model_files import read_about
 from movekd.student.provenance import imported_from
 from movekd.student.tensor_files import describe_difference, read_json
 from movekd.student.tokenizer import load_tokenizer
-from movekd.student.vlm import Student, build_encoder, build_vlm
+from movekd.student.towers import EXPORTED_TYPES
+from movekd.student.vlm import Student, build_encoder, build_vlm, check_llava
 
 PART_FILES = {
     "mole": "mole_encoder.safetensors",
@@ -226,13 +228,13 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     Raises:
         WeightsError: it is another kind of directory, or lacks a file.
     """
-    model_type = read_json(directory / "config.json").get("model_type")
+    model_type = str(read_json(directory / "config.json").get("model_type"))
     if model_type == "move_llava_llama":
         raise WeightsError(
             f"{directory} is a checkpoint of the released code; expected a model directory of "
             f"movekd. Make one of it: movekd import {directory} --output DIR."
         )
-    if model_type == "movekd_clip_vision":
+    if model_type in EXPORTED_TYPES.values():
         raise WeightsError(
             f"{directory} holds only a vision encoder, which answers no questions; expected a "
             "run, an imported model or an export of format hf."
@@ -243,24 +245,21 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
             "export of `movekd export --format hf`."
         )
-    about = read_json(directory / ABOUT_FILE)
-    prompt: Any = about.get("prompt")
-    geometry: Any = about.get("geometry")
-    if prompt not in get_args(PromptFormat) or geometry not in get_args(Geometry):
-        raise WeightsError(
-            f"{directory / ABOUT_FILE} has prompt {prompt!r} and geometry {geometry!r}; expected "
-            f"one of {', '.join(get_args(PromptFormat))} and of {', '.join(get_args(Geometry))}. "
-            "Export the model again."
-        )
+    about, run = read_about(directory / ABOUT_FILE)
     with loading(str(directory), "the model in"):
-        vlm = LLAVA_MODELS[model_type].from_pretrained(
-            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
+        vlm, info = LLAVA_MODELS[model_type].from_pretrained(
+            directory,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    require_whole(info, str(directory), "the model in")
     tokenizer = load_tokenizer(directory)
+    check_llava(vlm, tokenizer, directory)
     vlm.eval().requires_grad_(False).to(torch.device(device))
-    run = about.get("run") or {}
-    mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
-    return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)
+    student = Student(vlm, tokenizer, about.image_mean, about.image_std)
+    return TrainedStudent(student, about.prompt, about.geometry, directory, run)
 
 
 def local_base(base: Any, model_dir: Path) -> Any:

@@ -1,16 +1,16 @@
 """Load models and tokenizers with transformers: run no code of theirs, report one error."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, dynamic_module_utils
+from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
-from movekd.errors import WeightsError
-from movekd.student.export.modeling_movekd import MovekdClipVisionConfig, MovekdClipVisionModel
+from movekd.errors import MovekdError, WeightsError, shorten
+from movekd.student.export import modeling_movekd
+from movekd.student.model_files import check_model_files
 
 SAFE_LOAD_KWARGS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
 """How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, from which only
@@ -20,10 +20,9 @@ tensors are read."""
 def register_auto_classes() -> None:
     """Make transformers load exports with movekd's own classes, without ``trust_remote_code``.
 
-    Afterwards ``AutoModel`` and ``LlavaForConditionalGeneration`` know the exported vision tower.
+    Afterwards ``AutoModel`` and ``LlavaForConditionalGeneration`` know the exported vision towers.
     """
-    AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
-    AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)
+    modeling_movekd.register_auto_classes()
 
 
 def quiet_libraries() -> None:
@@ -42,23 +41,61 @@ def loading(source: str, key: str) -> Iterator[None]:
     Raises:
         WeightsError: the model cannot be loaded, or needs its own Python code.
     """
+    check_model_files(source)
     register_auto_classes()
     patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except MovekdError:
+        raise
+    except BaseException as error:
+        # transformers raises errors of all kinds about a damaged folder; tokenizers, which is Rust,
+        # panics, and a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if "trust_remote_code" in str(error):
             raise WeightsError(
                 f"{key} '{source}' brings its own Python code (auto_map), which movekd never "
                 "runs; expected a model and a tokenizer of kinds that transformers knows. Take "
                 "the auto_map out of its JSON files if a stock class fits, or save it as one."
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{key} '{source}' cannot be loaded: {reason[:300]} Expected a hub id or a directory "
+            f"{key} '{source}' cannot be loaded: {_reason(error)} Expected a hub id or a directory "
             "with config.json and safetensors; without a network, download it elsewhere and give "
             "the directory."
         ) from None
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
+
+
+def require_whole(info: Mapping[str, Any], source: str, key: str, parts: str = "") -> None:
+    """Refuse a model of which weights are missing; transformers fills them with random numbers.
+
+    Args:
+        info: what ``from_pretrained(output_loading_info=True)`` returns.
+        source: the model, shown in the error.
+        key: the name of ``source`` in an error.
+        parts: start of the names that are needed. Default: all are.
+
+    Raises:
+        WeightsError: names what is missing or of another shape.
+    """
+    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]
+    wrong = sorted(name for name in wrong if name.startswith(parts))
+    if wrong:
+        named = shorten(", ".join(wrong[:3]))
+        raise WeightsError(
+            f"{key} '{source}' lacks {len(wrong)} of its weights ({named}); expected all "
+            "of them, because the rest would be random numbers. Download it again."
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, or its kind."""
+    if isinstance(error, UnpicklingError):  # torch's own text advises to run what the file holds
+        return "Weights only load failed: a .bin holds more than tensors; nothing of it was run."
+    lines = str(error).strip().splitlines()
+    first = shorten(lines[0], 300) if lines else ""
+    is_plain = isinstance(error, OSError | ValueError) and first
+    return first if is_plain else f"{type(error).__name__} {first}".strip() + "."

@@ -5,13 +5,15 @@ the ranges of characters that a model must generate. ``tokenization`` makes toke
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from movekd.corpus.conversations import Conversation, Role
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.student.config import PromptFormat
 from movekd.student.tokenizer import IMAGE_TOKEN
 
@@ -204,12 +206,13 @@ def _marked_answers(tokenizer: Any, messages: list[dict[str, str]]) -> list[tupl
     template = tokenizer.chat_template or ""
     if not re.search(r"\{%-?\s*generation\b", template):
         return None
-    _, ranges = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    with _rendering():
+        _, ranges = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
     return [(start, end) for start, end in ranges[0]]
 
 
@@ -228,10 +231,30 @@ def _apply_template(
             "student.prompt is chat_template, but the tokenizer brings none; use prompt: v1, or "
             "a tokenizer with a chat template."
         )
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    with _rendering():
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     return text
+
+
+@contextmanager
+def _rendering() -> Iterator[None]:
+    """Report what a chat template, a program in the tokenizer's files, raises.
+
+    transformers renders it in Jinja's sandbox, which reaches no files and changes no objects.
+
+    Raises:
+        ConfigError: the template is no Jinja, or fails.
+    """
+    try:
+        yield
+    except Exception as error:  # a template can raise anything
+        raise ConfigError(
+            f"the tokenizer's chat template fails: {type(error).__name__} {shorten(error)}; "
+            "expected a Jinja template that renders human and assistant turns. Mend it, or use "
+            "student.prompt: v1."
+        ) from None
 
 
 def _image_first(turn: str) -> str:

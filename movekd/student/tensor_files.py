@@ -16,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from movekd.errors import WeightsError, did_you_mean
+from movekd.errors import WeightsError, did_you_mean, shorten
+from movekd.files import reading
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_BYTES = 5_000_000_000
 """Maximum bytes of weights per file, as on the hub."""
+
+_MAX_BYTES = 256 * reading.MIB
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -186,12 +189,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: missing, or no JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist; expected a JSON file there.") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is no JSON: {error}. Download it again.") from None
+    content = reading.read_json(
+        path, max_bytes=_MAX_BYTES, error=WeightsError, remedy="Download it again.", allow_nan=True
+    )
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds {type(content).__name__}; expected a JSON object.")
     return content
@@ -204,9 +204,10 @@ def _shards(index: Path) -> dict[Path, list[str]]:
         raise WeightsError(f"{index} has no weight_map; download it again.")
     files: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise WeightsError(
-                f"{index} sends '{name}' to {file!r}; expected the name of a file beside it."
+                f"{index} sends '{shorten(name)}' to {shorten(repr(file))}; expected the name of a "
+                "file beside it."
             )
         files.setdefault(index.parent / file, []).append(name)
     return files

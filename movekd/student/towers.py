@@ -34,17 +34,26 @@ class TowerType:
     takes_mask: bool = False
 
 
-_CLIP = TowerType("CLIP", num_special=1, first_norm="pre_layrnorm", takes_mask=True)
-
 TOWERS: dict[str, TowerType] = {
-    "clip_vision_model": _CLIP,
-    "movekd_clip_vision": _CLIP,  # an exported CLIP with experts
+    "clip_vision_model": TowerType(
+        "CLIP", num_special=1, first_norm="pre_layrnorm", takes_mask=True
+    ),
     "siglip_vision_model": TowerType("SigLIP", num_special=0, takes_mask=True),
     "dinov2": TowerType("DINOv2", num_special=1, blocks="encoder.layer"),
     "dinov2_with_registers": TowerType(
         "DINOv2 with registers", num_special=1, blocks="encoder.layer"
     ),
 }
+
+EXPORTED_TYPES = {
+    "clip_vision_model": "movekd_clip_vision",
+    "siglip_vision_model": "movekd_siglip_vision",
+    "dinov2": "movekd_dinov2",
+    "dinov2_with_registers": "movekd_dinov2_with_registers",
+}
+"""Type of a tower -> its type in an export with experts (``export.modeling_movekd``)."""
+
+TOWERS |= {exported: TOWERS[stock] for stock, exported in EXPORTED_TYPES.items()}
 
 
 def register_tower(model_type: str, tower: TowerType) -> None:

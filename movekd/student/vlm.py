@@ -5,7 +5,6 @@ the mean and deviation of its pixels. ``build_encoder`` gives only the tower, un
 it has inside a LLaVA. Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,11 +32,12 @@ from transformers.utils import cached_file
 
 from movekd.corpus.anyres import TILE, Views
 from movekd.corpus.transforms import Geometry, ImageTransform
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import StudentConfig
-from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading
+from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
+from movekd.student.tensor_files import read_json
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 from movekd.student.towers import check_tower, num_prefix_tokens, tower_type
 
@@ -155,9 +155,10 @@ def build_vlm(config: StudentConfig) -> Student:
     tower = _load_tower(config)
     num_prefix = num_prefix_tokens(tower.config)
     with loading(config.language_model, "student.language_model"):
-        language_model = AutoModelForCausalLM.from_pretrained(
-            config.language_model, dtype=dtype, **SAFE_LOAD_KWARGS
+        language_model, info = AutoModelForCausalLM.from_pretrained(
+            config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
         )
+    require_whole(info, config.language_model, "student.language_model")
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -307,6 +308,38 @@ def image_features(
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
+def check_llava(vlm: Any, tokenizer: Any, source: Path) -> None:
+    """Check the keys of a loaded LLaVA that no weight depends on.
+
+    Raises:
+        WeightsError: a key has a value with which no question could be answered.
+    """
+    config, tower = vlm.config, vlm.config.vision_config
+    rows = vlm.get_input_embeddings().num_embeddings
+    num_prefix = num_prefix_tokens(tower)
+    num_layers = tower.num_hidden_layers
+    layer = config.vision_feature_layer
+    strategy = "default" if num_prefix == 1 else "full"
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    is_layer = isinstance(layer, int) and -num_layers <= layer < 0
+    for key, found, expected, is_right in (
+        ("vision_feature_layer", layer, f"-1 to -{num_layers}", is_layer),
+        ("image_token_index", config.image_token_id, image_id, config.image_token_id == image_id),
+        (
+            "vision_feature_select_strategy",
+            config.vision_feature_select_strategy,
+            strategy,
+            config.vision_feature_select_strategy == strategy,
+        ),
+        ("a vocabulary of", rows, f"at least {len(tokenizer)}", rows >= len(tokenizer)),
+    ):
+        if not is_right:
+            raise WeightsError(
+                f"{source} has {key} {shorten(repr(found), 80)}; expected {expected}. Export the "
+                "model again."
+            )
+
+
 def recompute_activations(vlm: Any) -> None:
     """Save memory: compute the activations of every block again in backward."""
     model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
@@ -318,12 +351,15 @@ def _load_tower(config: StudentConfig) -> Any:
     """Return the vision tower of a checkpoint, without experts."""
     tower_config = _tower_config(config)
     with loading(config.vision_tower, "student.vision_tower"):
-        tower = AutoModel.from_pretrained(
+        tower, info = AutoModel.from_pretrained(
             config.vision_tower,
             config=tower_config,
             dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
             **SAFE_LOAD_KWARGS,
         )
+    for part in ("embeddings.", f"{tower_type(tower.config).blocks}."):  # not of pooling heads
+        require_whole(info, config.vision_tower, "student.vision_tower", part)
     check_tower(tower)
     layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
     if -layer >= num_states:  # the first is the input of the first block: nothing learns there
@@ -362,7 +398,7 @@ def _mean_and_std(
         return config.image_mean, config.image_std
     with loading(config.vision_tower, "student.vision_tower"):
         path = cached_file(config.vision_tower, "preprocessor_config.json")
-    keys = json.loads(Path(path).read_text(encoding="utf-8"))
+    keys = read_json(Path(path))
     try:
         mean, std = (tuple(map(float, keys[key])) for key in ("image_mean", "image_std"))
     except (KeyError, TypeError, ValueError):

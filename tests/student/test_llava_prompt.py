@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
+from exports import export
 from movekd.student import tokenize_conversation, tokenize_question
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export
 from movekd.student.official.import_checkpoint import import_official
 from movekd.student.vlm import image_features
 from text_kit import LLAVA_NAMES, llava_conversations, llava_tokens, write_mistral

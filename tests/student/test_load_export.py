@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from exports import export
 from movekd.errors import WeightsError
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export
 
 CODE = "open({mark!r}, 'w').close()\nfrom transformers import CLIPVisionModel as Theirs\n"
 

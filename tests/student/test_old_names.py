@@ -7,12 +7,12 @@ import torch
 import yaml
 from transformers import AutoModel
 
+from exports import export
 from movekd.config import validate
 from movekd.errors import ConfigError
 from movekd.student import register_auto_classes
 from movekd.student.checkpoint import load_student
 from movekd.student.config import MoleKeys
-from movekd.student.export.formats import export
 from movekd.train.config import load_config
 from movekd.train.run_dir import plan_start
 

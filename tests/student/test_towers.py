@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel, ViTConfig, ViTModel
 
+from exports import export
 from movekd.errors import ConfigError
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export
 from movekd.student.export.onnx import encoder_tokens
 from movekd.student.parameters import mole_layers
 from movekd.student.towers import TOWERS, TowerType, register_tower

@@ -1,22 +1,20 @@
 """Export a loaded student in one of the formats, into a directory that is complete or missing.
 
-Used by ``movekd export``; ``movekd import`` uses ``new_directory``. Formats: ``hugging_face`` (hf,
-encoder), ``onnx`` and ``official.export_checkpoint``. ``model_card`` writes the card.
+Used by ``movekd export``. Formats: ``hugging_face`` (hf, encoder), ``onnx`` and
+``official.export_checkpoint``. ``model_card`` writes the card, ``check`` compares the export with
+the student, ``output_folder`` gives it its name.
 """
 
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from movekd.config import read_yaml
-from movekd.errors import ConfigError, MovekdError
-from movekd.student.checkpoint import ABOUT_FILE, BASE_KEYS, CONFIG_FILE, TrainedStudent
+from movekd.errors import ConfigError
+from movekd.student.checkpoint import BASE_KEYS, TrainedStudent
+from movekd.student.export.check import check_export, tolerance_of
 from movekd.student.export.hugging_face import export_encoder, export_hf, write_about
 from movekd.student.export.model_card import Format, model_card
 from movekd.student.export.onnx import export_onnx
+from movekd.student.export.output_folder import new_directory
 from movekd.student.official.export_checkpoint import write_official
-from movekd.student.tensor_files import read_json
 
 
 def export(
@@ -25,6 +23,8 @@ def export(
     out: Path,
     *,
     overwrite: bool = False,
+    force: bool = False,
+    check: bool = True,
     source: Path | None = None,
 ) -> str:
     """Write an export with its model card; return what was checked, for the user.
@@ -34,11 +34,14 @@ def export(
         kind: the format.
         out: the directory to write.
         overwrite: replace an earlier export in ``out``.
+        force: replace it also if it has no record of its files, or holds files of others.
+        check: load the export again in a fresh process and compare it with the student.
         source: the whole run, if the student came from one; it is not deleted either.
 
     Raises:
-        ConfigError: ``out`` holds files, or the student, or the format cannot hold this student.
-        WeightsError: the written encoder gives other tokens.
+        ConfigError: ``out`` holds files, or the student, the format cannot hold this student, or
+            the disk is full.
+        WeightsError: the export, loaded again, is another model; nothing is kept.
     """
     if trained.student.tokenizer is None and kind not in ("encoder", "onnx"):
         raise ConfigError(
@@ -50,86 +53,25 @@ def export(
     named = (bases.get(key) for key in BASE_KEYS)
     kept = [trained.directory, *(Path(base) for base in named if base)]
     kept += [] if source is None else [source]
-    with new_directory(out, overwrite=overwrite, kept=kept) as directory:
-        said = ""
+    with new_directory(
+        out, "movekd export", overwrite=overwrite, force=force, kept=kept
+    ) as directory:
         if kind == "hf":
             export_hf(trained, directory)
         elif kind == "encoder":
             export_encoder(trained, directory)
         elif kind == "onnx":
-            difference = export_onnx(trained, directory)
-            said = f"onnxruntime agrees with PyTorch to {difference:.1e}"
+            export_onnx(trained, directory)
         else:
             write_official(trained, directory)
         write_about(trained, directory)
         card = model_card(trained, kind, out.resolve().name)
         (directory / "README.md").write_text(card, encoding="utf-8")
-    return said
-
-
-@contextmanager
-def new_directory(
-    out: Path, *, overwrite: bool = False, kept: Iterable[Path] = ()
-) -> Iterator[Path]:
-    """Yield a new directory, which becomes ``out`` if no error is raised.
-
-    Args:
-        out: the directory to write.
-        overwrite: replace an earlier export or import in ``out``; nothing else is deleted.
-        kept: directories that are read; ``out`` may not be, hold or lie in any of them.
-
-    Raises:
-        ConfigError: ``out`` is a file, or a directory that holds files.
-    """
-    _require_free(out, overwrite, kept)
-    out = out.resolve()
-    temporary, old = (out.with_name(f".{out.name}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if out.is_dir():
-        out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _require_free(out: Path, overwrite: bool, kept: Iterable[Path]) -> None:
-    place = out.resolve()
-    for source in kept:
-        if not source.exists():
-            continue  # a hub id
-        there = source.resolve()
-        if place.is_relative_to(there) or there.is_relative_to(place):
-            raise ConfigError(
-                f"--output {out} is, holds or lies in {source}, which is read; expected a "
-                "directory apart from it, because what --output held is deleted. Give another "
-                "--output."
-            )
-    if place.is_dir() and not any(place.iterdir()):
-        return
-    if place.exists() and not overwrite:
-        raise ConfigError(
-            f"{out} exists already; give --overwrite to replace it, or another --output."
+        if not check:
+            return "not compared with the run (--no-check)"
+        difference = check_export(trained, kind, directory, directory.parent / "scratch")
+        reader = {"onnx": "onnxruntime", "official": "movekd import"}.get(kind, "transformers")
+        return (
+            f"{reader} agrees with the run in a fresh process: outputs differ by {difference:.1e} "
+            f"(at most {tolerance_of(trained, kind):.0e} is allowed)"
         )
-    if place.exists() and not _is_ours(place):
-        raise ConfigError(
-            f"{out} was not written by `movekd export` or `import` (no {ABOUT_FILE}, no imported "
-            "model), and --overwrite deletes nothing else. Give another --output, or delete it "
-            "yourself."
-        )
-
-
-def _is_ours(directory: Path) -> bool:
-    """Return whether an export or an import wrote a directory: no run, no files of others."""
-    try:
-        if (directory / ABOUT_FILE).is_file():
-            return "format" in read_json(directory / ABOUT_FILE)
-        config = directory / "model" / CONFIG_FILE
-        is_alone = [path.name for path in directory.iterdir()] == ["model"]  # a run has more
-        return is_alone and "imported" in read_yaml(config)
-    except (MovekdError, OSError):
-        return False

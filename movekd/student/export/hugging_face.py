@@ -29,37 +29,14 @@ from transformers import (
 from movekd.errors import ConfigError
 from movekd.student.checkpoint import ABOUT_FILE, TrainedStudent
 from movekd.student.export import modeling_movekd
-from movekd.student.export.modeling_movekd import MovekdClipVisionConfig
+from movekd.student.export.chat_template import chat_template
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
-from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
-from movekd.student.towers import num_prefix_tokens
+from movekd.student.towers import EXPORTED_TYPES, num_prefix_tokens
 
 TOWER = "model.vision_tower."
-
-_V1_TEMPLATE = (
-    "{{ " + json.dumps(V1_SYSTEM + " ") + " }}"
-    "{% for message in messages %}"
-    "{% set text = namespace(value='') %}"
-    "{% if message['content'] is string %}{% set text.value = message['content'] %}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set text.value = text.value + '<image>\n' %}"
-    "{% elif part['type'] == 'text' %}{% set text.value = text.value + part['text'] %}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if text.value.split('<image>') | length == 2 %}"
-    "{% set text.value = '<image>\n' + (text.value.replace('<image>', '') | trim) %}"
-    "{% set text.value = text.value | trim %}{% endif %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ 'USER:' }}{% if text.value %}{{ ' ' + text.value + ' ' }}{% endif %}"
-    "{% elif not loop.first or loop.last %}"
-    "{{ 'ASSISTANT:' }}{% if text.value %}{{ ' ' + text.value + END }}{% endif %}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-"""Vicuna's chat, as ``prompts`` writes it: the one image of a turn in front, only the role of an
-empty turn, no greeting before the first question. END is what ends an answer."""
 
 
 def export_hf(trained: TrainedStudent, directory: Path) -> None:
@@ -85,7 +62,9 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
         part.name_or_path = public_name(part.name_or_path)  # no path of this machine
-    if config.vision_config.model_type == MovekdClipVisionConfig.model_type:
+    # both are written: the student's output layer is never the input embeddings
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    if exported_model(config.vision_config.model_type) is not None:
         config.auto_map = {
             "AutoConfig": f"modeling_movekd.Movekd{name}Config",
             "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
@@ -94,15 +73,15 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     processor_class = LlavaNextProcessor if student.has_tiles else LlavaProcessor
     processor = processor_class(
         image_processor=image_processor(trained, cuts_tiles=student.has_tiles),
-        tokenizer=student.tokenizer,
+        tokenizer=_tokenizer(trained),
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # [CLS], which "default" takes off again
-        chat_template=_chat_template(trained),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=num_prefix_tokens(vision_config),  # "default" takes off [CLS]
+        chat_template=chat_template(student.tokenizer, trained.prompt),
     )
     write_shards(directory, plain_parameters(student.vlm))
     config.save_pretrained(directory)
-    student.vlm.generation_config.save_pretrained(directory)
+    _generation_config(trained).save_pretrained(directory)
     processor.save_pretrained(directory)
 
 
@@ -116,10 +95,10 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
     processor = image_processor(trained)
     config = tower_config(trained.student.vlm)
     config.dtype = trained.student.vlm.dtype
-    if config.model_type == MovekdClipVisionConfig.model_type:
+    if (model := exported_model(config.model_type)) is not None:
         config.auto_map = {
-            "AutoConfig": "modeling_movekd.MovekdClipVisionConfig",
-            "AutoModel": "modeling_movekd.MovekdClipVisionModel",
+            "AutoConfig": f"modeling_movekd.{model.config_class.__name__}",
+            "AutoModel": f"modeling_movekd.{model.__name__}",
         }
         _copy_code(directory)
     write_shards(directory, tower_parameters(trained.student.vlm))
@@ -137,23 +116,30 @@ def tower_config(vlm: Any) -> Any:
     """Return the config of the tower with its experts; a tower without keeps its own.
 
     Raises:
-        ConfigError: the tower has experts and is not a CLIP.
+        ConfigError: the tower has experts and its type has no class in ``modeling_movekd``.
     """
     config = copy.deepcopy(vlm.config.vision_config)
     layers = mole_layers(vlm)
     if not layers:
         config.architectures = [type(vlm.model.vision_tower).__name__]
         return config
-    if config.model_type not in ("clip_vision_model", MovekdClipVisionConfig.model_type):
+    model = exported_model(EXPORTED_TYPES.get(config.model_type, config.model_type))
+    if model is None:
         raise ConfigError(
             f"the experts stand in a tower of type '{config.model_type}'; exports know experts "
-            "only in a CLIP ('clip_vision_model'). Use the model directory itself."
+            f"only in {', '.join(EXPORTED_TYPES)}. Use the model directory itself."
         )
     keys = config.to_dict() | next(iter(layers.values()))
     for key in ("model_type", "transformers_version", "auto_map"):
         keys.pop(key, None)
-    keys |= {"architectures": ["MovekdClipVisionModel"], "layers_to_transform": sorted(layers)}
-    return MovekdClipVisionConfig(**keys)
+    keys |= {"architectures": [model.__name__], "layers_to_transform": sorted(layers)}
+    return model.config_class(**keys)
+
+
+def exported_model(model_type: str) -> Any:
+    """Return the class of ``modeling_movekd`` for the type of a config; None for a stock type."""
+    classes = {model.config_class.model_type: model for model in modeling_movekd.TOWERS}
+    return classes.get(model_type)
 
 
 def image_processor(trained: TrainedStudent, *, cuts_tiles: bool = False) -> Any:
@@ -192,11 +178,30 @@ def image_processor(trained: TrainedStudent, *, cuts_tiles: bool = False) -> Any
     )
 
 
-def _chat_template(trained: TrainedStudent) -> str | None:
-    if trained.prompt == "v1":
-        return _V1_TEMPLATE.replace("END", json.dumps(turn_end(trained.student.tokenizer)))
-    template: str | None = trained.student.tokenizer.chat_template
-    return template if trained.prompt == "chat_template" else None
+def _tokenizer(trained: TrainedStudent) -> Any:
+    """Return the tokenizer as users of transformers call it: with texts of the chat template."""
+    tokenizer = copy.deepcopy(trained.student.tokenizer)
+    tokenizer.padding_side = "left"  # new tokens stand behind the question, also in a batch
+    tokenizer.chat_template = chat_template(tokenizer, trained.prompt)
+    if trained.prompt == "chat_template" and tokenizer("")["input_ids"]:
+        # the template writes <s> itself, or the training had none
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
+    return tokenizer
+
+
+def _generation_config(trained: TrainedStudent) -> Any:
+    """Return the language model's settings, with the tokens of the tokenizer."""
+    tokenizer = trained.student.tokenizer
+    config = copy.deepcopy(trained.student.vlm.generation_config)
+    others = config.eos_token_id
+    others = others if isinstance(others, list) else [] if others is None else [others]
+    ends = dict.fromkeys(token for token in (tokenizer.eos_token_id, *others) if token is not None)
+    config.eos_token_id = next(iter(ends)) if len(ends) == 1 else list(ends) or None
+    config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:  # transformers saves no settings of sampling beside greedy search
+        config.temperature = config.top_p = config.top_k = None
+    return config
 
 
 def _copy_code(directory: Path) -> None:

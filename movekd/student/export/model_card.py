@@ -6,8 +6,10 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
+from movekd.corpus.conversations import Conversation
 from movekd.student.checkpoint import TrainedStudent
 from movekd.student.parameters import mole_layers
+from movekd.student.prompts import render_question
 from movekd.student.provenance import base_models, is_hub_id
 from movekd.student.towers import num_prefix_tokens, tower_type
 
@@ -83,6 +85,24 @@ Pixels are normalised as `movekd.json` says (`image_mean`, `image_std`, `geometr
 }
 
 
+_QUESTION = "What is in the image?"
+_ASKING = """```python
+content = [{"type": "image", "path": "image.jpg"}, {"type": "text", "text": "QUESTION"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+
+`pipeline("image-text-to-text")` takes the same messages. Batches are padded on the left.
+"""
+
+
 def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
     """Return the README.md of an export.
 
@@ -114,6 +134,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         .replace("PREFIX", str(num_prefix_tokens(student.vlm.config.vision_config)))
         .replace("LAYER", str(student.vlm.config.vision_feature_layer))
         .replace("SIZE", str(student.image_size)),
+        _prompt(trained) if kind == "hf" else "",
         _made_of(run, bases),
         _licences(bases),
     ]
@@ -176,6 +197,31 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
         f"{prompt}The experts cannot be merged into the MLPs, since every token "
         "chooses its own.\n"
     )
+
+
+def _prompt(trained: TrainedStudent) -> str:
+    """Return the prompt format, what it looks like, and how a question is asked."""
+    tokenizer = trained.student.tokenizer
+    turns: Any = (("human", f"<image>\n{_QUESTION}"),)
+    prompt = render_question(Conversation("", ("image",), turns), tokenizer, trained.prompt)
+    image = "Each `<image>` becomes the tokens of an image."
+    if not prompt.has_special_tokens:
+        image += f" The tokenizer puts {_begin(tokenizer)} in front."
+    if trained.prompt == "plain":
+        return (
+            "## Prompt\n\nFormat `plain`: only the image; the model writes a caption. The text for "
+            f"the processor is `<image>`. {image}\n"
+        )
+    code = _ASKING.replace("QUESTION", _QUESTION)
+    return (
+        f"## Prompt\n\nFormat `{trained.prompt}`, which `apply_chat_template` writes. {image} "
+        f"`{_QUESTION}` with an image is this text:\n\n```text\n{prompt.text}\n```\n\n{code}"
+    )
+
+
+def _begin(tokenizer: Any) -> str:
+    ids = tokenizer("")["input_ids"]
+    return f"`{tokenizer.decode(ids)}`" if ids else "nothing"
 
 
 def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:

@@ -1,8 +1,9 @@
-"""Compute a CLIP vision tower with a mixture of LoRA experts in its MLPs, and LLaVA around it.
+"""Compute a vision tower with a mixture of LoRA experts in its MLPs, and LLaVA around it.
 
 Part of movekd (Apache-2.0). Needs only torch and transformers. Copied into every export. Config
-and model share this file, because transformers would import two files as unrelated packages. A
-router sends every token to one expert, which adds a low-rank term to both linear layers of the MLP:
+and model share this file, because transformers would import two files as unrelated packages. The
+towers are CLIP, SigLIP and DINOv2 with and without registers. A router sends every token to one
+expert, which adds a low-rank term to both linear layers of the MLP:
 
     p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
@@ -14,6 +15,7 @@ J = K + E.
 Source: MoVE-KD (arXiv 2501.01709).
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,16 +26,22 @@ from transformers import (
     AutoModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
-from transformers.activations import ACT2FN
 
 
-class MovekdClipVisionConfig(CLIPVisionConfig):
-    """A CLIP vision tower whose MLPs have experts.
+@dataclass(kw_only=True)
+class MovekdExpertKeys:
+    """The keys that experts add to the config of a vision tower.
 
     Attributes:
         num_experts: experts per block.
@@ -43,7 +51,6 @@ class MovekdClipVisionConfig(CLIPVisionConfig):
         layers_to_transform: indices of the blocks with experts; None means all.
     """
 
-    model_type = "movekd_clip_vision"
     base_config_key = "vision_config"
     attribute_map: ClassVar[dict[str, str]] = {  # older exports have these names
         "expert_rank": "r",
@@ -56,6 +63,30 @@ class MovekdClipVisionConfig(CLIPVisionConfig):
     lora_alpha: float = 1.0
     use_gate: bool = False
     layers_to_transform: list[int] | None = None
+
+
+class MovekdClipVisionConfig(MovekdExpertKeys, CLIPVisionConfig):
+    """A CLIP vision tower whose MLPs have experts."""
+
+    model_type = "movekd_clip_vision"
+
+
+class MovekdSiglipVisionConfig(MovekdExpertKeys, SiglipVisionConfig):
+    """A SigLIP vision tower whose MLPs have experts."""
+
+    model_type = "movekd_siglip_vision"
+
+
+class MovekdDinov2Config(MovekdExpertKeys, Dinov2Config):
+    """A DINOv2 whose MLPs have experts."""
+
+    model_type = "movekd_dinov2"
+
+
+class MovekdDinov2WithRegistersConfig(MovekdExpertKeys, Dinov2WithRegistersConfig):
+    """A DINOv2 with registers whose MLPs have experts."""
+
+    model_type = "movekd_dinov2_with_registers"
 
 
 class MovekdLlavaConfig(LlavaConfig):
@@ -104,21 +135,25 @@ class MovekdExperts(nn.Module):
         return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 
-class MovekdClipMLP(nn.Module):
-    """The MLP of a block, its experts and their router."""
+class MovekdMLP(nn.Module):
+    """The MLP of a block, its experts and their router.
 
-    def __init__(self, config: Any) -> None:
+    Args:
+        mlp: the block's own MLP; its linear layers keep their names.
+        config: the tower's.
+    """
+
+    def __init__(self, mlp: Any, config: Any) -> None:
         super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
         self.experts: dict[str, Any] = {
             "num_experts": config.num_experts,
             "r": config.r,
             "lora_alpha": config.lora_alpha,
             "use_gate": config.use_gate,
         }
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.activation_fn = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        width, hidden = mlp.fc1.in_features, mlp.fc1.out_features
         self.mole_fc1 = MovekdExperts(config.num_experts, config.r, width, hidden)
         self.mole_fc2 = MovekdExperts(config.num_experts, config.r, hidden, width)
         self.mole_router = nn.Linear(width, config.num_experts)
@@ -146,10 +181,50 @@ class MovekdClipVisionModel(CLIPVisionModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        blocks = config.layers_to_transform
-        for number in range(config.num_hidden_layers) if blocks is None else blocks:
-            self.encoder.layers[number].mlp = MovekdClipMLP(config)
+        _add_experts(self.encoder.layers, config)
         self.post_init()
+
+
+class MovekdSiglipVisionModel(SiglipVisionModel):
+    """A SigLIP vision tower with experts."""
+
+    config_class = MovekdSiglipVisionConfig
+    config: MovekdSiglipVisionConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _add_experts(self.encoder.layers, config)
+        self.post_init()
+
+
+class MovekdDinov2Model(Dinov2Model):
+    """A DINOv2 with experts."""
+
+    config_class = MovekdDinov2Config
+    config: MovekdDinov2Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _add_experts(self.encoder.layer, config)
+        self.post_init()
+
+
+class MovekdDinov2WithRegistersModel(Dinov2WithRegistersModel):
+    """A DINOv2 with registers and experts."""
+
+    config_class = MovekdDinov2WithRegistersConfig
+    config: MovekdDinov2WithRegistersConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _add_experts(self.encoder.layer, config)
+        self.post_init()
+
+
+def _add_experts(blocks: Any, config: Any) -> None:
+    numbers = config.layers_to_transform
+    for number in range(len(blocks)) if numbers is None else numbers:
+        blocks[number].mlp = MovekdMLP(blocks[number].mlp, config)
 
 
 class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -166,5 +241,19 @@ class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
     config: MovekdLlavaNextConfig
 
 
-AutoConfig.register(MovekdClipVisionConfig.model_type, MovekdClipVisionConfig, exist_ok=True)
-AutoModel.register(MovekdClipVisionConfig, MovekdClipVisionModel, exist_ok=True)
+TOWERS = (
+    MovekdClipVisionModel,
+    MovekdSiglipVisionModel,
+    MovekdDinov2Model,
+    MovekdDinov2WithRegistersModel,
+)
+
+
+def register_auto_classes() -> None:
+    """Make ``AutoModel`` know the towers, also inside of LLaVA."""
+    for model in TOWERS:
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModel.register(model.config_class, model, exist_ok=True)
+
+
+register_auto_classes()

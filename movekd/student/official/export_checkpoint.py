@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from movekd.errors import ConfigError, WeightsError
+from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.checkpoint import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
 from movekd.student.official.schema import (
     ARCHITECTURE,
@@ -42,11 +40,13 @@ from movekd.student.official.state_dict import (
 )
 from movekd.student.parameters import mole_layers
 from movekd.student.provenance import base_models, imported_from, public_name
-from movekd.student.tensor_files import read_json, write_bin, write_shards
+from movekd.student.tensor_files import TensorFiles, read_json, write_bin, write_shards
 from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
 
 EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
 """Each key of ``mole_encoder.bin`` holds one of these."""
+
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
@@ -67,13 +67,9 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
         )
     require_official(vlm)
     directory.mkdir(parents=True, exist_ok=True)
-    adapters = _adapters(trained.directory)
+    adapters = adapters_of_run(trained.directory)
     originals = trained.directory / ORIGINALS
-    config = (
-        read_json(originals / "config.json")
-        if (originals / "config.json").exists()
-        else _config(trained)
-    )
+    config = official_config(trained)
     state = official_state_dict(vlm)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][: config["vocab_size"]]
@@ -108,16 +104,23 @@ def write_stage_1(directory: Path, state: Mapping[str, Tensor]) -> None:
             write_bin(directory / STAGE_1_FILES[part], tensors)
 
 
-def _adapters(model_dir: Path) -> dict[str, Tensor]:
+def official_config(trained: TrainedStudent) -> dict[str, Any]:
+    """Return the config.json of an export; an imported checkpoint's is its own.
+
+    Raises:
+        ConfigError: the released code cannot compute this student.
+    """
+    original = trained.directory / ORIGINALS / "config.json"
+    return read_json(original) if original.exists() else _config(trained)
+
+
+def adapters_of_run(model_dir: Path) -> dict[str, Tensor]:
     """Return the official adapters of a run; heads of the revised recipe are left out."""
     path = model_dir / ADAPTERS_FILE
     if not path.exists():
         return {}
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}.") from None
-    plain = {n: t for n, t in tensors.items() if n.split(".")[1] in ("channels", "tokens")}
+    tensors = TensorFiles({path: None})
+    plain = {n: tensors[n] for n in tensors if n.split(".")[1:2] in (["channels"], ["tokens"])}
     return official_adapters(plain)
 
 
@@ -126,9 +129,16 @@ def _as_released(state: Mapping[str, Tensor], originals: Path) -> dict[str, Tens
     result = dict(state)
     if (originals / DTYPES_FILE).exists():
         for name, dtype in read_json(originals / DTYPES_FILE).items():
+            if name not in result or dtype not in _DTYPES:
+                raise WeightsError(
+                    f"{originals / DTYPES_FILE} says that {shorten(name)} is {shorten(dtype)}; "
+                    f"expected a weight of the model, and {', '.join(_DTYPES)}. Import the "
+                    "checkpoint again."
+                )
             result[name] = result[name].to(getattr(torch, dtype))
     if (originals / BUFFERS_FILE).exists():
-        result |= load_file(originals / BUFFERS_FILE)
+        buffers = TensorFiles({originals / BUFFERS_FILE: None})
+        result |= {name: buffers[name] for name in buffers}
     return result
 
 

@@ -26,6 +26,7 @@ from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError
 from movekd.student.checkpoint import ABOUT_FILE, CONFIG_FILE, PART_FILES, part_of
 from movekd.student.config import StudentConfig
+from movekd.student.model_files import check_model_files
 from movekd.student.official.imported_model import (
     write_adapters,
     write_language_model,
@@ -94,6 +95,7 @@ def import_official(
     """
     if not source.is_dir():
         raise WeightsError(f"{source} is no directory; expected a released checkpoint.")
+    check_model_files(source)
     stage_1 = {part: source / name for part, name in STAGE_1_FILES.items()}
     if not (source / "config.json").exists() and not any(p.exists() for p in stage_1.values()):
         raise WeightsError(

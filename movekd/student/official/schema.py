@@ -20,8 +20,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError
-from movekd.student.config import MoleKeys, PromptFormat, StudentConfig
+from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading
 from movekd.student.official.state_dict import (
     adapter_shapes,
@@ -103,24 +104,29 @@ def require_supported(keys: Mapping[str, Any], path: Path) -> None:
 
 
 def student_config(keys: Mapping[str, Any], dtype: str, prompt: PromptFormat) -> StudentConfig:
-    """Return the student that a config.json describes, with its base models beside it."""
+    """Return the student that a config.json describes, with its base models beside it.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
     moe = keys.get("moe") or {}
-    return StudentConfig(
-        vision_tower="base/vision_tower",
-        language_model="base/language_model",
-        vision_feature_layer=keys.get("mm_vision_select_layer", -2),
-        mole=MoleKeys(
-            num_experts=moe.get("moe_encoder_num_experts", 3),
-            r=moe.get("moe_encoder_lora_rank", 32),
-            lora_alpha=float(moe.get("moe_encoder_lora_alpha", 1)),
-            use_gate=False,
-            init_lora_weights="kaiming",
-            layers_to_transform="all",
-            balance="sample",
-        ),
-        prompt=prompt,
-        dtype=dtype,  # type: ignore[arg-type]  # one of the three, as _dtype says
-    )
+    content = {
+        "vision_tower": "base/vision_tower",
+        "language_model": "base/language_model",
+        "vision_feature_layer": keys.get("mm_vision_select_layer", -2),
+        "mole": {
+            "num_experts": moe.get("moe_encoder_num_experts", 3),
+            "r": moe.get("moe_encoder_lora_rank", 32),
+            "lora_alpha": moe.get("moe_encoder_lora_alpha", 1),
+            "use_gate": False,
+            "init_lora_weights": "kaiming",
+            "layers_to_transform": "all",
+            "balance": "sample",
+        },
+        "prompt": prompt,
+        "dtype": dtype,
+    }
+    return validate(StudentConfig, content, "the student of config.json")
 
 
 def experts_of(tensors: TensorFiles) -> dict[str, Any]:
@@ -164,13 +170,14 @@ def text_config(keys: Mapping[str, Any]) -> Any:
 
 def skeleton(vision_config: Any, text_config: Any, student: StudentConfig) -> Any:
     """Return the student without values: only names and shapes."""
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        projector_hidden_act="gelu",
-        vision_feature_layer=student.vision_feature_layer,
-    )
-    with torch.device("meta"):
+    with loading("config.json", "the model of"):
+        config = LlavaConfig(
+            vision_config=vision_config,
+            text_config=text_config,
+            projector_hidden_act="gelu",
+            vision_feature_layer=student.vision_feature_layer,
+        )
+    with loading("config.json", "the model of"), torch.device("meta"):
         vlm = LlavaForConditionalGeneration(config)
         experts = mole_config(student, vision_config.num_hidden_layers)
         inject_adapter_in_model(experts, vlm.model.vision_tower)

@@ -1,14 +1,13 @@
-"""Tests of movekd.student.export.formats: what --overwrite may delete, and what it may not."""
+"""Tests of movekd.student.export.formats: an export is complete, or what was there stays."""
 
 import shutil
 
 import pytest
-from safetensors.torch import save_file
 
+from exports import export
 from movekd.errors import ConfigError
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export, new_directory
-from movekd.student.official.import_checkpoint import import_official
+from movekd.student.export.output_folder import new_directory
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +27,14 @@ def test_an_earlier_export_is_replaced_when_asked(trained, tmp_path, kind):
     with pytest.raises(ConfigError, match="exists already; give --overwrite"):
         export(trained, kind, out)
     assert (out / "config.json").read_text() == "{}"
-    with pytest.raises(ConfigError), new_directory(out, overwrite=True):
+    with pytest.raises(ConfigError), new_directory(out, "", overwrite=True, force=True):
         export(trained, kind, out)  # fails half way
+    with pytest.raises(ConfigError, match=r"changed since \(config\.json\).*--force"):
+        export(trained, kind, out, overwrite=True)
     assert (out / "config.json").read_text() == "{}"
-    export(trained, "encoder", out, overwrite=True)
+    export(trained, "encoder", out, overwrite=True, force=True)
     assert "movekd_clip_vision" in (out / "config.json").read_text()
     assert names(tmp_path) == ["out"]
-
-
-def test_an_earlier_import_is_replaced_but_no_checkpoint_and_no_run(kit, tmp_path, snapshot):
-    source = kit.write_released(tmp_path)
-    save_file(kit.released_state(), source / "model.safetensors")
-    with new_directory(tmp_path / "in") as directory:
-        import_official(source, directory)
-    with new_directory(tmp_path / "in", overwrite=True) as directory:
-        (directory / "new").touch()
-    assert names(tmp_path / "in") == ["new"]
-    kit.make_run(tmp_path / "run", kit.OFFICIAL)
-    (tmp_path / "run/config.yaml").write_text("imported: {from: x}")  # as `train` writes one
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("the only copy")
-    before = snapshot(tmp_path)
-    for place in (source, tmp_path / "run", precious, precious / "thesis.txt"):
-        refusal = pytest.raises(ConfigError, match=r"was not written by `movekd export` or `impor")
-        with refusal, new_directory(place, overwrite=True):
-            pass
-    assert snapshot(tmp_path) == before
 
 
 def test_what_is_read_is_never_written_over(kit, tmp_path, monkeypatch, snapshot):

@@ -15,16 +15,18 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from exports import export
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
 from movekd.student import register_auto_classes
 from movekd.student.checkpoint import TrainedStudent, load_student
 from movekd.student.config import StudentConfig
-from movekd.student.export.formats import export
+from movekd.student.export.load_again import load_onnx
 from movekd.student.export.onnx import encoder_tokens
 from movekd.student.tokenization import tokenize_question
+from movekd.student.towers import EXPORTED_TYPES
 from movekd.student.vlm import build_vlm, image_features
-from small_tower import build_tower
+from small_tower import TOWERS, build_tower
 
 
 def test_transformers_loads_the_whole_model(kit, trained, tmp_path, text_and_image):
@@ -144,7 +146,10 @@ def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
     with pytest.raises(ConfigError, match="stage: distill"):
         load_student(run)
     if mole:
-        assert "onnxruntime agrees" in export(trained, "onnx", tmp_path / "onnx")
+        export(trained, "onnx", tmp_path / "onnx")
+        given = {"pixel_values": pixels}
+        found, _ = load_onnx({"directory": str(tmp_path / "onnx")}, given)
+        torch.testing.assert_close(found["tokens"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_registers_do_not_go_into_a_llava_of_transformers(kit, tmp_path):
@@ -173,11 +178,28 @@ def test_a_geometry_without_a_processor_is_refused(official, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["dinov2", "siglip"])
-def test_experts_in_another_tower_are_refused_and_never_dropped(kit, tmp_path, name):
+@pytest.mark.parametrize("name", sorted(TOWERS))
+@pytest.mark.parametrize("mole", ["REVISED", "OFFICIAL", None])
+def test_no_tower_loses_its_experts(kit, tmp_path, pixels, name, mole):
     build_tower(name, 48).save_pretrained(tmp_path / "tower")
+    keys = mole and getattr(kit, mole)
+    run = kit.make_encoder_run(tmp_path / "run", keys, tmp_path / "tower")
+    trained = load_student(run, takes_encoder=True)
+    export(trained, "encoder", tmp_path / "out")
+    register_auto_classes()
+    encoder, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        hidden_states = encoder(pixels, output_hidden_states=True).hidden_states
+        expected = image_features(trained.student.vlm, pixels)[1]
+    assert torch.equal(hidden_states[-2][:, TOWERS[name][3] :], expected)
+
+
+def test_experts_in_a_tower_without_a_class_are_refused(kit, tmp_path, monkeypatch):
+    build_tower("siglip", 48).save_pretrained(tmp_path / "tower")
     run = kit.make_encoder_run(tmp_path / "run", kit.REVISED, tmp_path / "tower")
     trained = load_student(run, takes_encoder=True)
-    with pytest.raises(ConfigError, match=rf"experts stand in a tower of type '{name}"):
+    monkeypatch.delitem(EXPORTED_TYPES, "siglip_vision_model")  # as after `register_tower`
+    with pytest.raises(ConfigError, match=r"experts stand in a tower of type 'siglip"):
         export(trained, "encoder", tmp_path / "out")
     assert not (tmp_path / "out").exists()

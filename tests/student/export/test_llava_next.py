@@ -16,12 +16,12 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
+from exports import export
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.checkpoint import PART_FILES, TrainedStudent, load_student, save_parts
 from movekd.student.config import StudentConfig
-from movekd.student.export.formats import export
 from movekd.student.vlm import build_vlm
 
 QUESTION = "Is there a 3?"

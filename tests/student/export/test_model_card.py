@@ -1,12 +1,14 @@
 """Tests of movekd.student.export.model_card."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
+from exports import export
 from movekd.student.checkpoint import load_student
-from movekd.student.export.formats import export
 from movekd.student.export.model_card import model_card, random_parts
 from movekd.student.official.import_checkpoint import import_official
 
@@ -23,6 +25,19 @@ def test_every_export_has_a_card(official, tmp_path, kind):
     assert "Random weights" not in body
     assert str(official.directory) not in text
     assert "DIR" not in body
+
+
+@pytest.mark.parametrize("prompt", ["v1", "chat_template", "plain"])
+def test_the_card_shows_the_prompt(official, prompt):
+    trained = replace(official, prompt=prompt)
+    section = model_card(trained, "hf", "x").split("## Prompt\n")[1].split("\n## ")[0]
+    assert f"Format `{prompt}`" in section
+    if prompt == "v1":
+        assert (
+            "answers to the user's questions. USER: <image>\nWhat is in the image? ASS" in section
+        )
+        assert "The tokenizer puts `<s>` in front" in section
+    assert ("```text" in section) == (prompt != "plain")
 
 
 def test_weights_that_never_learned_are_marked(kit, official, tmp_path):

@@ -9,13 +9,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from exports import export
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
 from movekd.evaluate.generate import generate_answers
 from movekd.student.adapters import StudentHead, TeacherAdapter
 from movekd.student.checkpoint import ADAPTERS_FILE, load_student, save_adapters, save_parts
 from movekd.student.config import MoleKeys
-from movekd.student.export.formats import export
 from movekd.student.official.export_checkpoint import write_official
 from movekd.student.official.import_checkpoint import import_official
 from movekd.student.official.schema import STAGE_1_FILES

@@ -1,0 +1,206 @@
+"""Check the small files of a model's folder before transformers reads them.
+
+Input: a folder that a stranger may have written. Output: nothing, or an error that names the file.
+transformers reads a folder without limits: it follows links, waits for a FIFO, and builds as many
+layers as a config.json says. ``hf_loading.loading`` calls this module first. The files of a hub id
+are left to the hub's library.
+"""
+
+import stat
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from movekd.config import FrozenModel
+from movekd.corpus.transforms import Geometry
+from movekd.errors import WeightsError, shorten
+from movekd.files.reading import MIB, read_json, read_text
+from movekd.student.config import PromptFormat
+
+_LARGE = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
+_LARGE_BYTES, _SMALL_BYTES = 256 * MIB, 16 * MIB
+_CONFIGS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    "tokenizer_config.json",
+)
+_WEIGHTS = (".safetensors", ".bin", ".model")
+_TEMPLATES = "additional_chat_templates"
+_AGAIN = "Download the folder again, or copy the file into it."
+
+_Small = Annotated[int, Field(ge=0, le=1024, strict=True)]
+_Width = Annotated[int, Field(ge=0, le=2**20, strict=True)]
+_Large = Annotated[int, Field(ge=-1, le=2**31, strict=True)]
+_Side = Annotated[int, Field(ge=1, le=2**14, strict=True)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class ModelSizes(BaseModel):
+    """Keys of config files that decide how much is built, or that transformers does not check."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_hidden_layers: _Small | None = None
+    num_attention_heads: _Small | None = None
+    num_key_value_heads: _Small | None = None
+    num_register_tokens: _Small | None = None
+    num_channels: _Small | None = None
+    num_experts: _Small | None = None
+    moe_encoder_num_experts: _Small | None = None
+    hidden_size: _Width | None = None
+    intermediate_size: _Width | None = None
+    head_dim: _Width | None = None
+    r: _Width | None = None
+    expert_rank: _Width | None = None
+    moe_encoder_lora_rank: _Width | None = None
+    lora_alpha: _Positive | None = None
+    expert_alpha: _Positive | None = None
+    moe_encoder_lora_alpha: _Positive | None = None
+    use_gate: bool | None = None
+    model_max_length: _Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] | None = None
+    vocab_size: _Large | None = None
+    max_position_embeddings: _Large | None = None
+    image_size: _Side | list[_Side] | None = None
+    patch_size: _Side | list[_Side] | None = None
+    layers_to_transform: list[_Small] | None = None
+    expert_blocks: list[_Small] | None = None
+
+
+class _Teachers(FrozenModel):
+    teachers: list[str] | None = None
+
+
+class _Imported(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    source: str | None = Field(default=None, alias="from")
+    vision_tower: str | None = None
+    language_model: str | None = None
+
+
+class MadeOf(BaseModel):
+    """What an export says about its run, see ``provenance.made_of``."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    recipe: str | None = None
+    stage: str | None = None
+    student: dict[str, str] | None = None
+    distill: _Teachers | None = None
+    imported: _Imported | None = None
+
+
+class About(BaseModel):
+    """The ``movekd.json`` of an export with a language model."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    prompt: PromptFormat
+    geometry: Geometry
+    image_mean: tuple[_Unit, _Unit, _Unit]
+    image_std: tuple[_Deviation, _Deviation, _Deviation]
+    run: MadeOf | None = None
+
+
+def read_about(path: Path) -> tuple[About, dict[str, Any]]:
+    """Return the ``movekd.json`` of an export, and what it says about its run, as JSON holds it.
+
+    Raises:
+        WeightsError: it is missing, damaged or of other values.
+    """
+    content = _read_object(path, _SMALL_BYTES)
+    try:
+        return About.model_validate(content), content.get("run") or {}
+    except ValidationError as error:
+        raise WeightsError(
+            f"{path} has {_first(error)}; expected what `movekd export` wrote. Export the model "
+            "again."
+        ) from None
+
+
+def check_model_files(source: str | Path) -> None:
+    """Check what transformers would read of a folder; a hub id is left to the hub's library.
+
+    Raises:
+        WeightsError: a file is no regular file, is a link out of the folder, is too large or no
+            JSON, or a config.json has a size that no model has.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        return
+    for folder in (directory, directory / _TEMPLATES):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix in (".json", ".jinja", ".txt", *_WEIGHTS):
+                _check_file(path, directory)
+    for name in _CONFIGS:
+        if (directory / name).exists():
+            _check_sizes(directory / name, _read_object(directory / name, _SMALL_BYTES))
+
+
+def _check_file(path: Path, directory: Path) -> None:
+    if not _is_inside(path, directory):
+        raise WeightsError(
+            f"{shorten(path)} is a link out of its folder; expected a file in it, because what a "
+            f"link shows would be read and copied. {_AGAIN}"
+        )
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise WeightsError(
+            f"{shorten(path)} cannot be read: {error.strerror}; expected a file. {_AGAIN}"
+        ) from None
+    if path.is_dir():
+        return
+    if not is_regular:
+        raise WeightsError(f"{shorten(path)} is no regular file; expected one. {_AGAIN}")
+    max_bytes = _LARGE_BYTES if path.name in _LARGE else _SMALL_BYTES
+    if path.suffix == ".json":
+        read_json(path, max_bytes=max_bytes, error=WeightsError, remedy=_AGAIN, allow_nan=True)
+    elif path.suffix == ".jinja":
+        read_text(path, max_bytes=MIB, error=WeightsError, remedy=_AGAIN)
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Return whether a file lies in its folder, or in the blobs of its model in a hub's cache."""
+    if not any(part.is_symlink() for part in (path, path.parent) if part != directory):
+        return True
+    place, there = directory.resolve(), path.resolve()
+    roots = [place]
+    if place.parent.name == "snapshots":
+        roots.append(place.parents[1] / "blobs")
+    return any(there.is_relative_to(root) for root in roots)
+
+
+def _check_sizes(path: Path, content: dict[str, Any]) -> None:
+    """Check the sizes in a config and in the configs inside of it."""
+    level: list[Any] = [content]
+    while level:
+        for part in level:
+            try:
+                ModelSizes.model_validate(part)
+            except ValidationError as error:
+                raise WeightsError(
+                    f"{path} has {_first(error)}; expected the sizes of a model. {_AGAIN}"
+                ) from None
+        level = [value for part in level for value in part.values() if isinstance(value, dict)]
+
+
+def _read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    content = read_json(
+        path, max_bytes=max_bytes, error=WeightsError, remedy=_AGAIN, allow_nan=True
+    )
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"{path} holds {type(content).__name__}; expected a JSON object. {_AGAIN}"
+        )
+    return content
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first problem of a validation: key, value and reason."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"{shorten(key, 80)} {shorten(repr(first['input']), 80)} ({shorten(first['msg'])})"
