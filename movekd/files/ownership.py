@@ -31,8 +31,8 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size_bytes: Annotated[int, Field(ge=0)]
-    xxh3_128: str
+    size_bytes: Annotated[int, Field(ge=0, le=2**50, strict=True)]
+    xxh3_128: Annotated[str, Field(pattern="^[0-9a-f]{32}$", strict=True)]
 
 
 class OwnedFiles(BaseModel):

@@ -228,7 +228,7 @@ def damaged(stores, tmp_path, change) -> TeacherCache:
         (lambda data: data[:-1], "truncated"),
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[2304:], "truncated"),
-        (lambda data: data[:20], "has 20 bytes, less than its index of 132"),
+        (lambda data: data[:20], "has 20 bytes, its seal says 18564: it is truncated"),
         (lambda data: b"", "has 0 bytes"),
         (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "checksum of the shard index"),
     ],
