@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 
 from movekd.cache.codecs import ArrayLayout
-from movekd.cache.layout import TeacherLayout, shard_file
-from movekd.cache.shard_file import ABSENT, index_bytes, parse_index
+from movekd.cache.layout import TeacherLayout, index_bytes, shard_file
+from movekd.cache.shard_file import ABSENT, parse_index
 from movekd.errors import CacheError, CorruptCacheError
 
 MAX_SHARDS = 1024

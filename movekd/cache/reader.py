@@ -184,6 +184,11 @@ class TeacherCache(TeacherContents):
         self.__dict__.update(state)
         self._rows = self._open_rows()
 
+    def require_images(self, catalog: Catalog) -> None:
+        """Refuse features of other images than the catalog lists; see ``TeacherContents``."""
+        super().require_images(catalog)
+        self._sealed_shards.accept(self.sums.shards_S)
+
     def _open_rows(self) -> MappedRows | TensorStoreRows:
         if self.storage.local_dir is not None and self.spec.compressor == "none":
             group = self.storage.local_dir / layout.group_name(self.teacher)
