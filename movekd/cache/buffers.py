@@ -5,7 +5,9 @@ straight into these buffers, so memory that is shared, or that may not be writte
 wrong features without an error.
 """
 
+import os
 from collections.abc import Mapping
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -35,7 +37,7 @@ def require_buffers(
             written to. A numpy array that is only *flagged* as read-only looks like any other once
             torch holds it: torch warns about it, and this function cannot see it.
     """
-    remedy = f"allocate it with `empty({num_rows})`."
+    remedy = "allocate it with `empty(len(rows))`."
     if not isinstance(out, Mapping):
         raise CacheError(f"out is a {type(out).__name__}; expected name -> tensor: {remedy}")
     into: dict[str, npt.NDArray[Any]] = {}
@@ -90,17 +92,20 @@ def _share_memory(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
         return True
 
 
+@cache
+def _zeros() -> int:
+    return os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _require_writable(name: str, array: npt.NDArray[Any]) -> None:
     """Refuse memory that is mapped for reading only: writing to it would kill the process.
 
     The kernel writes the first element and reports memory that it may not write to.
     """
-    first = array[(slice(0, 1),) * array.ndim].reshape(-1).view(np.uint8)
     try:
-        with open("/dev/zero", "rb", buffering=0) as zeros:
-            zeros.readinto(first.data)
+        os.readv(_zeros(), [array[(slice(0, 1),) * array.ndim].data])
     except OSError:
         raise CacheError(
             f"out['{name}'] lies in memory that may not be written to, such as a memory map opened "
-            f"for reading; expected memory of its own: allocate it with `empty({len(array)})`."
+            f"for reading; expected memory of its own: allocate it with `empty(len(rows))`."
         ) from None

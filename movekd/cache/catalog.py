@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, write_pa
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, CorruptCacheError, shorten
 
+_Number = TypeVar("_Number", np.int16, np.int64)
 _BLOCK_BYTES = 2**20
 _KEY, *_PLACE = INDEX_SCHEMA
 _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
@@ -70,7 +72,7 @@ class Catalog:
         """The rows that hold a view of an image, ascending."""
         rows, start = np.empty(len(self.index), np.int64), 0
         for part in self.index.parts(["row"]):
-            rows[start : (start := start + len(part))] = part["row"]
+            rows[start : (start := start + len(part))] = _numbers(part["row"], np.int64)
         return rows
 
     @cached_property
@@ -81,29 +83,34 @@ class Catalog:
     @cached_property
     def views(self) -> npt.NDArray[np.int16]:
         """The number of the view in each of ``rows``."""
-        return np.asarray(self.index["view"])
+        return _numbers(self.index["view"], np.int16)
 
     @cached_property
     def images(self) -> npt.NDArray[np.int64]:
         """The position in the corpus of the image in each of ``rows``."""
         return np.cumsum(self.views == 0, dtype=np.int64) - 1
 
-    def shard_spans(self, rows_per_shard: int) -> npt.NDArray[np.int64]:
-        """Return the rows that the seal of each Zarr shard covers: [first, end), int64 (S, 2)."""
-        firsts = np.arange(0, self.num_rows, rows_per_shard)
-        low, high = np.searchsorted(self.rows, [firsts, firsts + rows_per_shard])
-        ends = np.where(high > low, self.rows[np.maximum(high, 1) - 1] + 1, firsts)
-        return np.stack([firsts, ends], axis=1)
+    def zarr_shards(
+        self, rows_per_shard: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]:
+        """Return what the seal of each Zarr shard must say; one pass over the keys, once.
 
-    def shard_keys(self, rows_per_shard: int) -> npt.NDArray[np.bytes_]:
-        """Return ``keys_checksums`` of every Zarr shard, (S,); one pass over the keys, once."""
-        if rows_per_shard not in self._shard_keys:
-            spans = self.shard_spans(rows_per_shard).tolist()
-            self._shard_keys[rows_per_shard] = np.array([*self.keys_checksums(spans)], "S32")
-        return self._shard_keys[rows_per_shard]
+        Returns:
+            The rows [first, end) that it covers, (S, 2), and the ``keys_checksums`` of them, (S,).
+        """
+        if rows_per_shard not in self._zarr_shards:
+            firsts = np.arange(0, self.num_rows, rows_per_shard)
+            low, high = np.searchsorted(self.rows, [firsts, firsts + rows_per_shard])
+            ends = np.where(high > low, self.rows[np.maximum(high, 1) - 1] + 1, firsts)
+            spans = np.stack([firsts, ends], axis=1)
+            keys = np.array([*self.keys_checksums(spans.tolist())], "S32")
+            self._zarr_shards[rows_per_shard] = spans, keys
+        return self._zarr_shards[rows_per_shard]
 
     @cached_property
-    def _shard_keys(self) -> dict[int, npt.NDArray[np.bytes_]]:
+    def _zarr_shards(
+        self,
+    ) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]]:
         return {}
 
     def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
@@ -114,14 +121,15 @@ class Catalog:
         Ascending spans take one pass together.
         """
         columns = ["key"] if self.view_set == "base" else ["key", "view"]
-        text, starts, held, until = memoryview(b""), np.zeros(1, np.int32), 0, 0
+        text, held, until = memoryview(b""), 0, 0
+        starts: npt.NDArray[np.integer[Any]] = np.zeros(1, np.int64)
         for first, end in spans:
             low, high = np.searchsorted(self.rows, [first, end]).tolist()
             if not held <= low <= high <= until:
                 held = low - low % PART_ROWS if high <= low - low % PART_ROWS + PART_ROWS else low
                 until = min(max(held + PART_ROWS, high), len(self.rows))
                 part = self.index.slice(held, until - held, columns)
-                text, starts = lines(*part.columns)
+                text, starts = lines(*part.columns) if len(columns) > 1 else _key_lines(part["key"])
             yield checksum([text[starts[low - held] : starts[high - held]]])
 
 
@@ -305,7 +313,7 @@ def _fault(index: ParquetTable, record: CacheRecord) -> str:
     The blocks of cache.json say which rows follow each other, so the table can say nothing else.
     Keys name files, so a stranger could write a path into them.
     """
-    views = np.asarray(index["view"])
+    views = _numbers(index["view"], np.int16)
     follows = (views[1:] == 0) | ((views[1:] == views[:-1] + 1) & (record.views == "anyres"))
     if len(views) and not (views[0] == 0 and follows.all()):
         return f"lists views that are not those of the images' '{record.views}'"
@@ -323,13 +331,38 @@ def _fault(index: ParquetTable, record: CacheRecord) -> str:
         part = index.slice(start, PART_ROWS, ["row", "key"])
         places = np.arange(start, min(start + PART_ROWS, len(views)))
         block = np.searchsorted(starts, places, "right") - 1
-        if not np.array_equal(part["row"], places - starts[block] + first_rows[block]):
+        rows = _numbers(part["row"], np.int64)
+        if not np.array_equal(rows, places - starts[block] + first_rows[block]):
             return f"lists other rows than the blocks of {CACHE_JSON}"
         return "" if _are_keys(part["key"]) else "lists keys that are no SHA-256 in lower-case hex"
 
     with ThreadPoolExecutor(_CHECK_THREADS) as pool:
         faults = pool.map(fault_of_part, range(0, len(views), PART_ROWS))
         return next(filter(None, faults), "")
+
+
+def _numbers(column: pa.ChunkedArray, dtype: type[_Number]) -> npt.NDArray[_Number]:
+    """Return a column of numbers; nulls become -1. ``np.asarray`` would import pandas."""
+    parts = [np.empty(0, dtype)]
+    for chunk in column.chunks:
+        whole = chunk if not chunk.null_count else chunk.fill_null(-1)
+        start = whole.offset * parts[0].itemsize
+        parts.append(np.frombuffer(whole.buffers()[1], dtype, len(whole), start))
+    return np.concatenate(parts)
+
+
+def _key_lines(column: pa.ChunkedArray) -> tuple[memoryview, npt.NDArray[np.int64]]:
+    """Return ``lines`` of a column of keys, which are known to have one length."""
+    text = np.full((len(column), _KEY_LENGTH + 1), ord("\n"), np.uint8)
+    start = 0
+    for chunk in column.chunks:
+        _, raw_offsets, raw = chunk.buffers()
+        first = int(np.frombuffer(raw_offsets, np.int32)[chunk.offset]) if len(chunk) else 0
+        size = len(chunk) * _KEY_LENGTH
+        keys = np.frombuffer(raw or b"", np.uint8)[first : first + size]
+        text[start : start + len(chunk), :-1] = keys.reshape(len(chunk), _KEY_LENGTH)
+        start += len(chunk)
+    return text.reshape(-1).data, np.arange(len(column) + 1) * (_KEY_LENGTH + 1)
 
 
 def _are_keys(column: pa.ChunkedArray) -> bool:

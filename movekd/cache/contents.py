@@ -219,9 +219,10 @@ class TeacherContents:
         Raises:
             CacheError: names the Zarr shards.
         """
-        sums, size = self.sums, self.layout.rows_per_shard
-        is_other = sums.keys_S != catalog.shard_keys(size)[sums.shards_S]
-        is_other |= (sums.rows_S2 != catalog.shard_spans(size)[sums.shards_S]).any(1)
+        sums = self.sums
+        spans, keys = catalog.zarr_shards(self.layout.rows_per_shard)
+        is_other = keys[sums.shards_S] != sums.keys_S
+        is_other |= (spans[sums.shards_S] != sums.rows_S2).any(1)
         if others := sums.shards_S[is_other].tolist():
             raise CacheError(self.other_images(others))
         is_other = sums.calibration_S != self.calibration.hash.encode()

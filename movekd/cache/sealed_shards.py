@@ -71,8 +71,8 @@ class SealedShards:
             )
         if self._catalog is None:
             self._catalog = open_catalog(teacher.storage)
-        size, calibration = teacher.layout.rows_per_shard, teacher.calibration.hash
-        spans, keys = self._catalog.shard_spans(size), self._catalog.shard_keys(size)
+        calibration = teacher.calibration.hash
+        spans, keys = self._catalog.zarr_shards(teacher.layout.rows_per_shard)
         for shard, seal in teacher.read_seals(new.tolist()):
             if seal.rows != spans[shard].tolist() or seal.keys_xxh3_128 != keys[shard].decode():
                 raise CacheError(teacher.other_images([shard]))
