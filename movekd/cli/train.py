@@ -28,6 +28,13 @@ def train(
     allow_random_teachers: Annotated[
         bool, typer.Option(help="Accept features of teachers with random weights (for tests).")
     ] = False,
+    verify_cache: Annotated[
+        bool,
+        typer.Option(
+            "--verify-cache",
+            help="Compare each Zarr shard with its checksum before its first row is used.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
     show_samples: Annotated[
         int | None,
@@ -66,6 +73,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             allow_random_teachers=allow_random_teachers,
+            verify_cache=verify_cache,
             progress=progress,
         )
     distributed.destroy_process_group()
