@@ -5,15 +5,19 @@ reader looks names up. A row is one view of one image; the views of an image fol
 Appended images start at a multiple of 1,024 rows, so no sealed Zarr shard is written again.
 """
 
+import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from movekd.cache.layout import (
     CACHE_JSON,
@@ -30,11 +34,19 @@ from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
 from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, write_parquet
 from movekd.corpus.transforms import Geometry
-from movekd.errors import CacheError, CorruptCacheError
+from movekd.errors import CacheError, CorruptCacheError, shorten
 
+_Number = TypeVar("_Number", np.int16, np.int64)
 _BLOCK_BYTES = 2**20
 _KEY, *_PLACE = INDEX_SCHEMA
 _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
+_SCHEMAS = {INDEX: _SCHEMA, NAMES: NAMES_SCHEMA}
+_MAX_GROUP_ROWS = 2**20
+"""Most rows of a row group, which is decoded at once; pyarrow writes no more."""
+_MAX_GAP_ROWS = MAX_SHARD_ROWS
+_KEY_LENGTH = 64
+_CHECK_THREADS, _CHECK_BYTES = 4, 2**17
+"""Text of keys that is checked at a time stays in the processor's cache: ten times as fast."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class Catalog:
         """The rows that hold a view of an image, ascending."""
         rows, start = np.empty(len(self.index), np.int64), 0
         for part in self.index.parts(["row"]):
-            rows[start : (start := start + len(part))] = part["row"]
+            rows[start : (start := start + len(part))] = _numbers(part["row"], np.int64)
         return rows
 
     @cached_property
@@ -71,12 +83,35 @@ class Catalog:
     @cached_property
     def views(self) -> npt.NDArray[np.int16]:
         """The number of the view in each of ``rows``."""
-        return np.asarray(self.index["view"])
+        return _numbers(self.index["view"], np.int16)
 
     @cached_property
     def images(self) -> npt.NDArray[np.int64]:
         """The position in the corpus of the image in each of ``rows``."""
         return np.cumsum(self.views == 0, dtype=np.int64) - 1
+
+    def zarr_shards(
+        self, rows_per_shard: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]:
+        """Return what the seal of each Zarr shard must say; one pass over the keys, once.
+
+        Returns:
+            The rows [first, end) that it covers, (S, 2), and the ``keys_checksums`` of them, (S,).
+        """
+        if rows_per_shard not in self._zarr_shards:
+            firsts = np.arange(0, self.num_rows, rows_per_shard)
+            low, high = np.searchsorted(self.rows, [firsts, firsts + rows_per_shard])
+            ends = np.where(high > low, self.rows[np.maximum(high, 1) - 1] + 1, firsts)
+            spans = np.stack([firsts, ends], axis=1)
+            keys = np.array([*self.keys_checksums(spans.tolist())], "S32")
+            self._zarr_shards[rows_per_shard] = spans, keys
+        return self._zarr_shards[rows_per_shard]
+
+    @cached_property
+    def _zarr_shards(
+        self,
+    ) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]]:
+        return {}
 
     def keys_checksums(self, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
         """Yield the checksum of the images' keys in each span of rows [first, end), a key per line.
@@ -86,14 +121,15 @@ class Catalog:
         Ascending spans take one pass together.
         """
         columns = ["key"] if self.view_set == "base" else ["key", "view"]
-        text, starts, held, until = memoryview(b""), np.zeros(1, np.int32), 0, 0
+        text, held, until = memoryview(b""), 0, 0
+        starts: npt.NDArray[np.integer[Any]] = np.zeros(1, np.int64)
         for first, end in spans:
             low, high = np.searchsorted(self.rows, [first, end]).tolist()
             if not held <= low <= high <= until:
                 held = low - low % PART_ROWS if high <= low - low % PART_ROWS + PART_ROWS else low
                 until = min(max(held + PART_ROWS, high), len(self.rows))
                 part = self.index.slice(held, until - held, columns)
-                text, starts = lines(*part.columns)
+                text, starts = lines(*part.columns) if len(columns) > 1 else _key_lines(part["key"])
             yield checksum([text[starts[low - held] : starts[high - held]]])
 
 
@@ -107,6 +143,11 @@ def open_catalog(storage: Storage) -> Catalog:
     record = read_cache_json(storage)
     with ThreadPoolExecutor(2) as both:
         index, names = both.map(lambda name: _open_table(storage, record, name), (INDEX, NAMES))
+    if reason := _fault(index, record):
+        raise CorruptCacheError(
+            f"{storage.url}/{INDEX} {reason}; movekd did not write it. Restore it from a copy, or "
+            "build into another --cache."
+        )
     return Catalog(
         record.geometry, record.views, record.corpus_fingerprint, record.num_images, index, names
     )
@@ -206,8 +247,8 @@ def read_cache_json(storage: Storage) -> CacheRecord:
     content = read_sealed(storage, CACHE_JSON, CacheRecord.remedy)
     if content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:  # with other keys, maybe
         raise CacheError(
-            f"{storage.url} is of format {content['format_version']}; this movekd reads format "
-            f"{FORMAT_VERSION}. Use the version of movekd that built it."
+            f"{storage.url} is of format {shorten(content['format_version'])}; this movekd reads "
+            f"format {FORMAT_VERSION}. Use the version of movekd that built it."
         )
     return as_record(content, f"{storage.url}/{CACHE_JSON}", CacheRecord)
 
@@ -222,30 +263,120 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTabl
     where = f"{storage.url}/{name}"
 
     def damaged(reason: str) -> CorruptCacheError:
-        return CorruptCacheError(f"{where} cannot be read ({reason}). Run `movekd cache verify`.")
+        return CorruptCacheError(
+            f"{where} cannot be read ({shorten(reason)}). Run `movekd cache verify`."
+        )
 
     file: pa.NativeFile | None = None
     try:
         if storage.local_dir is not None:
-            file = pa.OSFile(str(storage.local_dir / name))
+            path = storage.local_dir / name
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO waits for a writer
+                raise damaged("it is no regular file")
+            file = pa.OSFile(str(path))
         else:
             with tempfile.NamedTemporaryFile(prefix="movekd-") as copy:
                 for block in storage.blocks(name):
                     copy.write(block)
                 copy.flush()
                 file = pa.OSFile(copy.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise CacheError(f"{where} cannot be read: {error.strerror or error}.") from None
-    found = entry(_blocks(file) if file is not None else [])
-    if file is None or found != expected:
+    size = file.size() if file is not None else 0
+    # the size first: a file that grows for ever has no checksum
+    is_sized = file is not None and expected is not None and size == expected.size_bytes
+    if file is None or not is_sized or entry(_blocks(file)) != expected:
         raise CorruptCacheError(
-            f"{where} has {found.size_bytes or 'no'} bytes; {CACHE_JSON} lists "
+            f"{where} has {size or 'no'} bytes; {CACHE_JSON} lists "
             f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
             "build was interrupted, run it again."
         )
-    return ParquetTable(file, damaged)
+    table, schema = ParquetTable(file, damaged, may_have_nulls=False), _SCHEMAS[name]
+    if not table.schema.equals(schema):
+        columns = ", ".join(f"{shorten(field.name, 50)} {field.type}" for field in table.schema)
+        needed = ", ".join(f"{field.name} {field.type}" for field in schema)
+        raise damaged(f"it holds {shorten(columns, 500) or 'no column'}; expected {needed}")
+    metadata = pq.ParquetFile(file).metadata
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if not all(0 <= count <= _MAX_GROUP_ROWS for count in groups) or len(table) > size:
+        raise damaged(f"it claims {len(table):,} rows in {size:,} bytes")  # keys take 64 bytes each
+    return table
+
+
+def _fault(index: ParquetTable, record: CacheRecord) -> str:
+    """Return what is wrong with the rows, views and keys of index.parquet, or an empty string.
+
+    The blocks of cache.json say which rows follow each other, so the table can say nothing else.
+    Keys name files, so a stranger could write a path into them.
+    """
+    views = _numbers(index["view"], np.int16)
+    follows = (views[1:] == 0) | ((views[1:] == views[:-1] + 1) & (record.views == "anyres"))
+    if len(views) and not (views[0] == 0 and follows.all()):
+        return f"lists views that are not those of the images' '{record.views}'"
+    first_rows, counts = (np.array(column, np.int64) for column in zip(*record.blocks, strict=True))
+    images = np.flatnonzero(views == 0)
+    if counts.sum() != len(images) or record.num_images != len(images):
+        return f"lists {len(images):,} images; {CACHE_JSON} says {record.num_images:,}"
+    starts = np.append(images, len(views))[np.cumsum(counts) - counts]  # of the blocks, as places
+    ends = first_rows + np.diff(starts, append=len(views))
+    gaps = first_rows - np.concatenate([[0], ends[:-1]])
+    if first_rows[0] != 0 or ((gaps < 0) | (gaps >= _MAX_GAP_ROWS)).any():
+        return f"cannot fit the blocks {shorten(record.blocks)} of {CACHE_JSON}"
+
+    def fault_of_part(start: int) -> str:
+        part = index.slice(start, PART_ROWS, ["row", "key"])
+        places = np.arange(start, min(start + PART_ROWS, len(views)))
+        block = np.searchsorted(starts, places, "right") - 1
+        rows = _numbers(part["row"], np.int64)
+        if not np.array_equal(rows, places - starts[block] + first_rows[block]):
+            return f"lists other rows than the blocks of {CACHE_JSON}"
+        return "" if _are_keys(part["key"]) else "lists keys that are no SHA-256 in lower-case hex"
+
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        faults = pool.map(fault_of_part, range(0, len(views), PART_ROWS))
+        return next(filter(None, faults), "")
+
+
+def _numbers(column: pa.ChunkedArray, dtype: type[_Number]) -> npt.NDArray[_Number]:
+    """Return a column of numbers; nulls become -1. ``np.asarray`` would import pandas."""
+    parts = [np.empty(0, dtype)]
+    for chunk in column.chunks:
+        whole = chunk if not chunk.null_count else chunk.fill_null(-1)
+        start = whole.offset * parts[0].itemsize
+        parts.append(np.frombuffer(whole.buffers()[1], dtype, len(whole), start))
+    return np.concatenate(parts)
+
+
+def _key_lines(column: pa.ChunkedArray) -> tuple[memoryview, npt.NDArray[np.int64]]:
+    """Return ``lines`` of a column of keys, which are known to have one length."""
+    text = np.full((len(column), _KEY_LENGTH + 1), ord("\n"), np.uint8)
+    start = 0
+    for chunk in column.chunks:
+        _, raw_offsets, raw = chunk.buffers()
+        first = int(np.frombuffer(raw_offsets, np.int32)[chunk.offset]) if len(chunk) else 0
+        size = len(chunk) * _KEY_LENGTH
+        keys = np.frombuffer(raw or b"", np.uint8)[first : first + size]
+        text[start : start + len(chunk), :-1] = keys.reshape(len(chunk), _KEY_LENGTH)
+        start += len(chunk)
+    return text.reshape(-1).data, np.arange(len(column) + 1) * (_KEY_LENGTH + 1)
+
+
+def _are_keys(column: pa.ChunkedArray) -> bool:
+    """Return whether all strings are 64 lower-case hex digits; a regex takes much longer."""
+    for chunk in column.chunks:
+        _, raw_offsets, raw = chunk.buffers()
+        offsets = np.frombuffer(raw_offsets, np.int32)[chunk.offset :][: len(chunk) + 1]
+        if (np.diff(offsets) != _KEY_LENGTH).any():
+            return False
+        text = np.frombuffer(raw or b"", np.uint8)[offsets[0] : offsets[-1]]
+        for start in range(0, len(text), _CHECK_BYTES):
+            some = text[start : start + _CHECK_BYTES]
+            is_hex = (some - ord("0") < 10) | (some - ord("a") < 6)  # uint8 wraps around
+            if not np.all(is_hex):
+                return False
+    return True
 
 
 def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:

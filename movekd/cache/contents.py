@@ -4,8 +4,8 @@
 This module loads no torch, because `cache ls` would spend most of its time on that.
 """
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +16,17 @@ import numpy.typing as npt
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, open_catalog
-from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout, grid_side
-from movekd.cache.schema import Calibration, GroupRecord, ShardSeal
-from movekd.cache.seal import entry, open_record, read_record
+from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout, grid_side, index_bytes
+from movekd.cache.schema import Calibration, GroupMetadata, GroupRecord, ShardSeal
+from movekd.cache.seal import MAX_JSON_BYTES, checksum, entry, open_record, read_record
 from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import Storage, open_storage
 from movekd.config import validate
-from movekd.errors import CacheError, CorruptCacheError, did_you_mean
+from movekd.errors import CacheError, ConfigError, CorruptCacheError, did_you_mean, shorten
+from movekd.files.reading import parse_json
 
 _SEALS_AT_ONCE = 1024
+_TEACHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.seals")
 
 
 class CacheContents:
@@ -38,7 +40,7 @@ class CacheContents:
         self.teachers: tuple[str, ...] = tuple(
             folder.removesuffix(".seals")
             for folder in storage.folders()
-            if folder.endswith(".seals")
+            if _TEACHER_NAME.fullmatch(folder)
             and storage.exists(layout.calibration_name(folder.removesuffix(".seals")))
         )
 
@@ -96,6 +98,8 @@ class SealSums:
     error_max_S: npt.NDArray[np.float64]
     num_tokens_S: npt.NDArray[np.int64]
     """Number of tokens behind the errors."""
+    calibration_S: npt.NDArray[np.bytes_]
+    """``ShardSeal.calibration``."""
 
 
 class TeacherContents:
@@ -114,10 +118,8 @@ class TeacherContents:
 
     def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
         self.storage, self.teacher, self.num_rows = storage, teacher, num_rows
-        attributes, (self.channel_mean, self.channel_std) = _open_group(storage, teacher)
-        self.spec: CacheSpec = validate(
-            CacheSpec, attributes["spec"], f"attributes of {teacher}.zarr"
-        )
+        spec, (self.channel_mean, self.channel_std) = _open_group(storage, teacher)
+        self.spec: CacheSpec = spec
         calibration = read_calibration(storage, teacher)
         if calibration is None or calibration.spec_fingerprint != self.spec.fingerprint:
             raise CacheError(
@@ -125,6 +127,7 @@ class TeacherContents:
                 "the group's attributes hold; rebuild this teacher."
             )
         self.calibration: Calibration = calibration
+        self._require_statistics()
         self.layout: TeacherLayout = calibration.layout(self.spec)
         self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
         names = set(storage.files(layout.seals_name(teacher)))
@@ -167,21 +170,47 @@ class TeacherContents:
             listed = (seal.files.get(layout.shard_file(array, shard)) for array in arrays)
             sizes = tuple(-1 if file is None else file.size_bytes for file in listed)
             error = (seal.error.mean, seal.error.max, seal.error.num_tokens)
-            found.append((shard, seal.rows, seal.keys_xxh3_128, size_bytes, sizes, *error))
+            sealed = (seal.keys_xxh3_128, size_bytes, sizes, *error, seal.calibration)
+            found.append((shard, seal.rows, *sealed))
             skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        columns: Any = np.array(found, f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8")
+        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8, S32"
+        columns: Any = np.array(found, kinds)
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
     def _read_seals(self) -> Iterator[tuple[int, ShardSeal]]:
-        """Yield the seal of every Zarr shard; many seals are read together."""
-        shards = np.flatnonzero(self._sealed).tolist()
-        for start in range(0, len(shards), _SEALS_AT_ONCE):
-            some = shards[start : start + _SEALS_AT_ONCE]
+        """Yield the seal of every Zarr shard."""
+        yield from self.read_seals(np.flatnonzero(self._sealed).tolist())
+
+    def read_seals(self, shards: Sequence[int]) -> Iterator[tuple[int, ShardSeal]]:
+        """Yield the seals of some Zarr shards; many are requested together from an object store.
+
+        Raises:
+            CorruptCacheError: a seal is missing, damaged, or does not cover its Zarr shard's files.
+        """
+        at_once = _SEALS_AT_ONCE if self.storage.local_dir is None else 1
+        for start in range(0, len(shards), at_once):
+            some = shards[start : start + at_once]
             names = [layout.seal_name(self.teacher, shard) for shard in some]
-            content = self.storage.read_many(names)
+            content = self.storage.read_many(names, MAX_JSON_BYTES)
             for shard, name in zip(some, names, strict=True):
                 where = f"{self.storage.url}/{name}"
-                yield shard, open_record(content.get(name, b""), where, ShardSeal)
+                seal = open_record(content.get(name, b""), where, ShardSeal)
+                self._require_files(shard, seal)
+                yield shard, seal
+
+    def _require_files(self, shard: int, seal: ShardSeal) -> None:
+        """Raise CorruptCacheError unless the seal lists a file per array, large enough for it."""
+        for array in self.layout.arrays.values():
+            found = seal.files.get(layout.shard_file(array, shard))
+            least = index_bytes(self.layout.rows_per_shard)
+            if self.spec.compressor == "none":
+                least += (seal.rows[1] - seal.rows[0]) * array.row_bytes
+            if found is None or found.size_bytes < least:
+                raise CorruptCacheError(
+                    f"{self.storage.url}/{layout.seal_name(self.teacher, shard)} lists "
+                    f"{f'{found.size_bytes} bytes' if found else 'no file'} of {array.name}; "
+                    f"expected at least {least} bytes. {seal.remedy}"
+                )
 
     @property
     def skipped(self) -> dict[int, str]:
@@ -197,21 +226,57 @@ class TeacherContents:
             CacheError: names the Zarr shards.
         """
         sums = self.sums
-        expected = np.array(list(catalog.keys_checksums(sums.rows_S2.tolist())), np.bytes_)
-        others = sums.shards_S[expected != sums.keys_S].tolist() if len(expected) else []
-        if others:
-            raise CacheError(
-                f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
-                f"{', '.join(map(str, others[:5]))}{'...' if len(others) > 5 else ''} were sealed "
-                f"for other images than {layout.INDEX} lists; one of the two comes from another "
-                "cache. Restore it, or --overwrite the teacher."
-            )
+        spans, keys = catalog.zarr_shards(self.layout.rows_per_shard)
+        is_other = keys[sums.shards_S] != sums.keys_S
+        is_other |= (spans[sums.shards_S] != sums.rows_S2).any(1)
+        if others := sums.shards_S[is_other].tolist():
+            raise CacheError(self.other_images(others))
+        is_other = sums.calibration_S != self.calibration.hash.encode()
+        if others := sums.shards_S[is_other].tolist():
+            raise CacheError(self.other_calibration(others))
+
+    def other_images(self, shards: Sequence[int]) -> str:
+        """Return the sentence about Zarr shards that were sealed for other images."""
+        return (
+            f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
+            f"{_first_ones(shards)} were sealed for other images than {layout.INDEX} lists; one of "
+            "the two comes from another cache. Restore it, or --overwrite the teacher."
+        )
+
+    def other_calibration(self, shards: Sequence[int]) -> str:
+        """Return the sentence about Zarr shards that another calibration encoded."""
+        return (
+            f"{self.storage.url}/{layout.group_name(self.teacher)}: the Zarr shards "
+            f"{_first_ones(shards)} were sealed under another calibration than this teacher's, so "
+            "they decode to wrong features. Restore it, or delete their seals and build again."
+        )
+
+    def _require_statistics(self) -> None:
+        """Raise CorruptCacheError unless the channel statistics are those of the calibration."""
+        statistics = (self.channel_mean, self.channel_std)
+        where = f"{self.storage.url}/{layout.group_name(self.teacher)}"
+        lengths = [len(part) for part in statistics]
+        sealed = self.calibration
+        if checksum(part.tobytes() for part in statistics) != sealed.channel_stats_xxh3_128:
+            reason = "differ from the sealed calibration"
+        elif lengths != [sealed.width] * 2:
+            reason = f"have {lengths[0]} and {lengths[1]} values; expected {sealed.width} each"
+        elif not (np.isfinite(statistics).all() and (self.channel_std > 0).all()):
+            reason = "are not finite, or a deviation is not above 0"
+        else:
+            return
+        raise CorruptCacheError(
+            f"{where}: channel_mean or channel_std {reason}. Restore them from a copy, or "
+            "--overwrite the teacher."
+        )
 
 
-def _open_group(
-    storage: Storage, teacher: str
-) -> tuple[dict[str, Any], list[npt.NDArray[np.float32]]]:
-    """Return movekd's attributes of a teacher's group, and channel_mean and channel_std.
+def _first_ones(shards: Sequence[int]) -> str:
+    return f"{', '.join(map(str, shards[:5]))}{'...' if len(shards) > 5 else ''}"
+
+
+def _open_group(storage: Storage, teacher: str) -> tuple[CacheSpec, list[npt.NDArray[np.float32]]]:
+    """Return the spec in the attributes of a teacher's group, and channel_mean and channel_std.
 
     The small files that hold them are read together and checked against their seal.
     """
@@ -219,7 +284,8 @@ def _open_group(
     sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
     statistics = [f"{array}/c/0" for array in CHANNEL_ARRAYS]  # one chunk each, float32 as it is
     wanted = ["zarr.json", *(f"{array}/zarr.json" for array in CHANNEL_ARRAYS), *statistics]
-    raw = storage.read_many([f"{layout.group_name(teacher)}/{name}" for name in wanted])
+    names = [f"{layout.group_name(teacher)}/{name}" for name in wanted]
+    raw = storage.read_many(names, MAX_JSON_BYTES)
     files = {name.partition("/")[2]: content for name, content in raw.items()}
     for name in wanted:  # the names in the seal are not trusted
         if name not in files or entry([files[name]]) != sealed.get(name):
@@ -227,10 +293,30 @@ def _open_group(
                 f"{where}/{name} is not what its seal says; run `movekd cache verify`, and rebuild "
                 "this teacher."
             )
-    attributes: dict[str, Any] = json.loads(files["zarr.json"])["attributes"]["movekd"]
-    if attributes.get("format_version") != layout.FORMAT_VERSION:
+    attributes = _group_metadata(files["zarr.json"], f"{where}/zarr.json").attributes.movekd
+    if attributes.format_version != layout.FORMAT_VERSION:
         raise CacheError(
-            f"{where} is of format {attributes.get('format_version')}; this movekd reads format "
+            f"{where} is of format {shorten(attributes.format_version)}; this movekd reads format "
             f"{layout.FORMAT_VERSION}."
         )
-    return attributes, [np.frombuffer(files[name], "<f4").copy() for name in statistics]
+    try:
+        spec = validate(CacheSpec, attributes.spec, f"attributes of {teacher}.zarr")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{shorten(error, 1000)}; expected the spec of a teacher. Use the version of movekd "
+            "that built it, or rebuild this teacher."
+        ) from None
+    if any(len(files[name]) % 4 for name in statistics):
+        raise CorruptCacheError(
+            f"{where}: channel_mean or channel_std is cut; rebuild this teacher."
+        )
+    return spec, [np.frombuffer(files[name], "<f4").copy() for name in statistics]
+
+
+def _group_metadata(raw: bytes, source: str) -> GroupMetadata:
+    remedy = "Run `movekd cache verify`, and rebuild this teacher."
+    content = parse_json(raw, source, error=CorruptCacheError, remedy=remedy)
+    try:
+        return validate(GroupMetadata, content, source)
+    except ConfigError as error:
+        raise CorruptCacheError(f"{shorten(error, 1000)}; no teacher's group. {remedy}") from None

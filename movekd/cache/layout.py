@@ -124,6 +124,11 @@ def skipped_seal_name(teacher: str) -> str:
     return f"{teacher}.seals/skipped.json"
 
 
+def index_bytes(rows_per_shard: int) -> int:
+    """Return the size of a shard file's index: offset and size of each chunk, and a CRC-32C."""
+    return 16 * rows_per_shard + 4
+
+
 def shard_file(array: ArrayLayout, shard: int) -> str:
     """Return the file of one Zarr shard, relative to the group: Zarr's default chunk key."""
     return "/".join([array.name, "c", str(shard), *("0" for _ in array.row_shape)])

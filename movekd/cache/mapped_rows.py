@@ -10,6 +10,7 @@ import itertools
 import mmap
 import os
 import resource
+import stat
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,8 @@ import numpy.typing as npt
 import torch
 
 from movekd.cache.codecs import ArrayLayout
-from movekd.cache.layout import TeacherLayout, shard_file
-from movekd.cache.shard_file import ABSENT, index_bytes, parse_index
+from movekd.cache.layout import TeacherLayout, index_bytes, shard_file
+from movekd.cache.shard_file import ABSENT, parse_index
 from movekd.errors import CacheError, CorruptCacheError
 
 MAX_SHARDS = 1024
@@ -210,9 +211,15 @@ class MappedFile:
         self._index_bytes = index_bytes(rows_per_shard)
         self._descriptor = -1
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            # O_NONBLOCK: opening a FIFO without it waits for a writer
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                size = os.fstat(descriptor).st_size
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode):
+                    raise CorruptCacheError(
+                        f"{path} is sealed but is no regular file. Run `movekd cache verify`."
+                    )
+                size = found.st_size
                 if size < self._index_bytes:
                     raise CorruptCacheError(
                         f"{path} has {size} bytes, less than its index of {self._index_bytes}: it "
@@ -253,15 +260,16 @@ class MappedFile:
                 "damaged. Run `movekd cache verify`."
             )
         present = np.flatnonzero(index[:, 0] != ABSENT)
-        offsets, sizes = index[present].T.astype(np.int64)
+        offsets, sizes = index[present].T  # uint64, and a stranger's: no sum may overflow
         data_bytes = len(self._bytes) - self._index_bytes
-        if (sizes != row_bytes).any() or (offsets % row_bytes).any():
+        if (sizes != row_bytes).any() or (offsets % np.uint64(row_bytes)).any():
             raise CorruptCacheError(
                 f"{path} holds chunks of other sizes than the {row_bytes} bytes of a row; "
                 "movekd did not write it. Run `movekd cache verify`."
             )
-        if len(offsets) and int(offsets.max()) + row_bytes > data_bytes:
+        if len(offsets) and int(offsets.max()) + row_bytes > data_bytes:  # Python's integers
             raise CorruptCacheError(f"{path} is truncated. Run `movekd cache verify`.")
+        offsets = offsets.astype(np.int64)
         if not np.array_equal(offsets, np.arange(self._rows_per_shard) * row_bytes):
             places = (offsets // row_bytes).tolist()
             self.order = dict(zip(present.tolist(), places, strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from movekd.cache.storage import too_large
 from movekd.errors import CacheError
 
 SCHEMES = {"s3": "s3", "gs": "gs", "memory": ""}
@@ -47,18 +48,19 @@ class ObjectStorage:
         bucket, _, prefix = self._root.lstrip("/").partition("/")
         return bucket, prefix
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """Return an object's content."""
         with self._errors("read", name):
-            return bytes(self._files.cat_file(self._path(name)))
+            content = bytes(self._files.cat_file(self._path(name), **_up_to(max_bytes)))
+            return self._limited(name, content, max_bytes)
 
-    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+    def read_many(self, names: Sequence[str], max_bytes: int | None = None) -> dict[str, bytes]:
         """Return the content of several small objects, all requested at once."""
         if not names:
             return {}
         paths = {self._path(name): name for name in names}
         with self._errors("read", names[0]):
-            got = self._files.cat(list(paths), on_error="return")
+            got = self._files.cat(list(paths), on_error="return", **_up_to(max_bytes))
             found = {}
             for path, content in got.items():
                 if isinstance(content, FileNotFoundError):
@@ -66,7 +68,7 @@ class ObjectStorage:
                 if isinstance(content, Exception):
                     raise content
                 name = paths.get(path) or paths[f"/{path.lstrip('/')}"]
-                found[name] = bytes(content)
+                found[name] = self._limited(name, bytes(content), max_bytes)
         return {name: found[name] for name in names if name in found}
 
     def blocks(self, name: str) -> Iterator[bytes]:
@@ -155,6 +157,11 @@ class ObjectStorage:
         """Return None: an object store has no limit."""
         return None
 
+    def _limited(self, name: str, content: bytes, max_bytes: int | None) -> bytes:
+        if max_bytes is not None and len(content) > max_bytes:
+            raise CacheError(too_large(f"{self.url}/{name}", max_bytes))
+        return content
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")
 
@@ -195,6 +202,11 @@ class ObjectStorage:
                 f"{tried}{check if tried else check.capitalize()}command again. "
                 "What is sealed is safe."
             ) from None
+
+
+def _up_to(max_bytes: int | None) -> dict[str, int]:
+    """Return the range that a request asks for: one byte more than is allowed."""
+    return {} if max_bytes is None else {"start": 0, "end": max_bytes + 1}
 
 
 def s3_settings() -> dict[str, Any]:

@@ -6,15 +6,17 @@
     targets.to("cuda").tokens_BND              # decoded on the GPU: the stored bytes cross the bus
 
 ``mapped_rows`` reads uncompressed rows on a local disk, ``tensorstore_rows`` all others. Both
-return the same bytes. Reading needs no teacher and no GPU.
+return the same bytes. Reading needs no teacher and no GPU. The first read of a Zarr shard in a
+process compares its seal with the catalog, and its files with its seal.
 
 Legend: B batch, N tokens, D channels, H heads.
 """
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +25,18 @@ import torch
 from torch import Tensor
 
 from movekd.cache import layout
+from movekd.cache.buffers import require_buffers
+from movekd.cache.catalog import Catalog
 from movekd.cache.codecs import codec
 from movekd.cache.contents import CacheContents, TeacherContents
 from movekd.cache.mapped_rows import MappedRows
+from movekd.cache.sealed_shards import SealedShards, Verify
 from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
 from movekd.cache.targets import TeacherTargets
 from movekd.cache.tensorstore_rows import TensorStoreRows
 from movekd.corpus.index import find_rows, require_known
-from movekd.errors import CacheError, UnknownKeyError
+from movekd.errors import CacheError, ConfigError, UnknownKeyError, shorten
 
 Rows = npt.NDArray[np.int64] | Sequence[int]
 
@@ -47,10 +52,12 @@ class FeatureCache(CacheContents):
         geometry: how every image became a square.
         views: which views of an image have rows, ``base`` or ``anyres``.
         teachers: names of the teachers whose calibration is sealed.
+        verify: what the first read of a Zarr shard compares with its seal.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, verify: Verify = "size") -> None:
         super().__init__(storage)
+        self.verify: Verify = verify
         self._opened: dict[str, TeacherCache] = {}
 
     @cached_property
@@ -64,22 +71,34 @@ class FeatureCache(CacheContents):
 
         Raises:
             UnknownKeyError: the cache does not hold some of them, or not this view of them.
+            CacheError: the names are no list of strings, or the view is no integer.
         """
-        rows = self.find_rows(names, view)
+        asked = _as_names(names)
+        rows = self.find_rows(asked, view)
         if view != 0 and (rows < 0).any():
-            require_known(names, self.find_rows(names), f"the cache {self.url}")
-            without = pa.array(names, pa.string()).filter(pa.array(rows < 0)).unique()
+            require_known(asked, self.find_rows(asked), f"the cache {self.url}")
+            without = asked.filter(pa.array(rows < 0)).unique()
             raise UnknownKeyError(
                 f"the cache {self.url} holds no view {view} of {without[0].as_py()!r}"
                 f"{' ...' if len(without) > 1 else ''} ({len(without)} images); its views are "
                 f"'{self.views}'. Ask for view 0, or call find_rows, which returns -1 for those."
             )
-        require_known(names, rows, f"the cache {self.url}")
+        require_known(asked, rows, f"the cache {self.url}")
         return rows
 
     def find_rows(self, names: Sequence[str], view: int = 0) -> npt.NDArray[np.int64]:
-        """Return the row of a view of each name or key; -1 if the cache does not hold it."""
-        places = find_rows(names, self.catalog.index, self.catalog.names)
+        """Return the row of a view of each name or key; -1 if the cache does not hold it.
+
+        Raises:
+            CacheError: the names are no list of strings, or the view is no integer.
+        """
+        try:
+            view = operator.index(view)
+        except TypeError:
+            raise CacheError(
+                f"view is {shorten(repr(view))}; expected an integer: 0 for the whole image."
+            ) from None
+        places = find_rows(_as_names(names), self.catalog.index, self.catalog.names)
         if view != 0:  # an image's views follow its base view
             views = self.catalog.views
             there = places + min(max(view, -1), len(views))  # a larger int fits no int64
@@ -93,29 +112,50 @@ class FeatureCache(CacheContents):
     def __getitem__(self, teacher: str) -> "TeacherCache":
         if teacher not in self._opened:
             self.require(teacher)
-            catalog = self.catalog
-            images = catalog.rows if catalog.has_gaps else None
-            self._opened[teacher] = TeacherCache(self.storage, teacher, catalog.num_rows, images)
+            opened = TeacherCache(self.storage, teacher, self.catalog, self.verify)
+            self._opened[teacher] = opened
         return self._opened[teacher]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.teachers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureCache, (self.storage,)  # the other process opens it again
+        return FeatureCache, (self.storage, self.verify)  # the other process opens it again
 
 
-def open_cache(url: str | Path | Storage) -> FeatureCache:
+def open_cache(url: str | Path | Storage, verify: Verify = "size") -> FeatureCache:
     """Open a cache for reading.
 
     Args:
         url: a folder, or ``s3://bucket/prefix``, ``gs://``, ``file://``, ``memory://``.
+        verify: what the first read of a Zarr shard in a process compares with its seal. ``size``
+            compares the sizes of its files, which costs next to nothing (in an object store, the
+            checksum at the end of each file plays this part). ``checksum`` reads all of its bytes
+            once and compares their checksums, so that no damaged row is ever returned.
 
     Raises:
         CacheError: the place holds no cache, or one of another format version.
         CorruptCacheError: its index is damaged.
+        ConfigError: ``url`` or ``verify`` cannot be.
     """
-    return FeatureCache(open_storage(url))
+    if url is None or isinstance(url, bytes | int | float | list | tuple | dict):
+        raise ConfigError(f"the cache is {shorten(repr(url))}; expected a folder or a URL.")
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify is {shorten(repr(verify))}; expected 'size' or 'checksum'.")
+    return FeatureCache(open_storage(url), verify)
+
+
+def _as_names(names: Sequence[str]) -> pa.Array:
+    """Return names or keys as Arrow strings. Raises CacheError."""
+    try:
+        if isinstance(names, str | bytes):
+            raise TypeError("a single string")
+        return pa.array(names, pa.string())
+    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's errors are these
+        raise CacheError(
+            f"the names are {shorten(repr(names), 80)} ({shorten(error)}); expected a list of "
+            "names or keys, such as ['coco/0001.jpg']."
+        ) from None
 
 
 class TeacherCache(TeacherContents):
@@ -128,16 +168,13 @@ class TeacherCache(TeacherContents):
     """
 
     def __init__(
-        self,
-        storage: Storage,
-        teacher: str,
-        num_rows: int,
-        images: npt.NDArray[np.int64] | None = None,
+        self, storage: Storage, teacher: str, catalog: Catalog, verify: Verify = "size"
     ) -> None:
-        """Open one teacher; ``images`` are the rows that hold an image, if some hold none."""
-        super().__init__(storage, teacher, num_rows)
-        self._images = images
+        """Open one teacher of the cache that the catalog belongs to."""
+        super().__init__(storage, teacher, catalog.num_rows)
         self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
+        self._images = catalog.rows if catalog.has_gaps else None
+        self._sealed_shards = SealedShards(self, catalog, verify)
         self._rows = self._open_rows()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,6 +183,11 @@ class TeacherCache(TeacherContents):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rows = self._open_rows()
+
+    def require_images(self, catalog: Catalog) -> None:
+        """Refuse features of other images than the catalog lists; see ``TeacherContents``."""
+        super().require_images(catalog)
+        self._sealed_shards.accept(self.sums.shards_S)
 
     def _open_rows(self) -> MappedRows | TensorStoreRows:
         if self.storage.local_dir is not None and self.spec.compressor == "none":
@@ -165,31 +207,14 @@ class TeacherCache(TeacherContents):
             CacheError: a row is out of range, or was not built yet.
             CorruptCacheError: a Zarr shard is missing or damaged.
         """
-        wanted = np.asarray(rows)
-        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
-            raise CacheError(
-                f"rows are {wanted.dtype} of shape {wanted.shape}; expected integers in one "
-                "dimension, as `cache.rows(names)` gives them."
-            )
-        wanted = wanted.astype(np.int64, copy=False)
-        self._check(wanted)
+        wanted = self._require_rows(rows)
+        self._sealed_shards.require(wanted)
         stored = self.empty(len(wanted)) if out is None else out
-        for array in self.layout.arrays.values():
-            found, expected = stored.get(array.name), (len(wanted), *array.row_shape)
-            kind = getattr(torch, array.dtype)
-            if (
-                found is None
-                or tuple(found.shape) != expected
-                or found.dtype != kind
-                or found.device.type != "cpu"
-            ):
-                what = "missing" if found is None else f"{found.dtype} of {tuple(found.shape)}"
-                what += f" on {found.device}" if found is not None else ""
-                raise CacheError(
-                    f"out['{array.name}'] is {what}; expected {kind} of {expected} on cpu: "
-                    f"allocate it with `empty({len(wanted)})`."
-                )
-        self._rows.read(wanted, {name: stored[name].numpy() for name in self.layout.arrays})
+        if out is None:
+            into = {name: buffer.numpy() for name, buffer in stored.items()}
+        else:
+            into = require_buffers(out, self.layout.arrays, len(wanted))
+        self._rows.read(wanted, into)
         return TeacherTargets(stored, self.stats, codec(self.spec.codec))
 
     def empty(self, num_rows: int) -> dict[str, Tensor]:
@@ -199,21 +224,31 @@ class TeacherCache(TeacherContents):
             for name, array in self.layout.arrays.items()
         }
 
-    def _check(self, rows: npt.NDArray[np.int64]) -> None:
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
-            bad = rows[(rows < 0) | (rows >= self.num_rows)][0]
+    def _require_rows(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Return rows as an array, once each can be read. Raises CacheError."""
+        try:
+            asked = np.asarray(rows)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            # ragged lists, and tensors with a gradient, of bfloat16, or on a GPU
+            raise CacheError(_not_rows(shorten(repr(rows), 80), shorten(error))) from None
+        if asked.ndim != 1 or (asked.size and asked.dtype.kind not in "iu"):
+            raise CacheError(_not_rows(f"{asked.dtype} of shape {asked.shape}"))
+        if asked.size and (asked.min() < 0 or asked.max() >= self.num_rows):
+            bad = asked[(asked < 0) | (asked >= self.num_rows)][0]
             raise CacheError(f"row {bad} is outside of {self.storage.url}: 0..{self.num_rows - 1}.")
-        if self._images is not None and len(rows):
-            places = np.searchsorted(self._images, rows).clip(max=len(self._images) - 1)
-            if (gap := rows[self._images[places] != rows]).size:
+        wanted: npt.NDArray[np.int64] = asked.astype(np.int64, copy=False)
+        if self._images is not None and len(wanted):
+            places = np.searchsorted(self._images, wanted).clip(max=len(self._images) - 1)
+            if (gap := wanted[self._images[places] != wanted]).size:
                 raise CacheError(
                     f"row {gap[0]} of {self.storage.url} stands for no image: it lies in the gap "
                     "before appended images. Take rows from `cache.rows(names)`."
                 )
-        unsealed = rows[~self._sealed[rows // self.layout.rows_per_shard]]
-        if len(unsealed):
-            raise CacheError(
-                f"row {unsealed[0]} of teacher '{self.teacher}' in {self.storage.url} is not built "
-                f"yet ({len(self.missing_shards)} of {len(self._sealed)} Zarr shards are missing); "
-                "run the same `movekd cache build` again to finish it."
-            )
+        return wanted
+
+
+def _not_rows(found: str, reason: str = "") -> str:
+    return (
+        f"rows are {found}{f' ({reason})' if reason else ''}; expected integers in one dimension, "
+        "as `cache.rows(names)` gives them."
+    )

@@ -14,11 +14,14 @@ import xxhash
 from movekd.cache.schema import Record
 from movekd.cache.storage import Buffer, Storage
 from movekd.config import validate
-from movekd.errors import CacheError, ConfigError, CorruptCacheError
+from movekd.errors import CacheError, ConfigError, CorruptCacheError, shorten
 from movekd.files.ownership import FileEntry
+from movekd.files.reading import MIB, parse_json
 
 RecordT = TypeVar("RecordT", bound=Record)
 
+MAX_JSON_BYTES = 4 * MIB
+"""Largest JSON file of a cache: a seal whose 1,024 rows were all skipped has a tenth of it."""
 _SELF = "xxh3_128"
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
@@ -69,7 +72,7 @@ def read_sealed(storage: Storage, name: str, remedy: str = "") -> dict[str, Any]
         CacheError: the file does not exist.
     """
     try:
-        raw = storage.read(name)
+        raw = storage.read(name, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CacheError(f"{storage.url}/{name} does not exist. {remedy}".rstrip()) from None
     return _content(raw, f"{storage.url}/{name}", remedy, is_exact=True)
@@ -77,17 +80,15 @@ def read_sealed(storage: Storage, name: str, remedy: str = "") -> dict[str, Any]
 
 def _content(raw: bytes, source: str, remedy: str, *, is_exact: bool) -> dict[str, Any]:
     """Return what a sealed file holds; ``is_exact`` compares every byte, not only the content."""
-    try:
-        content = json.loads(raw)
-        found = content.pop(_SELF)
-        written = sealed_bytes(content, found) if is_exact else raw
-    except (ValueError, KeyError, AttributeError, TypeError):
+    content = parse_json(raw, f"{source} is damaged: it", error=CorruptCacheError, remedy=remedy)
+    if not isinstance(content, dict) or _SELF not in content:
         reason = "it is not a sealed JSON file."
     else:
+        found = content.pop(_SELF)
         own = _self_checksum(content)
-        if found == own and raw == written:
-            return dict(content)
-        reason = f"its checksum is {own}, it says {found}."
+        if found == own and (not is_exact or raw == sealed_bytes(content, found)):
+            return content
+        reason = f"its checksum is {own}, it says {shorten(found)}."
     raise CorruptCacheError(f"{source} is damaged: {reason} {remedy}".rstrip())
 
 
@@ -97,7 +98,8 @@ def as_record(content: dict[str, Any], source: str, kind: type[RecordT]) -> Reco
         return validate(kind, content, source)
     except ConfigError as error:
         raise CorruptCacheError(
-            f"{error}; it was written by another version of movekd, or by hand. {kind.remedy}"
+            f"{shorten(error, 1000)}; it was written by another version of movekd, or by hand. "
+            f"{kind.remedy}"
         ) from None
 
 

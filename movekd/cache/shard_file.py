@@ -22,11 +22,6 @@ ABSENT = 2**64 - 1
 """Offset and size, in a shard's index, of a chunk that does not exist."""
 
 
-def index_bytes(rows_per_shard: int) -> int:
-    """Return the size of the index: offset and size of each chunk, and a CRC-32C."""
-    return 16 * rows_per_shard + 4
-
-
 def shard_buffers(
     rows: npt.NDArray[Any], array: ArrayLayout, rows_per_shard: int, compressor: str
 ) -> list[Buffer]:

@@ -6,6 +6,8 @@ cache uses this interface, except ``mapped_rows`` and ``tensorstore_rows``, whic
 """
 
 import contextlib
+import errno
+import io
 import os
 import shutil
 import stat
@@ -31,11 +33,14 @@ class Storage(Protocol):
     local_dir: Path | None
     """The folder, or None for an object store."""
 
-    def read(self, name: str) -> bytes:
-        """Return a file's content. Raises FileNotFoundError; CacheError for every other failure."""
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """Return a file's content. Raises FileNotFoundError; CacheError for every other failure.
 
-    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return the content of several small files; missing files are left out."""
+        A file of more than ``max_bytes`` is such a failure, and so is anything but a regular file.
+        """
+
+    def read_many(self, names: Sequence[str], max_bytes: int | None = None) -> dict[str, bytes]:
+        """Return the content of several small files; missing files are left out. See ``read``."""
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield a file's content in parts. Raises as ``read``."""
@@ -126,28 +131,31 @@ class LocalStorage:
         self.url = str(folder)
         self._folder = folder
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """Return a file's content."""
         try:
-            with open(f"{self._folder}/{name}", "rb", buffering=0) as file:
-                return file.read()  # with a Path, opening and reading a seal takes twice as long
+            with _open_regular(f"{self._folder}/{name}") as file:
+                size = os.fstat(file.fileno()).st_size
+                if max_bytes is None or size <= max_bytes:
+                    return file.read()
         except _ABSENT:
             raise FileNotFoundError(name) from None
         except OSError as error:
             raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
+        raise CacheError(too_large(f"{self._folder / name}", max_bytes))
 
-    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+    def read_many(self, names: Sequence[str], max_bytes: int | None = None) -> dict[str, bytes]:
         """Return the content of several small files; missing files are left out."""
         found = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                found[name] = self.read(name)
+                found[name] = self.read(name, max_bytes)
         return found
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield a file's content in parts."""
         try:
-            with (self._folder / name).open("rb") as file:
+            with _open_regular(f"{self._folder}/{name}") as file:
                 yield from iter(lambda: file.read(_BLOCK_BYTES), b"")
         except _ABSENT:
             raise FileNotFoundError(name) from None
@@ -283,6 +291,27 @@ class LocalStorage:
         except OSError as error:
             where = error.filename or self._folder / name
             raise CacheError(f"{where} cannot be {done}: {error.strerror}.") from None
+
+
+def too_large(where: str, max_bytes: int) -> str:
+    """Return the sentence about a file that ``read`` refuses."""
+    return (
+        f"{where} has more than {max_bytes:,} bytes; expected a small file that movekd wrote. Run "
+        "`movekd cache verify`."
+    )
+
+
+def _open_regular(path: str) -> io.FileIO:
+    """Open a regular file for reading, unbuffered; raises OSError for anything else.
+
+    ``path`` is a string: with a Path, opening and reading a seal takes twice as long.
+    """
+    # O_NONBLOCK: opening a FIFO without it waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return io.FileIO(descriptor)
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file", path)
 
 
 def _write_all(descriptor: int, buffer: Buffer) -> None:

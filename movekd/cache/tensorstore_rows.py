@@ -18,10 +18,15 @@ import tensorstore
 import zarr
 
 from movekd.cache import layout
+from movekd.cache.codecs import ArrayLayout
 from movekd.cache.layout import TeacherLayout
 from movekd.cache.object_storage import ObjectStorage, s3_settings
+from movekd.cache.schema import ArrayMetadata
+from movekd.cache.seal import MAX_JSON_BYTES
 from movekd.cache.storage import Storage
-from movekd.errors import CacheError, CorruptCacheError
+from movekd.config import validate
+from movekd.errors import CacheError, ConfigError, CorruptCacheError, shorten
+from movekd.files.reading import parse_json
 
 _CONTEXT = {
     # keeps the indexes of Zarr shards: a row then costs one range per array, not two
@@ -63,12 +68,13 @@ class TensorStoreRows:
             for _ in range(len(reads)):  # each is freed after its copy: one batch is in memory
                 array, position, future = reads.pop()
                 array[position] = future.result()
-        except ValueError as error:
+        except (ValueError, IndexError, OverflowError, NotImplementedError) as error:
             raise self._error(str(error)) from None
 
     def _store(self, array: str, kvstore: dict[str, Any]) -> Any:
         with self._lock:
             if array not in self._stores:
+                self._require_metadata(self._layout.arrays[array])
                 if "context" not in self._stores:
                     self._stores["context"] = tensorstore.Context(_CONTEXT)
                 self._stores[array] = tensorstore.open(
@@ -91,6 +97,7 @@ class TensorStoreRows:
         group = layout.group_name(self._teacher)
         shards = np.unique(rows // self._layout.rows_per_shard).tolist()
         for array in self._layout.arrays.values():
+            self._require_metadata(array)
             for shard in shards:  # zarr would read a missing file as the fill value
                 if not self._storage.exists(f"{group}/{layout.shard_file(array, shard)}"):
                     raise self._error(f"Zarr shard {shard} of {array.name} is missing")
@@ -105,9 +112,30 @@ class TensorStoreRows:
                 self._storage.exists(layout.metadata_name(self._teacher))
                 raise self._error(str(error)) from None
 
+    def _require_metadata(self, array: ArrayLayout) -> None:
+        """Raise CorruptCacheError unless zarr.json says what movekd writes for this array.
+
+        Both libraries read by it: with another data type they would convert every value.
+        """
+        name = f"{layout.group_name(self._teacher)}/{array.name}/zarr.json"
+        where, remedy = f"{self._storage.url}/{name}", "Run `movekd cache verify`."
+        try:
+            raw = self._storage.read(name, MAX_JSON_BYTES)
+            content = parse_json(raw, where, error=CorruptCacheError, remedy=remedy)
+            metadata = validate(ArrayMetadata, content, where)
+        except FileNotFoundError:
+            raise CorruptCacheError(f"{where} does not exist. {remedy}") from None
+        except ConfigError as error:
+            raise CorruptCacheError(f"{shorten(error, 1000)}. {remedy}") from None
+        if not metadata.fits(array, self._layout.rows_per_shard):
+            raise CorruptCacheError(
+                f"{where} describes another array than the {array.dtype} of "
+                f"{('row', *array.row_shape)} that the calibration settles. {remedy}"
+            )
+
     def _error(self, reason: str) -> CacheError:
         where = f"teacher '{self._teacher}' in {self._storage.url}"
-        first = reason.splitlines()[0][:300] if reason else "no reason given"
+        first = shorten(reason.splitlines()[0], 300) if reason else "no reason given"
         if self._storage.local_dir is None and first.startswith(
             ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNKNOWN", "PERMISSION_DENIED")
         ):

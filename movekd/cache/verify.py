@@ -53,7 +53,10 @@ class TeacherStatus:
 
 def status(cache: CacheContents) -> list[TeacherStatus]:
     """Return the state of each teacher of a cache."""
-    return [teacher_status(cache.sealed(name), cache.catalog) for name in cache.teachers]
+    teachers = [cache.sealed(name) for name in cache.teachers]
+    for teacher in teachers:
+        teacher.require_images(cache.catalog)
+    return [teacher_status(teacher, cache.catalog) for teacher in teachers]
 
 
 def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:

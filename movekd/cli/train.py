@@ -40,6 +40,13 @@ def train(
     allow_random_teachers: Annotated[
         bool, typer.Option(help="Accept features of teachers with random weights (for tests).")
     ] = False,
+    verify_cache: Annotated[
+        bool,
+        typer.Option(
+            "--verify-cache",
+            help="Compare each Zarr shard with its checksum before its first row is used.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
     show_samples: Annotated[
         int | None,
@@ -85,6 +92,7 @@ def train(
                 overwrite=overwrite,
                 force=force,
                 allow_random_teachers=allow_random_teachers,
+                verify_cache=verify_cache,
                 progress=progress,
                 notify=lambda line: typer.echo(f"movekd: {line}", err=True),
             )

@@ -33,13 +33,21 @@ class FileEntry(BaseModel):
     Attributes:
         size_bytes: its size.
         xxh3_128: its checksum.
-        grows: both are those of the file's beginning, which stays while the file grows (a log).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size_bytes: Annotated[int, Field(ge=0)]
-    xxh3_128: str
+    size_bytes: Annotated[int, Field(ge=0, le=2**50, strict=True)]
+    xxh3_128: Annotated[str, Field(pattern="^[0-9a-f]{32}$", strict=True)]
+
+
+class OwnedFile(FileEntry):
+    """Size and checksum of a file in a record.
+
+    Attributes:
+        grows: both are those of the file's beginning, which stays while the file grows (a log).
+    """
+
     grows: bool = False
 
 
@@ -54,10 +62,10 @@ class OwnedFiles(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     made_by: str
-    files: dict[str, FileEntry]
+    files: dict[str, OwnedFile]
 
 
-def file_entry(path: Path, size_bytes: int | None = None) -> FileEntry:
+def file_entry(path: Path, size_bytes: int | None = None) -> OwnedFile:
     """Return size and checksum of a regular file, read in blocks; raises OSError.
 
     With ``size_bytes``, return those of the file's beginning, which stays while the file grows.
@@ -68,16 +76,16 @@ def file_entry(path: Path, size_bytes: int | None = None) -> FileEntry:
         while block := file.read(min(_BLOCK_BYTES, left - size)):
             digest.update(block)
             size += len(block)
-    return FileEntry(size_bytes=size, xxh3_128=digest.hexdigest(), grows=size_bytes is not None)
+    return OwnedFile(size_bytes=size, xxh3_128=digest.hexdigest(), grows=size_bytes is not None)
 
 
-def content_entry(content: bytes) -> FileEntry:
+def content_entry(content: bytes) -> OwnedFile:
     """Return size and checksum of a file that will hold ``content``."""
-    return FileEntry(size_bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    return OwnedFile(size_bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
 
 
 def write_owned(
-    folder: Path, files: Iterable[str] | Mapping[str, FileEntry], made_by: str
+    folder: Path, files: Iterable[str] | Mapping[str, OwnedFile], made_by: str
 ) -> OwnedFiles:
     """Write the record of a folder, whole or not at all, and durably; return it.
 
@@ -181,7 +189,7 @@ def write_durably(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def _change(folder: Path, name: str, entry: FileEntry, by_size: bool = False) -> Change | None:
+def _change(folder: Path, name: str, entry: OwnedFile, by_size: bool = False) -> Change | None:
     path = folder / name
     # A folder that was replaced by a link would lead out of ours.
     if any((folder / parent).is_symlink() for parent in PurePosixPath(name).parents[:-1]):

@@ -126,6 +126,7 @@ def train(
     overwrite: bool = False,
     force: bool = False,
     allow_random_teachers: bool = False,
+    verify_cache: bool = False,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> TrainSummary:
@@ -144,6 +145,7 @@ def train(
         force: with ``overwrite``, delete also files at a run's names that are not as a run
             recorded them.
         allow_random_teachers: accept targets of teachers with random weights (tests, benchmarks).
+        verify_cache: compare each Zarr shard with its checksum before its first row is used.
         progress: called with the name of the stage, the steps done and all steps.
         notify: called in rank 0 with what a user should know, a line each.
 
@@ -164,7 +166,7 @@ def train(
     if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
     corpus = open_corpus(config.data.shards)
-    cache = _open_targets(config, cache_url, allow_random_teachers)
+    cache = _open_targets(config, cache_url, allow_random_teachers, verify_cache)
     inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
     require_same_inputs(gather(inputs))
     if start.checkpoint is not None:
@@ -248,7 +250,10 @@ class _RecordCurves(TrainerCallback):
 
 
 def _open_targets(
-    config: TrainConfig, cache_url: str | Path | None, allow_random_teachers: bool
+    config: TrainConfig,
+    cache_url: str | Path | None,
+    allow_random_teachers: bool,
+    verify_cache: bool,
 ) -> FeatureCache | None:
     """Return the cache that a run distils from, after checking it against the config."""
     if config.distill is None:
@@ -257,7 +262,7 @@ def _open_targets(
         raise ConfigError(
             "the config distils, but no cache was given; add --cache DIR, or set distill: null."
         )
-    cache = open_cache(cache_url)
+    cache = open_cache(cache_url, verify="checksum" if verify_cache else "size")
     if cache.geometry != config.data.geometry:
         raise ConfigError(
             f"{cache.url} holds features of geometry '{cache.geometry}'; the config asks for "

@@ -17,7 +17,7 @@ from movekd.errors import ConfigError, shorten
 from movekd.files.lock import hold_lock
 from movekd.files.ownership import (
     OWNERSHIP_FILE,
-    FileEntry,
+    OwnedFile,
     OwnedFiles,
     changes,
     content_entry,
@@ -246,7 +246,7 @@ def _is_run(output_dir: Path) -> bool:
     return {"recipe", "stage", "student", "data"} <= content.keys()
 
 
-def _record(output_dir: Path, entries: Mapping[str, FileEntry]) -> None:
+def _record(output_dir: Path, entries: Mapping[str, OwnedFile]) -> None:
     """Add files to the record of a run directory."""
     owned = _read_or_none(output_dir)  # a damaged one: what it named is not provably ours any more
     known = {} if owned is None else owned.files

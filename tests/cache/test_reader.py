@@ -1,6 +1,7 @@
 """Legend: B batch, N tokens, D channels."""
 
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from movekd.cache import layout
+from movekd.cache.contents import open_contents
 from movekd.cache.reader import TeacherCache, open_cache
+from movekd.cache.verify import status
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
-from movekd.errors import CacheError, CorruptCacheError, UnknownKeyError
+from movekd.errors import CacheError, ConfigError, CorruptCacheError, UnknownKeyError
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 
@@ -228,7 +231,7 @@ def damaged(stores, tmp_path, change) -> TeacherCache:
         (lambda data: data[:-1], "truncated"),
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: data[2304:], "truncated"),
-        (lambda data: data[:20], "has 20 bytes, less than its index of 132"),
+        (lambda data: data[:20], "has 20 bytes, its seal says 18564: it is truncated"),
         (lambda data: b"", "has 0 bytes"),
         (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "checksum of the shard index"),
     ],
@@ -346,3 +349,147 @@ def test_stock_libraries_open_a_store_without_movekd_and_without_a_warning(
         assert (done.returncode, done.stderr) == (0, "")
         expected = store.read(range(24)).tokens_BND.numpy()
         np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([1.0], requires_grad=True),
+        torch.tensor([1.0], dtype=torch.bfloat16),
+        torch.zeros(2, dtype=torch.bool),
+        [[1], [2, 3]],
+        None,
+        "12",
+        {1, 2},
+        [10**30],
+        [None],
+        np.array([1 + 0j]),
+    ],
+)
+def test_rows_of_any_other_kind_are_a_sentence(stores, rows) -> None:
+    with pytest.raises(CacheError, match=r"rows are .*; expected integers in one dimension"):
+        stores["none"].read(rows)
+
+
+def test_rows_beyond_int64_do_not_wrap_around(stores) -> None:
+    with pytest.raises(CacheError, match=rf"row {2**64 - 1} is outside of"):
+        stores["none"].read(np.array([2**64 - 1], np.uint64))
+
+
+@pytest.mark.parametrize("names", [None, "photos/00.png", [3], [["a"], ["b"]], 7, [b"\xff"]])
+def test_names_that_are_no_list_of_text_are_a_sentence(cache_dir, names) -> None:
+    cache = open_cache(cache_dir)
+    for look_up in (cache.rows, cache.find_rows):
+        with pytest.raises(CacheError, match=r"the names are .*; expected a list of names or keys"):
+            look_up(names)
+    for view in (None, "0", 1.5, [0]):
+        with pytest.raises(CacheError, match=r"view is .*; expected an integer"):
+            cache.rows(["photos/00.png"], view=view)
+
+
+@pytest.mark.parametrize("url", [None, 3, b"cache", ["cache"]])
+def test_a_cache_that_is_no_name_is_a_sentence(url) -> None:
+    with pytest.raises(ConfigError, match=r"the cache is .*; expected a folder or a URL"):
+        open_cache(url)
+
+
+def test_another_way_to_verify_is_a_sentence(cache_dir) -> None:
+    with pytest.raises(ConfigError, match="verify is 'all'; expected 'size' or 'checksum'"):
+        open_cache(cache_dir, verify="all")
+
+
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_checksum_refuses_a_flipped_byte_before_a_row_is_returned(
+    stores, arrays, tmp_path, small_shards, compressor
+) -> None:
+    """And only in its own Zarr shard, in threads, and in a process that got the store by pickle."""
+    shutil.copytree(stores[compressor].storage.local_dir, tmp_path / "cache")
+    files = sorted((tmp_path / "cache" / "clip.zarr").glob("*/c/1/**/0"))
+    files = [path for path in files if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        whole = path.read_bytes()
+        flip(path)
+        store = open_cache(tmp_path / "cache", verify="checksum")["clip"]
+        for each in (store, pickle.loads(pickle.dumps(store))):  # noqa: S301
+            assert_equal(each.read([0, 23]).stored, arrays, [0, 23])
+            with ThreadPoolExecutor(4) as pool:
+                for error in pool.map(lambda row, s=each: caught(s, row), [8, 9, 15, 8]):
+                    assert re.search(r"c/1/.* is damaged: .*its seal says", str(error))
+        path.write_bytes(whole)
+    assert_equal(open_cache(tmp_path / "cache", "checksum")["clip"].read([9]).stored, arrays, [9])
+
+
+def caught(store, row):
+    try:
+        return store.read([row])
+    except CorruptCacheError as error:
+        return error
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"\0" + data])
+def test_a_file_of_another_size_is_refused_whatever_it_holds(
+    stores, tmp_path, small_shards, compressor, change
+) -> None:
+    shutil.copytree(stores[compressor].storage.local_dir, tmp_path / "cache")
+    path = tmp_path / "cache" / "clip.zarr" / "cls" / "c" / "2" / "0"
+    path.write_bytes(change(path.read_bytes()))
+    store = open_cache(tmp_path / "cache")["clip"]
+    store.read([0])
+    with pytest.raises(CorruptCacheError, match=r"cls/c/2/0 has \d+ bytes, its seal says \d+"):
+        store.read([20])
+
+
+def test_each_zarr_shard_is_compared_once(stores, tmp_path, small_shards, monkeypatch) -> None:
+    store = open_cache(stores["none"].storage.local_dir, verify="checksum")["clip"]
+    read = []
+    blocks = type(store.storage).blocks
+    monkeypatch.setattr(
+        type(store.storage), "blocks", lambda self, name: (read.append(name), blocks(self, name))[1]
+    )
+    for _ in range(3):
+        store.read([0, 1, 8])
+    store.read([9, 20])
+    assert len(read) == len(set(read)) == 3 * len(store.layout.arrays)
+
+
+def test_a_teacher_of_another_cache_is_refused(
+    stores, tmp_path, crops, tiny_specs, small_shards
+) -> None:
+    """Its group and seals, copied in: of as many images, other ones."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, image in enumerate(crops[1:25]):
+        image.rotate(90).save(images / f"{number:02d}.png")
+    pack_folder(images, tmp_path / "data", num_workers=1)
+    other = tmp_path / "other"
+    list(build_cache(other, open_corpus(tmp_path / "data"), tiny_specs[:1], geometry="crop",
+                     options=OPTIONS))  # fmt: skip
+    mixed = tmp_path / "mixed"
+    shutil.copytree(stores["none"].storage.local_dir, mixed)
+    for folder in ("clip.zarr", "clip.seals"):
+        shutil.rmtree(mixed / folder)
+        shutil.copytree(other / folder, mixed / folder)
+    with pytest.raises(CacheError, match=r"sealed for other images than index\.parquet lists"):
+        open_cache(mixed)["clip"].read([3])
+    with pytest.raises(CacheError, match=r"sealed for other images than index\.parquet lists"):
+        status(open_contents(mixed))
+    # one Zarr shard of it only: refused where it is read
+    shutil.rmtree(mixed)
+    shutil.copytree(stores["none"].storage.local_dir, mixed)
+    for name in ("clip.seals/00001.json", *(
+        path.relative_to(other).as_posix() for path in other.glob("clip.zarr/*/c/1/**/0")
+        if path.is_file()
+    )):  # fmt: skip
+        shutil.copy(other / name, mixed / name)
+    store = open_cache(mixed)["clip"]
+    store.read([0, 23])
+    with pytest.raises(CacheError, match="Zarr shards 1 were sealed for other images"):
+        store.read([0, 9])

@@ -4,13 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movekd.cache.schema import FileEntry
 from movekd.cache.seal import checksum, entry, read_sealed, write_sealed
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, CorruptCacheError
+from movekd.files.ownership import FileEntry
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )

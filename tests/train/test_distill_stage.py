@@ -1,5 +1,6 @@
 """Tests of stage distill: the encoder learns only from cached targets."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
-from movekd.errors import CacheError, ConfigError, UnknownKeyError, WeightsError
+from movekd.errors import (
+    CacheError,
+    ConfigError,
+    CorruptCacheError,
+    UnknownKeyError,
+    WeightsError,
+)
 from movekd.student.checkpoint import load_student
 from movekd.train.encoder_data import EncoderDataset
 
@@ -116,3 +123,14 @@ def test_an_encoder_alone_is_neither_asked_nor_made_from_a_projector(digits, tmp
     begin = f"init_from={tmp_path / 'projector'}"
     with pytest.raises(WeightsError, match=r"neither mole_encoder.*expects a run that trained the"):
         digits.train(tmp_path / "run", "distill", begin, "training.max_steps=1")
+
+
+def test_verify_cache_refuses_a_flipped_byte_before_it_is_learned(digits, tmp_path):
+    shutil.copytree(digits.cache, tmp_path / "cache")
+    path = tmp_path / "cache" / "clip.zarr" / "tokens" / "c" / "0" / "0" / "0"
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 3] ^= 1
+    path.write_bytes(changed)
+    damaged = replace(digits, cache=tmp_path / "cache")
+    with pytest.raises(CorruptCacheError, match=r"tokens/c/0/0/0 is damaged: .*its seal says"):
+        damaged.train(tmp_path / "run", "distill", verify_cache=True)
