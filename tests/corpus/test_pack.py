@@ -74,22 +74,21 @@ def test_every_image_and_conversation_is_kept_or_accounted_for(source):
     assert (report.num_images, report.num_shards, report.num_names) == (4, 1, 5)
     assert (report.num_entries, report.num_kept, report.num_text_only) == (19, 7, 1)
     assert report.num_kept + report.num_dropped == report.num_entries
-    listed = {
-        kind: [identity for identity, _ in getattr(report, kind)]
-        for kind in report.counts
-        if not kind.startswith("num_") and kind != "size_bytes"
-    }
+    listed = {kind: [identity for identity, _ in all] for kind, all in report.problems.items()}
     assert listed == {
         "missing_files": ["i", "p"],
         "unreadable_images": ["j", "k", "o", "q"],
         "refused_paths": ["l", "m", "n"],
         "surplus_placeholders": ["g", "h"],
         "malformed_entries": ["r"],
-        "duplicate_samples": [],
-        "damaged_shards": [],
         "added_placeholders": ["c", "e"],
         "duplicate_ids": ["b"],
         "duplicate_images": ["coco/copy.png"],
+        "rejected_names": [
+            *("coco/none.png", "broken.jpg", "words.png", "../secret.png"),
+            *(str(source / "secret.png"), "coco/../coco/1.png", "coco", "coco/1.png/x"),
+            "nul\0.png",
+        ],
     }
     reasons = dict(report.unreadable_images + report.missing_files + report.refused_paths)
     assert "broken.jpg: the image cannot be decoded" in reasons["j"]
@@ -238,7 +237,7 @@ def test_hopeless_input_is_refused_in_a_sentence(source, snapshot):
 def test_a_folder_is_packed_in_the_order_of_its_paths(source):
     (source / "images" / "readme.txt").write_text("no image")
     os.symlink("nowhere", source / "images" / "dangling.png")
-    calls = []
+    calls: list[tuple[int, int]] = []
     report = pack_folder(
         source / "images", source / "data", num_workers=2, progress=lambda *at: calls.append(at)
     )
@@ -249,7 +248,11 @@ def test_a_folder_is_packed_in_the_order_of_its_paths(source):
     assert corpus.rows(corpus.names["name"].combine_chunks()).tolist() == [0, 1, 2, 3, 1, 4]
     assert [name for name, _ in report.unreadable_images] == ["broken.jpg", "words.png"]
     assert [name for name, _ in report.missing_files] == ["dangling.png"]
-    assert calls == [(number, 9) for number in range(1, 10)]
+    assert [name for name, _ in report.not_images] == ["readme.txt"]
+    assert report.sums["files"] == {
+        **{"found": 10, "kept": 6, "unreadable_images": 2, "missing_files": 1, "not_images": 1}
+    }
+    assert calls == [(number, 10) for number in range(1, 11)]
     assert corpus.conversations_path is None
 
 
@@ -259,7 +262,9 @@ def test_file_names_that_are_not_unicode_are_reported(source):
         file.write(picture(8))
     report = pack_folder(source / "images", source / "data")
     report.write(source / "data" / "report.json")
-    assert report.refused_paths == (("?.png", "?.png is not Unicode; rename it"),)
+    assert report.refused_paths == (("\udcff.png", r"\udcff.png is not Unicode; rename it"),)
+    written = json.loads((source / "data" / "report.json").read_text())
+    assert written["refused_paths"] == [["\udcff.png", r"\udcff.png is not Unicode; rename it"]]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -46,7 +46,7 @@ def shards(tmp_path):
     write_tar(
         folder / "sub" / "b.tar",
         [
-            ("x/1.jpg", picture(9, format="JPEG")),
+            ("x/1.PNG", picture(9)),
             ("x/1.txt", b"Of a sample that was there already."),
             ("4.left.png", picture(4)),
             ("4.right.png", picture(5)),
@@ -92,7 +92,7 @@ def test_existing_tars_are_indexed_where_they_are(shards, snapshot):
               ("duplicate_samples", "unreadable_images", "missing_files", "malformed_entries",
                "damaged_shards", "duplicate_images", "added_placeholders")}  # fmt: skip
     assert listed == {
-        "duplicate_samples": ["9.png", "x/1"],
+        "duplicate_samples": ["sub/b.tar/9.png", "sub/b.tar/x/1.PNG", "sub/b.tar/x/1.txt"],
         "unreadable_images": ["sub/b.tar/5.png", "5"],
         "missing_files": ["eight"],
         "malformed_entries": ["6"],
