@@ -33,16 +33,16 @@ def list_folder(folder: Path, ours: Path | None = None) -> FolderList:
     files: list[str] = []
     skipped: list[tuple[str, str]] = []
     below = [""]
-    mine = None if ours is None else ours.resolve()
+    mine = ours if ours is not None and ours.is_dir() else None
     while below:
         parent = below.pop()
         try:
+            is_ours = mine is not None and os.path.samefile(folder / parent, mine)
             with os.scandir(folder / parent) as found:
                 entries = list(found)
         except OSError as error:
             skipped.append((parent.rstrip("/"), f"cannot be read: {error.strerror}"))
             continue
-        is_ours = mine is not None and (folder / parent).resolve() == mine
         if is_ours and parent:
             continue
         for entry in entries:

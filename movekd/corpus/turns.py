@@ -34,7 +34,7 @@ def find_oddities(conversation: Conversation) -> list[Finding]:
     if num_blank:
         found.append(("blank_answers", f"{num_blank} of its answers are empty or blank"))
     if conversation.turns[0][0] == "gpt":
-        reason = "its first turn is an answer, which training leaves out as LLaVA does"
+        reason = "its first turn is an answer, which prompt v1 leaves out as LLaVA does"
         only = "its only turn is an answer; expected a question before it"
         found.append(("leading_answers", only if turns == conversation.turns else reason))
     roles = [role for role, _ in turns]
