@@ -50,8 +50,8 @@ def pack(
 ) -> None:
     """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: everything was kept. 1: done, but entries, files or members were dropped;
-    report.json lists them, and everything else that was found adds up to what was kept.
+    Exit code 0: nothing was dropped. 1: done, but entries, files or members of tars were dropped;
+    report.json lists them.
 
     Examples:
 

@@ -32,7 +32,11 @@ Change = Literal["numbered_entries", "system_turns", "replaced_characters"]
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of an image in a turn's text."""
 
-_ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_ROLES: dict[str, Role | Literal["system"]] = {
+    **{"human": "human", "user": "human"},
+    **{"gpt": "gpt", "assistant": "gpt"},
+    "system": "system",
+}
 _MAX_LINE_BYTES = 64 * MIB
 _NUM_EXAMPLES = 3
 
@@ -259,8 +263,12 @@ def _identity(entry: dict[str, Any]) -> Any:
 
 def _images(entry: dict[str, Any], where: str) -> list[str]:
     """Return the names under ``image`` or ``images``."""
-    given = {key: entry[key] for key in ("image", "images") if entry.get(key) not in (None, [])}
-    lists = {key: found if isinstance(found, list) else [found] for key, found in given.items()}
+    given = [(key, entry.get(key)) for key in ("image", "images")]
+    lists = {
+        key: found if isinstance(found, list) else [found]
+        for key, found in given
+        if found is not None and found != []
+    }
     for key, names in lists.items():
         for name in names:
             if not isinstance(name, str) or not name:
@@ -275,12 +283,13 @@ def _turn(turn: Any, where: str) -> tuple[Role | Literal["system"], str]:
         raise _malformed(where, "the turn", turn, '{"from": ..., "value": ...}')
     is_openai = "from" not in turn and "role" in turn
     who, what = ("role", "content") if is_openai else ("from", "value")
-    role, text = turn.get(who), turn.get(what)
-    if not isinstance(role, str) or (role not in _ROLES and role != "system"):
-        raise _malformed(where, who, role, '"human" or "gpt" (or "user", "assistant", "system")')
+    said, text = turn.get(who), turn.get(what)
+    role = _ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise _malformed(where, who, said, '"human" or "gpt" (or "user", "assistant", "system")')
     if not isinstance(text, str):
         raise _malformed(where, what, text, "a string")
-    return _ROLES.get(role, "system"), text
+    return role, text
 
 
 def _ask_system(
@@ -308,6 +317,8 @@ class _Cleaner:
     has_replaced = False
 
     def __call__(self, text: str) -> str:
+        if text.isascii():
+            return text
         cleaned = text.encode("utf-8", "replace").decode("utf-8")
         self.has_replaced |= cleaned != text
         return cleaned

@@ -46,6 +46,8 @@ def unknown_media(entry: Mapping[str, Any]) -> str:
     Such a key names a video, sound or PDF; or, in an entry without ``image``, an image. Read as a
     conversation of text only, the entry would teach to answer about what was never seen.
     """
+    if _UNDERSTOOD.issuperset(entry):
+        return ""
     has_image = bool(entry.get("image") or entry.get("images"))
     for key, value in entry.items():
         if not value or key in _UNDERSTOOD:

@@ -92,6 +92,40 @@ def test_a_malformed_entry_is_named(tmp_path, change, message):
         load_conversations(path)
 
 
+def test_all_malformed_entries_are_counted_in_one_short_error(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([ENTRY, *[{**ENTRY, "image": 5}] * 70, ENTRY]))
+    with pytest.raises(ConfigError) as raised:
+        load_conversations(path)
+    message = str(raised.value)
+    assert f"{path}: entry 1: image is 5; expected a file name" in message
+    assert f"70 entries of {path} are malformed, also 2, 3, 4, ...;" in message
+    assert len(message) < 2000
+
+
+def test_entries_of_llava_onevision_are_understood(tmp_path):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "A"},
+        {"from": "system", "value": " "},
+        {"from": "human", "value": "Why?"},
+        {"from": "gpt", "value": "B"},
+    ]
+    entries = [
+        {"sample_id": 5, "images": ["a.jpg"], "conversations": turns},
+        {"id": None, "image": "a.jpg", "images": ["a.jpg"], "conversations": turns[1:3]},
+        {"id": float("nan"), "conversations": turns[-2:]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    loaded = load_conversations(tmp_path / "a.json")
+    assert [(c.id, c.images) for c in loaded] == [("5", ("a.jpg",)), ("1", ("a.jpg",)), ("2", ())]
+    assert loaded[0].turns == (
+        *(("human", "Be brief.\n\n<image>\nWhat?"), ("gpt", "A"), ("human", "Why?")),
+        ("gpt", "B"),
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
