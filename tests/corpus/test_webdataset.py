@@ -194,6 +194,7 @@ tars = st.lists(
 def check_tars(folder, drawn, shuffle):
     """Write samples, members in any order; compare what the corpus pairs with what was written."""
     members = [("0.jpg", picture(0, (4, 3), "JPEG"))]
+    in_any_order = []
     pairs, lost, bad, kept = {}, Counter(), Counter(), {"0.jpg"}
     for number, what in enumerate(drawn):
         key = f"d/k{number}"
@@ -230,7 +231,11 @@ def check_tars(folder, drawn, shuffle):
         else:
             members.append((called(name), json.dumps(llava).encode()))
         pairs[words] = [data[n] for n in chosen]
+        in_any_order += [words] if not naming else []
     shuffle.shuffle(members)
+    order = [data for _, data in members]
+    for words in in_any_order:  # where the entry names no image, the order of the tar decides
+        pairs[words].sort(key=order.index)
     write_tar(folder / "a.tar", members)
     report = index_webdataset(folder, num_workers=1)
     written = check_sums(report, folder)
