@@ -8,7 +8,7 @@ bytes. Only a few images are in memory at a time. An unusable image is reported,
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from movekd.corpus.conversations import Change, Conversation, read_entries
@@ -59,9 +59,9 @@ def pack_llava(
     require_folder(image_dir)
     with build_corpus(out_dir, overwrite, max_shard_bytes) as builder:
         entries = [entry for path in json_paths for entry in _read_llava(builder, path)]
-        names = list(dict.fromkeys(name for entry in entries for name in entry.images))
-        sources = [ImageSource([name], image_dir / name) for name in names]
-        rejected = _pack_images(builder, "names", sources, num_workers, progress)
+        names = dict.fromkeys(name for entry in entries for name in entry.images)
+        sources = (ImageSource([name], image_dir / name) for name in names)
+        rejected = _pack_images(builder, "names", sources, len(names), num_workers, progress)
         for name, rejection in rejected.items():
             reason = f"{rejection.kind.replace('_', ' ')}: {rejection.reason}"
             builder.tally.leave_out("names", "rejected_names", name, reason)
@@ -90,11 +90,12 @@ def pack_folder(
         builder.tally.find("files", len(found.skipped))
         for name, reason in found.skipped:
             builder.tally.leave_out("files", "skipped_folders", name, reason)
-        sources = [
+        sources = (
             ImageSource([name], image_dir / name, other=_kind_of_other_file(name))
             for name in found.files
-        ]
-        rejected = _pack_images(builder, "files", sources, num_workers, progress)
+        )
+        number = len(found.files)
+        rejected = _pack_images(builder, "files", sources, number, num_workers, progress)
         for name, rejection in rejected.items():
             builder.tally.leave_out("files", rejection.kind, name, rejection.reason)
         return builder.report()
@@ -127,12 +128,13 @@ def _kind_of_other_file(name: str) -> ProblemKind:
 def _pack_images(
     builder: CorpusBuilder,
     unit: Unit,
-    sources: Sequence[ImageSource],
+    sources: Iterable[ImageSource],
+    number: int,
     num_workers: int,
     progress: Progress | None,
 ) -> dict[str, RejectedImage]:
     """Write image files to shards; return those that cannot be used, by name."""
-    builder.tally.find(unit, len(sources))
+    builder.tally.find(unit, number)
     rejected: dict[str, RejectedImage] = {}
     for done, found in enumerate(examine_images(sources, num_workers)):
         if isinstance(found, RejectedImage):
@@ -141,5 +143,5 @@ def _pack_images(
             builder.add_image(found)
             builder.tally.keep(unit)
         if progress is not None:
-            progress(done + 1, len(sources))
+            progress(done + 1, number)
     return rejected
