@@ -13,7 +13,6 @@ from movekd.corpus.conversations import (
     IMAGE_PLACEHOLDER,
     Change,
     Conversation,
-    Role,
     parse_conversation,
     parse_json,
 )
@@ -47,49 +46,25 @@ def collect_texts(
         names: member name of each image of the sample -> the name that conversations use.
         rejected: by such names, the images that cannot be used.
     """
-    tally = builder.tally
-    where = f"{shard}/{shorten(sample.json.name)}" if sample.json is not None else ""
-    entries, caption = [], None
-    conversations: list[Conversation] = []
-    if sample.json is not None:
-        try:
-            content = parse_json(_read_text(path, sample.json), where)
-            entries, caption = _entries(content), _caption(content)
-        except ConfigError as error:
-            entries = [error]
-        for entry in entries:
-            tally.find("entries")
-            found = _parse(builder, sample, entry, where)
-            if found is not None:
-                conversations.append(found)
-        if entries or (caption is not None and sample.txt is None):
-            tally.keep("members")
-        else:
-            reason = "it holds no conversation"
-            tally.leave_out("members", "unused_members", where, reason)
-    if sample.txt is not None and entries:
-        reason = f"{shorten(where)} is read instead"
-        tally.leave_out("members", "unused_members", f"{shard}/{sample.txt.name}", reason)
+    entries, caption = _read_json(sample, path, shard)
+    unused, reason = sample.json, "it holds no conversation"
+    found: list[Conversation | None] = []
+    if entries:
+        unused, reason = sample.txt, "the .json member is read instead"
+        found = [_parse(builder, sample, entry, shard) for entry in entries]
     elif sample.txt is not None:
-        tally.keep("members")
-        caption = None
-        tally.find("entries")
-        try:
-            caption = _read_text(path, sample.txt)
-        except ConfigError as error:
-            tally.leave_out("entries", "undecodable_text", sample.key, str(error))
-    elif caption is not None and not entries:
-        tally.find("entries")
-    if caption is not None and not entries:
-        if sample.images:
-            question = "\n".join([IMAGE_PLACEHOLDER] * len(sample.images))
-            images = tuple(image.name for image in sample.images)
-            answer = caption.strip()
-            turns: tuple[tuple[Role, str], ...] = (("human", question), ("gpt", answer))
-            conversations.append(Conversation(sample.key, images, turns))
-        else:
-            reason = "its sample has no image"
-            tally.leave_out("entries", "texts_without_image", sample.key, reason)
+        found = [_parse_caption(builder, sample, _read_text(path, sample.txt))]
+    elif caption is not None:
+        unused = None
+        found = [_parse_caption(builder, sample, caption)]
+    builder.tally.find("entries", len(found))
+    for member in (sample.json, sample.txt):
+        if member is not None and member is unused:
+            identity = f"{shard}/{member.name}"
+            builder.tally.leave_out("members", "unused_members", identity, reason)
+        elif member is not None:
+            builder.tally.keep("members")
+    conversations = [conversation for conversation in found if conversation is not None]
     for conversation in conversations:
         images = tuple(names[name] for name in conversation.images)
         matched = builder.match_placeholders(replace(conversation, images=images))
@@ -102,16 +77,27 @@ def collect_texts(
             builder.note("auxiliary_images", f"{shard}/{image.name}", reason)
 
 
-def _read_text(path: Path, member: TarMember) -> str:
-    """Return the text of a member.
+def _read_json(sample: Sample, path: Path, shard: str) -> tuple[list[Any], str | None]:
+    """Return the entries in a sample's .json member, an error among them, and the caption there."""
+    if sample.json is None:
+        return [], None
+    text = _read_text(path, sample.json)
+    if isinstance(text, ConfigError):
+        return [text], None
+    try:
+        content = parse_json(text, f"{shard}/{shorten(sample.json.name)}")
+    except ConfigError as error:
+        return [error], None
+    return _entries(content), _caption(content)
 
-    Raises:
-        ConfigError: it is too large, or not UTF-8 text.
-    """
+
+def _read_text(path: Path, member: TarMember) -> str | ConfigError:
+    """Return the text of a member, or the error if it is too large or not UTF-8."""
+    name = shorten(member.name)
     if member.size > _MAX_TEXT_BYTES:
-        raise ConfigError(
-            f"{shorten(member.name)} has {member.size:,} bytes; expected at most "
-            f"{_MAX_TEXT_BYTES:,}. Is it text?"
+        return ConfigError(
+            f"{name} has {member.size:,} bytes; expected a text of at most {_MAX_TEXT_BYTES:,}. "
+            "Remove it, or give it another suffix."
         )
     try:
         text = read_member(path, member).decode("utf-8-sig")
@@ -121,7 +107,7 @@ def _read_text(path: Path, member: TarMember) -> str:
         if "\0" not in text:
             return text
         found = "holds NUL characters, as UTF-16 does"
-    raise ConfigError(f"{shorten(member.name)} {found}; expected UTF-8. Convert it.")
+    return ConfigError(f"{name} {found}; expected UTF-8. Convert it.")
 
 
 def _entries(content: Any) -> list[Any]:
@@ -137,7 +123,23 @@ def _caption(content: Any) -> str | None:
     return caption if isinstance(caption, str) else None
 
 
-def _parse(builder: CorpusBuilder, sample: Sample, entry: Any, where: str) -> Conversation | None:
+def _parse_caption(
+    builder: CorpusBuilder, sample: Sample, caption: str | ConfigError
+) -> Conversation | None:
+    """Return a caption as a conversation about all images; None after reporting why not."""
+    kind: ProblemKind = "texts_without_image"
+    reason = "its sample has no image"
+    if isinstance(caption, str) and sample.images:
+        images = tuple(image.name for image in sample.images)
+        question = "\n".join([IMAGE_PLACEHOLDER] * len(images))
+        return Conversation(sample.key, images, (("human", question), ("gpt", caption.strip())))
+    if isinstance(caption, ConfigError):
+        kind, reason = "undecodable_text", str(caption)
+    builder.tally.leave_out("entries", kind, sample.key, reason)
+    return None
+
+
+def _parse(builder: CorpusBuilder, sample: Sample, entry: Any, shard: str) -> Conversation | None:
     """Return a conversation with the member names of its images; None after reporting why not."""
     changes: list[tuple[Change, str]] = []
     kind: ProblemKind = "malformed_entries"
@@ -149,9 +151,10 @@ def _parse(builder: CorpusBuilder, sample: Sample, entry: Any, where: str) -> Co
             if sample.images and all(value in (None, []) for value in given):
                 entry = entry | {"image": [image.name for image in sample.images]}
             kind = "unknown_media" if unknown_media(entry) else kind
+        where = f"{shard}/{shorten(sample.json.name if sample.json else sample.key)}"
         found = parse_conversation(entry, where, default_id=sample.key, changes=changes)
     except ConfigError as error:
-        identity = entry.get("id") if isinstance(entry, dict) else None
+        identity = entry.get("id", entry.get("sample_id")) if isinstance(entry, dict) else None
         identity = identity if isinstance(identity, str | int) else sample.key
         builder.tally.leave_out("entries", kind, str(identity), str(error))
         return None

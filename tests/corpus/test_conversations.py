@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from movekd.corpus.conversations import (
     Conversation,
+    RawEntry,
     iter_conversations,
     load_conversations,
     parse_conversation,
@@ -149,3 +150,35 @@ def test_a_missing_file_is_refused(tmp_path):
         load_conversations(tmp_path / "no.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_conversations(tmp_path)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+words = st.sampled_from(["human", "gpt", "system", "user", "assistant", "a.jpg", "<image>", ""])
+names = st.sampled_from(
+    [
+        *("id", "sample_id", "image", "images", "conversations", "from", "value", "role"),
+        *("content", "video", "img", "question_type", "", "猫"),
+    ]
+)
+values = st.recursive(
+    scalars | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(values)
+def test_any_json_value_is_a_conversation_or_one_short_error(value):
+    for entry in (value, {**ENTRY, "image": value}, {**ENTRY, "conversations": value}):
+        raw = RawEntry(3, "here", json.loads(json.dumps(entry)))
+        assert isinstance(raw.id, str)
+        message = "here"
+        try:
+            conversation = raw.parse()
+            again = parse_conversation(json.loads(conversation.to_json()), "there")
+            assert again == conversation
+        except ConfigError as error:
+            message = str(error)
+        assert "here" in message
+        assert len(message) < 2000
