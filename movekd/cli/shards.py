@@ -9,7 +9,7 @@ import typer
 from movekd.cli.aliases import Command
 from movekd.cli.options import Json
 from movekd.cli.output import print_json, progress_bar, size
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from movekd.corpus.report import PackReport
@@ -58,7 +58,8 @@ def pack(
 ) -> None:
     """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: everything was kept. 1: done, but entries were dropped; report.json lists them.
+    Exit code 0: nothing was dropped. 1: done, but entries, files or members of tars were dropped;
+    report.json lists them.
 
     Examples:
 
@@ -176,14 +177,14 @@ def _print_report(report: "PackReport", target: Path) -> None:
         f"  {report.num_kept:,} of {report.num_entries:,} conversations kept, "
         f"{report.num_text_only:,} of them text only"
     )
-    for kind, count in report.counts.items():
-        problems = getattr(report, kind)
-        if not isinstance(problems, tuple) or not count:
-            continue
-        typer.echo(f"  {kind.replace('_', ' ')}: {count:,}")
+    for unit, sums in report.sums.items():
+        if unit != "entries":
+            typer.echo(f"  {sums.get('kept', 0):,} of {sums['found']:,} {unit} kept")
+    for kind, problems in report.problems.items():
+        typer.echo(f"  {kind.replace('_', ' ')}: {len(problems):,}")
         for identity, reason in problems[:_NUM_EXAMPLES]:
-            typer.echo(f"    {identity}: {reason}")
-        if count > _NUM_EXAMPLES:
+            typer.echo(f"    {shorten(identity)}: {shorten(reason, 400)}")
+        if len(problems) > _NUM_EXAMPLES:
             typer.echo(f"    ... all of them in {target / 'report.json'}")
     if report.num_dropped:
         typer.echo(f"  {report.num_dropped:,} dropped; see {target / 'report.json'}")

@@ -5,7 +5,6 @@ Used by ``corpus.pack`` and ``corpus.webdataset``. Files are made in a hidden fo
 """
 
 import filecmp
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +25,10 @@ from movekd.corpus.index import (
 )
 from movekd.corpus.parquet_table import write_parquet
 from movekd.corpus.publish import REPORT_FILE, Target, staging_folder
-from movekd.corpus.report import PackReport, Problem, ProblemKind
+from movekd.corpus.report import PackReport, ProblemKind, Tally
 from movekd.corpus.tar import ShardWriter
-from movekd.errors import CorpusError
+from movekd.corpus.turns import find_oddities, find_refusal
+from movekd.errors import CorpusError, shorten
 
 _BATCH_ROWS = 4096
 
@@ -37,12 +37,12 @@ class CorpusBuilder:
     """The images, conversations and problems found so far. Made by ``build_corpus``.
 
     Attributes:
-        num_entries: conversations found, kept or not.
+        tally: what was found, kept and left out.
     """
 
     def __init__(self, target: Target, staging: Path, max_shard_bytes: int | None) -> None:
         out_dir = target.folder
-        self.num_entries = 0
+        self.tally = Tally()
         self._out_dir, self._staging = out_dir, staging
         self._shards = None if max_shard_bytes is None else ShardWriter(staging, max_shard_bytes)
         self._is_guarded = target.is_guarded
@@ -58,12 +58,10 @@ class CorpusBuilder:
         self._conversations: TextIO | None = None
         self._ids: set[str] = set()
         self._num_text_only = 0
-        self._num_kept = 0
-        self._problems: defaultdict[ProblemKind, list[Problem]] = defaultdict(list)
 
     def note(self, kind: ProblemKind, identity: str, reason: str) -> None:
-        """Add a problem to the report."""
-        self._problems[kind].append((identity, reason))
+        """Add a problem of what is kept to the report."""
+        self.tally.note(kind, identity, reason)
 
     def add_image(self, image: UsableImage) -> None:
         """Add the names of an image and, if its bytes are new, its row."""
@@ -89,58 +87,79 @@ class CorpusBuilder:
         return self._shards.add(f"{image.key}.{image.info.extension}", image.data)
 
     def match_placeholders(self, entry: Conversation) -> Conversation | None:
-        """Return a conversation with one ``<image>`` per image, or None if that is impossible.
+        """Return a conversation with one ``<image>`` per image, or None if it is left out.
 
         A missing ``<image>`` is put before the first question. Reports what it changed or refused.
         """
-        self.num_entries += 1
+        if refusal := find_refusal(entry):
+            self.tally.leave_out("entries", refusal[0], entry.id, refusal[1])
+            return None
         missing = len(entry.images) - entry.num_placeholders
         found = (
             f"{entry.num_placeholders} {IMAGE_PLACEHOLDER} in the text, {len(entry.images)} images"
         )
-        if missing == 0:
-            return entry
         human = [number for number, (role, _) in enumerate(entry.turns) if role == "human"]
         if missing < 0:
-            self.note("surplus_placeholders", entry.id, found)
+            self.tally.leave_out("entries", "surplus_placeholders", entry.id, found)
             return None
-        if not human:
+        reason = ""
+        if missing and not human:
             reason = f"{found}, and no human turn to hold the rest"
-            self.note("malformed_entries", entry.id, reason)
+        elif human and human[0] > 0 and IMAGE_PLACEHOLDER in entry.turns[0][1]:
+            reason = f"{IMAGE_PLACEHOLDER} stands in a first answer, which training leaves out"
+        if reason:
+            self.tally.leave_out("entries", "malformed_entries", entry.id, reason)
             return None
+        if missing == 0:
+            return entry
         self.note("added_placeholders", entry.id, found)
         turns = list(entry.turns)
         role, text = turns[human[0]]
         turns[human[0]] = (role, f"{IMAGE_PLACEHOLDER}\n" * missing + text)
         return replace(entry, turns=tuple(turns))
 
-    def keep_or_drop(self, entry: Conversation, rejected: Mapping[str, RejectedImage]) -> None:
-        """Write a conversation, or report the first of its images that cannot be used."""
+    def keep_or_drop(self, entry: Conversation, rejected: Mapping[str, RejectedImage]) -> bool:
+        """Write a conversation, or report the first of its images that cannot be used.
+
+        Returns:
+            Whether it was kept.
+        """
         for name in entry.images:
             if name in rejected:
-                self.note(rejected[name].kind, entry.id, rejected[name].reason)
-                return
+                self.tally.leave_out(
+                    "entries", rejected[name].kind, entry.id, rejected[name].reason
+                )
+                return False
         if self._conversations is None:
             path = self._staging / CONVERSATIONS_FILE
             self._conversations = path.open("w", encoding="utf-8", newline="\n")
         self._conversations.write(entry.to_json() + "\n")
-        self._num_kept += 1
+        self.tally.keep("entries")
         self._num_text_only += not entry.images
+        for kind, reason in find_oddities(entry):
+            self.note(kind, entry.id, reason)
         if entry.id in self._ids:
             self.note("duplicate_ids", entry.id, "an earlier conversation has the same id")
         self._ids.add(entry.id)
+        return True
 
     def report(self) -> PackReport:
-        """Return the counts and problems found."""
+        """Return the counts and problems found.
+
+        Raises:
+            AssertionError: the sums are wrong, by a fault of movekd.
+        """
+        entries = self.tally.sums["entries"]
         return PackReport(
             num_shards=len(self._shard_names),
             num_images=len(self._index),
             num_names=len(self._names),
             size_bytes=self._size_bytes,
-            num_entries=self.num_entries,
-            num_kept=self._num_kept,
+            num_entries=entries["found"],
+            num_kept=entries["kept"],
             num_text_only=self._num_text_only,
-            **{kind: tuple(problems) for kind, problems in self._problems.items()},
+            **{kind: tuple(problems) for kind, problems in self.tally.problems.items()},
+            sums=self.tally.checked_sums(),
         )
 
     def finish(self) -> None:
@@ -170,17 +189,17 @@ class CorpusBuilder:
             self._conversations.close()
 
     def _no_image(self) -> CorpusError:
-        problems = [(kind, found) for kind, found in self._problems.items() if found]
+        problems = [(kind, found) for kind, found in self.tally.problems.items() if found]
         if not problems:
             return CorpusError(
                 "no image was found; expected at least one. "
                 "Check the folder and the paths in the JSON file."
             )
         counts = ", ".join(f"{len(found)} {kind.replace('_', ' ')}" for kind, found in problems)
-        identity, reason = problems[0][1][0]
+        identity, reason = map(shorten, problems[0][1][0])
         return CorpusError(
             f"no image can be used ({counts}); expected at least one. The first: {identity}: "
-            f"{reason}. Check the folder and the paths in the JSON file."
+            f"{reason.rstrip('.')}. Check the folder and the paths in the JSON file."
         )
 
 

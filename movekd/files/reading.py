@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -24,6 +24,28 @@ MAX_YAML_VALUES = 100_000
 _MAX_DIGITS = 1000
 """Longest number of a YAML file; Python prints none of more than 4,300 digits."""
 _DIGITS = re.compile(r"[-+]?[0-9a-fA-FxXbBoO_.:]+")
+
+
+class SpecialFileError(OSError):
+    """A path leads to a folder, FIFO, socket or device."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read its bytes, without waiting for a FIFO. Links are followed.
+
+    Raises:
+        SpecialFileError: it is no regular file.
+        OSError: as of ``open``.
+        ValueError: the name holds a NUL.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening, which some devices obey
+        raise SpecialFileError(f"{path} is no regular file")
+    # O_NONBLOCK: opening a FIFO without it waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SpecialFileError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(
@@ -41,15 +63,13 @@ def read_bytes(
         MovekdError: of class ``error``: missing, no regular file, unreadable, or too large.
     """
     try:
-        # O_NONBLOCK: opening a FIFO without it waits for a writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise error(
-                    _sentence(f"{printable(path)} is no regular file", "a regular file", remedy)
-                )
-            raw = file.read(max_bytes + 1) if found.st_size <= max_bytes else None
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(max_bytes + 1) if size <= max_bytes else None
+    except SpecialFileError:
+        raise error(
+            _sentence(f"{printable(path)} is no regular file", "a regular file", remedy)
+        ) from None
     except FileNotFoundError:
         raise error(
             _sentence(f"{printable(path)} does not exist", "a file there", remedy)

@@ -90,6 +90,18 @@ def test_whatever_is_dropped_is_listed_and_gives_exit_code_1(source):
     assert report["missing_files"] == [["1", "1.png does not exist in the image folder"]]
 
 
+def test_the_sums_are_printed_and_names_cannot_move_the_cursor(source):
+    (source / "images" / "a\x1b[2J.txt").write_text("no image")
+    arguments = ("pack", "--images", source / "images", "--output", source / "folder")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "5 of 6 files kept" in result.stdout
+    assert r"a\x1b[2J.txt: a\x1b[2J.txt: 8 bytes are no image" in result.stdout
+    counts = json.loads(run(*arguments, "--json").stdout)
+    assert counts["sums"] == {"files": {"found": 6, "kept": 5, "not_images": 1}}
+    assert (counts["num_files_found"], counts["not_images"]) == (6, 1)
+
+
 def test_a_folder_and_a_webdataset(source):
     result = run("pack", "--images", source / "images", "--output", source / "folder", "--json")
     assert json.loads(result.stdout)["num_images"] == 5

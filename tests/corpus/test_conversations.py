@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from movekd.corpus.conversations import (
     Conversation,
+    RawEntry,
     iter_conversations,
     load_conversations,
     parse_conversation,
@@ -68,13 +69,18 @@ def test_half_a_surrogate_pair_becomes_a_question_mark():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": None}, r"entry 1: id is missing or null; expected a string"),
+        ({"id": []}, r"entry 1: id is a list of 0; expected a string"),
         ({"id": True}, r"id is true; expected"),
         ({"image": 5}, r"image is 5; expected a file name"),
         ({"image": ["a", ""]}, r'image is ""; expected'),
         ({"conversations": []}, r"conversations is a list of 0; expected a list of turns"),
         ({"conversations": ["hi"]}, r'entry 1, turn 0: the turn is "hi"; expected'),
-        ({"conversations": [{"from": "user", "value": ""}]}, r'from is "user"; expected "human"'),
+        ({"conversations": [{"from": "Bob", "value": ""}]}, r'from is "Bob"; expected "human"'),
+        ({"conversations": [{"role": "Bob", "content": ""}]}, r'role is "Bob"; expected "human"'),
+        ({"conversations": [{"from": "system", "value": "x"}]}, r"expected a human turn behind"),
+        ({"images": ["b"]}, r"images is a list of 1; expected the same as under image"),
+        ({"image": ""}, r'image is ""; expected a file name'),
+        ({"video": "a.mp4"}, r'video is "a.mp4"; expected images under image, and no other'),
         ({"conversations": [{"from": ["x"], "value": ""}]}, r"from is a list of 1; expected"),
         ({"conversations": [{"from": "gpt"}]}, r"value is missing or null; expected a string"),
         ({"question_type": 3}, r"question_type is 3; expected a string"),
@@ -85,6 +91,40 @@ def test_a_malformed_entry_is_named(tmp_path, change, message):
     path.write_text(json.dumps([ENTRY, {**ENTRY, **change}]))
     with pytest.raises(ConfigError, match=message):
         load_conversations(path)
+
+
+def test_all_malformed_entries_are_counted_in_one_short_error(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([ENTRY, *[{**ENTRY, "image": 5}] * 70, ENTRY]))
+    with pytest.raises(ConfigError) as raised:
+        load_conversations(path)
+    message = str(raised.value)
+    assert f"{path}: entry 1: image is 5; expected a file name" in message
+    assert f"70 entries of {path} are malformed, also 2, 3, 4, ...;" in message
+    assert len(message) < 2000
+
+
+def test_entries_of_llava_onevision_are_understood(tmp_path):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "A"},
+        {"from": "system", "value": " "},
+        {"from": "human", "value": "Why?"},
+        {"from": "gpt", "value": "B"},
+    ]
+    entries = [
+        {"sample_id": 5, "images": ["a.jpg"], "conversations": turns},
+        {"id": None, "image": "a.jpg", "images": ["a.jpg"], "conversations": turns[1:3]},
+        {"id": float("nan"), "conversations": turns[-2:]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    loaded = load_conversations(tmp_path / "a.json")
+    assert [(c.id, c.images) for c in loaded] == [("5", ("a.jpg",)), ("1", ("a.jpg",)), ("2", ())]
+    assert loaded[0].turns == (
+        *(("human", "Be brief.\n\n<image>\nWhat?"), ("gpt", "A"), ("human", "Why?")),
+        ("gpt", "B"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,3 +150,35 @@ def test_a_missing_file_is_refused(tmp_path):
         load_conversations(tmp_path / "no.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_conversations(tmp_path)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+words = st.sampled_from(["human", "gpt", "system", "user", "assistant", "a.jpg", "<image>", ""])
+names = st.sampled_from(
+    [
+        *("id", "sample_id", "image", "images", "conversations", "from", "value", "role"),
+        *("content", "video", "img", "question_type", "", "猫"),
+    ]
+)
+values = st.recursive(
+    scalars | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(values)
+def test_any_json_value_is_a_conversation_or_one_short_error(value):
+    for entry in (value, {**ENTRY, "image": value}, {**ENTRY, "conversations": value}):
+        raw = RawEntry(3, "here", json.loads(json.dumps(entry)))
+        assert isinstance(raw.id, str)
+        message = "here"
+        try:
+            conversation = raw.parse()
+            again = parse_conversation(json.loads(conversation.to_json()), "there")
+            assert again == conversation
+        except ConfigError as error:
+            message = str(error)
+        assert "here" in message
+        assert len(message) < 2000

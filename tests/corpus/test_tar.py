@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 import tarfile
 
 import pytest
@@ -93,6 +94,78 @@ def test_a_tar_without_its_last_empty_blocks_is_whole(tmp_path):
     last = list(read_members(path))[-1]
     path.write_bytes(path.read_bytes()[: last.offset + 1024])
     assert len(list(read_members(path))) == 3
+
+
+def header(kind, size, payload=b""):
+    """Return a header of a tar with any size, even one below zero, and its payload."""
+    member = tarfile.TarInfo("a.jpg")
+    member.type, member.size = kind, abs(size)
+    raw = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        raw[124:136] = b"\xff" + size.to_bytes(11, "big", signed=True)
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw) + payload + bytes(-len(payload) % 512)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (header(b"x", 2**31), "a header of more than"),
+        (header(b"L", 2**31), "a header of more than"),
+        (header(b"x", -512), "a header of more than"),
+        (header(b"0", -512), "a wrong size"),
+        (header(b"0", -(2**40)), "a wrong size"),
+        (header(b"x", 200_000, b"1" * 200_000), "a number of more than 255 digits"),
+        (header(b"x", 512, b"1 a=1\n" * 80) * 500, "a header of more than"),
+        (header(b"x", 30, b"30 size=9" + b"9" * 20 + b"\n") + header(b"0", 3, b"abc"), "damaged"),
+    ],
+)
+def test_hostile_headers_are_refused_at_once(tmp_path, raw, message):
+    path = tmp_path / "a.tar"
+    path.write_bytes(raw + header(b"0", 3, b"abc") + bytes(1024))
+    with path.open("ab") as file:
+        file.truncate(2**32)  # sparse, so that a header of 2 GiB could be read
+    with pytest.raises(CorpusError, match=message):
+        list(read_members(path))
+
+
+def test_what_is_no_file_in_a_tar_is_named(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("link", b"2"), ("hard", b"1"), ("fifo", b"6"), ("dir", b"5")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("file"))
+    refusals = {member.name: member.refusal for member in read_members(path)}
+    assert refusals == {
+        **{"link": "is a link to /etc/passwd", "hard": "is a link to /etc/passwd"},
+        **{"fifo": "is no regular file", "file": ""},
+    }
+
+
+def test_a_tar_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo.tar")
+    (tmp_path / "device.tar").symlink_to("/dev/zero")
+    for name in ("fifo.tar", "device.tar"):
+        with pytest.raises(CorpusError, match="is no regular file; expected a plain tar"):
+            list(read_members(tmp_path / name))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_is_an_error_or_gives_members_of_the_tar(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "damaged.tar"
+    make_tar(path)
+    raw = bytearray(path.read_bytes())
+    for place, value in changes:
+        raw[place % len(raw)] = value
+    path.write_bytes(raw)
+    with contextlib.suppress(CorpusError):
+        for member in read_members(path):
+            assert member.offset >= 0
+            assert member.refusal or member.offset + member.size <= len(raw)
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,20 @@
 """Tests of movekd.corpus.webdataset."""
 
-import io
 import json
+import os
 import shutil
-import tarfile
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from corpus_files import entry, picture
+from corpus_files import check_sums, entry, picture, write_tar
 from movekd.corpus.conversations import load_conversations
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.corpus.webdataset import index_webdataset
 from movekd.errors import CorpusError
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ def shards(tmp_path):
     write_tar(
         folder / "sub" / "b.tar",
         [
-            ("x/1.jpg", picture(9, format="JPEG")),
+            ("x/1.PNG", picture(9)),
             ("x/1.txt", b"Of a sample that was there already."),
             ("4.left.png", picture(4)),
             ("4.right.png", picture(5)),
@@ -93,7 +86,7 @@ def test_existing_tars_are_indexed_where_they_are(shards, snapshot):
               ("duplicate_samples", "unreadable_images", "missing_files", "malformed_entries",
                "damaged_shards", "duplicate_images", "added_placeholders")}  # fmt: skip
     assert listed == {
-        "duplicate_samples": ["9.png", "x/1"],
+        "duplicate_samples": ["sub/b.tar/9.png", "sub/b.tar/x/1.PNG", "sub/b.tar/x/1.txt"],
         "unreadable_images": ["sub/b.tar/5.png", "5"],
         "missing_files": ["eight"],
         "malformed_entries": ["6"],
@@ -149,3 +142,187 @@ def test_a_packed_corpus_can_be_indexed_as_a_webdataset(tmp_path, crops):
     index_webdataset(copy)
     assert open_corpus(copy).index.equals(packed.index)
     assert open_corpus(copy).fingerprint() == packed.fingerprint()
+
+
+STYLES = {  # members of a sample with the key K: images by number, and the text
+    "same": (["K.jpg"], "K.txt"),
+    "dots": (["K.1.5.jpg"], "K.1.5.txt"),
+    "more dots": (["K.1.5.png"], "K.1.5.json"),
+    "inputs": (["K.input.jpg"], "K.outputs.txt"),
+    "whole name": (["K.JPG"], "K.JPG.txt"),
+    "unknown suffix": (["K.jfif"], "K.json"),
+    "no suffix": (["K"], "K.json"),
+    "metadata": (["K.webp"], "K.json with a caption"),
+    "two": (["K.left.png", "K.right.png"], "K.json"),
+    "second of three": (["K.depth.png", "K.jpg", "K.seg.png"], "K.json naming 1"),
+    "listed": (["K.0.png", "K.1.png", "K.2.png"], "K.json naming 2 0"),
+    "only images": (["K.a.jpg", "K.b.jpg"], ""),
+    "only text": ([], "K.json"),
+}
+LOST = {  # a member that is left out, and the reason
+    "K.png": (b"no image", "unreadable_images"),
+    "K.avif": (b"\0\0\0 ftypavif", "unreadable_images"),
+    "../K.png": (b"", "refused_paths"),
+    "/K.png": (b"", "refused_paths"),
+    "K.mp4": (b"0", "unknown_media"),
+    "K.cls": (b"3", "unused_members"),
+    "d/K.json": (b"[1, 2]", "unused_members"),
+}
+BAD_TEXTS = {  # the text of a sample whose image is kept, and why its entry is not
+    "K.txt": [
+        ("é".encode("latin-1"), "undecodable_text"),
+        ("words".encode("utf-16"), "undecodable_text"),
+        ("words".encode("utf-16-le"), "undecodable_text"),
+        (b" \n", "empty_answers"),
+    ],
+    "K.json": [
+        (b"{", "malformed_entries"),
+        (json.dumps({**entry("x"), "video": "K.mp4"}).encode(), "unknown_media"),
+        (json.dumps(entry("x", ["K.jpg", "no.jpg"])).encode(), "missing_files"),
+        (json.dumps({"id": "x", "conversations": []}).encode(), "malformed_entries"),
+    ],
+}
+
+tars = st.lists(
+    st.one_of(
+        st.sampled_from(sorted(STYLES)),
+        st.sampled_from(sorted(LOST)),
+        st.sampled_from([(name, n) for name, all in BAD_TEXTS.items() for n in range(len(all))]),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def check_tars(folder, drawn, shuffle):
+    """Write samples, members in any order; compare what the corpus pairs with what was written."""
+    members = [("0.jpg", picture(0, (4, 3), "JPEG"))]
+    in_any_order = []
+    pairs, lost, bad, kept = {}, Counter(), Counter(), {"0.jpg"}
+    for number, what in enumerate(drawn):
+        key = f"d/k{number}"
+        called = lambda name, key=key: name.replace("K", key)  # noqa: E731
+        if what in LOST:
+            content, reason = LOST[what]
+            members.append((called(what), content))
+            lost[reason] += 1
+            continue
+        if what in STYLES:
+            names, text = STYLES[what]
+        else:
+            names, (text, variant) = ["K.jpg"], what
+            content, reason = BAD_TEXTS[text][variant]
+            bad[reason] += 1
+            members.append((called(text), content))
+            text = ""
+        data = [picture(100 * number + n, (4, 3), "PNG") for n in range(1, 1 + len(names))]
+        members += zip(map(called, names), data, strict=True)
+        kept.update(map(called, names))
+        if not text:
+            continue
+        words = f"Text {number}."
+        name, _, naming = text.partition(" naming ")
+        chosen = [int(n) for n in naming.split()] or list(range(len(names)))
+        llava = entry(str(number), question="<image>" * len(chosen) or "What?")
+        llava["conversations"][1]["value"] = words
+        if naming:
+            llava["image"] = [f"/coco/{called(names[n]).rpartition('/')[2]}" for n in chosen]
+        if name.endswith(".txt"):
+            members.append((called(name), f"{words}\n".encode()))
+        elif "caption" in name:
+            members.append((called("K.json"), json.dumps({"caption": words}).encode()))
+        else:
+            members.append((called(name), json.dumps(llava).encode()))
+        pairs[words] = [data[n] for n in chosen]
+        in_any_order += [words] if not naming else []
+    shuffle.shuffle(members)
+    order = [data for _, data in members]
+    for words in in_any_order:  # where the entry names no image, the order of the tar decides
+        pairs[words].sort(key=order.index)
+    write_tar(folder / "a.tar", members)
+    report = index_webdataset(folder, num_workers=1)
+    written = check_sums(report, folder)
+    corpus = open_corpus(folder)
+    assert kept <= set(corpus.names["name"].to_pylist())
+    conversations = (
+        load_conversations(corpus.conversations_path) if corpus.conversations_path else []
+    )
+    found = {c.turns[-1][1]: [corpus.read_image(int(r)) for r in corpus.rows(c.images)]
+             for c in conversations}  # fmt: skip
+    assert found == pairs
+    sums = written["sums"]
+    assert sums["members"]["found"] == len(members)
+    assert {k: v for k, v in sums["members"].items() if k not in ("found", "kept")} == dict(lost)
+    entries = {"found": len(pairs) + bad.total(), "kept": len(pairs), **bad}
+    assert sums.get("entries", {"found": 0}) == {
+        k: v for k, v in entries.items() if v or k == "found"
+    }
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(tars, st.randoms(use_true_random=False))
+def test_any_tar_pairs_images_with_their_texts_and_lists_the_rest(tmp_path_factory, drawn, shuffle):
+    check_tars(tmp_path_factory.mktemp("tar"), drawn, shuffle)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(tars, st.randoms(use_true_random=False))
+def test_many_tars_pair_images_with_their_texts_and_list_the_rest(tmp_path_factory, drawn, shuffle):
+    check_tars(tmp_path_factory.mktemp("tar"), drawn, shuffle)
+
+
+def test_images_that_no_conversation_is_about_are_kept_and_listed(tmp_path):
+    three = [(f"a.{name}", picture(n)) for n, name in enumerate(["depth.png", "jpg", "seg.png"])]
+    write_tar(tmp_path / "a.tar", [*three, ("a.json", json.dumps(entry("a", "x/a.jpg")).encode())])
+    report = index_webdataset(tmp_path)
+    assert [name for name, _ in report.auxiliary_images] == ["a.tar/a.depth.png", "a.tar/a.seg.png"]
+    assert (report.num_images, report.num_dropped) == (3, 0)
+    (kept,) = load_conversations(tmp_path / "conversations.jsonl")
+    assert (kept.images, kept.turns[0][1]) == (("a.jpg",), "<image>\nWhat?")
+
+
+def test_an_entry_whose_names_match_nothing_takes_the_order_and_says_so(tmp_path):
+    images = [("a.0.png", picture(0)), ("a.1.png", picture(1))]
+    llava = entry("a", ["x.png", "y.png"], question="<image><image>")
+    write_tar(tmp_path / "a.tar", [*images, ("a.json", json.dumps(llava).encode())])
+    plain = [("b.jpg", picture(2)), ("b.seg.png", picture(3))]
+    write_tar(tmp_path / "b.tar", [*plain, ("b.json", json.dumps(entry("b", "z.png")).encode())])
+    report = index_webdataset(tmp_path)
+    assert [name for name, _ in report.images_by_position] == ["a", "b"]
+    kept = load_conversations(tmp_path / "conversations.jsonl")
+    assert [c.images for c in kept] == [("a.0.png", "a.1.png"), ("b.jpg",)]
+
+
+def test_equal_names_in_two_tars_are_refused_with_a_remedy(tmp_path):
+    for shard, number in (("a.tar", 0), ("b.tar", 1)):
+        write_tar(tmp_path / shard, [("1.jpg", picture(number)), ("1.txt", b"Words.")])
+    report = index_webdataset(tmp_path)
+    listed = dict(report.duplicate_samples)
+    assert sorted(listed) == ["b.tar/1.jpg", "b.tar/1.txt"]
+    assert "a.tar has an image 1.jpg too" in listed["b.tar/1.txt"]
+    assert "rename the members of one tar" in listed["b.tar/1.txt"]
+    check_sums(report, tmp_path)
+
+
+def test_whatever_lies_beside_the_tars_is_listed(tmp_path):
+    folder = tmp_path / "wds"
+    write_tar(folder / "a.TAR", [("a.png", picture(0))])
+    (folder / "0.parquet").write_bytes(b"statistics")
+    (folder / "loose.png").write_bytes(picture(1))
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("fifo.tar", "fifo"):
+        os.mkfifo(folder / name)
+    (folder / "device.tar").symlink_to("/dev/zero")
+    report = index_webdataset(folder)
+    assert check_sums(report, folder)["sums"] == {
+        "files": {
+            **{"found": 4, "skipped_folders": 1, "unused_files": 1, "not_images": 1},
+            "special_files": 1,
+        },
+        "members": {"found": 1, "kept": 1},
+        "shards": {"found": 3, "kept": 1, "damaged_shards": 2},
+    }
+    index_webdataset(folder)  # the index beside the tars is no news
+    assert report.num_dropped == 5

@@ -2,13 +2,19 @@
 
 import hashlib
 import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from movekd.corpus.report import DroppedKind, PackReport
 
 
 def picture(
@@ -56,3 +62,34 @@ def make_unreadable(data: Path, position: int) -> str:
         place = table.schema.get_field_index("key")
         pq.write_table(table.set_column(place, "key", pa.array(keys)), data / file)
     return key
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar of files, in the order given; names may be repeated."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def check_sums(report: PackReport, out: Path) -> dict[str, Any]:
+    """Do the sums of a report with nothing but its file; return what the file holds.
+
+    For each unit: found = kept + reasons. For each reason: as many ids as the units have together.
+    """
+    report.write(out / "report.json")
+    written: dict[str, Any] = json.loads((out / "report.json").read_text())
+    reasons: Counter[str] = Counter()
+    for unit, sums in written["sums"].items():
+        counts = dict(sums)
+        assert written[f"num_{unit}_found"] == counts.pop("found") == sum(counts.values())
+        counts.pop("kept", None)
+        reasons.update(counts)
+    for reason, count in reasons.items():
+        assert len(written[reason]) == count, reason
+    assert report.num_dropped == sum(
+        count for reason, count in reasons.items() if reason in get_args(DroppedKind)
+    )
+    return written
