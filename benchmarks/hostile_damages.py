@@ -45,7 +45,7 @@ CORPUS = (
     Reader(lambda w, at, out: _train(w, out, at, w.cache), _weights),
 )
 CACHE = (
-    Reader(lambda w, at, out: _train(w, out, w.small, at), _weights),
+    Reader(lambda w, at, out: _train(w, out, w.small, at, "--verify-cache"), _weights),
     Reader(lambda w, at, out: build_words(w.small, at), lambda at, _: digest(at)),
 )
 CHECKPOINT = (
