@@ -123,7 +123,8 @@ class Corpus:
         except OSError as error:
             raise CorpusError(
                 f"{printable(self.data_dir / shard)} cannot be read ({error.strerror}); expected "
-                f"{size} bytes of an image at {offset}. Restore the shard, or pack the corpus again."
+                f"{size} bytes of an image at {offset}. Restore the shard, or pack the corpus "
+                "again."
             ) from None
         if len(data) != size:
             raise _short_shard(self.data_dir / shard, offset + len(data), offset + size)
@@ -132,7 +133,8 @@ class Corpus:
             raise CorpusError(
                 f"image {self.key(row)} of {self.data_dir}: the {size:,} bytes at {offset:,} of "
                 f"{printable(shard)} have SHA-256 {found.hex()[:16]}..., not that of the key; the "
-                "shard is damaged or was replaced. Restore it, or pack the corpus again with --overwrite."
+                "shard is damaged or was replaced. Restore it, or pack the corpus again with "
+                "--overwrite."
             )
         return data
 
