@@ -32,7 +32,7 @@ from movekd.extract.image_loader import image_transform, pixel_batches
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from movekd.teachers import Teacher, attention, load_teacher
-from photographs import write_jpegs
+from photographs import sha256_seconds, write_jpegs
 from report import Figure, interleaved_ratio, write_figures
 
 CPU = {"teachers": "clip", "images": 64, "pairs": 3, "batch_size": 8, "at_most": 1.05}
@@ -113,7 +113,7 @@ def build_figures(
     def build() -> float:
         for seal in (cache / f"{spec.name}.seals").glob("0*.json"):
             seal.unlink()  # the sealed calibration stays
-        with mock.patch("movekd.extract.run.load_teacher", return_value=teacher):
+        with mock.patch("movekd.extract.executor.load_teacher", return_value=teacher):
             started = time.perf_counter()
             (summary,) = build_cache(cache, corpus, [spec], geometry="crop", options=options)
             seconds["build"].append(time.perf_counter() - started)
@@ -126,6 +126,7 @@ def build_figures(
         teacher.forward(pixels[0])
     flops = counter.get_total_flops() / len(pixels[0])
     rate = len(corpus) / statistics.median(seconds["build"])
+    images = [corpus.read_image(image) for image in range(len(corpus))]
     what = f"{spec.name}, {len(corpus)} JPEG of 640x480, batches of {batch_size}, "
     what += str(options.dtype).removeprefix("torch.")
     return [
@@ -152,6 +153,13 @@ def build_figures(
             f"build_over_matmul{suffix}",
             rate * flops / peak_flops,
             f"that over the device's measured matmul rate, {peak_flops / 1e12:.3g} TFLOP/s",
+        ),
+        Figure(
+            f"sha256_share{suffix}",
+            sha256_seconds(corpus, range(len(corpus))) / statistics.median(seconds["build"]),
+            "time to compare the images with their SHA-256, in one thread, over that of the build; "
+            f"{sum(map(len, images)) / len(images) / 1000:.0f} kB an image",
+            at_most=0.01,
         ),
         Figure(f"calibration_s{suffix}", calibration_seconds, "calibration and loading, apart"),
     ]

@@ -49,6 +49,7 @@ from movekd.train.config import load_config
 from movekd.train.data import Collator, ConversationDataset, Sample
 from movekd.train.run import build_data, build_model
 from movekd.train.trainer import DistillTrainer
+from photographs import sha256_seconds
 from report import Figure, interleaved_ratio, write_figures
 from training_setup import GRID, REAL, SMALL, Size, batch_size, build_options, prepare, specs_of
 
@@ -234,6 +235,18 @@ def step_figures(folder: Path, size: Size, pairs: int) -> list[Figure]:
                 at_most=at_most,
             )
         )
+    images = [image for sample in bench.samples for image in sample.images]
+    share = sha256_seconds(bench.corpus, images) / statistics.median(bench.seconds["cached"])
+    size_kb = sum(len(bench.corpus.read_image(image)) for image in images) / len(images) / 1000
+    figures.append(
+        Figure(
+            "sha256_share",
+            share,
+            "time to compare a step's images with their SHA-256, in one thread, over that of the "
+            f"step with cached targets; {size_kb:.0f} kB an image",
+            at_most=0.01,
+        )
+    )
     return figures + [
         Figure(f"{mode}_step_s", statistics.median(bench.seconds[mode]), "median of a step")
         for mode in MODES

@@ -1,5 +1,9 @@
 """Real photographs without a download: those that installed packages carry, cut into many."""
 
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +12,8 @@ import numpy.typing as npt
 import skimage
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from movekd.corpus.index import Corpus
 
 SKIMAGE = (
     "astronaut.png",
@@ -37,6 +43,17 @@ def write_jpegs(folder: Path, count: int, size: tuple[int, int] = (640, 480)) ->
         box = _crop(draw, photo.size, size[0] / size[1])
         crop = photo.resize(size, Image.Resampling.BICUBIC, box=tuple(box))
         crop.save(folder / f"{number:05d}.jpg", quality=90)
+
+
+def sha256_seconds(corpus: Corpus, images: Sequence[int], repeats: int = 11) -> float:
+    """Return the median time that the SHA-256 of some images of a corpus takes, in one thread."""
+    contents, seconds = [corpus.read_image(image) for image in images], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for content in contents:
+            hashlib.sha256(content).digest()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _crop(

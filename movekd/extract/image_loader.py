@@ -21,6 +21,7 @@ from movekd.cache.spec import CacheSpec
 from movekd.corpus.decode import decode_image
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Colour, Geometry, ImageTransform, ImageViews, Square
+from movekd.corpus.worker_process import end_with_parent
 from movekd.errors import CorpusError, UnreadableImageError
 
 RowIds = Sequence[int] | npt.NDArray[np.int64]
@@ -170,6 +171,7 @@ class ImageLoader:
                 batch_sampler=_groups(np.arange(len(row_ids)), cuts),
                 num_workers=num_workers,
                 collate_fn=_collate,
+                worker_init_fn=end_with_parent,
                 prefetch_factor=4 if num_workers else None,
                 # The default one is PyTorch's global generator: drawing its seed would disturb
                 # another thread that draws random weights.

@@ -1,5 +1,6 @@
 """Options of a build (device, dtype, batch size, processes), and what all its steps share."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,3 +53,5 @@ class BuildContext:
     catalog: Catalog
     options: BuildOptions
     progress: Progress
+    tell: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr)
+    """Receives what a user should know now, not at the end of the build."""

@@ -8,12 +8,16 @@ import torch
 from builds import OPTIONS, build
 from movekd.analysis.verify_features import verify_features
 from movekd.cache import layout
+from movekd.cache.catalog import update_catalog
 from movekd.cache.reader import open_cache
+from movekd.cache.storage import open_storage
 from movekd.cache.verify import verify
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
 from movekd.errors import CacheError
-from movekd.extract.options import BuildOptions
+from movekd.extract.calibrate import Variation, calibrate
+from movekd.extract.options import BuildContext, BuildOptions
+from movekd.teachers import load_teacher
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,41 @@ def test_calibration_does_not_depend_on_the_order_of_the_corpus(tmp_path, crops,
         stats.append(open_cache(out)["clip"].stats)
     torch.testing.assert_close(stats[0].mean_D, stats[1].mean_D)
     torch.testing.assert_close(stats[0].std_D, stats[1].std_D)
+
+
+TEACHERS = ["clip", "eva02", "convnext", "sam", "siglip2", "dinov2", "dinov3", "radio"]
+
+
+@pytest.mark.parametrize(
+    "name", [*TEACHERS[:4:3], *(pytest.param(n, marks=pytest.mark.slow) for n in TEACHERS)]
+)
+def test_preprocessing_in_the_wrong_unit_is_said(tmp_path, corpus_dir, shrunken, capsys, name):
+    """A mean and std for levels of 0 to 255, as OpenCV's users have them."""
+    spec = shrunken(name, calibration_images=12)
+    wrong = {key: tuple(255 * value for value in getattr(spec, key)) for key in ("mean", "std")}
+    storage, corpus = open_storage(tmp_path), open_corpus(corpus_dir)
+    catalog = update_catalog(storage, corpus, "crop")
+    context = BuildContext(storage, corpus, catalog, OPTIONS, lambda *_: None)
+    calibrate(context, spec, load_teacher(spec))
+    assert capsys.readouterr().err == ""
+    spec = spec.model_copy(update=wrong)
+    calibrate(context, spec, load_teacher(spec))
+    said = capsys.readouterr().err
+    assert f"{name}: the features of different images differ by only 0." in said
+    assert "divide values for 0 to 255 by 255" in said
+    assert said.count("\n") == 1
+
+
+def test_variation_is_between_images_and_not_between_positions() -> None:
+    positions_1ND = torch.randn(1, 9, 4, generator=torch.manual_seed(0))
+    noise_BND = torch.randn(200, 9, 4, generator=torch.manual_seed(1))
+    for scale in (0.0, 0.01, 1.0):
+        variation = Variation()
+        for part in (positions_1ND + scale * noise_BND).split(70):
+            variation.add(part)
+        expected = scale / (positions_1ND.square().mean() + scale**2).sqrt()
+        assert variation.result() == pytest.approx(float(expected), rel=0.4, abs=1e-6)
+    assert Variation().result() == 1.0
 
 
 def test_resume_keeps_the_batch_size_of_the_calibration(

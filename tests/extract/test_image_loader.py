@@ -1,18 +1,23 @@
 import dataclasses
 import io
+import os
 import random
+import select
 import shutil
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from corpus_files import make_unreadable
 from movekd.cache.reader import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.corpus.webdataset import index_webdataset
+from movekd.corpus.worker_process import end_with_parent
 from movekd.errors import CorpusError
 from movekd.extract import image_loader
 from movekd.extract.image_loader import ImageLoader, image_transform, pixel_batches
@@ -239,3 +244,38 @@ def test_odd_images_are_shown_or_listed_and_the_build_goes_on(tmp_path, tiny_spe
     finite = targets.tokens_BND.isfinite().all(-1).all(-1)
     assert [row for row, is_finite in enumerate(finite.tolist()) if not is_finite] == [victim]
     assert not list(tmp_path.parent.glob("evil*"))
+
+
+def test_decoding_processes_end_with_a_build_that_was_killed_at_their_start(
+    corpus_dir, tiny_specs
+) -> None:
+    """Between the fork and PyTorch's own watch, which would take the new parent for the old one.
+
+    The child makes a pipe that only its decoding processes keep open, so the end of all of them is
+    the end of the pipe.
+    """
+    transform = image_transform(tiny_specs[0], "crop")
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reads)
+
+        def stopped(worker: int) -> None:
+            """Kill the build when a decoding process starts, and go on when it is dead."""
+            end_with_parent(worker)
+            os.kill(os.getppid(), signal.SIGKILL)
+            while os.getppid() == build:
+                pass
+
+        build = os.getpid()
+        image_loader.DataLoader = lambda dataset, **given: DataLoader(
+            dataset, **given | {"worker_init_fn": stopped}
+        )
+        list(pixel_batches(open_corpus(corpus_dir), transform, BATCHES, num_workers=2))
+        os._exit(0)
+    os.close(writes)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    is_over, _, _ = select.select([reads], [], [], 60)
+    assert is_over
+    assert os.read(reads, 1) == b""
+    os.close(reads)

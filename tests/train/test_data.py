@@ -2,17 +2,20 @@
 
 import json
 import pickle
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from corpus_files import make_unreadable
 from movekd.cache import open_cache
 from movekd.corpus.conversations import Conversation, load_conversations
 from movekd.corpus.index import open_corpus
-from movekd.errors import CacheError, ConfigError, UnknownKeyError
+from movekd.errors import CacheError, ConfigError, UnknownKeyError, UnreadableImageError
 from movekd.student.tokenization import IGNORED
-from movekd.train.data import ConversationDataset, read_conversations
+from movekd.train.data import ConversationDataset, Sample, read_conversations
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,14 @@ def test_a_batch_holds_each_samples_text_pixels_and_targets(digits, finetune):
         alone = torch.cat([cache[teacher].read([row]).tokens_BND for row in rows])
         assert torch.equal(batch["targets"][teacher].tokens_BND, alone)
     assert batch["keys"] == [sample.key for sample in samples]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(digits, finetune, tmp_path):
+    shutil.copytree(digits.data, tmp_path / "data")
+    key = make_unreadable(tmp_path / "data", 0)
+    collator = replace(finetune[2], corpus=open_corpus(tmp_path / "data"), cache=None)
+    with pytest.raises(UnreadableImageError, match=f"^image {key} of .*no image that can be read"):
+        collator([Sample("a", [1], [1], [0], [])])
 
 
 def test_a_text_only_batch_has_neither_pixels_nor_targets(finetune):

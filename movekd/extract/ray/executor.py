@@ -75,7 +75,9 @@ class RayExecutor:
         label = f"{spec.name}: calibrate"
         num_images = min(spec.calibration_images, len(context.corpus))
         context.progress(label, 0, num_images)
-        self._once(worker.calibrate, self._assignment([spec], context.options))
+        report = self._once(worker.calibrate, self._assignment([spec], context.options))
+        for sentence in report.sentences:
+            context.tell(sentence)
         context.progress(label, num_images, num_images)
         calibration = sealed_calibration(context.storage, spec)
         assert calibration is not None
@@ -101,7 +103,7 @@ class RayExecutor:
         scale = (time.perf_counter() - started) / max(sum(seconds.values()), 1e-9)
         return [JobResult(num_rows[name], seconds[name] * scale) for name in by_name]
 
-    def _once(self, task: Any, assignment: Assignment) -> None:
+    def _once(self, task: Any, assignment: Assignment) -> Report:
         """Run a task in one process of the cluster that has a worker's size."""
         with self._cluster.errors_as_messages():
             remote = self._cluster.ray.remote(
@@ -109,6 +111,7 @@ class RayExecutor:
             )(task)
             report: Report = self._cluster.ray.get(remote.remote(assignment))
         report.checked()
+        return report
 
     def _assignment(self, specs: Sequence[CacheSpec], options: BuildOptions) -> Assignment:
         """Return what workers need; they use as many threads as the driver would."""

@@ -8,7 +8,7 @@ Errors are returned in reports. Ray retries a task that raises, and then shows i
 import socket
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from movekd import errors
 from movekd.cache import layout
@@ -52,12 +52,14 @@ class Report:
         failure: class name of an error, or empty.
         message: message of the error.
         trace: traceback of the error, for ``--debug``.
+        sentences: what the user should know.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
     message: str = ""
     trace: str = ""
+    sentences: Sequence[str] = ()
 
     def checked(self) -> "Report":
         """Return the report, or raise the error in it."""
@@ -122,12 +124,14 @@ class Worker:
 
 def calibrate(assignment: Assignment) -> Report:
     """Calibrate the only teacher of an assignment."""
+    sentences: list[str] = []
     try:
         executor = LocalExecutor()
-        executor.calibrate(_context(assignment, executor), assignment.specs[0])
+        context = replace(_context(assignment, executor), tell=sentences.append)
+        executor.calibrate(context, assignment.specs[0])
     except Exception as error:
         return _failed(error)
-    return Report()
+    return Report(sentences=sentences)
 
 
 def require_loadable(assignment: Assignment) -> Report:
