@@ -18,9 +18,10 @@ runs.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,6 +53,20 @@ LLAVA_MODELS = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
 }
+
+
+_Mean = Annotated[float, Field(gt=-1000, lt=1000, allow_inf_nan=False)]
+_Std = Annotated[float, Field(gt=0, lt=1000, allow_inf_nan=False)]
+
+
+class _About(BaseModel):
+    """What ``movekd.json`` of an export says about prompt and pixels."""
+
+    prompt: PromptFormat
+    geometry: Geometry
+    image_mean: tuple[_Mean, _Mean, _Mean]
+    image_std: tuple[_Std, _Std, _Std]
+    run: dict[str, Any] | None = None
 
 
 def part_of(name: str) -> str:
@@ -121,6 +136,8 @@ def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
         WeightsError: the file is damaged, or names or shapes differ.
     """
     try:
+        if not path.is_file():  # a FIFO would wait for its writer
+            raise OSError("it is no regular file")
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
@@ -243,24 +260,22 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
             "export of `movekd export --format hf`."
         )
-    about = read_json(directory / ABOUT_FILE)
-    prompt: Any = about.get("prompt")
-    geometry: Any = about.get("geometry")
-    if prompt not in get_args(PromptFormat) or geometry not in get_args(Geometry):
+    try:
+        about = _About.model_validate(read_json(directory / ABOUT_FILE))
+    except ValidationError as error:
+        found = error.errors()[0]
         raise WeightsError(
-            f"{directory / ABOUT_FILE} has prompt {prompt!r} and geometry {geometry!r}; expected "
-            f"one of {', '.join(get_args(PromptFormat))} and of {', '.join(get_args(Geometry))}. "
-            "Export the model again."
-        )
+            f"{directory / ABOUT_FILE}: {'.'.join(map(str, found['loc']))} is "
+            f"{shorten(repr(found['input']), 80)}; {shorten(found['msg'])}. Export the model again."
+        ) from None
     with loading(str(directory), "the model in"):
         vlm = LLAVA_MODELS[model_type].from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
     tokenizer = load_tokenizer(directory)
     vlm.eval().requires_grad_(False).to(torch.device(device))
-    run = about.get("run") or {}
-    mean, std = tuple(about["image_mean"]), tuple(about["image_std"])
-    return TrainedStudent(Student(vlm, tokenizer, mean, std), prompt, geometry, directory, run)
+    student = Student(vlm, tokenizer, about.image_mean, about.image_std)
+    return TrainedStudent(student, about.prompt, about.geometry, directory, about.run or {})
 
 
 def local_base(base: Any, model_dir: Path) -> Any:
