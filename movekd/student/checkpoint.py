@@ -123,6 +123,8 @@ def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
         WeightsError: the file is damaged, or names or shapes differ.
     """
     try:
+        if not path.is_file():  # a FIFO would wait for its writer
+            raise OSError("it is no regular file")
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from None

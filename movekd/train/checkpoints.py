@@ -102,7 +102,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
             read_json(path / STATE_FILE, max_bytes=_MAX_STATE_BYTES, allow_nan=True)
         except MovekdError:
             continue
-        if any(path.glob(name) for name in _NEEDED["the weights"]):
+        if _has_any(path, _NEEDED["the weights"]):
             return path
     return None
 
@@ -207,7 +207,7 @@ def _damage(path: Path, step: int) -> str | None:
             more = f", {len(changed) - 1} more files" if len(changed) > 1 else ""
             return f"{shorten(name, 80)} {change}{more}"
         for what, names in _NEEDED.items():
-            if not any(any(path.glob(name)) for name in names):
+            if not _has_any(path, names):
                 return f"{what} is missing ({names[0]})"
         if wrong := _wrong_state(path / STATE_FILE, step):
             return wrong
@@ -250,6 +250,10 @@ def _wrong_content(path: Path) -> str | None:
         except (zipfile.BadZipFile, zlib.error, SafetensorError, ValueError, RuntimeError):
             return f"{shorten(file.name, 80)} cannot be read"
     return None
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any(path for name in names for path in folder.glob(name))
 
 
 def _aside_name(name: str, number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from movekd.errors import ConfigError, WeightsError
+from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.checkpoint import (
     BASE_KEYS,
     CONFIG_FILE,
@@ -81,6 +81,7 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
             continue
         if key in bases and _is_same_folder(str(then), str(found)):
             continue
+        then = shorten(then)
         raise ConfigError(
             f"init_from {config.init_from} was trained with student.{key} '{then}', and this run "
             f"has '{found}': its weights do not fit this model. Set "

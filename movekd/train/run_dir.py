@@ -113,10 +113,16 @@ def plan_start(
         force: with ``overwrite``, delete also files that are not provably of the run.
 
     Raises:
-        ConfigError: the folder holds a run and neither flag is given, or a run of another config,
-            or files that are not a run's and would be overwritten.
+        ConfigError: the flags contradict each other; the folder holds a run and no flag is given,
+            or a run of another config, or files that are not a run's and would be overwritten.
         TrainingError: a resume finds checkpoints, and none of them is whole.
     """
+    if overwrite and resume:
+        raise ConfigError(
+            "--resume continues the run in a folder and --overwrite deletes it; give one of them."
+        )
+    if force and not overwrite:
+        raise ConfigError("--force only belongs to --overwrite; give both, or leave it out.")
     if is_restart(output_dir, launches):
         resume, overwrite = True, False
     if overwrite:

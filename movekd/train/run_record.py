@@ -106,7 +106,7 @@ def remove_unfinished(output_dir: Path) -> None:
     """Remove what a killed run had not finished writing."""
     remove_partial(output_dir)
     for name in (*_START_FILES, CONFIG_FILE, LOG_FILE, OWNERSHIP_FILE):
-        for path in output_dir.glob(f".{name}.*.tmp"):  # of ``write_durably``
+        for path in output_dir.glob(f".{name}.[0-9]*.tmp"):  # of ``write_durably``
             path.unlink()
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import scenes
 from movekd.cli.main import app
 from movekd.errors import ConfigError
+from movekd.train.trainer import DistillTrainer
 
 PIPELINE = Path(scenes.__file__).parent
 
@@ -119,6 +120,39 @@ def test_samples_are_shown_and_nothing_is_written(trained):
     for sample in samples:
         assert len(sample["input_ids"]) == len(sample["labels"]) == len(sample["pieces"])
     assert not (trained / "shown").exists()
+
+
+def test_what_a_resume_does_is_said(trained, tmp_path, monkeypatch):
+    """Into a folder without a run; after Ctrl-C without and with a checkpoint."""
+    words = training("pretrain", trained, "training.save_strategy=steps", "training.save_steps=1")
+    words[words.index("--output") + 1] = tmp_path / "run"
+    words += ["--cache", trained / "cache"]
+    compute_loss = DistillTrainer.compute_loss
+
+    def interrupted_at(step):
+        def interrupt(self, *args, **kwargs):
+            if self.state.global_step == step:
+                raise KeyboardInterrupt
+            return compute_loss(self, *args, **kwargs)
+
+        monkeypatch.setattr(DistillTrainer, "compute_loss", interrupt)
+        return CliRunner().invoke(app, [str(word) for word in [*words, "--resume"]])
+
+    done = interrupted_at(0)
+    assert done.exit_code == 130
+    first, last = done.stderr.splitlines()
+    assert (
+        first == f"movekd: {tmp_path / 'run'} holds no run to resume: it starts from the beginning."
+    )
+    assert last == (
+        "movekd: interrupted. No checkpoint was saved yet, so --resume starts from the beginning."
+    )
+    done = interrupted_at(1)
+    assert done.exit_code == 130
+    first, last = done.stderr.splitlines()
+    assert first.endswith("holds no checkpoint yet: it starts from the beginning.")
+    assert last == "movekd: interrupted. checkpoint-1 stays; --resume continues from it."
+    assert interrupted_at(2).stderr == ""
 
 
 def test_an_error_is_one_sentence_and_exit_code_2(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from movekd.errors import TrainingError
 from movekd.files.ownership import OWNERSHIP_FILE, read_owned, write_owned
-from movekd.train.checkpoints import find_whole, numbered_checkpoints, rotate
+from movekd.train.checkpoints import find_whole, last_checkpoint, numbered_checkpoints, rotate
 
 KEYS = (
     "training.max_steps=3",
@@ -190,6 +190,13 @@ def test_a_checkpoint_that_was_saved_without_a_state_is_not_resumed_from(stopped
     path = copied(stopped, tmp_path, (name, delete)) / "checkpoint-2"
     write_owned(path, read_owned(path).files.keys() - {name}, "movekd train")
     assert re.match(r"the state of the .* is missing", find_whole(tmp_path / "run").damaged[path])
+
+
+def test_the_log_is_that_of_the_newest_checkpoint_with_weights(stopped, tmp_path):
+    run = copied(stopped, tmp_path, ("optimizer.pt", flip))
+    assert last_checkpoint(run) == run / "checkpoint-2"
+    (run / "checkpoint-2/trained.safetensors").unlink()
+    assert last_checkpoint(run) == run / "checkpoint-1"
 
 
 def test_rotation_keeps_the_newest_whole_ones_and_what_is_not_ours(stopped, tmp_path):

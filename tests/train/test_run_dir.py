@@ -151,6 +151,18 @@ def test_a_restart_is_of_the_run_that_this_start_of_torchrun_has_begun(digits, t
     assert not plan_start(config, tmp_path, ["c:1"], **started).is_overwriting
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"resume": True, "overwrite": False, "force": True}, "only belongs to --overwrite"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(digits, tmp_path, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_start(digits.config(), tmp_path, **flags)
+
+
 def test_samples_per_step_stay_unless_the_config_divides_them_anew(digits, tmp_path):
     write_run_files(tmp_path, digits.config(), {"global_batch_size": 24})
     for keys, samples in (
