@@ -132,6 +132,17 @@ def test_parts_mend_their_own_shards(built, corpus_dir, tiny_specs, snapshot) ->
     assert snapshot(cache) == whole
 
 
+def test_metadata_that_follows_from_the_spec_is_made_again(
+    built, corpus_dir, tiny_specs, snapshot
+) -> None:
+    cache, whole = built
+    for name in whole:
+        if name.startswith("clip.zarr/") and name.endswith("zarr.json"):
+            (cache / name).unlink()
+    build(cache, corpus_dir, tiny_specs[:1])
+    assert snapshot(cache) == whole
+
+
 @pytest.mark.slow
 def test_every_other_file_is_mended_or_named(built, corpus_dir, tiny_specs, snapshot) -> None:
     """No damage of a small file is passed over: it is mended, or refused with its name."""
