@@ -48,42 +48,46 @@ def wrong_files(teacher: TeacherContents) -> list[WrongFile]:
     Raises:
         CorruptCacheError: a seal is damaged.
     """
-    sealed: list[tuple[str, int | None, int | None]] = [*_small_files(teacher)]
-    group, sums = layout.group_name(teacher.teacher), teacher.sums
+    storage, sums = teacher.storage, teacher.sums
+    group, seals = layout.group_name(teacher.teacher), layout.seals_name(teacher.teacher)
+    wrong: list[WrongFile] = []
+    small = dict(_small_files(teacher))
+    for folder in (group, seals):
+        names = [name for name in small if name.startswith(f"{folder}/")]
+        found = storage.sizes_of(folder, names)
+        wrong += [
+            WrongFile(name, None, small[name], found.get(name))
+            for name in names
+            if small[name] is None or found.get(name) != small[name]
+        ]
+    shards = sums.shards_S.tolist()
     for at, array in enumerate(teacher.layout.arrays.values()):
-        sizes = zip(sums.shards_S.tolist(), sums.file_bytes_SA[:, at].tolist(), strict=True)
-        for shard, size_bytes in sizes:
-            name = f"{group}/{layout.shard_file(array, shard)}"
-            sealed.append((name, shard, None if size_bytes < 0 else size_bytes))
-    found: dict[str, int] = {}
-    for folder in (group, layout.seals_name(teacher.teacher)):
-        names = [name for name, _, _ in sealed if name.startswith(f"{folder}/")]
-        found |= teacher.storage.sizes_of(folder, names)
-    return sorted(
-        (
-            WrongFile(name, shard, expected, found.get(name))
-            for name, shard, expected in sealed
-            if expected is None or found.get(name) != expected
-        ),
-        key=lambda wrong: wrong.name,
-    )
+        names = [f"{group}/{layout.shard_file(array, shard)}" for shard in shards]
+        found = storage.sizes_of(f"{group}/{array.name}", names)
+        for name, shard, size in zip(
+            names, shards, sums.file_bytes_SA[:, at].tolist(), strict=True
+        ):
+            if found.get(name) != size:
+                sealed = None if size < 0 else size
+                wrong.append(WrongFile(name, shard, sealed, found.get(name)))
+    return sorted(wrong, key=lambda file: file.name)
 
 
-def _small_files(teacher: TeacherContents) -> Iterator[tuple[str, None, int | None]]:
+def _small_files(teacher: TeacherContents) -> Iterator[tuple[str, int | None]]:
     """Yield name and sealed size of the files beside the Zarr shards."""
     storage, name = teacher.storage, teacher.teacher
     sealed = read_record(storage, layout.metadata_name(name), GroupRecord).files
     arrays = (*teacher.layout.arrays, *CHANNEL_ARRAYS)
     for file in ("zarr.json", *(f"{array}/zarr.json" for array in arrays)):
-        yield f"{layout.group_name(name)}/{file}", None, _size(sealed, file)
+        yield f"{layout.group_name(name)}/{file}", _size(sealed, file)
     for array in CHANNEL_ARRAYS:
-        yield f"{layout.group_name(name)}/{array}/c/0", None, _size(sealed, f"{array}/c/0")
+        yield f"{layout.group_name(name)}/{array}/c/0", _size(sealed, f"{array}/c/0")
     seal, table = layout.skipped_seal_name(name), layout.skipped_name(name)
     if storage.exists(seal):  # the end of a build writes it; the first caches had none
         listed: Mapping[str, FileEntry] = {}
         with contextlib.suppress(CorruptCacheError):
             listed = read_record(storage, seal, SkippedSeal).files
-        yield table, None, _size(listed, table.rpartition("/")[2])
+        yield table, _size(listed, table.rpartition("/")[2])
 
 
 def damaged_seals(teacher: TeacherContents) -> dict[int, str]:

@@ -131,4 +131,4 @@ def index_bytes(rows_per_shard: int) -> int:
 
 def shard_file(array: ArrayLayout, shard: int) -> str:
     """Return the file of one Zarr shard, relative to the group: Zarr's default chunk key."""
-    return "/".join([array.name, "c", str(shard), *("0" for _ in array.row_shape)])
+    return f"{array.name}/c/{shard}" + "/0" * len(array.row_shape)

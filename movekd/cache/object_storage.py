@@ -251,4 +251,10 @@ def _client(url: str) -> tuple[Any, str]:
             f"{url}: the client for {scheme}:// is not installed; run "
             f"pip install 'movekd[{SCHEMES[scheme]}]'."
         ) from None
+    except Exception as error:  # each client raises the errors of its library
+        reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
+        raise CacheError(
+            f"{url}: the client for {scheme}:// does not start ({reason}). Check the URL, the "
+            "endpoint and the credentials, then run the same command again."
+        ) from None
     return client, path

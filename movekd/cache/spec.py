@@ -40,6 +40,12 @@ def _in_0_to_1(values: tuple[float, float, float]) -> tuple[float, float, float]
     return values
 
 
+def _inside(revision: str) -> str:
+    if revision.startswith("/") or ".." in revision:
+        raise ValueError("expected the name of a branch, a tag or a commit")
+    return revision
+
+
 Name = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
 Place = Annotated[str, Field(max_length=4_096), AfterValidator(_printable)]
 Colour = Annotated[tuple[float, float, float], AfterValidator(_in_0_to_1)]
@@ -74,7 +80,9 @@ class CacheSpec(FrozenModel):
         description="provider python: package.module:function, called with `model_args`; returns "
         "the network.",
     )
-    revision: Name = Field(default="main", description="Revision of the weights on the hub.")
+    revision: Annotated[Name, AfterValidator(_inside)] = Field(
+        default="main", description="Revision of the weights on the hub."
+    )
     weights: Place = Field(
         default="hub",
         description="hub, a local directory, a .safetensors or .pth file, `random` (for tests "

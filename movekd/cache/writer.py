@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import zarr
 
 from movekd.cache import layout
@@ -74,11 +75,19 @@ def create_group(
     The group records the SHA-256 of the weights and not their path, which means nothing on another
     machine.
     """
+    attributes = _attributes(spec, calibration)
+    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
+    _write_group_files(storage, spec.name, num_rows, files, {})
+    write_sealed(storage, layout.calibration_name(spec.name), calibration)
+
+
+def _attributes(spec: CacheSpec, calibration: Calibration) -> dict[str, Any]:
+    """Return the attributes of a teacher's group."""
     stored_spec = spec.model_dump(mode="json")
     stored_spec["weights"] = "random" if spec.weights == "random" else "given"
     # Independent of the order in the YAML.
     stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))
-    attributes = {
+    return {
         "movekd": {
             "format_version": layout.FORMAT_VERSION,
             "spec": stored_spec,
@@ -88,9 +97,6 @@ def create_group(
             "decoding": codec(spec.codec).decoding,
         }
     }
-    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
-    _write_group_files(storage, spec.name, num_rows, files, {})
-    write_sealed(storage, layout.calibration_name(spec.name), calibration)
 
 
 def resize_group(
@@ -102,6 +108,7 @@ def resize_group(
     So after an interruption the next call does the same again.
     """
     sealed = read_record(storage, layout.metadata_name(spec.name), GroupRecord)
+    _mend_group(storage, spec, calibration, sealed)
     group = layout.group_name(spec.name)
     arrays = [f"{name}/zarr.json" for name in calibration.layout(spec).arrays]
     found = storage.read_many([f"{group}/{name}" for name in arrays])
@@ -112,6 +119,31 @@ def resize_group(
     # zarr.json of the group stays as the first build wrote it.
     files = {name: files[name] for name in arrays}
     _write_group_files(storage, spec.name, num_rows, files, sealed.files)
+
+
+def _mend_group(
+    storage: Storage, spec: CacheSpec, calibration: Calibration, sealed: GroupRecord
+) -> None:
+    """Write again the metadata that is gone or damaged, if it comes out as it was sealed.
+
+    It does unless the versions of libraries changed. The channel statistics need the teacher.
+    """
+    group, width = layout.group_name(spec.name), calibration.width
+    arrays = (*calibration.layout(spec).arrays, *layout.CHANNEL_ARRAYS)
+    names = ["zarr.json", *(f"{array}/zarr.json" for array in arrays)]
+    found = storage.read_many([f"{group}/{name}" for name in names])
+    wrong = [n for n in names if entry([found.get(f"{group}/{n}", b"")]) != sealed.files.get(n)]
+    if wrong:
+        made = _group_files(
+            calibration.layout(spec),
+            spec.compressor,
+            sealed.num_rows,
+            _attributes(spec, calibration),
+            ChannelStats(torch.zeros(width), torch.ones(width)),
+        )
+        for name in wrong:
+            if entry([made[name]]) == sealed.files.get(name):
+                storage.write(f"{group}/{name}", [made[name]])
 
 
 def _write_group_files(

@@ -7,6 +7,7 @@ Legend: B batch, C channels, H x W pixels.
 """
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from movekd.teachers.checkpoints import (
     read_state_dict,
     unreachable,
 )
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""Names of models on the hub; any other one transformers takes for a folder of this machine."""
 
 
 def transformers_weights(spec: CacheSpec) -> Published:
@@ -92,6 +96,8 @@ def _model(spec: CacheSpec) -> Any:
     where: dict[str, Any] = {"local_files_only": is_local}
     where |= {"revision": spec.revision} if path is None else {}
     try:
+        if path is None and not _REPOSITORY.fullmatch(spec.model):
+            raise ValueError("it is no NAME or OWNER/NAME of the hub")
         whole = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
         config = getattr(whole, "vision_config", whole)
         _check_args_agree(spec, config, source)
@@ -101,7 +107,12 @@ def _model(spec: CacheSpec) -> Any:
     except LIBRARY_ERRORS as error:
         if path is None:
             names = ("config.json with model.safetensors", "pytorch_model.bin")
-            raise unreachable(spec, spec.model, names, NO_ANSWER if is_local else error) from None
+            raise unreachable(
+                spec,
+                spec.model,
+                names,
+                NO_ANSWER if is_local and isinstance(error, OSError) else error,
+            ) from None
         raise WeightsError(
             f"weights of '{spec.name}': {path} is not a transformers checkpoint "
             f"({first_line(error)}). Expected config.json and model.safetensors in it, as "

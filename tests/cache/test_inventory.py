@@ -25,11 +25,22 @@ DAMAGES = {
 MORE = ("emptied", "shortened")
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, corpus_dir, tiny_specs):
+    """A cache of several Zarr shards per teacher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("movekd.cache.layout.MAX_SHARD_ROWS", 8)
+        patch.setattr("movekd.cache.catalog.MAX_SHARD_ROWS", 8)
+        out = tmp_path_factory.mktemp("original") / "cache"
+        build(out, corpus_dir, tiny_specs)
+    return out
+
+
 @pytest.fixture
-def built(tmp_path, corpus_dir, tiny_specs, small_shards, snapshot):
-    """A cache of several Zarr shards per teacher, and its files."""
-    build(tmp_path / "cache", corpus_dir, tiny_specs)
-    return tmp_path / "cache", snapshot(tmp_path / "cache")
+def built(tmp_path, original, small_shards, snapshot):
+    """A copy of it that a test may damage, and its files."""
+    shutil.copytree(original, tmp_path / "cache")
+    return tmp_path / "cache", snapshot(original)
 
 
 def shard_files(files):
@@ -129,6 +140,17 @@ def test_parts_mend_their_own_shards(built, corpus_dir, tiny_specs, snapshot) ->
     for part, count in ((1, 1), (0, 1)):
         summary = build(cache, corpus_dir, tiny_specs[:1], partition=Partition(part, 2))
         assert summary[0].images_built == 8 * count
+    assert snapshot(cache) == whole
+
+
+def test_metadata_that_follows_from_the_spec_is_made_again(
+    built, corpus_dir, tiny_specs, snapshot
+) -> None:
+    cache, whole = built
+    for name in whole:
+        if name.startswith("clip.zarr/") and name.endswith("zarr.json"):
+            (cache / name).unlink()
+    build(cache, corpus_dir, tiny_specs[:1])
     assert snapshot(cache) == whole
 
 

@@ -69,6 +69,7 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         ({"layer": 10**9}, "layer"),
         ({"max_error": float("nan")}, "max_error: .*finite"),
         ({"weights": "a\0b"}, "weights: .*without control characters"),
+        ({"revision": "../../main"}, "revision: expected the name of a branch, a tag or a commit"),
         ({"model": "m" * 501}, "model: .*at most 500 characters"),
         ({"model_args": {"hidden_size": 0}}, "model_args: hidden_size must be from 1 to 32,768"),
         ({"model_args": {"image_size": [9, 10**5]}}, "model_args: image_size must be from 1 to"),

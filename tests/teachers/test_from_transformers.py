@@ -232,3 +232,10 @@ def test_a_text_model_is_no_teacher(shrunken: Shrink, tmp_path: Path) -> None:
     save_file({k: v for k, v in state.items() if "vision" not in k}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"missing \(embeddings\.class_embedding"):
         load_teacher(spec)
+
+
+def test_a_folder_is_no_name_on_the_hub(tmp_path: Path, shrunken: Shrink) -> None:
+    """A stranger's cache may name any folder as its model."""
+    for name in (str(tmp_path), "../clip", "./clip"):
+        with pytest.raises(WeightsError, match="it is no NAME or OWNER/NAME of the hub"):
+            load_teacher(shrunken("clip", model=name, weights="hub"))
