@@ -6,6 +6,7 @@ layers as a config.json says. ``hf_loading.loading`` calls this module first. Th
 are left to the hub's library.
 """
 
+import os
 import stat
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,9 +130,9 @@ def check_model_files(source: str | Path) -> None:
         WeightsError: a file is no regular file, is a link out of the folder, is too large or no
             JSON, or a config.json has a size that no model has.
     """
-    directory = Path(source)
-    if not directory.is_dir():
+    if not os.path.isdir(source):  # Path.is_dir raises an error about a name that is too long
         return
+    directory = Path(source)
     for folder in (directory, directory / _TEMPLATES):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.suffix in (".json", ".jinja", *_VOCABULARIES, *_WEIGHTS):

@@ -255,7 +255,11 @@ def _try_imports(source, out, chance, number):
         import_official(source, out)
         answer(load_student(out))
 
-    for text in chance.sample(texts, min(number, len(texts))):
+    long = [
+        mutated(json.loads((source / "config.json").read_text()), (key,), "x" * 100_000)
+        for key in ("mm_vision_tower", "model_type")
+    ]
+    for text in [*long, *chance.sample(texts, min(number, len(texts)))]:
         (source / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         works_or_refuses(import_and_ask)
         shutil.rmtree(out, ignore_errors=True)
