@@ -31,12 +31,13 @@ from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading, require_whole
+from movekd.student.llava_keys import check_llava
 from movekd.student.model_files import read_about
 from movekd.student.provenance import imported_from
 from movekd.student.tensor_files import describe_difference, read_json
 from movekd.student.tokenizer import load_tokenizer
 from movekd.student.towers import EXPORTED_TYPES
-from movekd.student.vlm import Student, build_encoder, build_vlm, check_llava
+from movekd.student.vlm import Student, build_encoder, build_vlm
 
 PART_FILES = {
     "mole": "mole_encoder.safetensors",

@@ -56,14 +56,14 @@ def loading(source: str, key: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise WeightsError(
-                f"{key} '{source}' brings its own Python code (auto_map), which movekd never "
-                "runs; expected a model and a tokenizer of kinds that transformers knows. Take "
-                "the auto_map out of its JSON files if a stock class fits, or save it as one."
+                f"{key} '{shorten(source)}' brings its own Python code (auto_map), which movekd "
+                "never runs; expected a model and a tokenizer of kinds that transformers knows. "
+                "Take the auto_map out of its JSON files if a stock class fits, or save it as one."
             ) from None
         raise WeightsError(
-            f"{key} '{source}' cannot be loaded: {_reason(error)} Expected a hub id or a directory "
-            "with config.json and safetensors; without a network, download it elsewhere and give "
-            "the directory."
+            f"{key} '{shorten(source)}' cannot be loaded: {_reason(error)} Expected a hub id or a "
+            "directory with config.json and safetensors; without a network, download it elsewhere "
+            "and give the directory."
         ) from None
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
@@ -86,7 +86,7 @@ def require_whole(info: Mapping[str, Any], source: str, key: str, parts: str = "
     if wrong:
         named = shorten(", ".join(wrong[:3]))
         raise WeightsError(
-            f"{key} '{source}' lacks {len(wrong)} of its weights ({named}); expected all "
+            f"{key} '{shorten(source)}' lacks {len(wrong)} of its weights ({named}); expected all "
             "of them, because the rest would be random numbers. Download it again."
         )
 

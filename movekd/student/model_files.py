@@ -6,6 +6,7 @@ layers as a config.json says. ``hf_loading.loading`` calls this module first. Th
 are left to the hub's library.
 """
 
+import os
 import stat
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ _CONFIGS = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     "tokenizer_config.json",
 )
-_WEIGHTS = (".safetensors", ".bin", ".model")
+_WEIGHTS = (".safetensors", ".bin")
+_VOCABULARIES = (".txt", ".model")
 _TEMPLATES = "additional_chat_templates"
 _AGAIN = "Download the folder again, or copy the file into it."
 
@@ -128,12 +130,12 @@ def check_model_files(source: str | Path) -> None:
         WeightsError: a file is no regular file, is a link out of the folder, is too large or no
             JSON, or a config.json has a size that no model has.
     """
-    directory = Path(source)
-    if not directory.is_dir():
+    if not os.path.isdir(source):  # Path.is_dir raises an error about a name that is too long
         return
+    directory = Path(source)
     for folder in (directory, directory / _TEMPLATES):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix in (".json", ".jinja", ".txt", *_WEIGHTS):
+            if path.suffix in (".json", ".jinja", *_VOCABULARIES, *_WEIGHTS):
                 _check_file(path, directory)
     for name in _CONFIGS:
         if (directory / name).exists():
@@ -147,15 +149,20 @@ def _check_file(path: Path, directory: Path) -> None:
             f"link shows would be read and copied. {_AGAIN}"
         )
     try:
-        is_regular = stat.S_ISREG(path.stat().st_mode)
+        found = path.stat()
     except OSError as error:
         raise WeightsError(
             f"{shorten(path)} cannot be read: {error.strerror}; expected a file. {_AGAIN}"
         ) from None
     if path.is_dir():
         return
-    if not is_regular:
+    if not stat.S_ISREG(found.st_mode):
         raise WeightsError(f"{shorten(path)} is no regular file; expected one. {_AGAIN}")
+    if path.suffix in _VOCABULARIES and found.st_size > _LARGE_BYTES:
+        raise WeightsError(
+            f"{shorten(path)} has {found.st_size:,} bytes; expected at most {_LARGE_BYTES:,} of a "
+            f"vocabulary. {_AGAIN}"
+        )
     max_bytes = _LARGE_BYTES if path.name in _LARGE else _SMALL_BYTES
     if path.suffix == ".json":
         read_json(path, max_bytes=max_bytes, error=WeightsError, remedy=_AGAIN, allow_nan=True)

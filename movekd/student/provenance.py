@@ -3,6 +3,7 @@
 Input: the resolved config of a run. Used by model cards, ``movekd.json`` and official exports.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,5 +51,5 @@ def public_name(base: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Return whether a base model is named by its hub id."""
-    is_local = name.startswith(("/", ".", "~")) or Path(name).exists()
+    is_local = name.startswith(("/", ".", "~")) or os.path.exists(name)
     return name.count("/") == 1 and not is_local

@@ -5,6 +5,7 @@ without values, or an error that names what does not fit. ``import_checkpoint`` 
 before it writes anything.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from movekd.config import validate
-from movekd.errors import ConfigError, WeightsError
+from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading
 from movekd.student.official.state_dict import (
@@ -98,8 +99,8 @@ def require_supported(keys: Mapping[str, Any], path: Path) -> None:
         if found not in known:
             wanted = " or ".join(repr(value) for value in known if value is not None)
             raise ConfigError(
-                f"{path} has {key} {found!r}; expected {wanted}, as in the released models. movekd "
-                "computes no other kind."
+                f"{path} has {key} {shorten(repr(found))}; expected {wanted}, as in the released "
+                "models. movekd computes no other kind."
             )
 
 
@@ -147,10 +148,10 @@ def clip_config(source: str) -> Any:
     """
     if source == CLIP_L_336:
         return CLIPVisionConfig(**CLIP_L_336_KEYS)
-    if "/" not in source and not Path(source).is_dir():
+    if "/" not in source and not os.path.isdir(source):
         raise WeightsError(
-            f"config.json names the vision tower '{source}', a folder of the machine that wrote "
-            "it; give the hub id or directory of the CLIP with --vision-tower."
+            f"config.json names the vision tower '{shorten(source)}', a folder of the machine that "
+            "wrote it; give the hub id or directory of the CLIP with --vision-tower."
         )
     with loading(source, "the vision tower"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
