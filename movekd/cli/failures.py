@@ -4,6 +4,7 @@ Input: an exception. Output: one line of at most 2 kB on standard error, and the
 ``main``, and by scripts that call several commands in one process.
 """
 
+import io
 import os
 import platform
 import select
@@ -35,6 +36,9 @@ def run_guarded(function: Callable[[], object]) -> None:
     Raises:
         SystemExit: with the code of the failure.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         function()
         sys.stdout.flush()  # here, because Python ignores what fails at its exit

@@ -4,6 +4,7 @@ Results go to standard output, all else to standard error. ``-q`` and ``-v`` cha
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 
 from movekd import distributed
+from movekd.errors import printable
 
 Progress = Callable[[str, int, int], None]
 _PLAIN_EVERY_S = 10.0
@@ -51,7 +53,8 @@ def print_json(value: Any, indent: int | None = 1) -> None:
         is_record = is_dataclass(found) and not isinstance(found, type)
         return asdict(found) if is_record else str(found)
 
-    typer.echo(json.dumps(value, indent=indent, default=encode, ensure_ascii=indent is not None))
+    text = json.dumps(value, indent=indent, default=encode, ensure_ascii=indent is not None)
+    typer.echo(re.sub(r"[^ -~\n]", _escape, text))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -63,11 +66,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table()
     for at, column in enumerate(columns):
         is_number = bool(rows) and all(_looks_numeric(row[at]) for row in rows)
-        table.add_column(column, justify="right" if is_number else "left")
+        table.add_column(escape(_cell(column)), justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(*[escape(str(cell)) for cell in row])
+        table.add_row(*[escape(_cell(cell)) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(escape(title), style="bold", soft_wrap=True)  # a rich table title would wrap
+    # a title of rich's table would wrap
+    console.print(escape(printable(title)), style="bold", soft_wrap=True)
     console.print(table)
 
 
@@ -133,6 +137,16 @@ def _plain_progress() -> Progress:
             printed[what] = (started, now)
 
     return show
+
+
+def _cell(value: Any) -> str:
+    """Return the text of a cell, whose lines stay apart."""
+    return "\n".join(map(printable, str(value).split("\n")))
+
+
+def _escape(found: re.Match[str]) -> str:
+    """Return a character of JSON, escaped if a terminal would obey it or cannot show it."""
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 def _looks_numeric(cell: Any) -> bool:

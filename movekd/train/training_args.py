@@ -83,7 +83,7 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         )
     except (
         *(TypeError, ValueError, RuntimeError, ImportError),
-        *(KeyError, AttributeError, OverflowError),  # of a value of another type
+        *(KeyError, AttributeError, OverflowError, OSError),  # of a value of another type
     ) as error:
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(

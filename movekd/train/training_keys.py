@@ -18,9 +18,12 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from movekd.config import Integer, Number, problems
+from movekd.config import Integer, Number, Text, problems
 
-_OURS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint")
+_OURS = (
+    *("output_dir", "remove_unused_columns", "resume_from_checkpoint"),
+    "logging_nan_inf_filter",
+)
 """Keys that `movekd train` sets itself."""
 
 
@@ -35,6 +38,7 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 Count = Annotated[Integer, Field(ge=1, lt=2**31)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0, le=1e9)]
+Settings = dict[str, Any] | Text | None
 NotNegative = Annotated[Number, Field(ge=0, le=1e9)]
 
 
@@ -75,6 +79,13 @@ class TrainingKeys(TypedDict, total=False):
     dataloader_pin_memory: Flag
     dataloader_persistent_workers: Flag
     ignore_data_skip: Flag
+    # of other types: transformers opens True as the file with the number 1
+    accelerator_config: Settings
+    deepspeed: Settings
+    fsdp_config: Settings
+    lr_scheduler_kwargs: Settings
+    activation_checkpointing_kwargs: Settings
+    gradient_checkpointing_kwargs: Settings
 
 
 _KEYS = TypeAdapter(with_config(ConfigDict(extra="allow"))(TrainingKeys))
@@ -88,7 +99,7 @@ def check_training_keys(training: dict[str, Any]) -> dict[str, Any]:
     """
     for key in _OURS:
         if key in training:
-            raise ValueError(f"'{key}' is set by the command line, not here")
+            raise ValueError(f"'{key}' is set by movekd train, not here")
     try:
         _KEYS.validate_python(training)
     except ValidationError as error:

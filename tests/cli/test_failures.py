@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from movekd.cli import doctor, main
-from movekd.cli.failures import BUG, INTERRUPTED, NOT_STARTED, explain, one_line
+from movekd.cli.failures import BUG, INTERRUPTED, NOT_STARTED, explain, one_line, run_guarded
 from movekd.errors import CacheError, ConfigError
 
 
@@ -172,3 +172,10 @@ def test_a_reader_that_goes_and_a_full_output_are_no_bugs():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == NOT_STARTED
     assert done.stderr.startswith(b"movekd: no space is left")
+
+
+def test_a_name_that_is_no_text_can_be_printed(monkeypatch, tmp_path):
+    with (tmp_path / "printed").open("w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        run_guarded(lambda: typer.echo(os.fsdecode(b"image\xff.png")))
+    assert (tmp_path / "printed").read_text() == "image\\udcff.png\n"

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from movekd.cli import output
@@ -27,3 +29,20 @@ def test_plain_progress_says_nothing_of_what_is_quick(capsys: pytest.CaptureFixt
 )
 def test_sizes_are_powers_of_ten(num_bytes: float, text: str) -> None:
     assert output.size(num_bytes) == text
+
+
+ODD = "a\x1b[31m\x9b2Jb\u202ec\udc80文"
+
+
+def test_no_table_and_no_json_prints_what_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output.print_table(ODD, [ODD], [[ODD], ["two\nlines"]])
+    for indent in (1, None):
+        output.print_json({ODD: ODD}, indent=indent)
+    printed = capsys.readouterr().out
+    assert all(map(str.isprintable, printed.splitlines()))
+    *table, last = printed.splitlines()
+    assert json.loads(last) == {ODD: ODD}
+    assert any("文" in line for line in table)
+    assert "two" in printed

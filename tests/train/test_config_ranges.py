@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from movekd.errors import ConfigError, MovekdError
 from movekd.resources import resource_dir
 from movekd.student.config import StudentConfig
+from movekd.train import training_keys
 from movekd.train.config import TrainConfig, load_config
 from movekd.train.training_args import training_arguments
 
@@ -65,7 +66,7 @@ def contents() -> dict[str, dict[str, Any]]:
         for name, field in TrainingArguments.__dataclass_fields__.items()
         if isinstance(field.default, str | bool | int | float | None) and "hub" not in name
     }
-    ours = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "do_eval")
+    ours = (*training_keys._OURS, "do_eval")
     full["training"] = {k: v for k, v in defaults.items() if k not in ours} | {"use_cpu": True}
     full["student"] |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     full["student"]["mole"]["layers_to_transform"] = [0, 1]
@@ -129,6 +130,10 @@ def test_every_strange_value_at_every_place(tmp_path, name):
 
 def _is_huge_or_nan(value: Any) -> bool:
     return isinstance(value, float | int) and not abs(value) < 1e15
+
+
+def test_the_config_with_every_key_is_accepted(tmp_path):
+    assert check(tmp_path, "every key", ("stage",), "pretrain") is not None
 
 
 NONSENSE = [

@@ -97,7 +97,7 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
             "teacher_weighting: similarity}",
             r"similarity .*needs distill\.grid: student",
         ),
-        ("training.output_dir=x", r"training: 'output_dir' is set by the command line"),
+        ("training.output_dir=x", r"training: 'output_dir' is set by movekd train"),
         ("student.image_mean=[0, 0, 0]", r"image_mean and image_std go together"),
         ("no equals sign", r"--set 'no equals sign' is not of the form a\.b=c"),
         ("distill.teachers=[clip", r"is not YAML"),
