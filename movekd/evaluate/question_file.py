@@ -48,8 +48,9 @@ def load_questions(path: Path) -> list[AskedQuestion]:
                 f"{where} has question_id and text, the form of LLaVA's benchmarks; expected "
                 "conversations. Name the benchmark with --benchmark."
             )
-        if isinstance(entry, dict) and entry.get("id") is None:
-            entry = entry | {"id": str(number)}
+        if isinstance(entry, dict):
+            names = (entry[key] for key in ("id", "sample_id") if entry.get(key) is not None)
+            entry = entry | {"id": next(names, str(number))}
         try:
             conversation = parse_conversation(entry, where)
         except ConfigError as error:

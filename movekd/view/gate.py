@@ -101,7 +101,10 @@ class Gate:
         """Return status and text for a request that is refused by its head; None for the others."""
         host = headers.get("host", "")
         if not self._is_allowed_host(host):
-            return 400, "Invalid host header"
+            return 400, (
+                "Invalid host header. Open the page by the machine's address, or start it with "
+                "this name as --host."
+            )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return 403, "Requests of other sites are refused."

@@ -149,6 +149,7 @@ def asked(model, tmp_path):
         entry = {"id": "x", "image": names[number % 2], "conversations": turns}
         entries.append(entry)
     del entries[1]["id"]
+    entries[2]["sample_id"] = entries[2].pop("id")
     text = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
     entries.append({"id": "text", "conversations": text})
     (tmp_path / "q.json").write_text(json.dumps(entries))

@@ -13,7 +13,8 @@ from builds import build
 from movekd.corpus.index import open_corpus
 from movekd.errors import UnknownKeyError
 from movekd.view.browser import NUM_NEAREST, Browser
-from movekd.view.html import experts_html, message_html, teachers_html
+from movekd.view.gate import MAX_IMAGE_BYTES
+from movekd.view.html import IMAGE_SCRIPT, experts_html, message_html, teachers_html
 
 
 @pytest.fixture
@@ -106,6 +107,10 @@ def test_experts_are_shown_with_their_shares():
     assert "expert 0: 25%" in page
     assert "expert 1: 75%" in page
     assert "expert 2: 0%" in page
+
+
+def test_browser_and_server_agree_on_the_largest_image():
+    assert f"file.size > {MAX_IMAGE_BYTES}" in IMAGE_SCRIPT
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)

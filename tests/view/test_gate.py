@@ -71,7 +71,7 @@ def holds_an_object(value):
     return isinstance(value, list) and any(map(holds_an_object, value))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(st.lists(VALUES | st.just(FILE), max_size=6), VALUES)
 def test_arguments_are_text_numbers_and_lists_of_them(data, more):
     status, behind = ask("POST", JOIN, call(data, event_data=more, api_name="x", simple_format=1))

@@ -260,10 +260,8 @@ def test_odd_values_are_left_out_and_counted(tmp_path_factory, changes):
 
 def test_a_report_of_odd_values_is_written(tmp_path):
     """Many places at a time, because figures take time; one at a time in the next test."""
-    for turn in range(2):
-        places = PLACES[turn::5]
-        changes = [(p, SCALARS[at % len(SCALARS)]) for at, p in enumerate(places)]
-        shows(write_changed(tmp_path, changes), tmp_path)
+    changes = [(p, SCALARS[at % len(SCALARS)]) for at, p in enumerate(PLACES[::5])]
+    shows(write_changed(tmp_path, changes), tmp_path)
 
 
 @pytest.mark.slow
@@ -286,7 +284,6 @@ def test_a_damaged_file_is_one_sentence_or_left_out(run, name, content):
         said = str(error)
     else:
         said = "".join(log.left_out)
-        shows(log, run)
     assert said.isprintable()
     assert 0 < len(said) < 2000
 
@@ -309,7 +306,8 @@ def test_special_files_of_a_run_are_sentences(run):
 
 
 def test_a_diverged_run_is_shown_with_gaps(run):
-    steps = [*STEPS, {"step": 6, "epoch": 0.6, "loss": math.nan, "token_std": math.inf}]
+    steps = [{"step": 1, "epoch": 0.1, "loss": 2.0, "token_std": 1.0}]
+    steps.append({"step": 2, "epoch": 0.2, "loss": math.nan, "token_std": math.inf})
     (run / "log.json").write_text(json.dumps([*steps, ENDING]))
     log = read_run(run)
     assert log.left_out == []

@@ -15,6 +15,7 @@ from movekd.corpus.index import open_corpus
 from movekd.evaluate.chat import Answer, answer
 from movekd.student.checkpoint import TrainedStudent, load_student
 from movekd.view.browser import Browser
+from movekd.view.gate import MAX_IMAGE_BYTES
 from movekd.view.html import experts_html, teachers_html
 from web_page import picture, serve, watched
 
@@ -226,6 +227,21 @@ def test_the_student_looks_at_an_image_that_is_given(
     said = expected_answer(student, image, "Is there a 3?")
     assert said.experts_LGG is not None
     assert shown(experts) == sources(experts_html(said.experts_LGG[0], 3, np.asarray(image)))
+
+
+def test_a_large_or_damaged_image_is_a_sentence(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(bytes(MAX_IMAGE_BYTES + 1))
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    page.get_by_role("tab", name="Ask").click()
+    page.locator("input[type=file]").set_input_files(tmp_path / "large.png")
+    expect(page.locator("#image").get_by_role("status")).to_contain_text("more than 16 MiB")
+    page.locator("input[type=file]").set_input_files(tmp_path / "damaged.png")
+    expect(page.get_by_role("button", name="Remove Image")).to_be_visible()
+    ask(page, "Is there a 3?")
+    alert = page.locator("#experts").get_by_role("alert")
+    expect(alert).to_contain_text("are no image that can be read")
+    page.get_by_role("button", name="Remove Image").click()
+    expect(page.locator("input[type=file]")).to_be_visible()
 
 
 def test_questions_that_cannot_be_asked_are_sentences(page: Page) -> None:

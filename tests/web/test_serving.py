@@ -32,7 +32,8 @@ def test_it_answers_to_names_of_this_machine_alone(served):
     for path in ("/", "/config", "/gradio_api/info"):
         assert request(served, "GET", path, host=f"localhost:{served.port}")[0] == 200
         status, text = request(served, "GET", path, host=f"elsewhere.example:{served.port}")
-        assert (status, text) == (400, "Invalid host header")
+        assert status == 400
+        assert text.startswith("Invalid host header. Open the page by")
 
 
 @pytest.mark.parametrize(
