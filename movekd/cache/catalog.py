@@ -28,7 +28,7 @@ from movekd.cache.layout import (
     calibration_name,
 )
 from movekd.cache.schema import CacheRecord
-from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
+from movekd.cache.seal import as_record, blocks_of, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
@@ -37,7 +37,6 @@ from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, CorruptCacheError, shorten
 
 _Number = TypeVar("_Number", np.int16, np.int64)
-_BLOCK_BYTES = 2**20
 _KEY, *_PLACE = INDEX_SCHEMA
 _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
 _SCHEMAS = {INDEX: _SCHEMA, NAMES: NAMES_SCHEMA}
@@ -287,7 +286,7 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTabl
     size = file.size() if file is not None else 0
     # the size first: a file that grows for ever has no checksum
     is_sized = file is not None and expected is not None and size == expected.size_bytes
-    if file is None or not is_sized or entry(_blocks(file)) != expected:
+    if file is None or not is_sized or entry(blocks_of(file)) != expected:
         raise CorruptCacheError(
             f"{where} has {size or 'no'} bytes; {CACHE_JSON} lists "
             f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
@@ -379,13 +378,6 @@ def _are_keys(column: pa.ChunkedArray) -> bool:
             if not np.all(is_hex):
                 return False
     return True
-
-
-def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:
-    """Yield a file in parts, all in one buffer: new memory costs more than reading the file."""
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    while length := file.readinto(block):
-        yield block[:length]
 
 
 def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa.Table]:

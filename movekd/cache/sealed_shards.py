@@ -17,7 +17,8 @@ import numpy.typing as npt
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, open_catalog
 from movekd.cache.schema import ShardSeal
-from movekd.cache.seal import entry
+from movekd.cache.seal import blocks_of, entry
+from movekd.cache.storage import open_regular
 from movekd.errors import CacheError, CorruptCacheError
 from movekd.files.ownership import FileEntry
 
@@ -102,9 +103,14 @@ class SealedShards:
 
     def _require_checksum(self, name: str, sealed: FileEntry) -> None:
         where = f"{self._teacher.storage.url}/{name}"
+        folder = self._teacher.storage.local_dir
         try:
-            found = entry(self._teacher.storage.blocks(name))
-        except FileNotFoundError:
+            if folder is None:
+                found = entry(self._teacher.storage.blocks(name))
+            else:
+                with open_regular(f"{folder}/{name}") as file:
+                    found = entry(blocks_of(file))
+        except OSError:  # it was there a moment ago
             raise CorruptCacheError(
                 f"{where} is sealed but does not exist. Run `movekd cache verify`."
             ) from None

@@ -23,8 +23,9 @@ import xxhash
 
 from builds import build
 from movekd.cache.contents import open_contents
-from movekd.cache.reader import Verify, open_cache
+from movekd.cache.reader import open_cache
 from movekd.cache.seal import entry
+from movekd.cache.sealed_shards import Verify
 from movekd.cache.verify import status, verify
 from movekd.errors import MovekdError
 
