@@ -362,7 +362,7 @@ class _Table(ParquetTable):
 def _numbers(column: pa.ChunkedArray, dtype: type[_Number]) -> npt.NDArray[_Number]:
     """Return a column of numbers without nulls. ``np.asarray`` would import pandas."""
     parts = [np.empty(0, dtype)]
-    for chunk in column.chunks:
+    for chunk in filter(len, column.chunks):
         start = chunk.offset * parts[0].itemsize
         parts.append(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), start))
     return np.concatenate(parts)
