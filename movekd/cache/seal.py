@@ -113,7 +113,8 @@ def as_record(content: dict[str, Any], source: str, kind: type[RecordT]) -> Reco
 
 def sealed_bytes(content: Record | Mapping[str, Any], own: Any = None) -> bytes:
     """Return the bytes of a sealed file; ``own`` is its checksum, if known."""
-    content = content.model_dump() if isinstance(content, Record) else content
+    if isinstance(content, Record):  # no key of a record has a default; those of other files may
+        content = content.model_dump(exclude_defaults=True)
     body = dict(content) | {_SELF: _self_checksum(content) if own is None else own}
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 
