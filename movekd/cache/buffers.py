@@ -107,5 +107,5 @@ def _require_writable(name: str, array: npt.NDArray[Any]) -> None:
     except OSError:
         raise CacheError(
             f"out['{name}'] lies in memory that may not be written to, such as a memory map opened "
-            f"for reading; expected memory of its own: allocate it with `empty(len(rows))`."
+            f"for reading; expected other memory: allocate it with `empty(len(rows))`."
         ) from None

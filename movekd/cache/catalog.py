@@ -8,7 +8,7 @@ Appended images start at a multiple of 1,024 rows, so no sealed Zarr shard is wr
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,16 +28,15 @@ from movekd.cache.layout import (
     calibration_name,
 )
 from movekd.cache.schema import CacheRecord
-from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
+from movekd.cache.seal import as_record, blocks_of, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
 from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, write_parquet
 from movekd.corpus.transforms import Geometry
-from movekd.errors import CacheError, CorruptCacheError, shorten
+from movekd.errors import CacheError, CorruptCacheError, MovekdError, shorten
 
 _Number = TypeVar("_Number", np.int16, np.int64)
-_BLOCK_BYTES = 2**20
 _KEY, *_PLACE = INDEX_SCHEMA
 _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
 _SCHEMAS = {INDEX: _SCHEMA, NAMES: NAMES_SCHEMA}
@@ -45,7 +44,7 @@ _MAX_GROUP_ROWS = 2**20
 """Most rows of a row group, which is decoded at once; pyarrow writes no more."""
 _MAX_GAP_ROWS = MAX_SHARD_ROWS
 _KEY_LENGTH = 64
-_CHECK_THREADS, _CHECK_BYTES = 4, 2**17
+_CHECK_BYTES = 2**17
 """Text of keys that is checked at a time stays in the processor's cache: ten times as fast."""
 
 
@@ -287,13 +286,13 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTabl
     size = file.size() if file is not None else 0
     # the size first: a file that grows for ever has no checksum
     is_sized = file is not None and expected is not None and size == expected.size_bytes
-    if file is None or not is_sized or entry(_blocks(file)) != expected:
+    if file is None or not is_sized or entry(blocks_of(file)) != expected:
         raise CorruptCacheError(
             f"{where} has {size or 'no'} bytes; {CACHE_JSON} lists "
             f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
             "build was interrupted, run it again."
         )
-    table, schema = ParquetTable(file, damaged, may_have_nulls=False), _SCHEMAS[name]
+    table, schema = _Table(file, damaged), _SCHEMAS[name]
     if not table.schema.equals(schema):
         columns = ", ".join(f"{shorten(field.name, 50)} {field.type}" for field in table.schema)
         needed = ", ".join(f"{field.name} {field.type}" for field in schema)
@@ -306,46 +305,64 @@ def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTabl
 
 
 def _fault(index: ParquetTable, record: CacheRecord) -> str:
-    """Return what is wrong with the rows, views and keys of index.parquet, or an empty string.
+    """Return what is wrong with the rows and views of index.parquet, or an empty string.
 
     The blocks of cache.json say which rows follow each other, so the table can say nothing else.
-    Keys name files, so a stranger could write a path into them.
     """
     views = _numbers(index["view"], np.int16)
-    follows = (views[1:] == 0) | ((views[1:] == views[:-1] + 1) & (record.views == "anyres"))
-    if len(views) and not (views[0] == 0 and follows.all()):
-        return f"lists views that are not those of the images' '{record.views}'"
     first_rows, counts = (np.array(column, np.int64) for column in zip(*record.blocks, strict=True))
-    images = np.flatnonzero(views == 0)
-    if counts.sum() != len(images) or record.num_images != len(images):
-        return f"lists {len(images):,} images; {CACHE_JSON} says {record.num_images:,}"
-    starts = np.append(images, len(views))[np.cumsum(counts) - counts]  # of the blocks, as places
+    firsts = np.cumsum(counts) - counts  # the first image of each block
+    if record.views == "base":
+        num_images, starts, is_right = len(views), firsts, not views.any()
+    else:
+        images = np.flatnonzero(views == 0)
+        follows = (views[1:] == 0) | (views[1:] == views[:-1] + 1)
+        num_images, is_right = len(images), bool((views[:1] == 0).all() and follows.all())
+        starts = np.append(images, len(views))[np.minimum(firsts, num_images)]
+    if not is_right:
+        return f"lists views that are not those of the images' '{record.views}'"
+    if counts.sum() != num_images or record.num_images != num_images:
+        return f"lists {num_images:,} images; {CACHE_JSON} says {record.num_images:,}"
     ends = first_rows + np.diff(starts, append=len(views))
     gaps = first_rows - np.concatenate([[0], ends[:-1]])
     if first_rows[0] != 0 or ((gaps < 0) | (gaps >= _MAX_GAP_ROWS)).any():
         return f"cannot fit the blocks {shorten(record.blocks)} of {CACHE_JSON}"
 
-    def fault_of_part(start: int) -> str:
-        part = index.slice(start, PART_ROWS, ["row", "key"])
-        places = np.arange(start, min(start + PART_ROWS, len(views)))
-        block = np.searchsorted(starts, places, "right") - 1
-        rows = _numbers(part["row"], np.int64)
-        if not np.array_equal(rows, places - starts[block] + first_rows[block]):
-            return f"lists other rows than the blocks of {CACHE_JSON}"
-        return "" if _are_keys(part["key"]) else "lists keys that are no SHA-256 in lower-case hex"
+    for start, end, first in zip(starts, [*starts[1:], len(views)], first_rows, strict=True):
+        for at in range(start, end, PART_ROWS):
+            rows = _numbers(index.slice(at, min(PART_ROWS, end - at), ["row"])["row"], np.int64)
+            if not np.array_equal(rows, np.arange(len(rows)) + (first + at - start)):
+                return f"lists other rows than the blocks of {CACHE_JSON}"
+    return ""
 
-    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        faults = pool.map(fault_of_part, range(0, len(views), PART_ROWS))
-        return next(filter(None, faults), "")
+
+class _Table(ParquetTable):
+    """One of the two tables. Values are checked when they are decoded, which opening does not do.
+
+    Keys name files and end in messages, so a stranger could write a path into them.
+    """
+
+    def __init__(self, file: pa.NativeFile, damaged: Callable[[str], MovekdError]) -> None:
+        super().__init__(file, damaged, may_have_nulls=False)
+        self._with_keys: set[int] = set()  # row groups whose keys were checked
+
+    def _read(
+        self, groups: Sequence[int], columns: Sequence[str] | None, encoded: Sequence[str] = ()
+    ) -> pa.Table:
+        table = super()._read(groups, columns, encoded)
+        if "key" in table.schema.names and not self._with_keys.issuperset(groups):
+            if not _are_keys(table["key"]):
+                raise self._damaged("it lists keys that are no SHA-256 in lower-case hex")
+            self._with_keys.update(groups)
+        return table
 
 
 def _numbers(column: pa.ChunkedArray, dtype: type[_Number]) -> npt.NDArray[_Number]:
-    """Return a column of numbers; nulls become -1. ``np.asarray`` would import pandas."""
+    """Return a column of numbers without nulls. ``np.asarray`` would import pandas."""
     parts = [np.empty(0, dtype)]
-    for chunk in column.chunks:
-        whole = chunk if not chunk.null_count else chunk.fill_null(-1)
-        start = whole.offset * parts[0].itemsize
-        parts.append(np.frombuffer(whole.buffers()[1], dtype, len(whole), start))
+    for chunk in filter(len, column.chunks):
+        start = chunk.offset * parts[0].itemsize
+        parts.append(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), start))
     return np.concatenate(parts)
 
 
@@ -377,13 +394,6 @@ def _are_keys(column: pa.ChunkedArray) -> bool:
             if not np.all(is_hex):
                 return False
     return True
-
-
-def _blocks(file: pa.NativeFile) -> Iterator[memoryview]:
-    """Yield a file in parts, all in one buffer: new memory costs more than reading the file."""
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    while length := file.readinto(block):
-        yield block[:length]
 
 
 def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa.Table]:

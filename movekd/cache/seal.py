@@ -6,7 +6,7 @@ builds of the same cache are equal byte for byte.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import xxhash
@@ -22,6 +22,7 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 MAX_JSON_BYTES = 4 * MIB
 """Largest JSON file of a cache: a seal whose 1,024 rows were all skipped has a tenth of it."""
+_BLOCK_BYTES = MIB
 _SELF = "xxh3_128"
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
@@ -38,6 +39,13 @@ def entry(buffers: Iterable[Buffer]) -> FileEntry:
         digest.update(buffer)
         size += len(buffer)
     return FileEntry(size_bytes=size, xxh3_128=digest.hexdigest())
+
+
+def blocks_of(file: Any) -> Iterator[memoryview]:
+    """Yield an open file in parts, all in one buffer: new memory costs more than reading it."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    while length := file.readinto(block):
+        yield block[:length]
 
 
 def write_sealed(storage: Storage, name: str, content: Record | Mapping[str, Any]) -> None:
@@ -105,7 +113,8 @@ def as_record(content: dict[str, Any], source: str, kind: type[RecordT]) -> Reco
 
 def sealed_bytes(content: Record | Mapping[str, Any], own: Any = None) -> bytes:
     """Return the bytes of a sealed file; ``own`` is its checksum, if known."""
-    content = content.model_dump() if isinstance(content, Record) else content
+    if isinstance(content, Record):  # no key of a record has a default; those of other files may
+        content = content.model_dump(exclude_defaults=True)
     body = dict(content) | {_SELF: _self_checksum(content) if own is None else own}
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, open_catalog
 from movekd.cache.schema import ShardSeal
-from movekd.cache.seal import entry
+from movekd.cache.seal import blocks_of, entry
+from movekd.cache.storage import open_regular
 from movekd.errors import CacheError, CorruptCacheError
 from movekd.files.ownership import FileEntry
 
@@ -91,20 +92,34 @@ class SealedShards:
             self._is_compared[shards] = True
 
     def _require_files(self, shard: int, seal: ShardSeal) -> None:
-        for array in self._teacher.layout.arrays.values():
+        teacher = self._teacher
+        for array in teacher.layout.arrays.values():
             file = layout.shard_file(array, shard)
-            name = f"{layout.group_name(self._teacher.teacher)}/{file}"
-            if self._teacher.storage.local_dir is not None:
-                path = self._teacher.storage.local_dir / name
-                _require_size(path, seal.files[file].size_bytes)
+            name, sealed = f"{layout.group_name(teacher.teacher)}/{file}", seal.files.get(file)
+            least = layout.index_bytes(teacher.layout.rows_per_shard)
+            if teacher.spec.compressor == "none":
+                least += (seal.rows[1] - seal.rows[0]) * array.row_bytes
+            if sealed is None or sealed.size_bytes < least:
+                raise CorruptCacheError(
+                    f"{teacher.storage.url}/{layout.seal_name(teacher.teacher, shard)} lists "
+                    f"{f'{sealed.size_bytes} bytes' if sealed else 'no file'} of {array.name}; "
+                    f"expected at least {least} bytes. {seal.remedy}"
+                )
+            if teacher.storage.local_dir is not None:
+                _require_size(teacher.storage.local_dir / name, sealed.size_bytes)
             if self._verify == "checksum":
-                self._require_checksum(name, seal.files[file])
+                self._require_checksum(name, sealed)
 
     def _require_checksum(self, name: str, sealed: FileEntry) -> None:
         where = f"{self._teacher.storage.url}/{name}"
+        folder = self._teacher.storage.local_dir
         try:
-            found = entry(self._teacher.storage.blocks(name))
-        except FileNotFoundError:
+            if folder is None:
+                found = entry(self._teacher.storage.blocks(name))
+            else:
+                with open_regular(f"{folder}/{name}") as file:
+                    found = entry(blocks_of(file))
+        except OSError:  # it was there a moment ago
             raise CorruptCacheError(
                 f"{where} is sealed but does not exist. Run `movekd cache verify`."
             ) from None

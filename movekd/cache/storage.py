@@ -134,7 +134,7 @@ class LocalStorage:
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """Return a file's content."""
         try:
-            with _open_regular(f"{self._folder}/{name}") as file:
+            with open_regular(f"{self._folder}/{name}") as file:
                 size = os.fstat(file.fileno()).st_size
                 if max_bytes is None or size <= max_bytes:
                     return file.read()
@@ -155,7 +155,7 @@ class LocalStorage:
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield a file's content in parts."""
         try:
-            with _open_regular(f"{self._folder}/{name}") as file:
+            with open_regular(f"{self._folder}/{name}") as file:
                 yield from iter(lambda: file.read(_BLOCK_BYTES), b"")
         except _ABSENT:
             raise FileNotFoundError(name) from None
@@ -304,7 +304,7 @@ def too_large(where: str, max_bytes: int) -> str:
     )
 
 
-def _open_regular(path: str) -> io.FileIO:
+def open_regular(path: str) -> io.FileIO:
     """Open a regular file for reading, unbuffered; raises OSError for anything else.
 
     ``path`` is a string: with a Path, opening and reading a seal takes twice as long.

@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movekd.cache.seal import checksum, entry, read_sealed, write_sealed
+from movekd.cache.schema import GroupRecord
+from movekd.cache.seal import checksum, entry, read_sealed, sealed_bytes, write_sealed
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, CorruptCacheError
 from movekd.files.ownership import FileEntry
@@ -64,3 +66,11 @@ def test_checksum_is_of_the_bytes_however_they_are_cut(tmp_path_factory, parts) 
     assert storage.read("a") == whole
     expected = FileEntry(xxh3_128=checksum([whole]), size_bytes=len(whole))
     assert entry(storage.blocks("a")) == entry(parts) == expected
+
+
+def test_a_seal_holds_the_keys_of_format_1_and_no_others() -> None:
+    """Whatever keys the records of other files take on: seals of equal builds are equal bytes."""
+    files = {"tokens/c/0/0/0": entry([b"x"])}
+    content = json.loads(sealed_bytes(GroupRecord(num_rows=0, files=files)))
+    assert content.keys() == {"num_rows", "files", "xxh3_128"}
+    assert content["files"]["tokens/c/0/0/0"].keys() == {"size_bytes", "xxh3_128"}
