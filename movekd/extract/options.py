@@ -44,6 +44,15 @@ class BuildOptions:
         return self.batch_size or CPU_BATCH_SIZE
 
 
+Tell = Callable[[str], None]
+"""Receives a sentence that a user should know now, not at the end of the build."""
+
+
+def print_error(sentence: str) -> None:
+    """Print a sentence to standard error."""
+    print(sentence, file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class BuildContext:
     """What all steps of one build share."""
@@ -53,5 +62,5 @@ class BuildContext:
     catalog: Catalog
     options: BuildOptions
     progress: Progress
-    tell: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr)
+    tell: Tell = print_error
     """Receives what a user should know now, not at the end of the build."""

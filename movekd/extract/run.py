@@ -37,7 +37,7 @@ from movekd.extract.calibrate import (
 )
 from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
-from movekd.extract.options import BuildContext, BuildOptions, Progress
+from movekd.extract.options import BuildContext, BuildOptions, Progress, Tell, print_error
 from movekd.extract.partition import WHOLE, Partition
 from movekd.extract.teacher_loop import TeacherJob
 from movekd.teachers.providers import find_provider
@@ -78,7 +78,7 @@ def build_cache(
     is_verifying: bool = False,
     channel_stats: str | Path | Storage | None = None,
     deletes: Callable[[str, Mapping[str, int]], None] = lambda folder, sizes: None,
-    tell: Callable[[str], None] = lambda sentence: None,
+    tell: Tell = print_error,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BuildSummary]:
     """Build what is missing of some teachers over the same decoded images; yield one summary each.
@@ -106,7 +106,8 @@ def build_cache(
             caches built on several machines are encoded alike. Default: calibrate on the corpus.
         deletes: called before ``replace`` deletes a folder, with the folder and the sizes of its
             files, after all checks have passed.
-        tell: called with one sentence about sealed files that are wrong and will be built again.
+        tell: called with sentences about sealed files that are wrong and will be built again, and
+            about features that hardly vary. Default: prints them to standard error.
         progress: called after each batch.
 
     Raises:
@@ -130,7 +131,7 @@ def build_cache(
         for name in (layout.CACHE_JSON, layout.INDEX, layout.NAMES):
             storage.delete_leftovers(name)
         catalog = update_catalog(storage, corpus, geometry, views)
-    context = BuildContext(storage, corpus, catalog, options, progress)
+    context = BuildContext(storage, corpus, catalog, options, progress, tell)
     with BuildLocks(storage, [spec.name for spec in specs], partition) as locks:
         with locks.settling():
             executor.begin(context, specs)
@@ -197,7 +198,7 @@ def _settle_calibration(
     executor: Executor,
     spec: CacheSpec,
     imported: Imported | None,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> None:
     """Make sure that a teacher has a sealed calibration and arrays of the right length."""
     name, group = layout.calibration_name(spec.name), layout.group_name(spec.name)
@@ -216,7 +217,7 @@ def _settle_calibration(
 
 
 def _open_sealed(
-    context: BuildContext, spec: CacheSpec, tell: Callable[[str], None]
+    context: BuildContext, spec: CacheSpec, tell: Tell
 ) -> tuple[TeacherWriter, set[int]]:
     """Return a teacher, and its Zarr shards with files that are gone or have another size.
 
@@ -242,7 +243,7 @@ def _verified(
     store: TeacherWriter,
     known: set[int],
     partition: Partition,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> set[int]:
     """Return the sealed Zarr shards of this part that differ from their seals, read in full."""
     size, done = store.layout.rows_per_shard, 0
