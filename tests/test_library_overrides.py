@@ -122,7 +122,11 @@ def test_every_private_attribute_of_a_library_is_on_the_page() -> None:
     files = sorted((ROOT / "movekd").rglob("*.py"))
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    ours = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    ours = {
+        n.name
+        for n in nodes
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
     ours |= {
         n.target.id
         for n in nodes
@@ -130,6 +134,9 @@ def test_every_private_attribute_of_a_library_is_on_the_page() -> None:
     }
     private = [n for n in nodes if isinstance(n, ast.Attribute) and re.match(r"_[^_]", n.attr)]
     set_here = {n.attr for n in private if isinstance(n.ctx, ast.Store)}
-    known = {part for name in TABLE for part in name.split(".")} | {"_asdict"}  # public: NamedTuple
+    known = {part for name in TABLE for part in name.split(".")} | {
+        "_asdict",
+        "_exit",
+    }  # public: NamedTuple, os
     unknown = {n.attr for n in private} - ours - set_here - known
     assert not unknown, f"put {sorted(unknown)} on {PAGE.name}"

@@ -96,7 +96,7 @@ def test_ask_answers_about_an_image(trained):
     words = ["ask", trained / "finetune", image, "What is the sum?", "--max-new-tokens", 3]
     assert run(*words).strip()
     assert run(*words) == run(*words)
-    with pytest.raises(ConfigError, match=r"none\.png is not a file"):
+    with pytest.raises(ConfigError, match=r"none\.png does not exist"):
         run("ask", trained / "finetune", trained / "none.png", "What?")
 
 

@@ -19,7 +19,7 @@ from reference import ROOMS, pages
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "pipelines/llava15_v1.0/pretrain.yaml"
-INSIDE = {"cli", "view"}
+INSIDE = {"files", "cli", "view"}
 """Rooms that users reach only through commands."""
 
 
