@@ -32,7 +32,7 @@ from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading, require_whole
 from movekd.student.llava_keys import check_llava
-from movekd.student.model_files import read_about
+from movekd.student.model_files import read_about, require_as_recorded
 from movekd.student.provenance import imported_from
 from movekd.student.tensor_files import describe_difference, read_json
 from movekd.student.tokenizer import load_tokenizer
@@ -88,8 +88,10 @@ def load_parts(
     """Load those of ``parts`` that have a file into the model; return their names.
 
     Raises:
-        WeightsError: names or shapes are not those of the model.
+        WeightsError: names or shapes are not those of the model, or the files are not those that
+            movekd wrote.
     """
+    require_as_recorded(directory)
     loaded = []
     for part in parts:
         path = directory / PART_FILES[part]
@@ -249,6 +251,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             "export of `movekd export --format hf`."
         )
     about, run = read_about(directory / ABOUT_FILE)
+    require_as_recorded(directory)
     with loading(str(directory), "the model in"):
         vlm, info = LLAVA_MODELS[model_type].from_pretrained(
             directory,

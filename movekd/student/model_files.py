@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from movekd.config import FrozenModel
 from movekd.corpus.transforms import Geometry
-from movekd.errors import WeightsError, shorten
+from movekd.errors import ConfigError, WeightsError, shorten
+from movekd.files.ownership import OWNERSHIP_FILE, OwnedFiles, changes, read_owned
 from movekd.files.reading import MIB, read_json, read_text
 from movekd.student.config import PromptFormat
 
@@ -121,6 +122,40 @@ def read_about(path: Path) -> tuple[About, dict[str, Any]]:
             f"{path} has {_first(error)}; expected what `movekd export` wrote. Export the model "
             "again."
         ) from None
+
+
+def require_as_recorded(directory: Path) -> None:
+    """Refuse a model whose weights or config are not as movekd recorded them when it wrote them.
+
+    The record lies in the folder (an export) or in the one above (a run, an imported model). A part
+    that is gone would otherwise count as its untrained base. Reads the weights once more.
+
+    Raises:
+        WeightsError: names the files; or the record is damaged.
+    """
+    folder = directory.resolve()
+    for owner, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        try:
+            owned = read_owned(owner)
+        except ConfigError:
+            raise WeightsError(
+                f"{owner / OWNERSHIP_FILE} is damaged, so nothing proves that the weights in "
+                f"{directory} are those that movekd wrote. Restore it, or delete it to use them all "
+                "the same."
+            ) from None
+        if owned is None:
+            continue
+        kept = {
+            name: file
+            for name, file in owned.files.items()
+            if name.startswith(prefix) and name.endswith((*_WEIGHTS, f"{prefix}config.yaml"))
+        }
+        if found := changes(owner, OwnedFiles(made_by=owned.made_by, files=kept)):
+            said = ", ".join(f"{name} is {change}" for name, change in sorted(found.items())[:5])
+            raise WeightsError(
+                f"{directory} is not as movekd wrote it: {shorten(said, 500)}. Restore it, or "
+                f"write it again; if you changed it on purpose, delete {owner / OWNERSHIP_FILE}."
+            )
 
 
 def check_model_files(source: str | Path) -> None:

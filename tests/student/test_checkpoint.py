@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import scenes
 from movekd.errors import ConfigError, WeightsError
+from movekd.files.ownership import OWNERSHIP_FILE, write_owned
 from movekd.student.adapters import StudentHead
 from movekd.student.checkpoint import (
     ADAPTERS_FILE,
@@ -60,6 +61,35 @@ def test_every_parameter_is_in_one_part(trained):
     parts = {part_of(name) for name, _ in trained.named_parameters()}
     assert parts == PART_FILES.keys()
     assert part_of("lm_head.weight") == "language_model"
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", ["above", "inside"])
+@pytest.mark.parametrize("damage", [Path.unlink, _flip], ids=["deleted", "flipped"])
+def test_weights_that_are_not_those_recorded_are_refused(trained, tmp_path, place, damage):
+    """A part that is gone would count as its untrained base, without a word."""
+    model = tmp_path / "run" / "model"
+    save_parts(model, trained, ["mole", "projector"])
+    (model / "notes.txt").write_text("mine")
+    owner = model if place == "inside" else model.parent
+    names = [p.relative_to(owner).as_posix() for p in sorted(model.iterdir())]
+    write_owned(owner, names, "movekd train")
+    vlm = build_vlm(CONFIG).vlm
+    (model / "notes.txt").unlink()  # not what a model is made of
+    assert load_parts(model, vlm) == ["mole", "projector"]
+    damage(model / PART_FILES["mole"])
+    with pytest.raises(WeightsError, match=r"mole_encoder\.safetensors is (missing|of other)"):
+        load_parts(model, vlm)
+    (owner / OWNERSHIP_FILE).write_text("{}")
+    with pytest.raises(WeightsError, match="damaged"):
+        load_parts(model, vlm)
+    (owner / OWNERSHIP_FILE).unlink()  # as the message says
+    assert "projector" in load_parts(model, vlm)
 
 
 def test_adapters_come_back(tmp_path):
