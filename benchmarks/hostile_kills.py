@@ -4,6 +4,7 @@ A killed command is run once more as its message says (``train`` with --resume).
 that of the undisturbed command, byte for byte, and nothing that it read may have changed.
 """
 
+import os
 import random
 import shutil
 import subprocess
@@ -148,7 +149,8 @@ def disk_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
     try:
         if case.start is not None:
             case.start(world, out)
-            kib += sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) // 1024
+        free = os.statvfs(disk)
+        kib += (free.f_blocks - free.f_bfree) * free.f_frsize // 1024
         subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
         full = command(case.words(world, out), folder / "scratch", allowed=[out.parent])
         if full.code not in (0, 1, 2) or "Traceback" in full.output:

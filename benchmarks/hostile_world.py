@@ -28,6 +28,7 @@ TIMEOUT_S = 90.0
 MAX_MORE_BYTES = 4 * 2**30
 """Address space that a command may take; a file without an end would take the machine's."""
 TEACHERS = ("clip", "sam")
+_AT = {"os.remove", "os.rmdir"}  # with the descriptor of their folder
 _WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link"}
 
 
@@ -260,7 +261,8 @@ class _Watch:
             path = os.fsdecode(path)
         if not isinstance(path, str | os.PathLike):
             return
-        where = os.path.abspath(path)
+        fd = next((fd for fd in arguments[1:] if name in _AT and isinstance(fd, int)), -1)
+        where = os.path.abspath(path if fd < 0 else f"{os.readlink(f'/proc/self/fd/{fd}')}/{path}")
         if where.startswith(self._allowed[:-1]):
             self._seen += 1
             os.write(self._record, b".\n")

@@ -78,6 +78,7 @@ def validate(model: type[ModelT], content: Any, source: str) -> ModelT:
 def problems(model: type[BaseModel], error: ValidationError) -> str:
     """Return the first errors of a validation as one line, and the number of the others."""
     details = error.errors(include_url=False)
+    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")  # they explain the others
     found = "; ".join(_problem(model, detail) for detail in details[:_MAX_PROBLEMS])
     num_others = len(details) - _MAX_PROBLEMS
     return found if num_others <= 0 else f"{found}; and {num_others:,} more wrong keys"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TRIALS = 16
+TRIALS = 8
 
 
 def test_nothing_is_lost_or_wrong_without_a_word() -> None:

@@ -140,8 +140,8 @@ def require_as_recorded(directory: Path) -> None:
         except ConfigError:
             raise WeightsError(
                 f"{owner / OWNERSHIP_FILE} is damaged, so nothing proves that the weights in "
-                f"{directory} are those that movekd wrote. Restore it, or delete it to use them all "
-                "the same."
+                f"{directory} are those that movekd wrote. Restore it, or delete it to use them "
+                "all the same."
             ) from None
         if owned is None:
             continue

@@ -94,6 +94,18 @@ def load_tokenizer(
     return tokenizer
 
 
+def forget_calls(tokenizer: Any) -> Any:
+    """Return a tokenizer that is saved as it was loaded, whatever it has tokenised since.
+
+    tokenizers keeps padding and truncation of the last call, and writes them to tokenizer.json.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    return tokenizer
+
+
 def copy_tokenizer_files(source: str, directory: Path) -> None:
     """Copy the original files of a tokenizer, without ``<image>``.
 

@@ -30,6 +30,7 @@ from movekd.distributed import (
 )
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import CONFIG_FILE, part_of, save_adapters, save_parts
+from movekd.student.tokenizer import forget_calls
 from movekd.student.vlm import Student, build_encoder, build_vlm
 from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, rotate, writing
 from movekd.train.config import ENCODER_PARTS, TrainConfig
@@ -360,7 +361,7 @@ def _save_model(
     save_parts(directory, student.vlm, sorted(parts))
     save_adapters(directory, model.adapters)
     if student.tokenizer is not None:
-        student.tokenizer.save_pretrained(directory)
+        forget_calls(student.tokenizer).save_pretrained(directory)
     (directory / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     publish_model(directory, output_dir)
     remove_partial(output_dir)

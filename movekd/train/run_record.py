@@ -92,6 +92,9 @@ def write_recorded(output_dir: Path, contents: Mapping[str, str]) -> None:
 
 def publish_model(partial: Path, output_dir: Path) -> None:
     """Move the files of a written model to ``OUTPUT/model``; the record names them first."""
+    written = (path for path in partial.rglob("*") if path.is_file())
+    names_inside = [path.relative_to(partial).as_posix() for path in written]
+    write_owned(partial, names_inside, MADE_BY)  # goes with a copy of the model
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     names = {path: f"{MODEL_DIR}/{path.relative_to(partial).as_posix()}" for path in files}
     _record(output_dir, {name: file_entry(path) for path, name in names.items()})

@@ -17,7 +17,7 @@ from movekd.student.sentencepiece_tokenizer import (
     read_sentencepiece,
     require_sentencepiece_tokens,
 )
-from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
+from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files, forget_calls
 from text_kit import FIXTURE, byte_bpe, write_mistral
 
 TEXTS = [
@@ -52,6 +52,18 @@ def pieces_as_llava(text, processor, legacy):
             else:  # sentencepiece puts a blank before every text: take it off behind a mark
                 found += processor.encode("\n" + piece, out_type=str)[2:]
     return found
+
+
+def test_a_tokenizer_is_saved_as_loaded_whatever_it_has_tokenised(tmp_path):
+    """A run that ends and one that resumes from its last step must save the same bytes."""
+    tokenizer = load_tokenizer(write_mistral(tmp_path / "source"))
+    forget_calls(tokenizer).save_pretrained(tmp_path / "before")
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer(["a", "a cat"], padding=True, truncation=True, max_length=2)
+    tokenizer.pad_token = None
+    forget_calls(tokenizer).save_pretrained(tmp_path / "after")
+    before, after = (tmp_path / name / "tokenizer.json" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
 
 
 def test_runs_of_blanks_are_those_of_sentencepiece(mistral, tmp_path):

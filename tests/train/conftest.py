@@ -50,9 +50,12 @@ class Digits:
         path = PIPELINE / f"{'pretrain' if is_distill else stage}.yaml"
         return load_config(path, [*fixed, *overrides])
 
-    def train(self, output, stage="pretrain", *overrides, **kwargs):
-        """Train such a run; return its summary."""
+    def train(self, output, stage="pretrain", *overrides, learning_rate=None, **kwargs):
+        """Train such a run; return its summary. ``learning_rate`` may be one that no config may."""
         config = self.config(stage, *overrides)
+        if learning_rate is not None:
+            keys = config.training | {"learning_rate": learning_rate}
+            config = config.model_copy(update={"training": keys})
         cache = None if config.distill is None else self.cache
         return train(config, output, cache, **kwargs)
 

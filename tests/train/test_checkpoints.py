@@ -219,13 +219,14 @@ def test_rotation_keeps_the_newest_whole_ones_and_what_is_not_ours(stopped, tmp_
 def test_weights_that_are_not_finite_are_never_saved(stopped, tmp_path):
     """A step so large that the weights overflow, after a loss that was still finite."""
     digits = stopped.digits
-    keys = ("training.learning_rate=1e38", "training.max_steps=1", "training.warmup_steps=0")
+    keys = ("training.max_steps=1", "training.warmup_steps=0")
     for number, saving in enumerate(("no", "steps")):
         run = tmp_path / str(number)
         words = (
             r"weights of .*(mole|projector).* not finite after step 1 .*were not saved.*No check"
         )
+        saves = f"training.save_strategy={saving}"
         with pytest.raises(TrainingError, match=words):
-            digits.train(run, "pretrain", *keys, f"training.save_strategy={saving}")
+            digits.train(run, "pretrain", *keys, saves, learning_rate=1e38)
         assert not list(run.rglob("*.safetensors"))
         assert not numbered_checkpoints(run)

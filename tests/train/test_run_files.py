@@ -187,4 +187,4 @@ def test_an_export_with_odd_facts_is_named(tmp_path, key, value):
     (tmp_path / "movekd.json").write_text(json.dumps(about | {key: value}))
     found = outcome(lambda: load_export(tmp_path))
     assert isinstance(found, MovekdError)
-    assert f"movekd.json: {key}" in str(found)
+    assert f"movekd.json has {key}" in str(found)

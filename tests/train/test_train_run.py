@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(digits, tmp_path):
     with pytest.raises(
         TrainingError, match=r"the loss is nan at step \d.*pretrain_000.*learning_rate"
     ):
-        digits.train(tmp_path, "pretrain", "training.learning_rate=1e38", "training.max_steps=5")
+        digits.train(tmp_path, "pretrain", "training.max_steps=5", learning_rate=1e38)
 
 
 def test_a_run_needs_its_cache(digits, tmp_path):

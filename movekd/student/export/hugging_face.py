@@ -34,6 +34,7 @@ from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
 from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
+from movekd.student.tokenizer import forget_calls
 from movekd.student.towers import EXPORTED_TYPES, num_prefix_tokens
 
 TOWER = "model.vision_tower."
@@ -82,6 +83,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     write_shards(directory, plain_parameters(student.vlm))
     config.save_pretrained(directory)
     _generation_config(trained).save_pretrained(directory)
+    forget_calls(processor.tokenizer)
     processor.save_pretrained(directory)
 
 

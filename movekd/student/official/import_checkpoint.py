@@ -58,7 +58,7 @@ from movekd.student.tensor_files import (
     open_checkpoint,
     read_json,
 )
-from movekd.student.tokenizer import load_tokenizer
+from movekd.student.tokenizer import forget_calls, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _import_checkpoint(
         setattr(config, IMPORTED_KEY, _source(source, keys))
     write_tower(base / "vision_tower", vision_config, tower_source, parameters, tensors)
     write_language_model(base / "language_model", language, tokenizer, parameters, tensors)
-    tokenizer.save_pretrained(model_dir)
+    forget_calls(tokenizer).save_pretrained(model_dir)
     write_originals(model_dir / ORIGINALS, source, tensors, buffers, student.dtype)
     return _write_parts(model_dir, source, student, "finetune", keys, adapters, parameters, tensors)
 

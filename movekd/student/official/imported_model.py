@@ -25,7 +25,7 @@ from movekd.student.official.state_dict import (
 )
 from movekd.student.parameters import plain_name
 from movekd.student.tensor_files import TensorFiles, write_shards
-from movekd.student.tokenizer import TOKENIZER_FILES
+from movekd.student.tokenizer import TOKENIZER_FILES, forget_calls
 
 SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
@@ -98,7 +98,7 @@ def write_language_model(
     config.vocab_size += num_new
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    forget_calls(tokenizer).save_pretrained(directory)
 
 
 def _write_base(
