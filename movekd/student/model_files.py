@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from movekd.config import FrozenModel
 from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
-from movekd.files.ownership import OWNERSHIP_FILE, OwnedFiles, changes, read_owned
+from movekd.files.ownership import OWNERSHIP_FILE, FileEntry, file_entry, read_owned
 from movekd.files.reading import MIB, read_json, read_text
 from movekd.student.config import PromptFormat
 
@@ -145,17 +145,30 @@ def require_as_recorded(directory: Path) -> None:
             ) from None
         if owned is None:
             continue
-        kept = {
-            name: file
+        found = [
+            f"{name} is {change}"
             for name, file in owned.files.items()
             if name.startswith(prefix) and name.endswith((*_WEIGHTS, f"{prefix}config.yaml"))
-        }
-        if found := changes(owner, OwnedFiles(made_by=owned.made_by, files=kept)):
-            said = ", ".join(f"{name} is {change}" for name, change in sorted(found.items())[:5])
+            if (change := _change(owner / name, file))
+        ]
+        if found:
+            said = ", ".join(found[:5])
             raise WeightsError(
                 f"{directory} is not as movekd wrote it: {shorten(said, 500)}. Restore it, or "
                 f"write it again; if you changed it on purpose, delete {owner / OWNERSHIP_FILE}."
             )
+
+
+def _change(path: Path, recorded: FileEntry) -> str:
+    """Return how a file differs from its record, or an empty string.
+
+    Follows links, of which a hub's cache consists; ``check_model_files`` says which may be there.
+    """
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != recorded.size_bytes:
+        return "of another size"
+    return "" if file_entry(path).xxh3_128 == recorded.xxh3_128 else "of other content"
 
 
 def check_model_files(source: str | Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from exports import export
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
+from movekd.files.ownership import OWNERSHIP_FILE
 from movekd.student.checkpoint import load_student
 from movekd.student.config import StudentConfig
 from movekd.student.official.import_checkpoint import import_official
@@ -89,6 +90,7 @@ def exported(kit, tmp_path_factory):
     (folder / "hf/model.safetensors").rename(folder / "hf" / part)
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, part)}
     (folder / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "hf" / OWNERSHIP_FILE).unlink()  # what is changed on purpose is not as recorded
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     (folder / "hf/special_tokens_map.json").write_text(json.dumps(tokens))
     return folder / "hf"

@@ -16,6 +16,7 @@ from movekd.errors import (
     UnknownKeyError,
     WeightsError,
 )
+from movekd.files.ownership import OWNERSHIP_FILE
 from movekd.student.checkpoint import load_student
 from movekd.train.encoder_data import EncoderDataset
 
@@ -63,7 +64,8 @@ def test_it_learns_and_does_not_collapse(digits, tmp_path):
     assert steps[-1]["loss_kd"] < 0.8 * steps[0]["loss_kd"]
     assert steps[-1]["token_std"] > 0.8 * steps[0]["token_std"]
     files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert files == {"config.yaml", "mole_encoder.safetensors", "encoder_adapter.safetensors"}
+    parts = {"mole_encoder.safetensors", "encoder_adapter.safetensors"}
+    assert files == {"config.yaml", OWNERSHIP_FILE, *parts}
 
 
 def test_pretrain_goes_on_from_it_and_it_from_pretrain(digits, tmp_path):
