@@ -53,6 +53,8 @@ def serve(folder: Path, *options: str, program: Sequence[str] = VIEW) -> Iterato
             cwd=folder,
             text=True,
             env=os.environ | {"GRADIO_TEMP_DIR": str(uploads)},
+            # a shell's background ignores Ctrl-C, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         ) as process,
     ):
         assert process.stdout is not None
