@@ -54,7 +54,7 @@ def serve(folder: Path, *options: str, program: Sequence[str] = VIEW) -> Iterato
             text=True,
             env=os.environ | {"GRADIO_TEMP_DIR": str(uploads)},
             # a shell's background ignores Ctrl-C, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         assert process.stdout is not None
