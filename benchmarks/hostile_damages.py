@@ -46,7 +46,7 @@ CORPUS = (
 )
 CACHE = (
     Reader(lambda w, at, out: _train(w, out, w.small, at, "--verify-cache"), _weights),
-    Reader(lambda w, at, out: build_words(w.small, at), lambda at, _: digest(at)),
+    Reader(lambda w, at, out: build_words(w.small, at, "--verify"), lambda at, _: digest(at)),
 )
 CHECKPOINT = (
     Reader(lambda w, at, out: train_words(w.base, at, "--resume"), lambda at, _: _weights(at, at)),
