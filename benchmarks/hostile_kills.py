@@ -133,7 +133,7 @@ def kill_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
     what = f"{name} killed {where}"
     if killed.code not in (-9, 0):
         return what, "fault", f"it ended with {killed.code}: {killed.last_line}"
-    return what, *_again(world, case, expected, out, folder, may_resume=True)
+    return what, *_again(world, case, expected, out, folder)
 
 
 def disk_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, str, str]:
@@ -158,7 +158,7 @@ def disk_trial(world: World, folder: Path, draw: random.Random) -> tuple[str, st
         if full.code == 2 and len(full.errors.strip().splitlines()) > 3:
             return what, "fault", f"it printed {full.errors[:500]}"
         _mount(disk, 65_536, "remount,")
-        return what, *_again(world, case, expected, out, folder, may_resume=True)
+        return what, *_again(world, case, expected, out, folder)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -195,12 +195,10 @@ def _again(
     expected: Reference,
     out: Path,
     folder: Path,
-    *,
-    may_resume: bool,
 ) -> tuple[str, str]:
     """Run the command again; return the verdict and the details."""
     words = [word for word in case.words(world, out) if not (case.more and word == "--overwrite")]
-    tried = [[*words, *case.more], words] if case.more and may_resume else [words]
+    tried = [[*words, *case.more], words] if case.more else [words]
     for attempt in tried:  # a run that had not begun cannot be resumed
         done = command(attempt, folder / "scratch", allowed=[out.parent])
         if done.code == 0:

@@ -5,20 +5,17 @@ reader looks names up. A row is one view of one image; the views of an image fol
 Appended images start at a multiple of 1,024 rows, so no sealed Zarr shard is written again.
 """
 
-import os
-import stat
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from movekd.cache.catalog_table import key_lines, numbers, open_table
 from movekd.cache.layout import (
     CACHE_JSON,
     FORMAT_VERSION,
@@ -28,24 +25,18 @@ from movekd.cache.layout import (
     calibration_name,
 )
 from movekd.cache.schema import CacheRecord
-from movekd.cache.seal import as_record, blocks_of, checksum, entry, read_sealed, sealed_bytes
+from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
 from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, write_parquet
 from movekd.corpus.transforms import Geometry
-from movekd.errors import CacheError, CorruptCacheError, MovekdError, shorten
+from movekd.errors import CacheError, CorruptCacheError, shorten
 
-_Number = TypeVar("_Number", np.int16, np.int64)
 _KEY, *_PLACE = INDEX_SCHEMA
 _SCHEMA = pa.schema([("row", pa.int64()), _KEY, ("view", pa.int16()), *_PLACE])
 _SCHEMAS = {INDEX: _SCHEMA, NAMES: NAMES_SCHEMA}
-_MAX_GROUP_ROWS = 2**20
-"""Most rows of a row group, which is decoded at once; pyarrow writes no more."""
 _MAX_GAP_ROWS = MAX_SHARD_ROWS
-_KEY_LENGTH = 64
-_CHECK_BYTES = 2**17
-"""Text of keys that is checked at a time stays in the processor's cache: ten times as fast."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Catalog:
         """The rows that hold a view of an image, ascending."""
         rows, start = np.empty(len(self.index), np.int64), 0
         for part in self.index.parts(["row"]):
-            rows[start : (start := start + len(part))] = _numbers(part["row"], np.int64)
+            rows[start : (start := start + len(part))] = numbers(part["row"], np.int64)
         return rows
 
     @cached_property
@@ -82,7 +73,7 @@ class Catalog:
     @cached_property
     def views(self) -> npt.NDArray[np.int16]:
         """The number of the view in each of ``rows``."""
-        return _numbers(self.index["view"], np.int16)
+        return numbers(self.index["view"], np.int16)
 
     @cached_property
     def images(self) -> npt.NDArray[np.int64]:
@@ -128,7 +119,7 @@ class Catalog:
                 held = low - low % PART_ROWS if high <= low - low % PART_ROWS + PART_ROWS else low
                 until = min(max(held + PART_ROWS, high), len(self.rows))
                 part = self.index.slice(held, until - held, columns)
-                text, starts = lines(*part.columns) if len(columns) > 1 else _key_lines(part["key"])
+                text, starts = lines(*part.columns) if len(columns) > 1 else key_lines(part["key"])
             yield checksum([text[starts[low - held] : starts[high - held]]])
 
 
@@ -141,7 +132,10 @@ def open_catalog(storage: Storage) -> Catalog:
     """
     record = read_cache_json(storage)
     with ThreadPoolExecutor(2) as both:
-        index, names = both.map(lambda name: _open_table(storage, record, name), (INDEX, NAMES))
+        index, names = both.map(
+            lambda name: open_table(storage, name, record.files.get(name), _SCHEMAS[name]),
+            (INDEX, NAMES),
+        )
     if reason := _fault(index, record):
         raise CorruptCacheError(
             f"{storage.url}/{INDEX} {reason}; movekd did not write it. Restore it from a copy, or "
@@ -252,64 +246,12 @@ def read_cache_json(storage: Storage) -> CacheRecord:
     return as_record(content, f"{storage.url}/{CACHE_JSON}", CacheRecord)
 
 
-def _open_table(storage: Storage, record: CacheRecord, name: str) -> ParquetTable:
-    """Return one of the two tables, checked against cache.json.
-
-    The same open file is checked and then read, so a later replacement does not matter. A remote
-    file is first copied to a temporary file without a name.
-    """
-    expected = record.files.get(name)
-    where = f"{storage.url}/{name}"
-
-    def damaged(reason: str) -> CorruptCacheError:
-        return CorruptCacheError(
-            f"{where} cannot be read ({shorten(reason)}). Run `movekd cache verify`."
-        )
-
-    file: pa.NativeFile | None = None
-    try:
-        if storage.local_dir is not None:
-            path = storage.local_dir / name
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO waits for a writer
-                raise damaged("it is no regular file")
-            file = pa.OSFile(str(path))
-        else:
-            with tempfile.NamedTemporaryFile(prefix="movekd-") as copy:
-                for block in storage.blocks(name):
-                    copy.write(block)
-                copy.flush()
-                file = pa.OSFile(copy.name)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise CacheError(f"{where} cannot be read: {error.strerror or error}.") from None
-    size = file.size() if file is not None else 0
-    # the size first: a file that grows for ever has no checksum
-    is_sized = file is not None and expected is not None and size == expected.size_bytes
-    if file is None or not is_sized or entry(blocks_of(file)) != expected:
-        raise CorruptCacheError(
-            f"{where} has {size or 'no'} bytes; {CACHE_JSON} lists "
-            f"{expected.size_bytes if expected else 'no such file'} with another checksum. If a "
-            "build was interrupted, run it again."
-        )
-    table, schema = _Table(file, damaged), _SCHEMAS[name]
-    if not table.schema.equals(schema):
-        columns = ", ".join(f"{shorten(field.name, 50)} {field.type}" for field in table.schema)
-        needed = ", ".join(f"{field.name} {field.type}" for field in schema)
-        raise damaged(f"it holds {shorten(columns, 500) or 'no column'}; expected {needed}")
-    metadata = pq.ParquetFile(file).metadata
-    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if not all(0 <= count <= _MAX_GROUP_ROWS for count in groups) or len(table) > size:
-        raise damaged(f"it claims {len(table):,} rows in {size:,} bytes")  # keys take 64 bytes each
-    return table
-
-
 def _fault(index: ParquetTable, record: CacheRecord) -> str:
     """Return what is wrong with the rows and views of index.parquet, or an empty string.
 
     The blocks of cache.json say which rows follow each other, so the table can say nothing else.
     """
-    views = _numbers(index["view"], np.int16)
+    views = numbers(index["view"], np.int16)
     first_rows, counts = (np.array(column, np.int64) for column in zip(*record.blocks, strict=True))
     firsts = np.cumsum(counts) - counts  # the first image of each block
     if record.views == "base":
@@ -330,70 +272,10 @@ def _fault(index: ParquetTable, record: CacheRecord) -> str:
 
     for start, end, first in zip(starts, [*starts[1:], len(views)], first_rows, strict=True):
         for at in range(start, end, PART_ROWS):
-            rows = _numbers(index.slice(at, min(PART_ROWS, end - at), ["row"])["row"], np.int64)
+            rows = numbers(index.slice(at, min(PART_ROWS, end - at), ["row"])["row"], np.int64)
             if not np.array_equal(rows, np.arange(len(rows)) + (first + at - start)):
                 return f"lists other rows than the blocks of {CACHE_JSON}"
     return ""
-
-
-class _Table(ParquetTable):
-    """One of the two tables. Values are checked when they are decoded, which opening does not do.
-
-    Keys name files and end in messages, so a stranger could write a path into them.
-    """
-
-    def __init__(self, file: pa.NativeFile, damaged: Callable[[str], MovekdError]) -> None:
-        super().__init__(file, damaged, may_have_nulls=False)
-        self._with_keys: set[int] = set()  # row groups whose keys were checked
-
-    def _read(
-        self, groups: Sequence[int], columns: Sequence[str] | None, encoded: Sequence[str] = ()
-    ) -> pa.Table:
-        table = super()._read(groups, columns, encoded)
-        if "key" in table.schema.names and not self._with_keys.issuperset(groups):
-            if not _are_keys(table["key"]):
-                raise self._damaged("it lists keys that are no SHA-256 in lower-case hex")
-            self._with_keys.update(groups)
-        return table
-
-
-def _numbers(column: pa.ChunkedArray, dtype: type[_Number]) -> npt.NDArray[_Number]:
-    """Return a column of numbers without nulls. ``np.asarray`` would import pandas."""
-    parts = [np.empty(0, dtype)]
-    for chunk in filter(len, column.chunks):
-        start = chunk.offset * parts[0].itemsize
-        parts.append(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), start))
-    return np.concatenate(parts)
-
-
-def _key_lines(column: pa.ChunkedArray) -> tuple[memoryview, npt.NDArray[np.int64]]:
-    """Return ``lines`` of a column of keys, which are known to have one length."""
-    text = np.full((len(column), _KEY_LENGTH + 1), ord("\n"), np.uint8)
-    start = 0
-    for chunk in column.chunks:
-        _, raw_offsets, raw = chunk.buffers()
-        first = int(np.frombuffer(raw_offsets, np.int32)[chunk.offset]) if len(chunk) else 0
-        size = len(chunk) * _KEY_LENGTH
-        keys = np.frombuffer(raw or b"", np.uint8)[first : first + size]
-        text[start : start + len(chunk), :-1] = keys.reshape(len(chunk), _KEY_LENGTH)
-        start += len(chunk)
-    return text.reshape(-1).data, np.arange(len(column) + 1) * (_KEY_LENGTH + 1)
-
-
-def _are_keys(column: pa.ChunkedArray) -> bool:
-    """Return whether all strings are 64 lower-case hex digits; a regex takes much longer."""
-    for chunk in column.chunks:
-        _, raw_offsets, raw = chunk.buffers()
-        offsets = np.frombuffer(raw_offsets, np.int32)[chunk.offset :][: len(chunk) + 1]
-        if (np.diff(offsets) != _KEY_LENGTH).any():
-            return False
-        text = np.frombuffer(raw or b"", np.uint8)[offsets[0] : offsets[-1]]
-        for start in range(0, len(text), _CHECK_BYTES):
-            some = text[start : start + _CHECK_BYTES]
-            is_hex = (some - ord("0") < 10) | (some - ord("a") < 6)  # uint8 wraps around
-            if not np.all(is_hex):
-                return False
-    return True
 
 
 def _index(corpus: Corpus, views: Views, blocks: list[list[int]]) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from movekd.errors import CacheError, ConfigError, shorten
+from movekd.files.ownership import fsync
 
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
@@ -190,7 +191,7 @@ class LocalStorage:
                 changed |= dict.fromkeys(_make_folder((self._folder / name).parent))
                 temporary[name].replace(self._folder / name)
             for folder in changed:
-                _fsync_folder(folder)
+                fsync(folder)
         except OSError as error:
             for path in temporary.values():
                 with contextlib.suppress(OSError):
@@ -333,12 +334,3 @@ def _make_folder(folder: Path) -> list[Path]:
         changed.append(missing)
     folder.mkdir(parents=True, exist_ok=True)
     return changed
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,6 +31,7 @@ from movekd.files.ownership import (
     OwnedFiles,
     changes,
     delete_owned,
+    fsync,
     read_owned,
     write_owned,
 )
@@ -258,12 +259,3 @@ def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
 
 def _aside_name(name: str, number: int) -> str:
     return f"{name}.damaged" if number == 1 else f"{name}.damaged-{number}"
-
-
-def fsync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from movekd.files.ownership import (
     content_entry,
     delete_owned,
     file_entry,
+    fsync,
     read_owned,
     write_durably,
     write_owned,
@@ -32,7 +33,6 @@ from movekd.train.checkpoints import (
     MADE_BY,
     PARTIAL_DIR,
     delete_checkpoint,
-    fsync,
     numbered_checkpoints,
     remove_partial,
 )
