@@ -105,8 +105,8 @@ def list_shards(
         bool,
         typer.Option(
             "--verify",
-            help="Read all images and compare their SHA-256 with their keys; exit 1 "
-            "if some differ.",
+            help="Compare the tables with the checksums of the pack, and the SHA-256 of all "
+            "images with their keys; exit 1 if some differ.",
         ),
     ] = False,
     as_json: Json = False,
@@ -122,9 +122,11 @@ def list_shards(
     import pyarrow.compute as pc
 
     from movekd.corpus.conversations import iter_conversations
-    from movekd.corpus.index import open_corpus
+    from movekd.corpus.index import open_corpus, require_as_packed
 
     corpus = open_corpus(data_dir)
+    if verify:
+        require_as_packed(data_dir)
     width, height = (pc.min_max(corpus.index[side]).as_py() for side in ("width", "height"))
     figures: dict[str, Any] = {
         "shards": len(corpus.shards),

@@ -25,7 +25,7 @@ from movekd.cache.storage import Storage, open_storage
 from movekd.cache.verify import TeacherStatus, shard_problems, teacher_status
 from movekd.cache.writer import TeacherWriter, resize_group
 from movekd.corpus.anyres import Views
-from movekd.corpus.index import Corpus
+from movekd.corpus.index import Corpus, require_as_packed
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.calibrate import (
@@ -113,6 +113,7 @@ def build_cache(
     Raises:
         CacheError: the cache has other views, or another geometry, corpus, spec or weights (the
             message names which); or another build of the teacher is running.
+        CorpusError: a table of the corpus was changed since it was packed.
         ConfigError: an unknown provider, or ``replace`` with a part of a build.
     """
     if partition is not None and replace:
@@ -125,6 +126,7 @@ def build_cache(
         find_provider(spec)
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image; nothing to build.")
+    require_as_packed(corpus.data_dir)
     storage, executor = open_storage(url), executor or LocalExecutor()
     partition = partition or WHOLE
     with build_lock(storage, ".lock", wait=True):  # builds of other teachers write these files too

@@ -19,7 +19,7 @@ from movekd.cache.inventory import require_whole
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
-from movekd.corpus.index import Corpus, open_corpus
+from movekd.corpus.index import Corpus, open_corpus, require_as_packed
 from movekd.distill.objective import Objective, read_loss_terms
 from movekd.distributed import (
     broadcast_decision,
@@ -167,6 +167,7 @@ def train(
     if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
     corpus = open_corpus(config.data.shards)
+    broadcast_decision(lambda: require_as_packed(corpus.data_dir))
     cache = _open_targets(config, cache_url, allow_random_teachers, verify_cache)
     inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
     require_same_inputs(gather(inputs))

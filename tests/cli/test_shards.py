@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from command import invoke
 from corpus_files import zero_image
 from movekd.cli.shards import app
+from movekd.corpus.index import open_corpus, require_as_packed
 from movekd.errors import ConfigError, CorpusError
+from movekd.extract import BuildOptions, build_cache
 
 
 def run(*words):
@@ -50,6 +53,28 @@ def test_pack_then_ls(source):
     assert "3 images" in result.stdout
     assert "width 10 to 12, height 20 to 20" in result.stdout
     assert "4 conversations, 1 of them text only" in result.stdout
+
+
+@pytest.mark.parametrize("file", ["index.parquet", "names.parquet", "conversations.jsonl"])
+def test_a_changed_table_reaches_no_cache_and_no_run(source, file, tiny_specs):
+    pack(source)
+    data = source / "data"
+    corpus, options = open_corpus(data), BuildOptions(batch_size=2, num_workers=0)
+    raw, random = (data / file).read_bytes(), np.random.default_rng(0)
+    for at in random.choice(len(raw), 24, replace=False).tolist():
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << int(random.integers(8))
+        (data / file).write_bytes(damaged)
+        with pytest.raises(CorpusError, match=f"{file} was changed since it was packed"):
+            next(build_cache(source / "c", corpus, tiny_specs, geometry="crop", options=options))
+        with pytest.raises(CorpusError):  # opening may find it first
+            run("ls", data, "--verify")
+    (data / file).unlink()
+    with pytest.raises(CorpusError, match=f"{file} is missing"):
+        require_as_packed(data)
+    (data / file).write_bytes(damaged)
+    (data / ".movekd-files.json").unlink()
+    require_as_packed(data)  # meant
 
 
 def test_verify_names_every_image_that_is_not_that_of_its_key(source):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from movekd.corpus.report import DroppedKind, PackReport
+from movekd.files.ownership import OWNERSHIP_FILE
 
 
 def picture(
@@ -61,6 +62,7 @@ def make_unreadable(data: Path, position: int) -> str:
         keys = [key if old == image["key"] else old for old in table["key"].to_pylist()]
         place = table.schema.get_field_index("key")
         pq.write_table(table.set_column(place, "key", pa.array(keys)), data / file)
+    (data / OWNERSHIP_FILE).unlink(missing_ok=True)  # the tables are no longer those of the pack
     return key
 
 
