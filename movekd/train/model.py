@@ -20,7 +20,8 @@ from movekd.cache.targets import TeacherTargets
 from movekd.corpus.anyres import num_views
 from movekd.distill import released_sam_tokens
 from movekd.distill.config import DistillConfig
-from movekd.distill.objective import Objective, StudentOutput, Terms, target_tokens
+from movekd.distill.loss_terms import StudentOutput, Terms
+from movekd.distill.objective import Objective, target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.vlm import Student, image_features, recompute_activations
