@@ -70,6 +70,8 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
     }
     expected = bases | {"vision_feature_layer": earlier.get("vision_feature_layer")}
     expected["projector_hidden_act"] = earlier.get("projector_hidden_act")
+    if (directory / PART_FILES["projector"]).exists():  # an older run does not name its type
+        expected["projector_type"] = earlier.get("projector_type", "mlp2x_gelu")
     if (directory / PART_FILES["mole"]).exists():
         old = earlier.get("mole") or {}
         expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}

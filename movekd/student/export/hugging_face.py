@@ -32,6 +32,7 @@ from movekd.student.export import modeling_movekd
 from movekd.student.export.chat_template import chat_template
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
+from movekd.student.projector import FACTORS, projector_type
 from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
 from movekd.student.tokenizer import forget_calls
@@ -59,13 +60,14 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
     name = "LlavaNext" if student.has_tiles else "Llava"
-    config.architectures = [f"{name}ForConditionalGeneration"]
+    config.architectures = [type(student.vlm).__name__]
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
         part.name_or_path = public_name(part.name_or_path)  # no path of this machine
     # both are written: the student's output layer is never the input embeddings
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    if exported_model(config.vision_config.model_type) is not None:
+    factor = FACTORS[projector_type(student.vlm)]
+    if exported_model(config.vision_config.model_type) is not None or factor > 1:
         config.auto_map = {
             "AutoConfig": f"modeling_movekd.Movekd{name}Config",
             "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
@@ -75,7 +77,7 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     processor = processor_class(
         image_processor=image_processor(trained, cuts_tiles=student.has_tiles),
         tokenizer=_tokenizer(trained),
-        patch_size=config.vision_config.patch_size,
+        patch_size=config.vision_config.patch_size * factor,  # from it the tokens are counted
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=num_prefix_tokens(vision_config),  # "default" takes off [CLS]
         chat_template=chat_template(student.tokenizer, trained.prompt),

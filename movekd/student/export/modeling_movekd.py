@@ -16,6 +16,7 @@ Source: MoVE-KD (arXiv 2501.01709).
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -34,9 +35,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.activations import ACT2FN
 
 
 @dataclass(kw_only=True)
@@ -90,15 +93,27 @@ class MovekdDinov2WithRegistersConfig(MovekdExpertKeys, Dinov2WithRegistersConfi
 
 
 class MovekdLlavaConfig(LlavaConfig):
-    """LLaVA's config, under a name that an export's code can have."""
+    """LLaVA's config, under a name that an export's code can have.
+
+    Attributes:
+        projector_type: ``mlp2x_gelu``, LLaVA's own, or ``pixel_shuffle``.
+    """
 
     model_type = "llava"
 
+    projector_type: str = "mlp2x_gelu"
+
 
 class MovekdLlavaNextConfig(LlavaNextConfig):
-    """LLaVA-NeXT's config, under a name that an export's code can have."""
+    """LLaVA-NeXT's config, under a name that an export's code can have.
+
+    Attributes:
+        projector_type: ``mlp2x_gelu``, LLaVA's own, or ``pixel_shuffle``.
+    """
 
     model_type = "llava_next"
+
+    projector_type: str = "mlp2x_gelu"
 
 
 class MovekdExperts(nn.Module):
@@ -227,18 +242,101 @@ def _add_experts(blocks: Any, config: Any) -> None:
         blocks[number].mlp = MovekdMLP(blocks[number].mlp, config)
 
 
+class MovekdPixelShuffle(nn.Module):
+    """A projector that makes one token of 2 x 2 neighbouring patches, as InternVL's does.
+
+    The channels of the four patches are put behind each other, row by row (Idefics3 and SmolVLM
+    have the same order), then follow a LayerNorm and LLaVA's two linear layers.
+
+    Dimensions: B views, T tokens of the tower, G x G patches, D its channels, L those of the
+    language model.
+
+    Args:
+        config: LLaVA's.
+
+    Raises:
+        ValueError: G is odd.
+
+    Source: transformers models/internvl/modeling_internvl.py (pixel_shuffle,
+    InternVLMultiModalProjector).
+    """
+
+    factor = 2
+    """Patches per side of the square that becomes one token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        vision, width = config.vision_config, config.text_config.hidden_size
+        self.grid = vision.image_size // vision.patch_size
+        if self.grid % self.factor:
+            raise ValueError(f"a pixel shuffle needs an even grid of patches, not {self.grid}")
+        channels = vision.hidden_size * self.factor**2
+        self.layer_norm = nn.LayerNorm(channels)
+        self.linear_1 = nn.Linear(channels, width, bias=config.multimodal_projector_bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width, bias=config.multimodal_projector_bias)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return (B, G G / 4, L) of (B, T, D); tokens before the patches are left out."""
+        patches = image_features[:, -self.grid * self.grid :]
+        tokens = self.layer_norm(self.shuffle(patches))
+        projected: Tensor = self.linear_2(self.act(self.linear_1(tokens)))
+        return projected
+
+    def shuffle(self, patches: Tensor) -> Tensor:
+        """Return (B, G G / 4, 4 D) of (B, G G, D)."""
+        half, factor = self.grid // self.factor, self.factor
+        squares = patches.reshape(len(patches), half, factor, half, factor, -1).transpose(2, 3)
+        return squares.flatten(3).flatten(1, 2)
+
+
+class MovekdPixelShuffleNextModel(LlavaNextModel):
+    """LLaVA-NeXT without its head, with a pixel shuffle as its projector."""
+
+    config_class = MovekdLlavaNextConfig
+    config: MovekdLlavaNextConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.multi_modal_projector = MovekdPixelShuffle(config)
+
+    def pack_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tokens of each image, its tiles joined on the grid behind the projector.
+
+        transformers takes the grid from the tower's patches, so it is told of larger ones.
+        """
+        vision, factor = self.config.vision_config, MovekdPixelShuffle.factor
+        patches = SimpleNamespace(
+            image_size=vision.image_size, patch_size=vision.patch_size * factor
+        )
+        pinpoints = self.config.image_grid_pinpoints
+        config = SimpleNamespace(vision_config=patches, image_grid_pinpoints=pinpoints)
+        model: Any = SimpleNamespace(config=config)  # all that the function reads
+        return LlavaNextModel.pack_image_features(model, *args, **kwargs)
+
+
 class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA, under a name that an export's code can have."""
+    """LLaVA with either projector, under a name that an export's code can have."""
 
     config_class = MovekdLlavaConfig
     config: MovekdLlavaConfig
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.projector_type == "pixel_shuffle":
+            self.model.multi_modal_projector = MovekdPixelShuffle(config)
+
 
 class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT, under a name that an export's code can have."""
+    """LLaVA-NeXT with either projector, under a name that an export's code can have."""
 
     config_class = MovekdLlavaNextConfig
     config: MovekdLlavaNextConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.projector_type == "pixel_shuffle":
+            self.model = MovekdPixelShuffleNextModel(config)
 
 
 TOWERS = (

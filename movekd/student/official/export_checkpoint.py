@@ -39,6 +39,7 @@ from movekd.student.official.state_dict import (
     require_official,
 )
 from movekd.student.parameters import mole_layers
+from movekd.student.projector import projector_type
 from movekd.student.provenance import base_models, imported_from, public_name
 from movekd.student.tensor_files import TensorFiles, read_json, write_bin, write_shards
 from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
@@ -172,6 +173,11 @@ def _config(trained: TrainedStudent) -> dict[str, Any]:
         raise ConfigError(
             f"the student was trained with geometry '{trained.geometry}'; LLaVA knows "
             f"{' and '.join(ASPECT_RATIOS)}. Export it as --format hf."
+        )
+    if (projector := projector_type(vlm)) != PROJECTOR_TYPE:
+        raise ConfigError(
+            f"the projector is a {projector}; the official format knows only {PROJECTOR_TYPE}. "
+            "Export it as --format hf."
         )
     if vlm.config.projector_hidden_act != "gelu":
         raise ConfigError(

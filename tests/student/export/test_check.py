@@ -100,7 +100,10 @@ DAMAGES = {
 }
 
 
-def llava(kit, folder, tower, mole):
+SHUFFLED = {"projector_type": "pixel_shuffle"}
+
+
+def llava(kit, folder, tower, mole, **keys):
     """A LLaVA around another tower than CLIP."""
     build_tower(tower, 48).save_pretrained(folder / tower)
     mean = (0.5, 0.5, 0.5)
@@ -110,6 +113,7 @@ def llava(kit, folder, tower, mole):
         mole=mole,
         image_mean=mean,
         image_std=mean,
+        **keys,
     )
     torch.manual_seed(4)
     student = build_vlm(config)
@@ -138,6 +142,8 @@ def exports(kit, tmp_path_factory):
         ("bfloat16", kit.make_run(folder / "half", kit.OFFICIAL, dtype="bfloat16"), "hf"),
         ("siglip", llava(kit, folder, "siglip", kit.OFFICIAL), "hf"),
         ("dinov2 llava", llava(kit, folder, "dinov2", kit.REVISED), "hf"),
+        ("shuffled", kit.make_run(folder / "shuffled", kit.REVISED, **SHUFFLED), "hf"),
+        ("shuffled siglip", llava(kit, folder, "siglip", None, **SHUFFLED), "hf"),
     ]
     jobs = []
     for name, trained, kind in whole:
@@ -154,7 +160,7 @@ def exports(kit, tmp_path_factory):
 
 def test_a_whole_export_gives_the_runs_own_outputs(exports):
     names = [name for name in exports if isinstance(name, str)]
-    assert len(names) == 9
+    assert len(names) == 11
     assert {name: exports[name] for name in names} == dict.fromkeys(names, 0.0)
 
 
