@@ -104,7 +104,14 @@ class StudentConfig(FrozenModel):
         description="llava (LLaVA-1.5): the whole image. llava_next: also up to four tiles.",
     )
     vision_tower: Text = Field(
-        description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
+        description="Hub id or directory of the CLIP, SigLIP, DINOv2 or DINOv3 to start from."
+    )
+    image_size: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Side in pixels of the square that the tower looks at, a multiple of its patch "
+        "size. Null: the tower's own. Learned positions are resized as transformers does.",
     )
     language_model: Text | None = Field(
         default=None,

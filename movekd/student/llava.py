@@ -1,19 +1,18 @@
 """Make a LLaVA with a new projector, for a vision tower and a language model to be put into.
 
 Used by ``vlm.build_vlm``. The classes are transformers' own where these compute the student;
-another projector needs the classes of ``export.modeling_movekd``.
+another projector, or registers before the patches, need those of ``export.modeling_movekd``.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from movekd.corpus.anyres import TILE
-from movekd.errors import ConfigError
-from movekd.student.config import StudentConfig
+from movekd.errors import WeightsError, shorten
+from movekd.student.config import ProjectorType, StudentConfig
 from movekd.student.export.modeling_movekd import (
     MovekdLlavaForConditionalGeneration,
     MovekdLlavaNextForConditionalGeneration,
@@ -22,19 +21,28 @@ from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.projector import prompt_grid
 from movekd.student.towers import num_prefix_tokens
 
-LLAVA_CLASSES: dict[tuple[str, str], Any] = {
-    ("llava", "mlp2x_gelu"): LlavaForConditionalGeneration,
-    ("llava", "pixel_shuffle"): MovekdLlavaForConditionalGeneration,
-    ("llava_next", "mlp2x_gelu"): LlavaNextForConditionalGeneration,
-    ("llava_next", "pixel_shuffle"): MovekdLlavaNextForConditionalGeneration,
+LLAVA_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llava": (LlavaForConditionalGeneration, MovekdLlavaForConditionalGeneration),
+    "llava_next": (LlavaNextForConditionalGeneration, MovekdLlavaNextForConditionalGeneration),
 }
-"""``model_type`` and ``projector_type`` of a config.json -> the model's class."""
+"""``model_type`` of a config.json -> the class of transformers, and ours where that is wrong."""
 
 
-def llava_class(config_json: dict[str, Any]) -> Any:
-    """Return the class of a LLaVA by the keys of its config.json; None: it is another model."""
-    names = (config_json.get("model_type"), config_json.get("projector_type", "mlp2x_gelu"))
-    return LLAVA_CLASSES.get((str(names[0]), str(names[1])))
+def llava_class(model_type: str, projector_type: str, vision_config: Any) -> Any:
+    """Return the class of a LLaVA by keys of its config.
+
+    Raises:
+        WeightsError: the keys are those of another model.
+    """
+    if model_type not in LLAVA_CLASSES or projector_type not in get_args(ProjectorType):
+        raise WeightsError(
+            f"the model is a '{shorten(model_type)}' with projector_type "
+            f"'{shorten(projector_type)}'; expected {' or '.join(LLAVA_CLASSES)}, and "
+            f"{' or '.join(get_args(ProjectorType))}. Export the model again."
+        )
+    stock, own = LLAVA_CLASSES[model_type]
+    is_stock = projector_type == "mlp2x_gelu" and num_prefix_tokens(vision_config) < 2
+    return stock if is_stock else own
 
 
 def new_llava(
@@ -68,14 +76,8 @@ def new_llava(
     if config.projector_type != "mlp2x_gelu":  # which the configs of transformers do not name
         keys["projector_type"] = config.projector_type
     if config.architecture == "llava_next":
-        if vision_config.image_size != TILE:
-            raise ConfigError(
-                f"student.vision_tower '{config.vision_tower}' looks at {vision_config.image_size} "
-                f"pixels; student.architecture: llava_next cuts tiles of {TILE}. Take a tower of "
-                f"{TILE} pixels, or architecture: llava."
-            )
         keys["image_grid_pinpoints"] = GRID_PINPOINTS
-    model_class = LLAVA_CLASSES[config.architecture, config.projector_type]
+    model_class = llava_class(config.architecture, config.projector_type, vision_config)
     with torch.device("meta"):  # the parts are loaded by themselves
         vlm = model_class(model_class.config_class(**keys))
     dtype = getattr(torch, config.dtype)

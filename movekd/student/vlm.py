@@ -17,8 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     LlavaNextForConditionalGeneration,
 )
@@ -39,7 +37,8 @@ from movekd.student.projector import (
 )
 from movekd.student.tensor_files import read_json
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
-from movekd.student.towers import check_tower, num_prefix_tokens, tower_type
+from movekd.student.tower_loading import load_tower, read_tower_config, require_tile_size
+from movekd.student.towers import num_prefix_tokens, tower_type
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def image_token_counter(
         ConfigError: the tower is of an unknown type, or the projector does not fit it.
     """
     views: Views = "anyres" if config.architecture == "llava_next" else "base"
-    grid = _prompt_grid(config)
+    grid = prompt_grid(config.projector_type, read_tower_config(config))
     return lambda widths, heights: count_image_tokens(views, grid, widths, heights)
 
 
@@ -146,8 +145,10 @@ def build_vlm(config: StudentConfig) -> Student:
             "reads nor answers text. Give it to a stage: pretrain as init_from first."
         )
     dtype = getattr(torch, config.dtype)
-    _prompt_grid(config)  # refuses what does not fit before weights are read
-    tower = _load_tower(config)
+    tower_config = read_tower_config(config)  # refuses what does not fit before weights are read
+    require_tile_size(config, tower_config.image_size)
+    prompt_grid(config.projector_type, tower_config)
+    tower = load_tower(config)
     with loading(config.language_model, "student.language_model"):
         language_model, info = AutoModelForCausalLM.from_pretrained(
             config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
@@ -176,7 +177,7 @@ def build_encoder(config: StudentConfig) -> Student:
         WeightsError: the tower cannot be found.
         ConfigError: experts do not fit into the tower, or its type is unknown.
     """
-    tower = _load_tower(config)
+    tower = load_tower(config)
     _add_experts(tower, config)
     mean, std = _mean_and_std(config)
     encoder = VisionEncoderOnly(tower, config.vision_feature_layer)
@@ -256,8 +257,7 @@ def image_features(
     width of each image in pixels.
 
     Pass the output to the model as ``mm_encoder_outputs={"image": output}``, so that the tower runs
-    only once. It is None for a ``VisionEncoderOnly``. LLaVA drops [CLS] but does not know
-    registers, so their projections are dropped here; a pixel shuffle takes only the patches.
+    only once. It is None for a ``VisionEncoderOnly``.
     """
     if isinstance(vlm, VisionEncoderOnly):
         return None, vlm(pixels_BCHW)
@@ -271,8 +271,6 @@ def image_features(
         vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
         return_dict=True,
     )
-    if num_prefix > 1 and projector_type(vlm) == "mlp2x_gelu":
-        output.pooler_output = [features_ND[num_prefix:] for features_ND in output.pooler_output]
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
@@ -281,42 +279,6 @@ def recompute_activations(vlm: Any) -> None:
     model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _load_tower(config: StudentConfig) -> Any:
-    """Return the vision tower of a checkpoint, without experts."""
-    tower_config = _tower_config(config)
-    with loading(config.vision_tower, "student.vision_tower"):
-        tower, info = AutoModel.from_pretrained(
-            config.vision_tower,
-            config=tower_config,
-            dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-            **SAFE_LOAD_KWARGS,
-        )
-    for part in ("embeddings.", f"{tower_type(tower.config).blocks}."):  # not of pooling heads
-        require_whole(info, config.vision_tower, "student.vision_tower", part)
-    check_tower(tower)
-    layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
-    if -layer >= num_states:  # the first is the input of the first block: nothing learns there
-        raise ConfigError(
-            f"student.vision_feature_layer is {layer}, but {config.vision_tower} has {num_states} "
-            f"hidden states; expected -1 to -{num_states - 1}."
-        )
-    return tower
-
-
-def _tower_config(config: StudentConfig) -> Any:
-    with loading(config.vision_tower, "student.vision_tower"):
-        tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
-    return getattr(tower_config, "vision_config", tower_config)
-
-
-def _prompt_grid(config: StudentConfig) -> int:
-    """Return the tokens per side of a view in the prompt; loads only the tower's config."""
-    tower_config = _tower_config(config)
-    tower_type(tower_config)
-    return prompt_grid(config.projector_type, tower_config)
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

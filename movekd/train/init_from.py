@@ -20,6 +20,7 @@ from movekd.student.checkpoint import (
     local_base,
     read_run_config,
 )
+from movekd.student.tower_loading import require_same_image_size
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 
@@ -75,6 +76,8 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
     if (directory / PART_FILES["mole"]).exists():
         old = earlier.get("mole") or {}
         expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}
+    if (directory / PART_FILES["vision_tower"]).exists():
+        require_same_image_size(earlier, config.student, str(config.init_from))
     for key, then in expected.items():
         found: Any = now
         for part in key.split("."):

@@ -14,6 +14,7 @@ for ``checkpoint.load_export``. Experts are not merged, because each token choos
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from movekd.student.projector import FACTORS, projector_type
 from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
 from movekd.student.tokenizer import forget_calls
-from movekd.student.towers import EXPORTED_TYPES, num_prefix_tokens
+from movekd.student.towers import EXPORTED_TYPES, tower_type
 
 TOWER = "model.vision_tower."
 
@@ -45,17 +46,9 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     """Write files for ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor``.
 
     Raises:
-        ConfigError: transformers has no processor that makes images square as the training did, or
-            its LLaVA would take registers for patches.
+        ConfigError: transformers has no processor that makes images square as the training did.
     """
     student = trained.student
-    vision_config = student.vlm.config.vision_config
-    if num_prefix_tokens(vision_config) > 1:
-        raise ConfigError(
-            f"the vision tower is a '{vision_config.model_type}' with registers, which "
-            "transformers' LLaVA takes for patches of the image; --format hf takes only towers "
-            "without registers. Use --format encoder or onnx, or ask the model directory itself."
-        )
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
@@ -67,7 +60,8 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     # both are written: the student's output layer is never the input embeddings
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     factor = FACTORS[projector_type(student.vlm)]
-    if exported_model(config.vision_config.model_type) is not None or factor > 1:
+    is_stock = type(student.vlm).__module__.startswith("transformers.")
+    if exported_model(config.vision_config.model_type) is not None or not is_stock:
         config.auto_map = {
             "AutoConfig": f"modeling_movekd.Movekd{name}Config",
             "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
@@ -79,10 +73,12 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
         tokenizer=_tokenizer(trained),
         patch_size=config.vision_config.patch_size * factor,  # from it the tokens are counted
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=num_prefix_tokens(vision_config),  # "default" takes off [CLS]
+        num_additional_image_tokens=int(
+            config.vision_feature_select_strategy == "default"
+        ),  # [CLS]
         chat_template=chat_template(student.tokenizer, trained.prompt),
     )
-    write_shards(directory, plain_parameters(student.vlm))
+    write_shards(directory, stored(plain_parameters(student.vlm), config.vision_config, TOWER))
     config.save_pretrained(directory)
     _generation_config(trained).save_pretrained(directory)
     forget_calls(processor.tokenizer)
@@ -105,7 +101,7 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
             "AutoModel": f"modeling_movekd.{model.__name__}",
         }
         _copy_code(directory)
-    write_shards(directory, tower_parameters(trained.student.vlm))
+    write_shards(directory, stored(tower_parameters(trained.student.vlm), config))
     config.save_pretrained(directory)
     processor.save_pretrained(directory)
 
@@ -114,6 +110,26 @@ def tower_parameters(vlm: Any) -> dict[str, Tensor]:
     """Return the tower's weights under the names of ``modeling_movekd``."""
     plain = plain_parameters(vlm)
     return {n.removeprefix(TOWER): p for n, p in plain.items() if n.startswith(TOWER)}
+
+
+def stored(
+    parameters: Mapping[str, Tensor], tower_config: Any, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Return weights under the names that transformers reads in a file.
+
+    Args:
+        parameters: weights by the names that the model has.
+        tower_config: the exported tower's.
+        prefix: start of the tower's names.
+    """
+    kind = tower_type(tower_config)
+    if kind.stored_blocks is None or exported_model(tower_config.model_type) is not None:
+        return dict(parameters)  # transformers renames only for its own classes
+    here, there = f"{prefix}{kind.blocks}.", f"{prefix}{kind.stored_blocks}."
+    return {
+        there + name.removeprefix(here) if name.startswith(here) else name: tensor
+        for name, tensor in parameters.items()
+    }
 
 
 def tower_config(vlm: Any) -> Any:

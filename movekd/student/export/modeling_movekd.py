@@ -2,8 +2,8 @@
 
 Part of movekd (Apache-2.0). Needs only torch and transformers. Copied into every export. Config
 and model share this file, because transformers would import two files as unrelated packages. The
-towers are CLIP, SigLIP and DINOv2 with and without registers. A router sends every token to one
-expert, which adds a low-rank term to both linear layers of the MLP:
+towers are CLIP, SigLIP, DINOv2 with and without registers, and DINOv3. A router sends every token
+to one expert, which adds a low-rank term to both linear layers of the MLP:
 
     p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
@@ -31,6 +31,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -40,6 +42,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.activations import ACT2FN
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 
 @dataclass(kw_only=True)
@@ -90,6 +93,12 @@ class MovekdDinov2WithRegistersConfig(MovekdExpertKeys, Dinov2WithRegistersConfi
     """A DINOv2 with registers whose MLPs have experts."""
 
     model_type = "movekd_dinov2_with_registers"
+
+
+class MovekdDinov3ViTConfig(MovekdExpertKeys, DINOv3ViTConfig):
+    """A DINOv3 whose MLPs have experts."""
+
+    model_type = "movekd_dinov3_vit"
 
 
 class MovekdLlavaConfig(LlavaConfig):
@@ -150,11 +159,28 @@ class MovekdExperts(nn.Module):
         return torch.addmm(base_XO, wide_XJ, rows_JO, alpha=scale)
 
 
+MLP_PARTS = (
+    ("fc1", "activation_fn", "fc2"),
+    ("fc1", "activation", "fc2"),
+    ("up_proj", "act_fn", "down_proj"),
+)
+"""Names of the parts of an MLP that experts fit into, in the towers of transformers."""
+
+
+def mlp_parts(mlp: Any) -> tuple[str, str, str] | None:
+    """Return the names of the first linear layer, the activation and the second linear layer.
+
+    None: the MLP has other parts, as a gated one has.
+    """
+    names = {name for name, _ in mlp.named_children()}
+    return next((parts for parts in MLP_PARTS if names == set(parts)), None)
+
+
 class MovekdMLP(nn.Module):
     """The MLP of a block, its experts and their router.
 
     Args:
-        mlp: the block's own MLP; its linear layers keep their names.
+        mlp: the block's own MLP; its parts keep their names.
         config: the tower's.
     """
 
@@ -166,9 +192,13 @@ class MovekdMLP(nn.Module):
             "lora_alpha": config.lora_alpha,
             "use_gate": config.use_gate,
         }
-        self.activation_fn = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation
-        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
-        width, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+        parts = mlp_parts(mlp)
+        if parts is None:
+            raise ValueError(f"no experts fit into a {type(mlp).__name__}")
+        for name in parts:
+            setattr(self, name, getattr(mlp, name))
+        self.parts, fc1 = parts, getattr(mlp, parts[0])
+        width, hidden = fc1.in_features, fc1.out_features
         self.mole_fc1 = MovekdExperts(config.num_experts, config.r, width, hidden)
         self.mole_fc2 = MovekdExperts(config.num_experts, config.r, hidden, width)
         self.mole_router = nn.Linear(width, config.num_experts)
@@ -183,8 +213,9 @@ class MovekdMLP(nn.Module):
         choice = probabilities.argmax(dim=-1, keepdim=True) == numbers
         mask = choice.to(probabilities.dtype)
         mask = (mask * probabilities if self.experts["use_gate"] else mask).to(inputs.dtype)
-        hidden = self.activation_fn(self.mole_fc1(inputs, self.fc1(inputs), mask, scale))
-        output: Tensor = self.mole_fc2(hidden, self.fc2(hidden), mask, scale)
+        fc1, activation, fc2 = (getattr(self, name) for name in self.parts)
+        hidden = activation(self.mole_fc1(inputs, fc1(inputs), mask, scale))
+        output: Tensor = self.mole_fc2(hidden, fc2(hidden), mask, scale)
         return output.view(shape)
 
 
@@ -233,6 +264,18 @@ class MovekdDinov2WithRegistersModel(Dinov2WithRegistersModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         _add_experts(self.encoder.layer, config)
+        self.post_init()
+
+
+class MovekdDinov3ViTModel(DINOv3ViTModel):
+    """A DINOv3 with experts."""
+
+    config_class = MovekdDinov3ViTConfig
+    config: MovekdDinov3ViTConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _add_experts(self.model.layer, config)
         self.post_init()
 
 
@@ -290,6 +333,25 @@ class MovekdPixelShuffle(nn.Module):
         return squares.flatten(3).flatten(1, 2)
 
 
+class MovekdPatchProjector(LlavaMultiModalProjector):
+    """LLaVA's projector, of which only the tokens of patches are kept.
+
+    LLaVA itself drops [CLS], but would take registers for patches.
+
+    Args:
+        config: LLaVA's.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return (B, N, L) of (B, T, D): the last N of the T tokens are patches."""
+        tokens: Tensor = super().forward(image_features)
+        return tokens[:, -self.num_patches :]
+
+
 class MovekdPixelShuffleNextModel(LlavaNextModel):
     """LLaVA-NeXT without its head, with a pixel shuffle as its projector."""
 
@@ -325,6 +387,8 @@ class MovekdLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(config)
         if config.projector_type == "pixel_shuffle":
             self.model.multi_modal_projector = MovekdPixelShuffle(config)
+        elif config.vision_feature_select_strategy == "full":
+            self.model.multi_modal_projector = MovekdPatchProjector(config)
 
 
 class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
@@ -337,6 +401,8 @@ class MovekdLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
         super().__init__(config)
         if config.projector_type == "pixel_shuffle":
             self.model = MovekdPixelShuffleNextModel(config)
+        elif config.vision_feature_select_strategy == "full":
+            self.model.multi_modal_projector = MovekdPatchProjector(config)
 
 
 TOWERS = (
@@ -344,6 +410,7 @@ TOWERS = (
     MovekdSiglipVisionModel,
     MovekdDinov2Model,
     MovekdDinov2WithRegistersModel,
+    MovekdDinov3ViTModel,
 )
 
 
