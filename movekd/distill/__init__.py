@@ -5,6 +5,7 @@ Nothing here reads a file. ``objective`` holds the whole training loss; the name
 for outsiders.
 """
 
+import movekd.distill.objective  # noqa: F401  (registers the terms that ship with movekd)
 from movekd.distill.balance import (
     RoutingStatistics,
     balance_loss,
@@ -13,7 +14,7 @@ from movekd.distill.balance import (
 )
 from movekd.distill.config import LossTermConfig
 from movekd.distill.kd import KDTerms, effective_rank, kd_loss, token_statistics
-from movekd.distill.objective import StudentOutput, register_loss_term
+from movekd.distill.loss_terms import StudentOutput, register_loss_term
 from movekd.distill.sam_layout import released_sam_tokens
 from movekd.distill.weighting import teacher_weights, token_weights
 

@@ -19,94 +19,32 @@ Legend: B samples, L text tokens, V views, I views with targets, N student token
 tokens, D channels, T teachers, E experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import isqrt
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.targets import TeacherTargets
-from movekd.config import validate
 from movekd.distill.balance import BalanceKind, Routings, balance_loss, routing_statistics
 from movekd.distill.config import DistillConfig, LossTermConfig
 from movekd.distill.kd import effective_rank, kd_loss, token_statistics
+from movekd.distill.loss_terms import (
+    LossTerm,
+    Statistic,
+    StudentOutput,
+    Terms,
+    Unit,
+    count_answer_tokens,
+    extra_term,
+)
 from movekd.distill.sam_layout import released_sam_tokens
 from movekd.distill.weighting import ANCHOR_SHARE, teacher_weights, token_weights
 from movekd.distributed import mean_over_ranks, sum_over_ranks
-from movekd.errors import ConfigError, did_you_mean
-
-IGNORED = -100
-"""Label of a token that the text loss leaves out; PyTorch's ``ignore_index``."""
-
-Unit = Literal["answer_tokens", "images", "views"]
-"""What a term is the mean over."""
-
-
-class StudentOutput(NamedTuple):
-    """One forward pass of the student, as the objective needs it."""
-
-    student_VND: Tensor
-    """The student's tokens of every view; a black image's where the batch has no image."""
-    student_IND: Tensor
-    """Its tokens of the views with targets."""
-    predictions: tuple[Tensor, ...] = ()
-    """(I, N, D_t) per teacher, float32; empty without targets."""
-    goals: tuple[Tensor, ...] = ()
-    """(I, N, D_t) per teacher, compared with ``predictions``."""
-    targets: Mapping[str, TeacherTargets] | None = None
-    """The cached features of the I views, by teacher; None without targets."""
-    routings: Routings | None = None
-    """Per layer with experts, the router's (probabilities, choices) of the V views."""
-    labels: Tensor | None = None
-    """int64 (B, L), -100 where nothing is learned; None without a language model."""
-    text_output: Any = None
-    """The language model's output (logits, ...); its ``loss`` is the cross entropy, summed over
-    the answer tokens. None without a language model."""
-    has_images: bool = True
-    unused: Tensor | float = 0.0
-    """Zero, to be added to a loss: it gives parameters that this batch does not use a zero
-    gradient, because DDP waits for one."""
-
-    @property
-    def num_images(self) -> int:
-        """Views with targets; without distillation, those that would have them."""
-        return len(self.student_IND) if self.has_images else 0
-
-    @property
-    def num_views(self) -> int:
-        """Views that the student saw."""
-        return len(self.student_VND) if self.has_images else 0
-
-
-# NamedTuples, not dataclasses: the model returns them, and accelerate looks for tensors only inside
-# of tuples, lists and mappings.
-class LossTerm(NamedTuple):
-    """One part of the loss, of one micro-batch; logged as ``loss_<name>``."""
-
-    name: str
-    sum: Tensor
-    """Scalar, float32, with gradient."""
-    unit: Unit
-    """What ``sum`` is summed over."""
-    weight: float | None
-    """Weight in the loss; None: only logged."""
-
-
-class Statistic(NamedTuple):
-    """A figure that is only logged, as its weighted mean since the last log."""
-
-    name: str
-    value: Tensor
-    """No gradient. A matrix is logged as ``name_row_column``."""
-    weight: float
-    """Number of images or views that the value is of; without any it is not logged."""
-
-
-Terms = list[LossTerm | Statistic]
 
 
 @dataclass(frozen=True)
@@ -142,7 +80,7 @@ class Objective:
             terms += kd_terms(self.distill, output)
         if output.routings is not None:
             terms += self._balance_terms(output.routings, output.num_views)
-        terms += [_extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
+        terms += [extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
         tokens_VND = output.student_VND
         terms.append(Statistic("token_std", token_statistics(tokens_VND), output.num_images))
         if measures_rank:
@@ -241,11 +179,6 @@ def count_units(batch: Mapping[str, Any]) -> Tensor:
     )
 
 
-def count_answer_tokens(labels: Tensor) -> Tensor:
-    """Return the number of labels in the text loss (no token predicts the first one)."""
-    return labels[:, 1:].ne(IGNORED).sum()
-
-
 def step_loss(terms: Terms, counts: Tensor, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a micro-batch's part of the step's loss, and each term's part before its weight.
 
@@ -297,104 +230,6 @@ class LossLog:
         self._sums, self._weights, self.num_steps = {}, {}, 0
         found = zip(names, *sum_over_ranks(both).tolist(), strict=True)
         return {name: total / weight for name, total, weight in found if weight}
-
-
-TermFunction = Callable[[StudentOutput, Any], Tensor]
-"""(forward pass, keys of the term) -> its sum over the micro-batch: a scalar with gradient."""
-
-
-class RegisteredTerm(NamedTuple):
-    """A term that ``loss_terms:`` of student.yaml may name."""
-
-    function: TermFunction
-    unit: Unit
-    config: type[LossTermConfig]
-    needs_targets: bool
-
-
-LOSS_TERMS: dict[str, RegisteredTerm] = {}
-
-
-def register_loss_term(
-    name: str,
-    function: TermFunction,
-    unit: Unit = "images",
-    config: type[LossTermConfig] = LossTermConfig,
-    *,
-    needs_targets: bool = False,
-) -> None:
-    """Make a loss term known to student.yaml as ``loss_terms: {name: {weight: 0.1}}``.
-
-    Register it before the config is loaded, in every process of a run.
-
-    Args:
-        name: its key; the log has it as ``loss_<name>``.
-        function: returns the **sum** over the units of a micro-batch. It is only called for a
-            micro-batch that holds such units.
-        unit: what the sum is divided by, over the whole optimizer step.
-        config: the keys of the term; a subclass of ``LossTermConfig`` adds some.
-        needs_targets: the function reads predictions, goals or targets, which are empty with
-            ``distill: null``; such a run is refused.
-
-    Raises:
-        ConfigError: the name is one of movekd's own, or another function has it.
-    """
-    if name in ("text", "kd", "balance") or name.startswith("kd_"):
-        raise ConfigError(
-            f"loss term '{name}' has a name that movekd logs itself; expected another than text, "
-            "kd, kd_... and balance. Register it under another name."
-        )
-    new = RegisteredTerm(function, unit, config, needs_targets)
-    if LOSS_TERMS.setdefault(name, new).function is not function:
-        raise ConfigError(
-            f"loss term '{name}' is registered with another function already; expected one per "
-            "name. Register it under another name."
-        )
-
-
-def read_loss_terms(
-    content: Mapping[str, Mapping[str, Any]], *, has_targets: bool
-) -> dict[str, LossTermConfig]:
-    """Return the checked keys of `loss_terms`.
-
-    Raises:
-        ConfigError: no such term is registered, a key of it is wrong, or it needs targets and the
-            run has none.
-    """
-    for name in content:
-        if name not in LOSS_TERMS:
-            known = ", ".join(sorted(LOSS_TERMS)) or "none"
-            raise ConfigError(
-                f"loss_terms names '{name}', and no such term is registered (registered: {known})."
-                f"{did_you_mean(name, LOSS_TERMS)} A term from outside of movekd needs a script "
-                "that registers it and trains (docs/training.md, Add a loss term); or take it out."
-            )
-        if LOSS_TERMS[name].needs_targets and not has_targets:
-            raise ConfigError(
-                f"loss_terms names '{name}', which needs the teachers' targets, and distill is "
-                "null. Set distill, or take the term out."
-            )
-    return {
-        name: validate(LOSS_TERMS[name].config, dict(keys), f"loss_terms.{name}")
-        for name, keys in content.items()
-    }
-
-
-def _extra_term(name: str, keys: LossTermConfig, output: StudentOutput) -> LossTerm:
-    function, unit = LOSS_TERMS[name][:2]
-    has_units = output.has_images
-    if unit == "answer_tokens":
-        has_units = output.labels is not None and bool(count_answer_tokens(output.labels))
-    total = output.student_VND.new_zeros((), dtype=torch.float32)
-    if has_units:
-        total = function(output, keys)
-    if not isinstance(total, Tensor) or total.shape != ():
-        found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
-        raise ConfigError(
-            f"loss term '{name}' returned {found}; expected a scalar tensor, the sum over the "
-            f"{unit} of the batch. Sum it in its function."
-        )
-    return LossTerm(name, total, unit, keys.weight)
 
 
 # Terms that ship with movekd: their functions stand in files of this folder, each with one

@@ -24,13 +24,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import AutoConfig
 
 from movekd.config import read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading, require_whole
+from movekd.student.llava import LLAVA_CLASSES, llava_class
 from movekd.student.llava_keys import check_llava
 from movekd.student.model_files import read_about, require_as_recorded
 from movekd.student.provenance import imported_from
@@ -51,10 +52,6 @@ ADAPTERS_FILE = "encoder_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
 ABOUT_FILE = "movekd.json"
 """In every export: the prompt format and how images become pixels."""
-LLAVA_MODELS = {
-    "llava": LlavaForConditionalGeneration,
-    "llava_next": LlavaNextForConditionalGeneration,
-}
 
 
 def part_of(name: str) -> str:
@@ -233,7 +230,8 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     Raises:
         WeightsError: it is another kind of directory, or lacks a file.
     """
-    model_type = str(read_json(directory / "config.json").get("model_type"))
+    keys = read_json(directory / "config.json")
+    model_type = str(keys.get("model_type"))
     if model_type == "move_llava_llama":
         raise WeightsError(
             f"{directory} is a checkpoint of the released code; expected a model directory of "
@@ -244,7 +242,7 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
             f"{directory} holds only a vision encoder, which answers no questions; expected a "
             "run, an imported model or an export of format hf."
         )
-    if model_type not in LLAVA_MODELS or not (directory / ABOUT_FILE).exists():
+    if model_type not in LLAVA_CLASSES or not (directory / ABOUT_FILE).exists():
         raise WeightsError(
             f"{directory} holds a model of type '{model_type}'"
             f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
@@ -253,7 +251,9 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     about, run = read_about(directory / ABOUT_FILE)
     require_as_recorded(directory)
     with loading(str(directory), "the model in"):
-        vlm, info = LLAVA_MODELS[model_type].from_pretrained(
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        projector = str(keys.get("projector_type", "mlp2x_gelu"))
+        vlm, info = llava_class(model_type, projector, config.vision_config).from_pretrained(
             directory,
             dtype="auto",
             use_safetensors=True,

@@ -20,6 +20,9 @@ chat_template: the tokenizer's template."""
 Architecture = Literal["llava", "llava_next"]
 """llava: an image is one square. llava_next: the whole image, stretched, and its tiles."""
 
+ProjectorType = Literal["mlp2x_gelu", "pixel_shuffle"]
+"""LLaVA's mm_projector_type. mlp2x_gelu: one token per patch. pixel_shuffle: one per 2 x 2."""
+
 
 # fmt: off
 Activation = Literal[
@@ -101,7 +104,14 @@ class StudentConfig(FrozenModel):
         description="llava (LLaVA-1.5): the whole image. llava_next: also up to four tiles.",
     )
     vision_tower: Text = Field(
-        description="Hub id or directory of the CLIP, SigLIP or DINOv2 to start from."
+        description="Hub id or directory of the CLIP, SigLIP, DINOv2 or DINOv3 to start from."
+    )
+    image_size: Integer | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Side in pixels of the square that the tower looks at, a multiple of its patch "
+        "size. Null: the tower's own. Learned positions are resized as transformers does.",
     )
     language_model: Text | None = Field(
         default=None,
@@ -113,8 +123,13 @@ class StudentConfig(FrozenModel):
         ge=-1000,
         description="Hidden state of the tower that is projected and distilled.",
     )
+    projector_type: ProjectorType = Field(
+        default="mlp2x_gelu",
+        description="mlp2x_gelu (LLaVA-1.5): one token per patch. pixel_shuffle (as InternVL's): "
+        "one token per 2 x 2 patches, a quarter of the tokens.",
+    )
     projector_hidden_act: Activation = Field(
-        default="gelu", description="gelu makes LLaVA's mlp2x_gelu projector."
+        default="gelu", description="Activation of the projector. LLaVA and InternVL: gelu."
     )
     mole: MoleKeys | None = Field(default_factory=MoleKeys, description="The experts. Null: none.")
     prompt: PromptFormat | None = Field(

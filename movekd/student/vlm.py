@@ -5,7 +5,6 @@ the mean and deviation of its pixels. ``build_encoder`` gives only the tower, un
 it has inside a LLaVA. Used by training, evaluation and ``ask``; knows nothing of teachers.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +17,28 @@ from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.utils import cached_file
 
-from movekd.corpus.anyres import TILE, Views
+from movekd.corpus.anyres import Views
 from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
-from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
+from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
+from movekd.student.projector import (
+    count_image_tokens,
+    patch_grid,
+    projector_type,
+    prompt_grid,
+)
 from movekd.student.tensor_files import read_json
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
-from movekd.student.towers import check_tower, num_prefix_tokens, tower_type
+from movekd.student.tower_loading import load_tower, read_tower_config, require_tile_size
+from movekd.student.towers import num_prefix_tokens, tower_type
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,23 @@ class Student:
 
     @property
     def grid(self) -> int:
-        """Side length of the grid of patch tokens."""
-        return self.image_size // int(self.vlm.config.vision_config.patch_size)
+        """Side length of the grid of patch tokens, which the KD loss compares."""
+        return patch_grid(self.vlm.config.vision_config)
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens per view."""
+        return self.grid**2
+
+    @property
+    def prompt_grid(self) -> int:
+        """Side length of the grid of tokens that the projector makes of a view."""
+        return prompt_grid(projector_type(self.vlm), self.vlm.config.vision_config)
 
     @property
     def num_image_tokens(self) -> int:
-        """Patch tokens per view."""
-        return self.grid**2
+        """Tokens per view in the prompt."""
+        return self.prompt_grid**2
 
     @property
     def views(self) -> Views:
@@ -87,7 +96,7 @@ class Student:
 
     def count_tokens(self, widths: ArrayLike, heights: ArrayLike) -> NDArray[np.int64]:
         """Return how many tokens each image has in the prompt, by its size in pixels."""
-        return count_image_tokens(self.views, self.grid, widths, heights)
+        return count_image_tokens(self.views, self.prompt_grid, widths, heights)
 
     @property
     def width(self) -> int:
@@ -106,22 +115,6 @@ class Student:
         )
 
 
-def count_image_tokens(
-    views: Views, grid: int, widths: ArrayLike, heights: ArrayLike
-) -> NDArray[np.int64]:
-    """Return how many tokens each image has in the prompt, (N,).
-
-    Args:
-        views: the views of an image that the model looks at.
-        grid: patches per side of a view.
-        widths: (N,), in pixels.
-        heights: (N,).
-    """
-    if views == "anyres":
-        return count_anyres_tokens(widths, heights, grid)
-    return np.full(len(np.asarray(widths)), grid**2, np.int64)
-
-
 def image_token_counter(
     config: StudentConfig,
 ) -> Callable[[ArrayLike, ArrayLike], NDArray[np.int64]]:
@@ -129,10 +122,10 @@ def image_token_counter(
 
     Raises:
         WeightsError: the tower's config cannot be found.
+        ConfigError: the tower is of an unknown type, or the projector does not fit it.
     """
-    tower = _tower_config(config)
     views: Views = "anyres" if config.architecture == "llava_next" else "base"
-    grid = int(tower.image_size) // int(tower.patch_size)
+    grid = prompt_grid(config.projector_type, read_tower_config(config))
     return lambda widths, heights: count_image_tokens(views, grid, widths, heights)
 
 
@@ -143,8 +136,8 @@ def build_vlm(config: StudentConfig) -> Student:
 
     Raises:
         WeightsError: a tower or a language model cannot be found.
-        ConfigError: experts do not fit into the tower, its type is unknown, or the config names no
-            language model.
+        ConfigError: experts or projector do not fit the tower, its type is unknown, or the config
+            names no language model.
     """
     if config.language_model is None:
         raise ConfigError(
@@ -152,8 +145,10 @@ def build_vlm(config: StudentConfig) -> Student:
             "reads nor answers text. Give it to a stage: pretrain as init_from first."
         )
     dtype = getattr(torch, config.dtype)
-    tower = _load_tower(config)
-    num_prefix = num_prefix_tokens(tower.config)
+    tower_config = read_tower_config(config)  # refuses what does not fit before weights are read
+    require_tile_size(config, tower_config.image_size)
+    prompt_grid(config.projector_type, tower_config)
+    tower = load_tower(config)
     with loading(config.language_model, "student.language_model"):
         language_model, info = AutoModelForCausalLM.from_pretrained(
             config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
@@ -163,34 +158,8 @@ def build_vlm(config: StudentConfig) -> Student:
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     lm_head = _untied(language_model)  # before the config is made, which copies what it says
-    keys = {
-        "vision_config": tower.config,
-        "text_config": language_model.config,
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        "projector_hidden_act": config.projector_hidden_act,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": "default" if num_prefix == 1 else "full",
-        "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
-        "tie_word_embeddings": False,
-    }
-    vlm: Any
-    if config.architecture == "llava_next":
-        if tower.config.image_size != TILE:
-            raise ConfigError(
-                f"student.vision_tower '{config.vision_tower}' looks at {tower.config.image_size} "
-                f"pixels; student.architecture: llava_next cuts tiles of {TILE}. Take a tower of "
-                f"{TILE} pixels, or architecture: llava."
-            )
-        keys["image_grid_pinpoints"] = GRID_PINPOINTS
-        with torch.device("meta"):  # the parts are loaded by themselves
-            vlm = LlavaNextForConditionalGeneration(LlavaNextConfig(**keys))
-        vlm.model.multi_modal_projector = LlavaNextMultiModalProjector(vlm.config).to(dtype)
-        width = vlm.config.text_config.hidden_size
-        vlm.model.image_newline = nn.Parameter((torch.randn(width) / math.sqrt(width)).to(dtype))
-    else:
-        with torch.device("meta"):
-            vlm = LlavaForConditionalGeneration(LlavaConfig(**keys))
-        vlm.model.multi_modal_projector = LlavaMultiModalProjector(vlm.config).to(dtype)
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    vlm = new_llava(config, tower.config, language_model.config, image_token)
     vlm.model.vision_tower = tower
     vlm.model.language_model = language_model.model
     vlm.lm_head = lm_head
@@ -208,7 +177,7 @@ def build_encoder(config: StudentConfig) -> Student:
         WeightsError: the tower cannot be found.
         ConfigError: experts do not fit into the tower, or its type is unknown.
     """
-    tower = _load_tower(config)
+    tower = load_tower(config)
     _add_experts(tower, config)
     mean, std = _mean_and_std(config)
     encoder = VisionEncoderOnly(tower, config.vision_feature_layer)
@@ -288,8 +257,7 @@ def image_features(
     width of each image in pixels.
 
     Pass the output to the model as ``mm_encoder_outputs={"image": output}``, so that the tower runs
-    only once. It is None for a ``VisionEncoderOnly``. LLaVA drops [CLS] but does not know
-    registers, so their projections are dropped here.
+    only once. It is None for a ``VisionEncoderOnly``.
     """
     if isinstance(vlm, VisionEncoderOnly):
         return None, vlm(pixels_BCHW)
@@ -303,8 +271,6 @@ def image_features(
         vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
         return_dict=True,
     )
-    if num_prefix > 1:
-        output.pooler_output = [features_ND[num_prefix:] for features_ND in output.pooler_output]
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
@@ -313,35 +279,6 @@ def recompute_activations(vlm: Any) -> None:
     model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _load_tower(config: StudentConfig) -> Any:
-    """Return the vision tower of a checkpoint, without experts."""
-    tower_config = _tower_config(config)
-    with loading(config.vision_tower, "student.vision_tower"):
-        tower, info = AutoModel.from_pretrained(
-            config.vision_tower,
-            config=tower_config,
-            dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-            **SAFE_LOAD_KWARGS,
-        )
-    for part in ("embeddings.", f"{tower_type(tower.config).blocks}."):  # not of pooling heads
-        require_whole(info, config.vision_tower, "student.vision_tower", part)
-    check_tower(tower)
-    layer, num_states = config.vision_feature_layer, tower.config.num_hidden_layers + 1
-    if -layer >= num_states:  # the first is the input of the first block: nothing learns there
-        raise ConfigError(
-            f"student.vision_feature_layer is {layer}, but {config.vision_tower} has {num_states} "
-            f"hidden states; expected -1 to -{num_states - 1}."
-        )
-    return tower
-
-
-def _tower_config(config: StudentConfig) -> Any:
-    with loading(config.vision_tower, "student.vision_tower"):
-        tower_config = AutoConfig.from_pretrained(config.vision_tower, trust_remote_code=False)
-    return getattr(tower_config, "vision_config", tower_config)
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

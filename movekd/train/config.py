@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from movekd.config import FilePath, FrozenModel, Integer, Text, read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
-from movekd.distill.objective import read_loss_terms
+from movekd.distill.loss_terms import read_loss_terms
 from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import parse_yaml

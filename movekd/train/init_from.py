@@ -20,6 +20,7 @@ from movekd.student.checkpoint import (
     local_base,
     read_run_config,
 )
+from movekd.student.tower_loading import require_same_image_size
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 
@@ -70,9 +71,13 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
     }
     expected = bases | {"vision_feature_layer": earlier.get("vision_feature_layer")}
     expected["projector_hidden_act"] = earlier.get("projector_hidden_act")
+    if (directory / PART_FILES["projector"]).exists():  # an older run does not name its type
+        expected["projector_type"] = earlier.get("projector_type", "mlp2x_gelu")
     if (directory / PART_FILES["mole"]).exists():
         old = earlier.get("mole") or {}
         expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}
+    if (directory / PART_FILES["vision_tower"]).exists():
+        require_same_image_size(earlier, config.student, str(config.init_from))
     for key, then in expected.items():
         found: Any = now
         for part in key.split("."):

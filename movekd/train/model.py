@@ -20,7 +20,8 @@ from movekd.cache.targets import TeacherTargets
 from movekd.corpus.anyres import num_views
 from movekd.distill import released_sam_tokens
 from movekd.distill.config import DistillConfig
-from movekd.distill.objective import Objective, StudentOutput, Terms, target_tokens
+from movekd.distill.loss_terms import StudentOutput, Terms
+from movekd.distill.objective import Objective, target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.vlm import Student, image_features, recompute_activations
@@ -155,7 +156,7 @@ def _adapters(
         return {name: StudentHead(student.width, shapes[name].width) for name in distill.teachers}
     return {
         name: TeacherAdapter(
-            shapes[name].width, shapes[name].num_tokens, student.width, student.num_image_tokens
+            shapes[name].width, shapes[name].num_tokens, student.width, student.num_patches
         )
         for name in distill.teachers
         if name != distill.anchor
@@ -176,7 +177,7 @@ def check_targets(
         teacher = cache[name]
         num_tokens = teacher.layout.num_tokens
         if distill.grid == "student" and teacher.grid != student.grid:
-            num_tokens = student.num_image_tokens
+            num_tokens = student.num_patches
         shapes[name] = TargetShape(num_tokens, teacher.width)
         if distill.sam_layout == "released" and name == "sam":
             released_sam_tokens(torch.empty(1, num_tokens, teacher.width, device="meta"))
@@ -211,11 +212,11 @@ def _check_anchor(
             "teacher_weighting: equal."
         )
     if distill.adapters == "teacher" and (
-        shape.width != student.width or shape.num_tokens != student.num_image_tokens
+        shape.width != student.width or shape.num_tokens != student.num_patches
     ):
         raise ConfigError(
             f"distill.adapters: teacher compares the anchor '{distill.anchor}' with the student as "
             f"it is, but it has {shape.num_tokens} tokens of {shape.width} channels and the "
-            f"student {student.num_image_tokens} of {student.width}. Take the student's own CLIP "
+            f"student {student.num_patches} of {student.width}. Take the student's own CLIP "
             "as the anchor, or set adapters: student."
         )

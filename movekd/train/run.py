@@ -20,7 +20,8 @@ from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
 from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus, require_as_packed
-from movekd.distill.objective import Objective, read_loss_terms
+from movekd.distill.loss_terms import read_loss_terms
+from movekd.distill.objective import Objective
 from movekd.distributed import (
     broadcast_decision,
     gather,

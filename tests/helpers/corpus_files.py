@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from movekd.corpus.pack import pack_llava
 from movekd.corpus.report import DroppedKind, PackReport
 from movekd.files.ownership import OWNERSHIP_FILE
 
@@ -95,3 +96,9 @@ def check_sums(report: PackReport, out: Path) -> dict[str, Any]:
         count for reason, count in reasons.items() if reason in get_args(DroppedKind)
     )
     return written
+
+
+def pack(source: Path, out: str = "data", **options: Any) -> PackReport:
+    """Pack what the fixture ``source`` wrote."""
+    options = {"num_workers": 1, **options}
+    return pack_llava([source / "llava.json"], source / "images", source / out, **options)

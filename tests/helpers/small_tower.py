@@ -11,6 +11,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -40,6 +42,12 @@ TOWERS: dict[str, tuple[type, type, dict[str, int], int]] = {
         Dinov2WithRegistersModel,
         Dinov2WithRegistersConfig,
         {"mlp_ratio": 2, "num_register_tokens": 4},
+        5,
+    ),
+    "dinov3": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig,
+        {"intermediate_size": 32, "num_register_tokens": 4},
         5,
     ),
 }

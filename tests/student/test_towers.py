@@ -68,6 +68,7 @@ def test_a_registered_tower_learns_and_is_exported(kit, vit, tmp_path):
         ({"blocks": "encoder.layer"}, r"has 'encoder.layer', and ViTModel has no such module"),
         ({"mlp": "ffn"}, r"has 'layers.0.ffn', and ViTModel has no such module"),
         ({"first_norm": "norm_pre"}, r"has 'norm_pre', and ViTModel has no such module"),
+        ({"rotary": "rope"}, r"has 'rope', and ViTModel has no such module"),
     ],
 )
 def test_an_entry_that_does_not_fit_is_refused(kit, vit, tmp_path, entry, message):

@@ -14,6 +14,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 import scenes
 from movekd.errors import ConfigError, WeightsError
@@ -187,7 +188,9 @@ def test_towers_without_cls_or_with_registers_hand_on_their_patches(pixels_BCHW,
     with torch.no_grad():
         expected = tower(pixels_BCHW, output_hidden_states=True).hidden_states[-2][:, num_prefix:]
         output, found_BND = image_features(student.vlm, pixels_BCHW)
-        projected = student.vlm.model.multi_modal_projector(expected)
+        stock = LlavaMultiModalProjector(student.vlm.config)
+        stock.load_state_dict(student.vlm.model.multi_modal_projector.state_dict())
+        projected = stock(expected)
         image = student.tokenizer.convert_tokens_to_ids("<image>")
         input_ids = torch.tensor([[1] + [image] * student.num_image_tokens + [7, 36]] * 2)
         logits = student.vlm(input_ids=input_ids, mm_encoder_outputs={"image": output}).logits

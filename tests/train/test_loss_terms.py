@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from movekd.distill import LossTermConfig, register_loss_term
-from movekd.distill.objective import LOSS_TERMS
+from movekd.distill.loss_terms import LOSS_TERMS
 from movekd.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def token_norm(output, keys):
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    monkeypatch.setattr("movekd.distill.objective.LOSS_TERMS", dict(LOSS_TERMS))
+    monkeypatch.setattr("movekd.distill.loss_terms.LOSS_TERMS", dict(LOSS_TERMS))
     register_loss_term("token_norm", token_norm, config=NormConfig)
 
 

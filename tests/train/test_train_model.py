@@ -13,7 +13,8 @@ from movekd.cache.grid import resize_attention, resize_tokens
 from movekd.cache.stats import ChannelStats
 from movekd.cache.targets import TeacherTargets
 from movekd.distill import released_sam_tokens, teacher_weights, token_weights
-from movekd.distill.objective import Objective, count_answer_tokens, count_units
+from movekd.distill.loss_terms import count_answer_tokens
+from movekd.distill.objective import Objective, count_units
 from movekd.errors import ConfigError
 from movekd.student import TeacherAdapter, routing
 from movekd.student.vlm import image_features

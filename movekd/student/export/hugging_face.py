@@ -14,6 +14,7 @@ for ``checkpoint.load_export``. Experts are not merged, because each token choos
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from movekd.student.export import modeling_movekd
 from movekd.student.export.chat_template import chat_template
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
+from movekd.student.projector import FACTORS, projector_type
 from movekd.student.provenance import made_of, public_name
 from movekd.student.tensor_files import write_shards
 from movekd.student.tokenizer import forget_calls
-from movekd.student.towers import EXPORTED_TYPES, num_prefix_tokens
+from movekd.student.towers import EXPORTED_TYPES, tower_type
 
 TOWER = "model.vision_tower."
 
@@ -44,28 +46,22 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     """Write files for ``Llava(Next)ForConditionalGeneration`` and ``AutoProcessor``.
 
     Raises:
-        ConfigError: transformers has no processor that makes images square as the training did, or
-            its LLaVA would take registers for patches.
+        ConfigError: transformers has no processor that makes images square as the training did.
     """
     student = trained.student
-    vision_config = student.vlm.config.vision_config
-    if num_prefix_tokens(vision_config) > 1:
-        raise ConfigError(
-            f"the vision tower is a '{vision_config.model_type}' with registers, which "
-            "transformers' LLaVA takes for patches of the image; --format hf takes only towers "
-            "without registers. Use --format encoder or onnx, or ask the model directory itself."
-        )
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(student.vlm.config)
     config.vision_config = tower_config(student.vlm)
     name = "LlavaNext" if student.has_tiles else "Llava"
-    config.architectures = [f"{name}ForConditionalGeneration"]
+    config.architectures = [type(student.vlm).__name__]
     for part in (config, config.vision_config, config.text_config):
         part.dtype = student.vlm.dtype
         part.name_or_path = public_name(part.name_or_path)  # no path of this machine
     # both are written: the student's output layer is never the input embeddings
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    if exported_model(config.vision_config.model_type) is not None:
+    factor = FACTORS[projector_type(student.vlm)]
+    is_stock = type(student.vlm).__module__.startswith("transformers.")
+    if exported_model(config.vision_config.model_type) is not None or not is_stock:
         config.auto_map = {
             "AutoConfig": f"modeling_movekd.Movekd{name}Config",
             "AutoModelForImageTextToText": f"modeling_movekd.Movekd{name}ForConditionalGeneration",
@@ -75,12 +71,14 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
     processor = processor_class(
         image_processor=image_processor(trained, cuts_tiles=student.has_tiles),
         tokenizer=_tokenizer(trained),
-        patch_size=config.vision_config.patch_size,
+        patch_size=config.vision_config.patch_size * factor,  # from it the tokens are counted
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=num_prefix_tokens(vision_config),  # "default" takes off [CLS]
+        num_additional_image_tokens=int(
+            config.vision_feature_select_strategy == "default"
+        ),  # [CLS]
         chat_template=chat_template(student.tokenizer, trained.prompt),
     )
-    write_shards(directory, plain_parameters(student.vlm))
+    write_shards(directory, stored(plain_parameters(student.vlm), config.vision_config, TOWER))
     config.save_pretrained(directory)
     _generation_config(trained).save_pretrained(directory)
     forget_calls(processor.tokenizer)
@@ -103,7 +101,7 @@ def export_encoder(trained: TrainedStudent, directory: Path) -> None:
             "AutoModel": f"modeling_movekd.{model.__name__}",
         }
         _copy_code(directory)
-    write_shards(directory, tower_parameters(trained.student.vlm))
+    write_shards(directory, stored(tower_parameters(trained.student.vlm), config))
     config.save_pretrained(directory)
     processor.save_pretrained(directory)
 
@@ -112,6 +110,26 @@ def tower_parameters(vlm: Any) -> dict[str, Tensor]:
     """Return the tower's weights under the names of ``modeling_movekd``."""
     plain = plain_parameters(vlm)
     return {n.removeprefix(TOWER): p for n, p in plain.items() if n.startswith(TOWER)}
+
+
+def stored(
+    parameters: Mapping[str, Tensor], tower_config: Any, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Return weights under the names that transformers reads in a file.
+
+    Args:
+        parameters: weights by the names that the model has.
+        tower_config: the exported tower's.
+        prefix: start of the tower's names.
+    """
+    kind = tower_type(tower_config)
+    if kind.stored_blocks is None or exported_model(tower_config.model_type) is not None:
+        return dict(parameters)  # transformers renames only for its own classes
+    here, there = f"{prefix}{kind.blocks}.", f"{prefix}{kind.stored_blocks}."
+    return {
+        there + name.removeprefix(here) if name.startswith(here) else name: tensor
+        for name, tensor in parameters.items()
+    }
 
 
 def tower_config(vlm: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from movekd.corpus.conversations import Conversation
 from movekd.student.checkpoint import TrainedStudent
 from movekd.student.parameters import mole_layers
+from movekd.student.projector import projector_type
 from movekd.student.prompts import render_question
 from movekd.student.provenance import base_models, is_hub_id
 from movekd.student.towers import num_prefix_tokens, tower_type
@@ -128,7 +129,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         _warning(random),
         _what(trained, kind),
         "## Loading\n\n"
-        + _LOADING[kind]
+        + _imports(_LOADING[kind], student.vlm)
         .replace("MODEL_CLASS", type(student.vlm).__name__)
         .replace("DIR", name)
         .replace("PREFIX", str(num_prefix_tokens(student.vlm.config.vision_config)))
@@ -139,6 +140,15 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         _licences(bases),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _imports(loading: str, vlm: Any) -> str:
+    """Return the code that loads a model, with movekd's own import of a class that is its own."""
+    module = type(vlm).__module__
+    if not module.startswith("movekd."):
+        return loading
+    stock = "import AutoProcessor, MODEL_CLASS\n\n"
+    return loading.replace(stock, f"import AutoProcessor\n\nfrom {module} import MODEL_CLASS\n")
 
 
 def random_parts(vlm: Any) -> list[str]:
@@ -189,11 +199,18 @@ def _what(trained: TrainedStudent, kind: Format) -> str:
     }[kind]
     tower = tower_type(vlm.config.vision_config).title
     prompt = f"Prompt format: `{trained.prompt}`. " if student.tokenizer else ""
+    projected = ""
+    if kind == "hf" and student.num_image_tokens != student.num_patches:
+        projected = (
+            f"The projector ({projector_type(vlm)}) makes {student.num_image_tokens} tokens of "
+            "a view for the language model. "
+        )
     return (
         f"{what} is a {tower} {experts}, distilled from several vision encoders (MoVE-KD, "
         f"arXiv 2501.01709) with movekd. Images: {student.image_size} x {student.image_size} "
-        f"pixels{views}, geometry `{trained.geometry}`; {student.num_image_tokens} tokens of "
+        f"pixels{views}, geometry `{trained.geometry}`; {student.num_patches} tokens of "
         f"{student.width} channels, hidden state {vlm.config.vision_feature_layer}. "
+        f"{projected}"
         f"{prompt}The experts cannot be merged into the MLPs, since every token "
         "chooses its own.\n"
     )

@@ -39,13 +39,17 @@ class EncoderTokens(nn.Module):
         self.first_norm = getattr(tower, kind.first_norm) if kind.first_norm else nn.Identity()
         blocks: Any = tower.get_submodule(kind.blocks)
         self.blocks = nn.ModuleList(blocks[: num_blocks + 1 + layer])
+        self.rotary: Any = getattr(tower, kind.rotary) if kind.rotary else None
         self.num_prefix = num_prefix_tokens(tower.config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Return patch tokens (B, N, D) and, if the tower has one, the [CLS] embedding (B, D)."""
         hidden_states = self.first_norm(self.embeddings(pixel_values))
+        given: dict[str, Any] = dict(self.mask)
+        if self.rotary is not None:
+            given["position_embeddings"] = self.rotary(pixel_values)
         for block in self.blocks:
-            hidden_states = block(hidden_states, **self.mask)
+            hidden_states = block(hidden_states, **given)
         tokens = hidden_states[:, self.num_prefix :]
         return (tokens, hidden_states[:, 0]) if self.num_prefix else (tokens,)
 

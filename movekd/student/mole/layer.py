@@ -1,7 +1,7 @@
 """Compute one MLP of a vision tower with its LoRA experts and their router.
 
 Input and output are those of the MLP. The router sends every token to one expert, which adds a
-low-rank term to both ``fc1`` and ``fc2``:
+low-rank term to both linear layers, here ``fc1`` and ``fc2``:
 
     p = softmax(W_r x + b_r),   e = argmax p,   g = p_e (use_gate) or 1
     h = act(W_1 x + b_1 + s g (B1_e (A1_e x + a1_e) + c1_e))
@@ -31,7 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from movekd.errors import ConfigError, TrainingError
-from movekd.student.export.modeling_movekd import MovekdExperts
+from movekd.student.export.modeling_movekd import MovekdExperts, mlp_parts
 from movekd.student.mole.config import LoraInit, MoleConfig
 
 
@@ -64,6 +64,7 @@ class MoleLayer(nn.Module, BaseTunerLayer):
     """An MLP (``fc1``, activation, ``fc2``) with experts and one router for both linear layers.
 
     Attributes:
+        parts: Names of ``fc1``, the activation and ``fc2`` in the MLP.
         base_layer: The MLP itself, frozen by PEFT.
         routing: ``Routing`` of the last forward pass that trained, or None.
         records_evaluation: Keep the routing of passes that do not train, too.
@@ -82,7 +83,7 @@ class MoleLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoleConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.activation_name = _activation_name(base_layer)
+        self.parts = _parts(base_layer)
         self.mole_fc1 = nn.ModuleDict()
         self.mole_fc2 = nn.ModuleDict()
         self.mole_router = nn.ModuleDict()
@@ -94,7 +95,7 @@ class MoleLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoleConfig) -> None:
         """Add the experts and the router of one more adapter."""
-        fc1, fc2 = self.base_layer.fc1, self.base_layer.fc2
+        fc1, _, fc2 = self._base_parts()
         shape = (config.num_experts, config.r, config.init_lora_weights)
         self.mole_fc1[adapter_name] = StackedLora(fc1, *shape)
         self.mole_fc2[adapter_name] = StackedLora(fc2, *shape)
@@ -120,19 +121,19 @@ class MoleLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output with the active adapter's experts, (..., N, D) -> (..., N, D)."""
-        base = self.base_layer
         active = [name for name in self.active_adapters if name in self.mole_config]
         if self.disable_adapters or not active:
             self.routing = None
-            output: Tensor = base(hidden_states)
+            output: Tensor = self.base_layer(hidden_states)
             return output
         name = active[0]
         config, router = self.mole_config[name], self.mole_router[name]
+        fc1, activation, fc2 = self._base_parts()
         assert isinstance(router, nn.Linear)
 
         leading = hidden_states.shape[:-1]
         tokens_XD = hidden_states.flatten(0, -2)
-        base_XH = base.fc1(tokens_XD)
+        base_XH = fc1(tokens_XD)
         inputs_XD = tokens_XD.to(base_XH.dtype)
         dtype = inputs_XD.dtype
         logits_XE = F.linear(inputs_XD, router.weight.to(dtype), router.bias.to(dtype))
@@ -145,8 +146,8 @@ class MoleLayer(nn.Module, BaseTunerLayer):
 
         lora_fc1, lora_fc2 = self.mole_fc1[name], self.mole_fc2[name]
         hidden_XH = lora_fc1(self._dropout(inputs_XD, config), base_XH, mask_XE, config.scale)
-        hidden_XH = getattr(base, self.activation_name)(hidden_XH)
-        base_XD = base.fc2(hidden_XH)
+        hidden_XH = activation(hidden_XH)
+        base_XD = fc2(hidden_XH)
         output = lora_fc2(self._dropout(hidden_XH, config), base_XD, mask_XE, config.scale)
         return output.view(hidden_states.shape)
 
@@ -165,6 +166,11 @@ class MoleLayer(nn.Module, BaseTunerLayer):
             ConfigError: always.
         """
         raise merge_refusal()
+
+    def _base_parts(self) -> tuple[Any, Any, Any]:
+        first, activation, second = self.parts
+        base = self.base_layer
+        return getattr(base, first), getattr(base, activation), getattr(base, second)
 
     def _dropout(self, inputs_XI: Tensor, config: MoleConfig) -> Tensor:
         return F.dropout(inputs_XI, config.lora_dropout, training=self.training)
@@ -248,16 +254,20 @@ def merge_refusal() -> ConfigError:
     )
 
 
-def _activation_name(mlp: nn.Module) -> str:
-    """Return the name of the activation of an MLP that holds only it, ``fc1`` and ``fc2``."""
-    children = dict(mlp.named_children())
-    linear = sorted(name for name, child in children.items() if isinstance(child, nn.Linear))
-    others = [name for name in children if name not in linear]
-    if linear != ["fc1", "fc2"] or others not in (["activation_fn"], ["activation"]):
+def _parts(mlp: nn.Module) -> tuple[str, str, str]:
+    """Return the names of the parts of an MLP that holds only two linear layers and an activation.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    parts = mlp_parts(mlp)
+    if parts is None or not all(isinstance(getattr(mlp, parts[i]), nn.Linear) for i in (0, 2)):
+        children = ", ".join(name for name, _ in mlp.named_children())
         raise ConfigError(
             f"a MoLE was to be put around {type(mlp).__name__} with the parts "
-            f"{', '.join(children) or 'none'}; expected fc1, fc2 and activation_fn or activation, "
-            "as in the MLPs of CLIP, SigLIP and DINOv2. Take another tower, or name such modules "
-            "(target_modules of MoleConfig; mlp of the entry in student/towers.py)."
+            f"{children or 'none'}; expected fc1, fc2 and activation_fn or activation, or up_proj, "
+            "down_proj and act_fn, as in the MLPs of CLIP, SigLIP, DINOv2 and DINOv3. Take another "
+            "tower, or name such modules (target_modules of MoleConfig; mlp of the entry in "
+            "student/towers.py)."
         )
-    return others[0]
+    return parts

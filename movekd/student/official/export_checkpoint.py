@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from movekd.config import validate
 from movekd.errors import ConfigError, WeightsError, shorten
-from movekd.student.checkpoint import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
+from movekd.student.checkpoint import (
+    ADAPTERS_FILE,
+    CONFIG_FILE,
+    PART_FILES,
+    TrainedStudent,
+    local_base,
+)
+from movekd.student.config import StudentConfig
 from movekd.student.official.schema import (
     ARCHITECTURE,
     ASPECT_RATIOS,
@@ -39,9 +47,11 @@ from movekd.student.official.state_dict import (
     require_official,
 )
 from movekd.student.parameters import mole_layers
+from movekd.student.projector import projector_type
 from movekd.student.provenance import base_models, imported_from, public_name
 from movekd.student.tensor_files import TensorFiles, read_json, write_bin, write_shards
 from movekd.student.tokenizer import IMAGE_TOKEN, copy_tokenizer_files
+from movekd.student.tower_loading import own_image_size
 
 EXPERT_WORDS = (".moe_down.", ".moe_up.", ".router.")
 """Each key of ``mole_encoder.bin`` holds one of these."""
@@ -66,6 +76,7 @@ def write_official(trained: TrainedStudent, directory: Path) -> list[str]:
             "export the run or the imported model itself."
         )
     require_official(vlm)
+    _require_own_image_size(trained)
     directory.mkdir(parents=True, exist_ok=True)
     adapters = adapters_of_run(trained.directory)
     originals = trained.directory / ORIGINALS
@@ -124,6 +135,22 @@ def adapters_of_run(model_dir: Path) -> dict[str, Tensor]:
     return official_adapters(plain)
 
 
+def _require_own_image_size(trained: TrainedStudent) -> None:
+    """Refuse a tower of another image size: the released code builds it from its own config."""
+    keys = trained.run.get("student") or {}
+    if keys.get("image_size") is None:
+        return
+    config = validate(StudentConfig, keys, str(trained.directory))
+    base = local_base(config.vision_tower, trained.directory)
+    own = own_image_size(config.model_copy(update={"vision_tower": base}))
+    if trained.student.image_size != own:
+        raise ConfigError(
+            f"the student looks at {trained.student.image_size} pixels (student.image_size), and "
+            f"the released code builds its tower for the {own} pixels of the base. Export it as "
+            "--format hf, or train without student.image_size."
+        )
+
+
 def _as_released(state: Mapping[str, Tensor], originals: Path) -> dict[str, Tensor]:
     """Return the weights with the dtypes and buffers of the imported checkpoint."""
     result = dict(state)
@@ -172,6 +199,11 @@ def _config(trained: TrainedStudent) -> dict[str, Any]:
         raise ConfigError(
             f"the student was trained with geometry '{trained.geometry}'; LLaVA knows "
             f"{' and '.join(ASPECT_RATIOS)}. Export it as --format hf."
+        )
+    if (projector := projector_type(vlm)) != PROJECTOR_TYPE:
+        raise ConfigError(
+            f"the projector is a {projector}; the official format knows only {PROJECTOR_TYPE}. "
+            "Export it as --format hf."
         )
     if vlm.config.projector_hidden_act != "gelu":
         raise ConfigError(

@@ -100,7 +100,18 @@ DAMAGES = {
 }
 
 
-def llava(kit, folder, tower, mole):
+SHUFFLED = {"projector_type": "pixel_shuffle"}
+
+
+def encoder(kit, folder, tower, mole):
+    """An encoder of stage distill."""
+    base = folder / f"{tower} base"
+    build_tower(tower, 48).save_pretrained(base)
+    run = kit.make_encoder_run(folder / f"{tower} run", mole, base)
+    return load_student(run, takes_encoder=True)
+
+
+def llava(kit, folder, tower, mole, **keys):
     """A LLaVA around another tower than CLIP."""
     build_tower(tower, 48).save_pretrained(folder / tower)
     mean = (0.5, 0.5, 0.5)
@@ -110,6 +121,7 @@ def llava(kit, folder, tower, mole):
         mole=mole,
         image_mean=mean,
         image_std=mean,
+        **keys,
     )
     torch.manual_seed(4)
     student = build_vlm(config)
@@ -121,12 +133,10 @@ def llava(kit, folder, tower, mole):
 def exports(kit, tmp_path_factory):
     """Exports of each format and of damaged ones, all checked in one process: name -> result."""
     folder = tmp_path_factory.mktemp("checked")
-    build_tower("dinov2", 48).save_pretrained(folder / "tower")
-    run = kit.make_encoder_run(folder / "dinov2", kit.REVISED, folder / "tower")
     v1 = replace(kit.make_run(folder / "v1", kit.OFFICIAL), prompt="v1")
     change(folder / "v1/model/config.yaml", student__prompt="v1")
     sources = {
-        "encoder": load_student(run, takes_encoder=True),
+        "encoder": encoder(kit, folder, "dinov2", kit.REVISED),
         "hf": kit.make_run(folder / "chat", kit.REVISED),
         "official": v1,
     }
@@ -138,6 +148,12 @@ def exports(kit, tmp_path_factory):
         ("bfloat16", kit.make_run(folder / "half", kit.OFFICIAL, dtype="bfloat16"), "hf"),
         ("siglip", llava(kit, folder, "siglip", kit.OFFICIAL), "hf"),
         ("dinov2 llava", llava(kit, folder, "dinov2", kit.REVISED), "hf"),
+        ("shuffled", kit.make_run(folder / "shuffled", kit.REVISED, **SHUFFLED), "hf"),
+        ("shuffled siglip", llava(kit, folder, "siglip", None, **SHUFFLED), "hf"),
+        ("registers", llava(kit, folder, "dinov2 with registers", None), "hf"),
+        ("dinov3 llava", llava(kit, folder, "dinov3", kit.REVISED), "hf"),
+        ("dinov3", encoder(kit, folder, "dinov3", None), "encoder"),
+        ("shuffled dinov3", llava(kit, folder, "dinov3", None, **SHUFFLED), "hf"),
     ]
     jobs = []
     for name, trained, kind in whole:
@@ -154,7 +170,7 @@ def exports(kit, tmp_path_factory):
 
 def test_a_whole_export_gives_the_runs_own_outputs(exports):
     names = [name for name in exports if isinstance(name, str)]
-    assert len(names) == 9
+    assert len(names) == 15
     assert {name: exports[name] for name in names} == dict.fromkeys(names, 0.0)
 
 

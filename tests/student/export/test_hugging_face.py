@@ -152,21 +152,37 @@ def test_an_encoder_of_stage_distill_is_exported(kit, tmp_path, pixels, mole):
         torch.testing.assert_close(found["tokens"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_registers_do_not_go_into_a_llava_of_transformers(kit, tmp_path):
-    build_tower("dinov2 with registers", 48).save_pretrained(tmp_path / "tower")
+@pytest.mark.parametrize("name", ["dinov2 with registers", "dinov3"])
+@pytest.mark.parametrize("mole", [None, "REVISED"])
+def test_registers_are_no_patches_in_an_export(kit, tmp_path, text_and_image, name, mole):
+    build_tower(name, 48).save_pretrained(tmp_path / "tower")
     mean = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
     student = build_vlm(
         StudentConfig(
             vision_tower=str(tmp_path / "tower"),
             language_model=str(kit.WEIGHTS / "language_model"),
-            mole=None,
+            mole=mole and getattr(kit, mole),
             **mean,
         )
     )
+    student.vlm.eval()
+    given = text_and_image(student)  # a token per patch
+    with torch.no_grad():
+        expected = student.vlm(**given).logits
     trained = TrainedStudent(student, "v1", "crop", tmp_path / "run", {})
-    with pytest.raises(ConfigError, match=r"with registers.*Use --format encoder or onnx"):
-        export(trained, "hf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    export(trained, "hf", tmp_path / "out")
+    again = load_student(tmp_path / "out").student
+    with torch.no_grad():
+        assert torch.equal(again.vlm(**given).logits, expected)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    encoded = processor(images=Image.new("RGB", (60, 40)), text="<image>", return_tensors="pt")
+    image = student.tokenizer.convert_tokens_to_ids("<image>")
+    assert (encoded["input_ids"] == image).sum() == student.num_image_tokens == 36
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        stock(**given)  # it takes [CLS] and registers for patches
+    card = (tmp_path / "out/README.md").read_text()
+    assert "modeling_movekd import MovekdLlavaForConditionalGeneration" in card
 
 
 def test_a_geometry_without_a_processor_is_refused(official, tmp_path):

@@ -18,10 +18,12 @@ from small_tower import TOWERS, build_tower
     [
         ("siglip", None),
         ("dinov2", "REVISED"),
-        ("dinov2 with registers", None),
+        ("dinov3", "REVISED"),
+        pytest.param("dinov2 with registers", None, marks=pytest.mark.slow),
         pytest.param("siglip", "OFFICIAL", marks=pytest.mark.slow),
         pytest.param("dinov2", None, marks=pytest.mark.slow),
         pytest.param("dinov2 with registers", "REVISED", marks=pytest.mark.slow),
+        pytest.param("dinov3", None, marks=pytest.mark.slow),
     ],
 )
 def test_other_towers_are_onnx_too(kit, tmp_path, pixels, name, mole):
@@ -41,7 +43,8 @@ def test_other_towers_are_onnx_too(kit, tmp_path, pixels, name, mole):
     export(trained, "encoder", tmp_path / "encoder")
     card = (tmp_path / "encoder/README.md").read_text()
     assert f"hidden_states[-2][:, {num_prefix}:]" in card
-    kind = {"siglip": "SigLIP", "dinov2": "DINOv2"}.get(name, "DINOv2 with registers")
+    titles = {"siglip": "SigLIP", "dinov2": "DINOv2", "dinov3": "DINOv3"}
+    kind = titles.get(name, "DINOv2 with registers")
     assert f"it is a {kind} with{' 3 LoRA' if mole else 'out'} experts" in card
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2Config, DINOv3ViTConfig, SiglipVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.dinov2.modeling_dinov2 import Dinov2MLP, Dinov2SwiGLUFFN
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTMLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from movekd.distill import balance_loss, routing_statistics
@@ -315,13 +316,15 @@ def test_inductor_gives_the_same_output() -> None:
         _mlp(),
         SiglipMLP(SiglipVisionConfig(hidden_size=D, intermediate_size=HIDDEN)),
         Dinov2MLP(Dinov2Config(hidden_size=D, mlp_ratio=2)),
+        DINOv3ViTMLP(DINOv3ViTConfig(hidden_size=D, intermediate_size=HIDDEN)),
     ],
-    ids=["clip", "siglip", "dinov2"],
+    ids=["clip", "siglip", "dinov2", "dinov3"],
 )
-def test_the_mlps_of_clip_siglip_and_dinov2_are_taken(mlp: nn.Module) -> None:
+def test_the_mlps_of_the_towers_are_taken(mlp: nn.Module) -> None:
     layer = MoleLayer(mlp, "default", MoleConfig(num_experts=E, r=R)).eval()
     assert torch.equal(layer(_inputs()), mlp(_inputs()))
-    assert "base_layer.fc1.weight" in dict(layer.named_parameters())
+    assert f"base_layer.{layer.parts[0]}.weight" in dict(layer.named_parameters())
+    assert layer.parts[0] in ("fc1", "up_proj")
 
 
 @pytest.mark.parametrize(
