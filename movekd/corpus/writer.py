@@ -8,7 +8,7 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import pyarrow as pa
 
@@ -24,7 +24,7 @@ from movekd.corpus.index import (
 )
 from movekd.corpus.parquet_table import write_parquet
 from movekd.corpus.publish import REPORT_FILE, Target, staging_folder
-from movekd.corpus.report import PackReport, ProblemKind, Tally
+from movekd.corpus.report import DroppedKind, PackReport, ProblemKind, Tally
 from movekd.corpus.tar import ShardWriter
 from movekd.corpus.turns import find_oddities, find_refusal
 from movekd.errors import CorpusError, shorten
@@ -190,6 +190,7 @@ class CorpusBuilder:
 
     def _no_image(self) -> CorpusError:
         problems = [(kind, found) for kind, found in self.tally.problems.items() if found]
+        problems = [each for each in problems if each[0] in get_args(DroppedKind)] or problems
         if not problems:
             return CorpusError(
                 "no image was found; expected at least one. "

@@ -307,7 +307,8 @@ def test_hopeless_input_is_refused_before_anything_is_written(two_files, snapsho
     assert not data.exists()
     rows = [row_of(ONE, "", [(BROKEN, None)], [("What?", "This.")])]
     path = write_rows(two_files / "bad.parquet", ONE, rows)
-    with pytest.raises(CorpusError, match=r"no image can be used \(.*2 unreadable images"):
+    match = r"no image can be used \(2 unreadable images\).*The first: bad\.parquet:0:0: "
+    with pytest.raises(CorpusError, match=match):
         pack_parquet([str(path)], data)
     assert not data.exists()
 
