@@ -66,8 +66,8 @@ def pack(
 ) -> None:
     """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: nothing was dropped. 1: done, but entries, files or members of tars were dropped;
-    report.json lists them.
+    Exit code 0: nothing was dropped. 1: done, but entries, rows, files or members of tars were
+    dropped; report.json lists them.
 
     Examples:
 
