@@ -210,11 +210,17 @@ class ParquetTable:
     def _read(
         self, groups: Sequence[int], columns: Sequence[str] | None, encoded: Sequence[str] = ()
     ) -> pa.Table:
+        wanted = list(columns or self.schema.names)
+        if not groups:  # pyarrow 18 fails at a file without a row group
+            fields = [self.schema.field(name) for name in wanted]
+            return pa.schema(
+                f.with_type(pa.dictionary(pa.int32(), f.type)) if f.name in encoded else f
+                for f in fields
+            ).empty_table()
         try:
             parquet = pq.ParquetFile(
                 self._file, metadata=self._metadata, read_dictionary=list(encoded)
             )
-            wanted = list(columns or self.schema.names)
             table = parquet.read_row_groups(list(groups), wanted, use_threads=False)
             table = table.select(wanted).replace_schema_metadata(None)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
