@@ -31,6 +31,14 @@ def pack(
         Path | None,
         typer.Option(help="Folder of images. Without --llava-json, all of them are packed."),
     ] = None,
+    parquet: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parquet",
+            help="Parquet files of images and conversations: a file, a folder, or a glob in "
+            "quotation marks. Repeat for more.",
+        ),
+    ] = None,
     webdataset: Annotated[
         Path | None,
         typer.Option(help="Folder of tars to index where they are, instead of packing."),
@@ -58,34 +66,42 @@ def pack(
 ) -> None:
     """Pack images into tar shards, without duplicates, and index them.
 
-    Exit code 0: nothing was dropped. 1: done, but entries, files or members of tars were dropped;
-    report.json lists them.
+    Exit code 0: nothing was dropped. 1: done, but entries, rows, files or members of tars were
+    dropped; report.json lists them.
 
     Examples:
 
     movekd shards pack --llava-json conversations.json --images images/ --output data/
 
+    movekd shards pack --parquet LLaVA-OneVision-Data/ --output data/
+
     movekd shards pack --webdataset tars/
     """
-    if (webdataset is None) == (images is None) or (webdataset and (llava_json or output)):
+    num_sources = sum(source is not None for source in (images, parquet or None, webdataset))
+    if num_sources != 1 or (llava_json and not images) or (webdataset and output):
         raise ConfigError(
             "pack needs one source; expected --images DIR (with --llava-json FILE for "
-            "conversations, and --output DIR), or only --webdataset DIR."
+            "conversations, and --output DIR), --parquet FILES (with --output DIR), or only "
+            "--webdataset DIR."
         )
     from movekd import corpus as packer
 
     target = webdataset or output or Path("data")
+    label = "index tars" if webdataset else "pack rows" if parquet else "pack images"
     with progress_bar() as show:
         given: dict[str, Any] = {
             "num_workers": num_workers or packer.DEFAULT_WORKERS,
             "overwrite": overwrite,
             "force": force,
-            "progress": partial(show, "index tars" if webdataset else "pack images"),
+            "progress": partial(show, label),
         }
+        if webdataset is None:
+            given["max_shard_bytes"] = max_shard_mib * 2**20
         if webdataset is not None:
             report = packer.index_webdataset(webdataset, **given)
+        elif parquet:
+            report = packer.pack_parquet(parquet, target, **given)
         elif images is not None:
-            given["max_shard_bytes"] = max_shard_mib * 2**20
             if llava_json:
                 report = packer.pack_llava(llava_json, images, target, **given)
             else:

@@ -17,7 +17,7 @@ the next question: LLaVA's prompts have one fixed system text, and its training 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +61,15 @@ class Conversation:
     def num_placeholders(self) -> int:
         """How often ``<image>`` stands in its text."""
         return sum(text.count(IMAGE_PLACEHOLDER) for _, text in self.turns)
+
+    def with_placeholders(self, number: int) -> "Conversation":
+        """Return the conversation with more ``<image>`` before its first question, as LLaVA does.
+
+        It must have a question.
+        """
+        first = next(at for at, (role, _) in enumerate(self.turns) if role == "human")
+        asked = (self.turns[first][0], f"{IMAGE_PLACEHOLDER}\n" * number + self.turns[first][1])
+        return replace(self, turns=(*self.turns[:first], asked, *self.turns[first + 1 :]))
 
     def to_json(self) -> str:
         """Return the entry as one line of JSON in LLaVA's form."""

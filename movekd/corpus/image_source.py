@@ -1,8 +1,9 @@
 """Read and check the images that a pack names, in several threads.
 
-Input: ``ImageSource``, a file or a member of a tar. Output, in the same order: ``UsableImage`` or
-``RejectedImage``. Used by ``corpus.pack`` and ``corpus.webdataset``. What an image is, its bytes
-decide: the same file is treated alike under any name.
+Input: ``ImageSource``: a file, a member of a tar, or bytes. Output, in the same order:
+``UsableImage`` or ``RejectedImage``. Used by ``corpus.pack``, ``corpus.parquet`` and
+``corpus.webdataset``. What an image is, its bytes decide: the same file is treated alike under any
+name.
 """
 
 import hashlib
@@ -36,15 +37,17 @@ class ImageSource:
 
     Attributes:
         names: the image's names; reports use the last one.
-        path: the image file, or the tar.
+        path: the image file, or the tar or Parquet file that holds it.
         member: None for a file.
         other: kind of the problem if the bytes are no image.
+        data: the bytes, if they have been read from a Parquet file.
     """
 
     names: list[str]
     path: Path
     member: TarMember | None = None
     other: ProblemKind = "unreadable_images"
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,9 @@ def _examine(source: ImageSource) -> UsableImage | RejectedImage:
 def _read(source: ImageSource) -> bytes:
     """Return the bytes of an image; raises _NoImageError after its first bytes, or OSError."""
     member = source.member
+    if source.data is not None:
+        _require_image(source.data[:HEAD_BYTES], len(source.data))
+        return source.data
     if member is None:
         if source.path.is_dir():
             raise IsADirectoryError(None, "Is a directory")

@@ -52,7 +52,7 @@ def unknown_media(entry: Mapping[str, Any]) -> str:
     for key, value in entry.items():
         if not value or key in _UNDERSTOOD:
             continue
-        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)]
+        words = _split(key)
         if has_image:  # "video_id" beside an image only says where the image is from
             is_media = words[:1] and words[0] in _OTHER_MEDIA and _PLACES.issuperset(words[1:])
             is_media = is_media and isinstance(value, str | list | dict)
@@ -61,6 +61,16 @@ def unknown_media(entry: Mapping[str, Any]) -> str:
         if is_media:
             return key
     return ""
+
+
+def promises_media(column: str) -> bool:
+    """Return whether a column's name says that it holds media, or where they lie.
+
+    ``video`` and ``img_path`` do; ``image_id`` and ``image_correspondence_ratings`` do not.
+    """
+    words = _split(column)
+    is_media = bool(words) and words[0] in _OTHER_MEDIA | _IMAGES
+    return is_media and _PLACES.issuperset(words[1:])
 
 
 def unknown_placeholder(text: str) -> str:
@@ -72,6 +82,11 @@ def unknown_placeholder(text: str) -> str:
         if f"</{match[1]}>" not in text:
             return match[0]
     return ""
+
+
+def _split(key: str) -> list[str]:
+    """Return the words of a key, in lower case."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)]
 
 
 def _names_media(value: Any) -> bool:

@@ -26,6 +26,7 @@ _MAX_THREADS = 4
 _MAX_EXPANSION, _FREE_BYTES = 100, 1 << 24
 """A file may expand to 16 MiB, and beyond that to 100 times its size: that of ``write_parquet``
 expands to less than 10 times."""
+_STREAM_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
@@ -120,6 +121,24 @@ class ParquetTable:
         for start in range(0, len(self), PART_ROWS):
             yield self.slice(start, PART_ROWS, columns, encoded)
 
+    def records(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows one by one, each as a batch; text may be no UTF-8.
+
+        Memory holds one row and one page of each column, however large a row group is.
+        """
+        at = 0
+        try:
+            parquet = pq.ParquetFile(
+                self._file, metadata=self._metadata, pre_buffer=False, buffer_size=_STREAM_BYTES
+            )
+            for batch in parquet.iter_batches(1, columns=list(columns), use_threads=False):
+                at += len(batch)
+                yield batch
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise self._damaged(f"row {at:,}: {_reason(error)}") from None
+        if at != len(self):
+            raise self._damaged(f"it announces {len(self):,} rows and holds {at:,}")
+
     def equals(self, other: "ParquetTable") -> bool:
         """Return whether two tables have equal rows."""
         if not (self.schema.equals(other.schema) and len(self) == len(other)):
@@ -191,11 +210,17 @@ class ParquetTable:
     def _read(
         self, groups: Sequence[int], columns: Sequence[str] | None, encoded: Sequence[str] = ()
     ) -> pa.Table:
+        wanted = list(columns or self.schema.names)
+        if not groups:  # pyarrow 18 fails at a file without a row group
+            fields = [self.schema.field(name) for name in wanted]
+            return pa.schema(
+                f.with_type(pa.dictionary(pa.int32(), f.type)) if f.name in encoded else f
+                for f in fields
+            ).empty_table()
         try:
             parquet = pq.ParquetFile(
                 self._file, metadata=self._metadata, read_dictionary=list(encoded)
             )
-            wanted = list(columns or self.schema.names)
             table = parquet.read_row_groups(list(groups), wanted, use_threads=False)
             table = table.select(wanted).replace_schema_metadata(None)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 Problem = tuple[str, str]
 """(id, reason). The id is that of an entry, the path of a file, or SHARD/MEMBER."""
 
-Unit = Literal["entries", "names", "files", "members", "shards"]
-"""What is counted: conversations; image names in LLaVA's JSON; files and folders that were not
-entered; members of tars; tars."""
+Unit = Literal["entries", "names", "images", "files", "members", "shards", "columns"]
+"""What is counted: conversations; image names in LLaVA's JSON; images in rows of Parquet; files and
+folders that were not entered; members of tars; tars; columns of Parquet, by their names."""
 
 DroppedKind = Literal[
     "missing_files",
@@ -36,8 +36,10 @@ DroppedKind = Literal[
     "ambiguous_texts",
     "no_answers",
     "empty_answers",
+    "images_without_bytes",
+    "damaged_files",
 ]
-UnusedKind = Literal["unused_members", "unused_files"]
+UnusedKind = Literal["unused_members", "unused_files", "unused_columns", "unused_images"]
 NoteKind = Literal[
     "added_placeholders",
     "duplicate_ids",
@@ -51,6 +53,7 @@ NoteKind = Literal[
     "unordered_turns",
     "blank_answers",
     "replaced_characters",
+    "renamed_images",
 ]
 ProblemKind = Literal[DroppedKind, UnusedKind, NoteKind]
 
@@ -129,9 +132,16 @@ class PackReport:
         ambiguous_texts: dropped: several texts of one kind in a sample, none with its key.
         no_answers: dropped: no turn of the model, so nothing to learn.
         empty_answers: dropped: all answers are empty or blank.
+        images_without_bytes: dropped: a row of Parquet has only the path of an image. It is not
+            followed.
+        damaged_files: Parquet files that were read only up to a damaged row.
         unused_members: not needed: members of tars that are neither image nor conversation.
-        unused_files: not needed: files beside the tars of a WebDataset.
+        unused_files: not needed: files beside the tars of a WebDataset, or beside Parquet files.
+        unused_columns: not needed: columns of Parquet, and fields of its conversations, that hold
+            neither images nor text.
+        unused_images: not needed: images of rows of Parquet whose conversations were dropped.
         added_placeholders: kept: the missing ``<image>`` was put before the first question.
+            Listed by file for a column ``texts``, which has none.
         duplicate_ids: kept: an earlier conversation has the same id.
         duplicate_images: kept as another name: an earlier file has the same bytes.
         rejected_names: names in LLaVA's JSON without a usable image; their entries were dropped.
@@ -146,6 +156,8 @@ class PackReport:
             LLaVA's training stops at such an entry or ignores it.
         blank_answers: kept: some answers are empty or blank, others are not.
         replaced_characters: kept: half of a surrogate pair became a question mark.
+        renamed_images: kept: the path of an image in Parquet is the name of an earlier one, so that
+            it is called FILE:ROW:IMAGE.
         sums: per unit how many were found, kept, and left out for each reason.
     """
 
@@ -172,8 +184,12 @@ class PackReport:
     ambiguous_texts: tuple[Problem, ...] = ()
     no_answers: tuple[Problem, ...] = ()
     empty_answers: tuple[Problem, ...] = ()
+    images_without_bytes: tuple[Problem, ...] = ()
+    damaged_files: tuple[Problem, ...] = ()
     unused_members: tuple[Problem, ...] = ()
     unused_files: tuple[Problem, ...] = ()
+    unused_columns: tuple[Problem, ...] = ()
+    unused_images: tuple[Problem, ...] = ()
     added_placeholders: tuple[Problem, ...] = ()
     duplicate_ids: tuple[Problem, ...] = ()
     duplicate_images: tuple[Problem, ...] = ()
@@ -186,6 +202,7 @@ class PackReport:
     unordered_turns: tuple[Problem, ...] = ()
     blank_answers: tuple[Problem, ...] = ()
     replaced_characters: tuple[Problem, ...] = ()
+    renamed_images: tuple[Problem, ...] = ()
     sums: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property

@@ -1,15 +1,14 @@
 """Build a corpus folder: collect images, names and conversations, then write all files at once.
 
-Used by ``corpus.pack`` and ``corpus.webdataset``. Files are made in a hidden folder;
-``corpus.publish`` moves them into place.
+Used by ``corpus.pack``, ``corpus.parquet`` and ``corpus.webdataset``. Files are made in a
+hidden folder; ``corpus.publish`` moves them into place.
 """
 
 import filecmp
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import pyarrow as pa
 
@@ -25,7 +24,7 @@ from movekd.corpus.index import (
 )
 from movekd.corpus.parquet_table import write_parquet
 from movekd.corpus.publish import REPORT_FILE, Target, staging_folder
-from movekd.corpus.report import PackReport, ProblemKind, Tally
+from movekd.corpus.report import DroppedKind, PackReport, ProblemKind, Tally
 from movekd.corpus.tar import ShardWriter
 from movekd.corpus.turns import find_oddities, find_refusal
 from movekd.errors import CorpusError, shorten
@@ -78,6 +77,10 @@ class CorpusBuilder:
         for name in image.source.names:
             self._names.add(name, image.key)
 
+    def name_of(self, key: str) -> str | None:
+        """Return the first name of an image that has been added, or None."""
+        return self._first_name.get(bytes.fromhex(key))
+
     def _place(self, image: UsableImage) -> tuple[str, int]:
         """Return the shard of an image and its offset in it, after writing it if it is a file."""
         source = image.source
@@ -113,10 +116,7 @@ class CorpusBuilder:
         if missing == 0:
             return entry
         self.note("added_placeholders", entry.id, found)
-        turns = list(entry.turns)
-        role, text = turns[human[0]]
-        turns[human[0]] = (role, f"{IMAGE_PLACEHOLDER}\n" * missing + text)
-        return replace(entry, turns=tuple(turns))
+        return entry.with_placeholders(missing)
 
     def keep_or_drop(self, entry: Conversation, rejected: Mapping[str, RejectedImage]) -> bool:
         """Write a conversation, or report the first of its images that cannot be used.
@@ -190,16 +190,17 @@ class CorpusBuilder:
 
     def _no_image(self) -> CorpusError:
         problems = [(kind, found) for kind, found in self.tally.problems.items() if found]
+        problems = [each for each in problems if each[0] in get_args(DroppedKind)] or problems
         if not problems:
             return CorpusError(
                 "no image was found; expected at least one. "
-                "Check the folder and the paths in the JSON file."
+                "Check the folder and the paths in the JSON or Parquet files."
             )
         counts = ", ".join(f"{len(found)} {kind.replace('_', ' ')}" for kind, found in problems)
         identity, reason = map(shorten, problems[0][1][0])
         return CorpusError(
             f"no image can be used ({counts}); expected at least one. The first: {identity}: "
-            f"{reason.rstrip('.')}. Check the folder and the paths in the JSON file."
+            f"{reason.rstrip('.')}. Check the folder and the paths in the JSON or Parquet files."
         )
 
 

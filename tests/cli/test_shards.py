@@ -15,6 +15,7 @@ from movekd.cli.shards import app
 from movekd.corpus.index import open_corpus, require_as_packed
 from movekd.errors import ConfigError, CorpusError
 from movekd.extract import BuildOptions, build_cache
+from parquet_kit import SCHEMAS, row_of, write_rows
 
 
 def run(*words):
@@ -138,9 +139,35 @@ def test_a_folder_and_a_webdataset(source):
     assert json.loads(run("ls", wds, "--json").stdout)["names"] == 10
 
 
+def test_parquet_files_are_packed_and_their_rows_counted(source, monkeypatch):
+    schema = SCHEMAS["FineVision"]
+    images = [(path.read_bytes(), None) for path in sorted((source / "images").iterdir())]
+    rows = [row_of(schema, "", [image], [("What?", "Dark.")]) for image in images]
+    for number, some in enumerate((rows[:3], rows[3:])):
+        write_rows(source / "set" / f"{number}.parquet", schema, some)
+    monkeypatch.chdir(source)
+    result = run("pack", "--parquet", "set/*.parquet", "--output", "data")
+    assert result.exit_code == 0
+    assert "5 images" in result.stdout
+    assert "5 of 5 conversations kept" in result.stdout
+    assert "5 of 5 images kept" in result.stdout
+    assert "relevance_ratings: nothing reads it; 2 of 2 files have it" in result.stdout
+    (source / "one.parquet").write_bytes((source / "set" / "0.parquet").read_bytes())
+    write_rows(source / "two.parquet", schema, [row_of(schema, "", [(None, "0.png")], [("", "x")])])
+    files = ("--parquet", "one.parquet", "--parquet", "two.parquet")
+    result = run("pack", *files, "--output", "other", "--json")
+    assert result.exit_code == 1
+    counts = json.loads(result.stdout)
+    assert (counts["num_kept"], counts["images_without_bytes"]) == (3, 2)
+    assert counts["sums"]["entries"] == {"found": 4, "kept": 3, "images_without_bytes": 1}
+
+
 def test_what_cannot_be_is_said(source):
     for arguments in (
         [],
+        ["--parquet", source, "--images", source],
+        ["--parquet", source, "--webdataset", source],
+        ["--parquet", source, "--llava-json", source / "one.json"],
         ["--llava-json", source / "one.json"],
         ["--images", source, "--webdataset", source],
         ["--webdataset", source, "--llava-json", source / "one.json"],

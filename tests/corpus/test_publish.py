@@ -15,15 +15,17 @@ from corpus_files import picture
 from kills import kill_at
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_folder
+from movekd.corpus.parquet import pack_parquet
 from movekd.corpus.webdataset import index_webdataset
 from movekd.errors import ConfigError, CorpusError
+from parquet_kit import SCHEMAS, row_of, write_rows
 
 RECORD = ".movekd-files.json"
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two folders of images, and a tar of images that somebody else made."""
+    """Two folders of images, a Parquet file, and a tar of images that somebody else made."""
     made = tmp_path_factory.mktemp("images")
     for folder, seeds in (("one", (1, 2, 3)), ("two", (3, 4))):
         (made / folder).mkdir()
@@ -34,6 +36,9 @@ def images(tmp_path_factory):
             info = tarfile.TarInfo(f"{seed}.png")
             info.size = len(picture(seed))
             tar.addfile(info, io.BytesIO(picture(seed)))
+    schema = SCHEMAS["FineVision"]
+    rows = [row_of(schema, "", [(picture(seed), None)], [("What?", "This.")]) for seed in (7, 8)]
+    write_rows(made / "rows.parquet", schema, rows)
     return made
 
 
@@ -79,6 +84,16 @@ CASES = {
     "other, without record": (
         without_record,
         lambda images, out: pack(images, "two", out, overwrite=True, force=True),
+    ),
+    "parquet": (
+        lambda images, out: pack(images, "one", out),
+        lambda images, out: pack_parquet(
+            [str(images / "rows.parquet")],
+            out,
+            max_shard_bytes=1,
+            num_workers=1,
+            overwrite=True,
+        ),
     ),
     "tars": (
         lambda images, out: shutil.copy(images / "theirs.tar", out),
