@@ -34,7 +34,7 @@ from movekd.corpus.anyres import TILE, Views
 from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
-from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.hf_loading import load_kwargs, loading, require_whole
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tensor_files import read_json
@@ -156,7 +156,7 @@ def build_vlm(config: StudentConfig) -> Student:
     num_prefix = num_prefix_tokens(tower.config)
     with loading(config.language_model, "student.language_model"):
         language_model, info = AutoModelForCausalLM.from_pretrained(
-            config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
+            config.language_model, **load_kwargs(config)
         )
     require_whole(info, config.language_model, "student.language_model")
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
@@ -172,6 +172,7 @@ def build_vlm(config: StudentConfig) -> Student:
         "vision_feature_select_strategy": "default" if num_prefix == 1 else "full",
         "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
         "tie_word_embeddings": False,
+        "attn_implementation": config.attn_implementation,  # LlavaConfig writes it into its parts
     }
     vlm: Any
     if config.architecture == "llava_next":
@@ -308,23 +309,12 @@ def image_features(
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
-def recompute_activations(vlm: Any) -> None:
-    """Save memory: compute the activations of every block again in backward."""
-    model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
-    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 def _load_tower(config: StudentConfig) -> Any:
     """Return the vision tower of a checkpoint, without experts."""
     tower_config = _tower_config(config)
     with loading(config.vision_tower, "student.vision_tower"):
         tower, info = AutoModel.from_pretrained(
-            config.vision_tower,
-            config=tower_config,
-            dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-            **SAFE_LOAD_KWARGS,
+            config.vision_tower, config=tower_config, **load_kwargs(config)
         )
     for part in ("embeddings.", f"{tower_type(tower.config).blocks}."):  # not of pooling heads
         require_whole(info, config.vision_tower, "student.vision_tower", part)
