@@ -86,7 +86,8 @@ def hold_lock(
             os.write(descriptor, f"{who}{holder()}".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the lock ends below; the next holder takes the file
+            path.unlink(missing_ok=True)
         _open_locks.discard(descriptor)
         os.close(descriptor)
 

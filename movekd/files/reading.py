@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import yaml
@@ -24,6 +25,16 @@ MAX_YAML_VALUES = 100_000
 _MAX_DIGITS = 1000
 """Longest number of a YAML file; Python prints none of more than 4,300 digits."""
 _DIGITS = re.compile(r"[-+]?[0-9a-fA-FxXbBoO_.:]+")
+
+
+def pickle_refusal(error: BaseException) -> str | None:
+    """Return why ``torch.load(weights_only=True)`` refused a file; None for another error.
+
+    torch's own text advises to run what the file holds.
+    """
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error).lower():
+        return "it holds more than tensors or is damaged; nothing in it was run"
+    return None
 
 
 class SpecialFileError(OSError):

@@ -195,7 +195,7 @@ def load_student(
         )
     build = build_encoder if takes_encoder and config.language_model is None else build_vlm
     bases = {key: local_base(getattr(config, key), model_dir) for key in BASE_KEYS}
-    student = build(config.model_copy(update=bases))
+    student = build(config.model_copy(update=bases | {"attn_implementation": None}))
     load_parts(model_dir, student.vlm)
     student.vlm.eval().requires_grad_(False).to(device)
     if (mark := imported_from(student.vlm)) is not None:

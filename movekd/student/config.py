@@ -147,6 +147,13 @@ class StudentConfig(FrozenModel):
         "only for imported models, to ask and to export.",
     )
 
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        default=None,
+        description="Attention of tower and language model in training; flash_attention_2 needs a "
+        "GPU and the package flash-attn. Null, as in `ask`, `evaluate` and exports: what "
+        "transformers chooses, sdpa where the model has it.",
+    )
+
     @model_validator(mode="after")
     def _mean_and_std_together(self) -> "StudentConfig":
         if (self.image_mean is None) != (self.image_std is None):

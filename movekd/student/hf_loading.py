@@ -2,19 +2,35 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from transformers import dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from movekd.errors import MovekdError, WeightsError, shorten
+from movekd.files.reading import pickle_refusal
+from movekd.student.config import StudentConfig
 from movekd.student.export import modeling_movekd
 from movekd.student.model_files import check_model_files
 
 SAFE_LOAD_KWARGS: dict[str, Any] = {"trust_remote_code": False, "weights_only": True}
 """How weights are loaded. The released CLIP and Vicuna are `.bin` files: pickles, from which only
 tensors are read."""
+
+
+def load_kwargs(config: StudentConfig) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for a base model of a student.
+
+    Its dtype and attention are the config's; it returns what it found in the files, too.
+    """
+    kwargs = SAFE_LOAD_KWARGS | {
+        "dtype": getattr(torch, config.dtype),
+        "output_loading_info": True,
+    }
+    if config.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.attn_implementation
+    return kwargs
 
 
 def register_auto_classes() -> None:
@@ -93,8 +109,8 @@ def require_whole(info: Mapping[str, Any], source: str, key: str, parts: str = "
 
 def _reason(error: BaseException) -> str:
     """Return the first line of an error, or its kind."""
-    if isinstance(error, UnpicklingError):  # torch's own text advises to run what the file holds
-        return "Weights only load failed: a .bin holds more than tensors; nothing of it was run."
+    if (refusal := pickle_refusal(error)) is not None:
+        return f"Weights only load failed of a .bin: {refusal}."
     lines = str(error).strip().splitlines()
     first = shorten(lines[0], 300) if lines else ""
     is_plain = isinstance(error, OSError | ValueError) and first

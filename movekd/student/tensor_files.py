@@ -6,6 +6,7 @@ checkpoint is never in memory twice. A ``.bin`` is a pickle, and a pickle can ho
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     content: Any = None
     for mmap in (True, False):  # files of PyTorch before 1.6 cannot be mapped
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch advises to run a TorchScript archive
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             break
         except FileNotFoundError:
             raise WeightsError(f"{path} does not exist; expected a file of weights.") from None
@@ -223,12 +226,10 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error)
-    if "weights_only" in reason.lower() or "WeightsUnpickler" in reason:
+    if (refusal := reading.pickle_refusal(error)) is not None:
         return (
-            f"{path} holds more than tensors, so it was not loaded and nothing in it was run; "
-            "expected plain tensors by name. Take it from a source that you trust, or ask for "
-            "safetensors."
+            f"{path} was not loaded: {refusal}; expected plain tensors by name. Download it again, "
+            "or ask for safetensors."
         )
-    first = reason.strip().splitlines()[0] if reason.strip() else type(error).__name__
-    return f"{path} cannot be read: {first[:200]} Download it again."
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path} cannot be read: {shorten(first)} Download it again."

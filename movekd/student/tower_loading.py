@@ -8,13 +8,12 @@ checkpoint may hold a text tower beside it, as CLIP's and SigLIP's do. Used by `
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, SiglipVisionConfig
 
 from movekd.corpus.anyres import TILE
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
-from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.hf_loading import load_kwargs, loading, require_whole
 from movekd.student.image_size import choose_image_size, resize_tower
 from movekd.student.towers import check_tower, tower_type
 
@@ -43,11 +42,7 @@ def load_tower(config: StudentConfig) -> Any:
     image_size = choose_image_size(config, tower_config)
     with loading(config.vision_tower, "student.vision_tower"):
         tower, info = AutoModel.from_pretrained(
-            config.vision_tower,
-            config=tower_config,
-            dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-            **SAFE_LOAD_KWARGS,
+            config.vision_tower, config=tower_config, **load_kwargs(config)
         )
     for part in ("embeddings.", f"{tower_type(tower.config).blocks}."):  # not of pooling heads
         require_whole(info, config.vision_tower, "student.vision_tower", part)

@@ -26,7 +26,7 @@ from movekd.corpus.anyres import Views
 from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
-from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.hf_loading import load_kwargs, loading, require_whole
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
 from movekd.student.projector import (
@@ -144,14 +144,13 @@ def build_vlm(config: StudentConfig) -> Student:
             "student.language_model is null: this is an encoder of stage: distill, which neither "
             "reads nor answers text. Give it to a stage: pretrain as init_from first."
         )
-    dtype = getattr(torch, config.dtype)
     tower_config = read_tower_config(config)  # refuses what does not fit before weights are read
     require_tile_size(config, tower_config.image_size)
     prompt_grid(config.projector_type, tower_config)
     tower = load_tower(config)
     with loading(config.language_model, "student.language_model"):
         language_model, info = AutoModelForCausalLM.from_pretrained(
-            config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
+            config.language_model, **load_kwargs(config)
         )
     require_whole(info, config.language_model, "student.language_model")
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
@@ -274,11 +273,6 @@ def image_features(
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
-def recompute_activations(vlm: Any) -> None:
-    """Save memory: compute the activations of every block again in backward."""
-    model: Any = vlm.model["vision_tower"] if isinstance(vlm, VisionEncoderOnly) else vlm
-    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
 from movekd.errors import WeightsError, did_you_mean, shorten
+from movekd.files.reading import pickle_refusal
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise WeightsError(
-            f"{path} is not a readable weights file ({first_line(error)}). Download it again, or "
+            f"{path} is not a readable weights file "
+            f"({pickle_refusal(error) or first_line(error)}). Download it again, or "
             "save the bare state dict as .safetensors."
         ) from None
     for key in ("model", "state_dict"):

@@ -20,7 +20,11 @@ from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
-from movekd.train.training_keys import check_training_keys
+from movekd.train.training_keys import (
+    LearningRates,
+    check_learning_rates,
+    check_training_keys,
+)
 
 Stage = Literal["distill", "pretrain", "finetune"]
 Part = Literal["mole", "projector", "vision_tower", "language_model"]
@@ -128,6 +132,11 @@ class TrainConfig(FrozenModel):
         description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
         "in distill (vision_tower if mole is null).",
     )
+    learning_rates: LearningRates | None = Field(
+        default=None,
+        description="Learning rates of parts; the others learn at `training.learning_rate`. All "
+        "follow the same schedule.",
+    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of transformers.TrainingArguments."
     )
@@ -212,6 +221,10 @@ def _check(config: TrainConfig) -> None:
             "trained names 'mole', but student.mole is null; set student.mole, or take 'mole' out "
             "of trained."
         )
+    has_heads = distill is not None and (
+        distill.adapters == "student" or set(distill.teachers) != {distill.anchor}
+    )
+    check_learning_rates(config.learning_rates, config.trained or [], has_heads=has_heads)
     if student.architecture == "llava_next" and config.data.geometry != "stretch":
         raise ConfigError(
             f"data.geometry is '{config.data.geometry}', but the base view of "

@@ -24,7 +24,7 @@ from movekd.distill.loss_terms import StudentOutput, Terms
 from movekd.distill.objective import Objective, target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
-from movekd.student.vlm import Student, image_features, recompute_activations
+from movekd.student.vlm import Student, image_features
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,27 @@ class DistillModel(nn.Module):
         pixels_VCHW = torch.zeros(count, 3, size, size, device=device)
         return pixels_VCHW, [(size, size)] if has_tiles else None
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations in backward; Trainer calls this for `gradient_checkpointing`."""
-        recompute_activations(self.vlm)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **layers: Any
+    ) -> None:
+        """Compute the activations of blocks again in backward, which saves memory.
 
-    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before 5.23
+        Trainer calls this for `gradient_checkpointing`.
+
+        Args:
+            activation_checkpointing_kwargs: arguments of ``torch.utils.checkpoint.checkpoint``.
+            layers: which blocks, and where their inputs wait, as transformers takes them.
+        """
+        model = self.vlm if self.has_language_model else self.vlm.model["vision_tower"]
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+        keys = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        (enable or model.gradient_checkpointing_enable)(keys, **layers)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **layers: Any
+    ) -> None:
+        """Do the same; its name in transformers before 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
 
 
 def _adapters(

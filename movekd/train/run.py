@@ -181,7 +181,8 @@ def train(
         _count_samples(dataset, arguments, progress, notify)
     try:
         trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
-    except (RuntimeError, ImportError, ValueError) as error:  # say, a tracker is not installed
+        trainer.create_optimizer()  # before anything is written: it may refuse its arguments
+    except (RuntimeError, ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
     require_fsdp2(arguments, trainer.accelerator)
     if arguments.should_save:

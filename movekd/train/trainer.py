@@ -9,8 +9,9 @@ import pickle
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from movekd.corpus.worker_process import end_with_parent
 from movekd.distill.objective import LossLog, count_units, step_loss
 from movekd.distributed import sum_over_ranks
 from movekd.errors import TrainingError, shorten
@@ -35,6 +37,7 @@ from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.model import DistillModel
+from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.training_args import global_batch_size
 
@@ -66,6 +69,28 @@ class DistillTrainer(Trainer):
         self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
         self._is_saving = False
+        self._rate_log = RateLog()
+        self.add_callback(self._rate_log)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make Trainer's optimizer, and give parts the learning rates of `learning_rates`.
+
+        Raises:
+            ConfigError: the optimizer does not take rates of parts.
+        """
+        rates, is_new = self.config.learning_rates, self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new and rates is not None:
+            named = (self.model if model is None else model).named_parameters()
+            divide_groups(optimizer, named, rates.given())
+        return optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's loader, whose processes end with this one, however it ends."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's starts, or copies
+        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalOrderSampler:
         args = self.args
@@ -126,6 +151,7 @@ class DistillTrainer(Trainer):
         """Log the means since the last log (``LossLog``), beside Trainer's own."""
         if "loss" in logs and self._log.num_steps:
             logs |= self._speed_and_memory(start_time) | self._log.take(self.args.device)
+            self._rate_log.add_to(logs)
         super().log(logs, start_time)
 
     def _speed_and_memory(self, start_time: float | None) -> dict[str, float]:
@@ -216,6 +242,13 @@ class DistillTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
+
+
+def _start_worker(seed: Callable[[int], None] | None, worker: int) -> None:
+    """Start a process of the loader: first what ends it, then Trainer's seed."""
+    end_with_parent(worker)
+    if seed is not None:
+        seed(worker)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from movekd.errors import ConfigError, did_you_mean
 from movekd.train.config import TrainConfig
+from movekd.train.requirements import require_possible
 
 OLDEST_TRANSFORMERS = "5.19"
 """Older versions silently divide the loss by the accumulation steps once more, and their LLaVA
@@ -39,8 +40,8 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
     """Return the arguments of a run.
 
     Raises:
-        ConfigError: transformers does not take a key or value, or its version computes another
-            loss.
+        ConfigError: transformers does not take a key or value, its version computes another
+            loss, or this machine or this model cannot do what the arguments say.
     """
     found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if found < tuple(int(part) for part in OLDEST_TRANSFORMERS.split(".")):
@@ -74,8 +75,10 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
             "training.eval_strategy asks for evaluation during the run, which has no data for it; "
             "leave it out, and run `movekd evaluate` on the result."
         )
+    if keys["report_to"] is None:  # YAML's null; transformers would look for a tracker None
+        keys["report_to"] = "none"
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(output_dir),
             remove_unused_columns=False,
             logging_nan_inf_filter=False,  # compute_loss stops at NaN and names the samples
@@ -90,6 +93,8 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
             f"training: {reason.splitlines()[0]} Expected arguments that "
             "transformers.TrainingArguments takes; correct them."
         ) from None
+    require_possible(config, arguments)
+    return arguments
 
 
 def global_batch_size(arguments: TrainingArguments) -> int:

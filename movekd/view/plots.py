@@ -28,10 +28,11 @@ def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
     yield "Loss", _lines(run, _LOSSES)
     kd = {name: name.removeprefix("loss_kd_") for name in run.names("loss_kd_")}
     weights = {n: n.removeprefix("teacher_weight_") for n in run.names("teacher_weight_")}
+    rates = {n: n.removeprefix("learning_rate_") for n in run.names("learning_rate_")}
     panels = {
         "KD loss of each teacher": kd,
         "Weight of each teacher": weights,
-        "Learning rate": {"learning_rate": "learning rate"},
+        "Learning rate": {"learning_rate": "the other parts" if rates else "learning rate"} | rates,
         "Norm of the gradient": {"grad_norm": "before clipping"},
         "Throughput": {"samples_per_second": "samples per second, all processes"},
         "Memory": {"memory_peak_gib": "peak, GiB per process"},

@@ -62,3 +62,15 @@ def test_a_linked_lock_file_is_not_followed(tmp_path: Path) -> None:
     ):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_lock_ends_although_its_file_cannot_be_removed(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    before = len(os.listdir("/proc/self/fd"))
+    with hold_lock(path, ConfigError):
+        path.unlink()
+        path.mkdir()
+    assert len(os.listdir("/proc/self/fd")) == before
+    path.rmdir()
+    with hold_lock(path, ConfigError):
+        pass

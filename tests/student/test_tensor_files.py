@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -91,12 +92,24 @@ def test_shards_of_bin_files_are_found_through_their_index(tmp_path, tensors):
 def test_a_malicious_pickle_is_a_sentence_and_is_not_run(tmp_path, is_zip):
     path, trap = tmp_path / "mm_projector.bin", tmp_path / "was_run"
     torch.save({"a": Malicious(trap)}, path, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(WeightsError, match=r"nothing in it was run.*ask for safetensors"):
+    with pytest.raises(WeightsError, match=r"nothing in it was run.*ask for safetensors") as caught:
         read_bin(path)
+    assert "weights_only" not in str(caught.value)
     path.write_bytes(pickle.dumps(Malicious(trap)))  # no file of torch at all
     with pytest.raises(WeightsError, match=r"mm_projector\.bin"):
         read_bin(path)
     assert not trap.exists()
+
+
+def test_a_program_of_torchscript_is_refused_without_the_advice_to_run_it(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:  # what tells torch that a file is one
+        archive.writestr("archive/data.pkl", b"")
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/version", b"3\n")
+    with pytest.raises(WeightsError, match="nothing in it was run") as caught:
+        read_bin(path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path):
@@ -114,7 +127,7 @@ def test_damaged_and_missing_files_are_sentences(tmp_path):
             TensorFiles({path: None})
         for content in (b"", b"\xff" * 64):
             path.write_bytes(content)
-            with pytest.raises(WeightsError, match=r"cannot be read|holds more than tensors"):
+            with pytest.raises(WeightsError, match=r"cannot be read|tensors or is damaged"):
                 TensorFiles({path: None})
     with pytest.raises(WeightsError, match="holds no weights; expected one of"):
         open_checkpoint(tmp_path / "nowhere")

@@ -1,7 +1,12 @@
 """Tests of movekd.train.trainer: what one optimizer step takes the mean over."""
 
+import os
+import select
+import signal
+
 import pytest
 import torch
+from accelerate import skip_first_batches
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -169,3 +174,41 @@ def test_the_order_is_grouped_in_finetune_only(make):
         lengths = trainer.train_dataset.modality_lengths()
         assert sorted(sampler) == list(range(len(lengths)))
         assert (sampler._lengths is not None) == is_grouped
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_decoding_processes_end_with_a_run_that_was_killed_at_their_start(make, is_resumed):
+    """Between the fork and PyTorch's own watch, which would take the new parent for the old one.
+
+    The child makes a pipe that only its decoding processes keep open, so the end of all of them is
+    the end of the pipe.
+    """
+    trainer, _ = make("pretrain")
+    trainer.args.dataloader_num_workers = 1
+    loader = trainer.get_train_dataloader()
+    if is_resumed:  # accelerate copies what the loader is made of
+        loader = skip_first_batches(loader, 1)
+    loader = loader.base_dataloader
+    start = loader.worker_init_fn
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reads)
+        run = os.getpid()
+
+        def stopped(worker):
+            """Kill the run when a decoding process starts, and return when it is dead."""
+            start(worker)
+            os.kill(os.getppid(), signal.SIGKILL)
+            while os.getppid() == run:
+                pass
+
+        loader.worker_init_fn = stopped
+        list(loader)
+        os._exit(0)
+    os.close(writes)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    is_over, _, _ = select.select([reads], [], [], 60)
+    assert is_over
+    assert os.read(reads, 1) == b""
+    os.close(reads)
