@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -35,10 +34,12 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.language_lora import add_adapter
+from movekd.student.language_model import check_language_model, load_language_model, untied_head
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tensor_files import read_json
-from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
+from movekd.student.tokenizer import IMAGE_TOKEN
 from movekd.student.towers import check_tower, num_prefix_tokens, tower_type
 
 
@@ -146,23 +147,12 @@ def build_vlm(config: StudentConfig) -> Student:
         ConfigError: experts do not fit into the tower, its type is unknown, or the config names no
             language model.
     """
-    if config.language_model is None:
-        raise ConfigError(
-            "student.language_model is null: this is an encoder of stage: distill, which neither "
-            "reads nor answers text. Give it to a stage: pretrain as init_from first."
-        )
+    check_language_model(config)
     dtype = getattr(torch, config.dtype)
     tower = _load_tower(config)
     num_prefix = num_prefix_tokens(tower.config)
-    with loading(config.language_model, "student.language_model"):
-        language_model, info = AutoModelForCausalLM.from_pretrained(
-            config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
-        )
-    require_whole(info, config.language_model, "student.language_model")
-    tokenizer = load_tokenizer(config.language_model, key="student.language_model")
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    lm_head = _untied(language_model)  # before the config is made, which copies what it says
+    language_model, tokenizer = load_language_model(config)
+    lm_head = untied_head(language_model)  # before the config is made, which copies what it says
     keys = {
         "vision_config": tower.config,
         "text_config": language_model.config,
@@ -196,8 +186,11 @@ def build_vlm(config: StudentConfig) -> Student:
     vlm.lm_head = lm_head
     vlm.generation_config = language_model.generation_config
     _add_experts(tower, config)
+    if config.language_model_lora is not None:
+        add_adapter(vlm, config.language_model_lora)
     mean, std = _mean_and_std(config)
-    vlm.requires_grad_(True)
+    for parameter in vlm.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights are integers
     return Student(vlm, tokenizer, mean, std)
 
 
@@ -348,15 +341,6 @@ def _add_experts(tower: Any, config: StudentConfig) -> None:
     if config.mole is not None:
         mlp = tower_type(tower.config).mlp
         inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers, mlp), tower)
-
-
-def _untied(language_model: Any) -> nn.Module:
-    """Return the output layer, untied: a stage may train it and not the input embeddings."""
-    head: nn.Module = language_model.get_output_embeddings()
-    if head.weight is language_model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        language_model.config.tie_word_embeddings = False
-    return head
 
 
 def _mean_and_std(
