@@ -21,6 +21,7 @@ from torch import Tensor
 
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.checkpoint import ADAPTERS_FILE, CONFIG_FILE, PART_FILES, TrainedStudent
+from movekd.student.language_lora import LORA_FILE
 from movekd.student.official.schema import (
     ARCHITECTURE,
     ASPECT_RATIOS,
@@ -87,7 +88,7 @@ def has_base_weights(trained: TrainedStudent) -> bool:
 
     They do after training them, or if the run started from an imported checkpoint.
     """
-    files = (PART_FILES["vision_tower"], PART_FILES["language_model"], "base")
+    files = (PART_FILES["vision_tower"], PART_FILES["language_model"], LORA_FILE, "base")
     is_there = any((trained.directory / name).exists() for name in files)
     return is_there or imported_from(trained.student.vlm) is not None
 
