@@ -9,6 +9,7 @@ from movekd.cli.options import Json, Run, check_one_of
 from movekd.cli.output import print_json, quiet_libraries, size
 
 FORMATS = ("hf", "encoder", "onnx", "official")
+LORA = ("merged", "adapter")
 Overwrite = Annotated[
     bool, typer.Option(help="Replace an earlier export or import in --output, if unchanged.")
 ]
@@ -38,6 +39,13 @@ def export(
             "memory of the model twice; for --format official also its disk space.",
         ),
     ] = True,
+    lora: Annotated[
+        str,
+        typer.Option(
+            help="Of a language model with LoRA. merged: into its weights. adapter: beside them, "
+            "for PEFT; only --format hf."
+        ),
+    ] = "merged",
     json: Json = False,
 ) -> None:
     """Write a trained student in the format of another library, with a model card.
@@ -49,12 +57,13 @@ def export(
     movekd export runs/finetune --format official --output released
     """
     check_one_of("--format", format, FORMATS)
+    check_one_of("--lora", lora, LORA)
     from movekd.student.checkpoint import load_student
     from movekd.student.export.formats import export as write
     from movekd.student.export.model_card import random_parts
 
     quiet_libraries()
-    trained = load_student(model, takes_encoder=True)
+    trained = load_student(model, takes_encoder=True, language_lora=lora)  # type: ignore[arg-type]
     said = write(
         trained,
         format,  # type: ignore[arg-type]  # one of FORMATS
@@ -63,6 +72,7 @@ def export(
         force=force,
         check=check,
         source=model,
+        lora=lora,  # type: ignore[arg-type]  # one of LORA
     )
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     random = random_parts(trained.student.vlm)

@@ -9,6 +9,7 @@ A model directory has one safetensors file per part that learned:
       encoder_adapter.safetensors  teacher adapters or student heads; used in training only
       vision_tower.safetensors     base weights of the tower, after finetune
       language_model.safetensors   language model and lm_head, after finetune
+      language_model_lora/         its adapter instead, with student.language_model_lora
       (tokenizer files)
 
 A part without a file is its base, unchanged. Nothing here unpickles, and no code of a directory
@@ -16,9 +17,10 @@ runs.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +33,19 @@ from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading, require_whole
+from movekd.student.language_lora import (
+    LORA_DIR,
+    LORA_FILE,
+    LORA_PART,
+    adapter_parameters,
+    add_adapter,
+    base_name,
+    has_adapter,
+    is_adapter,
+    merging,
+    write_adapter_config,
+)
+from movekd.student.language_model import is_in_4bit
 from movekd.student.llava import LLAVA_CLASSES, llava_class
 from movekd.student.llava_keys import check_llava
 from movekd.student.model_files import read_about, require_as_recorded
@@ -64,19 +79,28 @@ def part_of(name: str) -> str:
 
 
 def part_parameters(vlm: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and parameter of everything in a part."""
-    return ((n, p) for n, p in vlm.named_parameters() if part_of(n) == part)
+    """Yield name and parameter of everything in a part; its file has the same names."""
+    if part == LORA_PART:
+        yield from adapter_parameters(vlm).items()
+        return
+    for name, parameter in vlm.named_parameters():
+        if part_of(name) == part and not is_adapter(name):
+            yield base_name(name) if part == "language_model" else name, parameter
 
 
 def save_parts(directory: Path, vlm: nn.Module, parts: list[str]) -> None:
-    """Write one file for each part.
+    """Write one file for each part; ``language_model_lora`` is the adapter of the language model.
 
     Raises:
         WeightsError: a weight is NaN or infinite; that part is not written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        _save(directory / PART_FILES[part], part_parameters(vlm, part))
+        if part == LORA_PART:
+            has_new_base = "language_model" in parts
+            write_adapter_config(vlm, directory / LORA_DIR, names_base=not has_new_base)
+        path = directory / (LORA_FILE if part == LORA_PART else PART_FILES[part])
+        _save(path, part_parameters(vlm, part))
 
 
 def load_parts(
@@ -84,23 +108,60 @@ def load_parts(
 ) -> list[str]:
     """Load those of ``parts`` that have a file into the model; return their names.
 
+    An adapter of the language model belongs to the part ``language_model``. A model without one
+    gets it merged into its weights.
+
     Raises:
         WeightsError: names or shapes are not those of the model, or the files are not those that
             movekd wrote.
+        ConfigError: weights are to change that are in 4 bit.
     """
+    parts = tuple(parts)
     require_as_recorded(directory)
     loaded = []
     for part in parts:
         path = directory / PART_FILES[part]
         if path.exists():
+            if part == "language_model":
+                _require_not_4bit(vlm, path)
             load_exact(path, dict(part_parameters(vlm, part)))
             loaded.append(part)
+    if "language_model" in parts and (directory / LORA_FILE).exists():
+        loaded.append(_load_adapter(directory, vlm))
     if not loaded:
         raise WeightsError(
             f"{directory} holds none of {', '.join(PART_FILES.values())}; expected the `model` "
             "folder of a run that `movekd train` finished."
         )
     return loaded
+
+
+def _load_adapter(directory: Path, vlm: nn.Module) -> str:
+    """Load the language model's adapter, or merge it; return the part that has changed."""
+    path = directory / LORA_FILE
+    if has_adapter(vlm):
+        load_exact(path, adapter_parameters(vlm))
+        return LORA_PART
+    _require_not_4bit(vlm, path, ", or student.language_model_lora as that run had it")
+    source = directory / CONFIG_FILE
+    keys = validate(StudentConfig, read_run_config(source).get("student", {}), str(source))
+    if keys.language_model_lora is None:
+        raise WeightsError(
+            f"{path} is an adapter, but {source} has no student.language_model_lora, which says "
+            "how it is scaled; expected both or neither. Restore the file that is not the run's."
+        )
+    with merging(vlm, keys.language_model_lora):
+        load_exact(path, adapter_parameters(vlm))
+    return "language_model"
+
+
+def _require_not_4bit(vlm: Any, path: Path, otherwise: str = "") -> None:
+    if is_in_4bit(vlm):
+        raise ConfigError(
+            f"{path} would change the language model's weights, which student.load_in_4bit holds "
+            "fixed in 4 bit; expected no more than an adapter beside them. Set load_in_4bit: "
+            f"false{otherwise}."
+        )
 
 
 def save_adapters(directory: Path, adapters: nn.Module) -> None:
@@ -162,7 +223,11 @@ class TrainedStudent:
 
 
 def load_student(
-    directory: Path, device: str = "cpu", *, takes_encoder: bool = False
+    directory: Path,
+    device: str = "cpu",
+    *,
+    takes_encoder: bool = False,
+    language_lora: Literal["as trained", "merged", "adapter"] = "as trained",
 ) -> TrainedStudent:
     """Return the trained model of a run, frozen and in evaluation mode.
 
@@ -171,6 +236,9 @@ def load_student(
             export of format hf.
         device: device of the weights.
         takes_encoder: accept an encoder of stage distill, which has no tokenizer.
+        language_lora: merged puts the language model's adapter into the weights of its base;
+            adapter leaves it beside them. With both, the weights have their own dtype, also if the
+            run held them in 4 bit.
 
     Raises:
         WeightsError: the directory holds no finished model.
@@ -178,7 +246,7 @@ def load_student(
     """
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
     if not (model_dir / CONFIG_FILE).exists() and (model_dir / "config.json").exists():
-        return load_export(model_dir, device)
+        return load_export(model_dir, device, merges_lora=language_lora == "merged")
     if not (model_dir / CONFIG_FILE).exists():
         raise WeightsError(
             f"{directory} holds no finished run (no model/{CONFIG_FILE}); expected the --output of "
@@ -194,9 +262,18 @@ def load_student(
             "by movekd, or was edited since."
         )
     build = build_encoder if takes_encoder and config.language_model is None else build_vlm
-    bases = {key: local_base(getattr(config, key), model_dir) for key in BASE_KEYS}
+    bases: dict[str, Any] = {key: local_base(getattr(config, key), model_dir) for key in BASE_KEYS}
+    if language_lora != "as trained":
+        bases["load_in_4bit"] = False
+    if language_lora == "merged":
+        bases["language_model_lora"] = None
     student = build(config.model_copy(update=bases | {"attn_implementation": None}))
-    load_parts(model_dir, student.vlm)
+    loaded = load_parts(model_dir, student.vlm)
+    if config.language_model_lora is not None and {LORA_PART, "language_model"}.isdisjoint(loaded):
+        raise WeightsError(
+            f"{model_dir} lacks {LORA_FILE}, which its {CONFIG_FILE} promises; expected the files "
+            "that `movekd train` wrote. Restore it."
+        )
     student.vlm.eval().requires_grad_(False).to(device)
     if (mark := imported_from(student.vlm)) is not None:
         content.setdefault("imported", mark)  # a run that started from an imported model
@@ -210,7 +287,8 @@ def read_run_config(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is no YAML, or a section is something else.
     """
     content = read_yaml(path)
-    for key in ("student", "data", "distill", "training", "student.mole"):
+    sections = ("student", "data", "distill", "training")
+    for key in (*sections, "student.mole", "student.language_model_lora"):
         value: Any = content
         for part in key.split("."):
             value = (value or {}).get(part)
@@ -222,10 +300,13 @@ def read_run_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
+def load_export(
+    directory: Path, device: str = "cpu", *, merges_lora: bool = False
+) -> TrainedStudent:
     """Return the student of an export, frozen and in evaluation mode.
 
-    Only movekd's own code runs, whatever code lies in the directory.
+    Only movekd's own code runs, whatever code lies in the directory. ``merges_lora`` merges an
+    adapter that lies beside the weights.
 
     Raises:
         WeightsError: it is another kind of directory, or lacks a file.
@@ -263,6 +344,9 @@ def load_export(directory: Path, device: str = "cpu") -> TrainedStudent:
     require_whole(info, str(directory), "the model in")
     tokenizer = load_tokenizer(directory)
     check_llava(vlm, tokenizer, directory)
+    if (keys := about.language_model_lora) is not None:
+        with merging(vlm, keys) if merges_lora else nullcontext(add_adapter(vlm, keys)):
+            load_exact(directory / LORA_FILE, adapter_parameters(vlm, in_llava=True))
     vlm.eval().requires_grad_(False).to(torch.device(device))
     student = Student(vlm, tokenizer, about.image_mean, about.image_std)
     return TrainedStudent(student, about.prompt, about.geometry, directory, run)

@@ -96,6 +96,22 @@ class MoleKeys(FrozenModel):
         return keys | {"layers_to_transform": new[last_block]}
 
 
+class LanguageModelLoraKeys(FrozenModel):
+    """LoRA on the language model's linear layers; the defaults are those of LLaVA's scripts."""
+
+    r: Integer = Field(default=128, ge=1, le=4096, description="Rank.")
+    lora_alpha: Number = Field(
+        default=256.0, gt=0, le=1e6, description="Scale is lora_alpha / r, as in PEFT."
+    )
+    lora_dropout: Number = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the adapter's input."
+    )
+    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="all-linear (all linear layers but lm_head), or names as in [q_proj, v_proj].",
+    )
+
+
 class StudentConfig(FrozenModel):
     """A LLaVA: vision tower with experts, projector, language model."""
 
@@ -116,6 +132,17 @@ class StudentConfig(FrozenModel):
     language_model: Text | None = Field(
         default=None,
         description="Hub id or directory of a causal language model; stage distill loads none.",
+    )
+    language_model_lora: LanguageModelLoraKeys | None = Field(
+        default=None,
+        description="LoRA on the language model: only the adapter learns, and only it is saved. "
+        "Null: the whole language model.",
+    )
+    load_in_4bit: bool = Field(
+        default=False,
+        strict=True,
+        description="Hold the language model's linear layers in 4 bit (NF4, as QLoRA); they do not "
+        "learn. Needs bitsandbytes.",
     )
     vision_feature_layer: Integer = Field(
         default=-2,

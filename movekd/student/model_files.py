@@ -18,7 +18,7 @@ from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.files.ownership import OWNERSHIP_FILE, FileEntry, file_entry, read_owned
 from movekd.files.reading import MIB, read_json, read_text
-from movekd.student.config import PromptFormat
+from movekd.student.config import LanguageModelLoraKeys, PromptFormat
 
 _LARGE = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
 _LARGE_BYTES, _SMALL_BYTES = 256 * MIB, 16 * MIB
@@ -129,6 +129,8 @@ class About(BaseModel):
     image_mean: tuple[_Unit, _Unit, _Unit]
     image_std: tuple[_Deviation, _Deviation, _Deviation]
     run: MadeOf | None = None
+    language_model_lora: LanguageModelLoraKeys | None = None
+    """Of an adapter that lies beside the weights."""
 
 
 def read_about(path: Path) -> tuple[About, dict[str, Any]]:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from movekd.errors import ConfigError
+from movekd.student.language_lora import is_adapter
 
 
 def plain_name(name: str) -> str:
     """Return a parameter's name without PEFT's ``base_layer`` and adapter name."""
-    name = name.replace(".mlp.base_layer.", ".mlp.")
+    name = name.replace(".base_layer.", ".")
     return re.sub(r"\.(mole_(?:fc1|fc2|router))\.[^.]+\.(\w+)$", r".\1.\2", name)
 
 
@@ -21,13 +22,16 @@ def plain_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a model under their plain names.
 
     ``mlp.base_layer.fc1.weight`` is ``mlp.fc1.weight``, ``mlp.mole_fc1.default.lora_A`` is
-    ``mlp.mole_fc1.lora_A``: the names of ``export.modeling_movekd``.
+    ``mlp.mole_fc1.lora_A``: the names of ``export.modeling_movekd``. LoRA on the language model is
+    left out: see ``language_lora.adapter_parameters``.
 
     Raises:
         ConfigError: the tower has more than one MoLE adapter.
     """
     plain: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
+        if is_adapter(name):
+            continue
         short = plain_name(name)
         if short in plain:
             raise ConfigError(

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     LlavaNextForConditionalGeneration,
 )
 from transformers.utils import cached_file
@@ -26,7 +25,9 @@ from movekd.corpus.anyres import Views
 from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
-from movekd.student.hf_loading import load_kwargs, loading, require_whole
+from movekd.student.hf_loading import loading
+from movekd.student.language_lora import add_adapter
+from movekd.student.language_model import check_language_model, load_language_model, untied_head
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
 from movekd.student.projector import (
@@ -36,7 +37,7 @@ from movekd.student.projector import (
     prompt_grid,
 )
 from movekd.student.tensor_files import read_json
-from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
+from movekd.student.tokenizer import IMAGE_TOKEN
 from movekd.student.tower_loading import load_tower, read_tower_config, require_tile_size
 from movekd.student.towers import num_prefix_tokens, tower_type
 
@@ -139,24 +140,13 @@ def build_vlm(config: StudentConfig) -> Student:
         ConfigError: experts or projector do not fit the tower, its type is unknown, or the config
             names no language model.
     """
-    if config.language_model is None:
-        raise ConfigError(
-            "student.language_model is null: this is an encoder of stage: distill, which neither "
-            "reads nor answers text. Give it to a stage: pretrain as init_from first."
-        )
+    check_language_model(config)
     tower_config = read_tower_config(config)  # refuses what does not fit before weights are read
     require_tile_size(config, tower_config.image_size)
     prompt_grid(config.projector_type, tower_config)
     tower = load_tower(config)
-    with loading(config.language_model, "student.language_model"):
-        language_model, info = AutoModelForCausalLM.from_pretrained(
-            config.language_model, **load_kwargs(config)
-        )
-    require_whole(info, config.language_model, "student.language_model")
-    tokenizer = load_tokenizer(config.language_model, key="student.language_model")
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    lm_head = _untied(language_model)  # before the config is made, which copies what it says
+    language_model, tokenizer = load_language_model(config)
+    lm_head = untied_head(language_model)  # before the config is made, which copies what it says
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     vlm = new_llava(config, tower.config, language_model.config, image_token)
     vlm.model.vision_tower = tower
@@ -164,8 +154,11 @@ def build_vlm(config: StudentConfig) -> Student:
     vlm.lm_head = lm_head
     vlm.generation_config = language_model.generation_config
     _add_experts(tower, config)
+    if config.language_model_lora is not None:
+        add_adapter(vlm, config.language_model_lora)
     mean, std = _mean_and_std(config)
-    vlm.requires_grad_(True)
+    for parameter in vlm.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights are integers
     return Student(vlm, tokenizer, mean, std)
 
 
@@ -273,21 +266,10 @@ def image_features(
     return output, output.hidden_states[layer][:, num_prefix:]
 
 
-
-
 def _add_experts(tower: Any, config: StudentConfig) -> None:
     if config.mole is not None:
         mlp = tower_type(tower.config).mlp
         inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers, mlp), tower)
-
-
-def _untied(language_model: Any) -> nn.Module:
-    """Return the output layer, untied: a stage may train it and not the input embeddings."""
-    head: nn.Module = language_model.get_output_embeddings()
-    if head.weight is language_model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        language_model.config.tie_word_embeddings = False
-    return head
 
 
 def _mean_and_std(

@@ -20,6 +20,7 @@ from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
+from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.training_keys import (
     LearningRates,
     check_learning_rates,
@@ -216,6 +217,7 @@ def _check(config: TrainConfig) -> None:
             f"key 'student.language_model' is missing; stage {config.stage} needs a hub id or a "
             "directory there. Only stage: distill needs none."
         )
+    check_language_model_keys(config)
     if "mole" in (config.trained or []) and student.mole is None:
         raise ConfigError(
             "trained names 'mole', but student.mole is null; set student.mole, or take 'mole' out "

@@ -20,35 +20,46 @@ from movekd.student.checkpoint import (
     local_base,
     read_run_config,
 )
+from movekd.student.language_lora import LORA_FILE
 from movekd.student.tower_loading import require_same_image_size
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 
 _MOLE_KEYS = ("num_experts", "r", "lora_alpha", "use_gate")
+_LORA_KEYS = ("r", "lora_alpha")
 
 
-def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
-    """Load what ``config.init_from`` learned; return the parts that were loaded.
+def check_init_from(config: TrainConfig) -> None:
+    """Check, before any weights are read, that what ``config.init_from`` learned fits this run.
 
     Raises:
-        ConfigError: that run has another base model, or experts of another kind.
-        WeightsError: the folder holds no finished run, or its parts do not fit.
+        ConfigError: that run has another base model, experts or an adapter of another kind, or
+            weights that a 4-bit model cannot take.
+        WeightsError: the folder holds no finished run.
     """
-    assert config.init_from is not None
-    directory = config.init_from / "model"
-    if not directory.is_dir():
-        raise WeightsError(
-            f"init_from {config.init_from} holds no `model` folder; expected the --output of a "
-            "`movekd train` that ended, or of `movekd import`."
-        )
+    directory = _model_dir(config)
     check_same_base(config, directory)
-    parts = ENCODER_PARTS if config.stage == "distill" else tuple(PART_FILES)
-    files = [PART_FILES[part] for part in parts]
+    files = [PART_FILES[part] for part in ENCODER_PARTS]
     if config.stage == "distill" and not any((directory / file).exists() for file in files):
         raise WeightsError(
             f"{directory} holds neither {' nor '.join(files)}; init_from of stage: distill expects "
             "a run that trained the encoder."
         )
+    if config.student.load_in_4bit:
+        _check_4bit(config, directory)
+
+
+def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -> list[str]:
+    """Load what ``config.init_from`` learned; return the parts that were loaded.
+
+    An adapter of the language model stays one with ``student.language_model_lora``; otherwise it is
+    merged, and ``language_model`` is among the parts.
+
+    Raises:
+        WeightsError: the parts do not fit.
+    """
+    directory = _model_dir(config)
+    parts = ENCODER_PARTS if config.stage == "distill" else tuple(PART_FILES)
     loaded = load_parts(directory, student.vlm, parts)
     load_adapters(directory, adapters)
     return loaded
@@ -78,6 +89,9 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
         expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}
     if (directory / PART_FILES["vision_tower"]).exists():
         require_same_image_size(earlier, config.student, str(config.init_from))
+    if (directory / LORA_FILE).exists():
+        old = earlier.get("language_model_lora") or {}
+        expected |= {f"language_model_lora.{key}": old.get(key) for key in _LORA_KEYS}
     for key, then in expected.items():
         found: Any = now
         for part in key.split("."):
@@ -92,6 +106,34 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
             f"has '{found}': its weights do not fit this model. Set "
             f"student.{key}: {then}."
         )
+
+
+def _check_4bit(config: TrainConfig, directory: Path) -> None:
+    """Refuse weights of an earlier run that would change those that are in 4 bit."""
+    name = PART_FILES["language_model"]
+    remedy = "Set load_in_4bit: false"
+    if not (directory / name).exists():
+        name = LORA_FILE
+        remedy += ", or student.language_model_lora as that run had it"
+        if config.student.language_model_lora is not None:
+            return
+    if (directory / name).exists():
+        raise ConfigError(
+            f"init_from {config.init_from} holds {name}, which would change the language model's "
+            "weights, and student.load_in_4bit holds them fixed at those of "
+            f"student.language_model. {remedy}."
+        )
+
+
+def _model_dir(config: TrainConfig) -> Path:
+    assert config.init_from is not None
+    directory = config.init_from / "model"
+    if not directory.is_dir():
+        raise WeightsError(
+            f"init_from {config.init_from} holds no `model` folder; expected the --output of a "
+            "`movekd train` that ended, or of `movekd import`."
+        )
+    return directory
 
 
 def _is_same_folder(one: str, other: str) -> bool:

@@ -30,11 +30,11 @@ from movekd.distributed import (
     launch_id,
 )
 from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
-from movekd.student.checkpoint import CONFIG_FILE, part_of, save_adapters, save_parts
+from movekd.student.checkpoint import CONFIG_FILE, save_adapters, save_parts
 from movekd.student.tokenizer import forget_calls
 from movekd.student.vlm import Student, build_encoder, build_vlm
 from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, rotate, writing
-from movekd.train.config import ENCODER_PARTS, TrainConfig
+from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset, read_conversations
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.fingerprints import (
@@ -43,7 +43,8 @@ from movekd.train.fingerprints import (
     require_unchanged_inputs,
 )
 from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
-from movekd.train.init_from import load_init_from
+from movekd.train.init_from import check_init_from, load_init_from
+from movekd.train.language_model_keys import refuse_sharding_in_4bit
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.run_dir import plan_start, prepare_run, write_run_files
 from movekd.train.run_record import (
@@ -56,6 +57,7 @@ from movekd.train.run_record import (
     write_recorded,
 )
 from movekd.train.sample_count import SampleCount, count_samples
+from movekd.train.trained_parts import parts_to_save, set_trained
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
 
@@ -159,6 +161,7 @@ def train(
     """
     arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
+    refuse_sharding_in_4bit(config, arguments)
     launches = gather(launch_id())
     start = broadcast_decision(
         lambda: plan_start(
@@ -335,6 +338,8 @@ def build_data(
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:
     """Return the model with the weights of ``init_from``; only `trained` parts have gradients."""
     is_encoder_only = config.stage == "distill"
+    if config.init_from is not None:
+        check_init_from(config)  # before any weights are read
     student = build_encoder(config.student) if is_encoder_only else build_vlm(config.student)
     shapes = {}
     if config.distill is not None and cache is not None:
@@ -347,9 +352,7 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     model = DistillModel(student, objective, shapes)
     if config.init_from is not None:
         model.loaded_parts = load_init_from(config, student, model.adapters)
-    trained = config.trained or []
-    for name, parameter in student.vlm.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained)
+    set_trained(config, student.vlm)
     return model, student
 
 
@@ -358,10 +361,7 @@ def _save_model(
 ) -> None:
     """Write every part that learned, in this stage or an earlier one."""
     directory = output_dir / PARTIAL_DIR / MODEL_DIR
-    parts = {*(config.trained or []), *model.loaded_parts}
-    if config.stage == "distill":
-        parts &= set(ENCODER_PARTS)
-    save_parts(directory, student.vlm, sorted(parts))
+    save_parts(directory, student.vlm, parts_to_save(config, model.loaded_parts))
     save_adapters(directory, model.adapters)
     if student.tokenizer is not None:
         forget_calls(student.tokenizer).save_pretrained(directory)

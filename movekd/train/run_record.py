@@ -29,6 +29,7 @@ from movekd.files.ownership import (
     write_owned,
 )
 from movekd.student.checkpoint import ADAPTERS_FILE, CONFIG_FILE, PART_FILES
+from movekd.student.language_lora import LORA_CONFIG_FILE, LORA_FILE
 from movekd.train.checkpoints import (
     MADE_BY,
     PARTIAL_DIR,
@@ -49,6 +50,7 @@ _START_FILES = (LAUNCHES_FILE, INPUTS_FILE, TARGETS_FILE)
 _WRITTEN = (
     *(*_START_FILES, CONFIG_FILE, LOG_FILE, f"{MODEL_DIR}/{CONFIG_FILE}"),
     *(f"{MODEL_DIR}/{name}" for name in (*PART_FILES.values(), ADAPTERS_FILE)),
+    *(f"{MODEL_DIR}/{name}" for name in (LORA_FILE, LORA_CONFIG_FILE)),
 )
 """Names that a run writes to, whatever lies there."""
 

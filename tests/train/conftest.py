@@ -84,7 +84,7 @@ class Digits:
         """Return every tensor of a run's model, file/name -> tensor."""
         return {
             f"{path.name}/{name}": tensor
-            for path in sorted((output / "model").glob("*.safetensors"))
+            for path in sorted((output / "model").rglob("*.safetensors"))
             for name, tensor in load_file(path).items()
         }
 

@@ -31,6 +31,7 @@ from movekd.student.checkpoint import BASE_KEYS, TrainedStudent, local_base
 from movekd.student.export import load_again
 from movekd.student.export.load_again import checksums
 from movekd.student.export.onnx import tokens_in_float32
+from movekd.student.language_lora import adapter_parameters
 from movekd.student.official.export_checkpoint import adapters_of_run, official_config
 from movekd.student.official.state_dict import adapters_from_official
 from movekd.student.parameters import plain_parameters
@@ -162,6 +163,7 @@ def _expect_answers(trained: TrainedStudent, kind: str, job: dict[str, Any]) -> 
         outputs["pixel_values"] = pixels_VCHW.reshape(-1, *pixels_VCHW.shape[1:])
         job["messages"] = None if trained.prompt == "plain" else _messages()
     sums = checksums(plain_parameters(vlm), rows)
+    sums |= checksums(adapter_parameters(vlm, in_llava=True))
     if kind == "official":
         adapters = checksums(adapters_from_official(adapters_of_run(trained.directory)))
         sums |= {f"adapters.{name}": value for name, value in adapters.items()}

@@ -6,14 +6,17 @@ the student, ``output_folder`` gives it its name.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from movekd.errors import ConfigError
-from movekd.student.checkpoint import BASE_KEYS, TrainedStudent
+from movekd.student.checkpoint import BASE_KEYS, TrainedStudent, load_student
 from movekd.student.export.check import check_export, tolerance_of
 from movekd.student.export.hugging_face import export_encoder, export_hf, write_about
 from movekd.student.export.model_card import Format, model_card
 from movekd.student.export.onnx import export_onnx
 from movekd.student.export.output_folder import new_directory
+from movekd.student.language_lora import has_adapter
+from movekd.student.language_model import is_in_4bit
 from movekd.student.official.export_checkpoint import write_official
 
 
@@ -26,8 +29,11 @@ def export(
     force: bool = False,
     check: bool = True,
     source: Path | None = None,
+    lora: Literal["merged", "adapter"] = "merged",
 ) -> str:
     """Write an export with its model card; return what was checked, for the user.
+
+    A language model with an adapter, or in 4 bit, is loaded once more, as ``lora`` says.
 
     Args:
         trained: the student.
@@ -37,6 +43,8 @@ def export(
         force: replace it also if it has no record of its files, or holds files of others.
         check: load the export again in a fresh process and compare it with the student.
         source: the whole run, if the student came from one; it is not deleted either.
+        lora: merged puts an adapter of the language model into the weights of its base; adapter
+            writes it beside them, for PEFT (format hf).
 
     Raises:
         ConfigError: ``out`` holds files, or the student, the format cannot hold this student, or
@@ -49,6 +57,15 @@ def export(
             f"--format {kind} writes both. Export it with --format encoder or onnx, or give it to "
             "a stage: pretrain as init_from first."
         )
+    vlm = trained.student.vlm
+    if lora == "adapter" and not (kind == "hf" and has_adapter(vlm)):
+        raise ConfigError(
+            f"--lora adapter was given for --format {kind} of {trained.directory}; expected "
+            "--format hf, and a run with student.language_model_lora. Leave --lora out."
+        )
+    merges = lora == "merged" and has_adapter(vlm)
+    if kind in ("hf", "official") and (merges or is_in_4bit(vlm)):
+        trained = load_student(trained.directory, language_lora=lora)
     bases = trained.run.get("student") or {}
     named = (bases.get(key) for key in BASE_KEYS)
     kept = [trained.directory, *(Path(base) for base in named if base)]

@@ -6,6 +6,7 @@
       processor_config.json, tokenizer files    movekd.json
       movekd.json                               modeling_movekd.py
       modeling_movekd.py
+      language_model_lora/, with --lora adapter
 
 Input: a loaded student. ``movekd.json`` holds its prompt format and how its images become pixels,
 for ``checkpoint.load_export``. Experts are not merged, because each token chooses its expert.
@@ -31,6 +32,12 @@ from movekd.errors import ConfigError
 from movekd.student.checkpoint import ABOUT_FILE, TrainedStudent
 from movekd.student.export import modeling_movekd
 from movekd.student.export.chat_template import chat_template
+from movekd.student.language_lora import (
+    LORA_DIR,
+    adapter_keys,
+    has_adapter,
+    write_llava_adapter,
+)
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.parameters import mole_layers, plain_parameters
 from movekd.student.projector import FACTORS, projector_type
@@ -79,6 +86,8 @@ def export_hf(trained: TrainedStudent, directory: Path) -> None:
         chat_template=chat_template(student.tokenizer, trained.prompt),
     )
     write_shards(directory, stored(plain_parameters(student.vlm), config.vision_config, TOWER))
+    if has_adapter(student.vlm):
+        write_llava_adapter(student.vlm, directory / LORA_DIR)
     config.save_pretrained(directory)
     _generation_config(trained).save_pretrained(directory)
     forget_calls(processor.tokenizer)
@@ -240,5 +249,7 @@ def write_about(trained: TrainedStudent, directory: Path) -> None:
         "vision_feature_layer": trained.student.vlm.config.vision_feature_layer,
         "run": made_of(trained.run),
     }
+    if (directory / LORA_DIR).is_dir():
+        about[LORA_DIR] = adapter_keys(trained.student.vlm).model_dump(mode="json")
     text = json.dumps(about, indent=1) + "\n"
     (directory / ABOUT_FILE).write_text(text, encoding="utf-8")

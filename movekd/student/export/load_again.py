@@ -72,6 +72,11 @@ def load_hf(job: Job, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
     report = _report(model, info)
     report["input_ids"] = {n: batch["input_ids"][0].tolist() for n, batch in batches.items()}
     report["padding_side"] = processor.tokenizer.padding_side
+    if (adapter := Path(folder) / "language_model_lora").is_dir():
+        from peft import PeftModel
+
+        report["checksums"] |= checksums(load_file(adapter / "adapter_model.safetensors"))
+        model = PeftModel.from_pretrained(model, adapter)
     logits = model.eval()(**given, logits_to_keep=job["num_logits"]).logits
     pixels = batches["processor"]["pixel_values"]
     return {"logits": logits, "pixel_values": pixels.float()}, report

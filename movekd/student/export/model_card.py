@@ -8,6 +8,7 @@ from torch import nn
 
 from movekd.corpus.conversations import Conversation
 from movekd.student.checkpoint import TrainedStudent
+from movekd.student.language_lora import has_adapter
 from movekd.student.parameters import mole_layers
 from movekd.student.projector import projector_type
 from movekd.student.prompts import render_question
@@ -85,6 +86,17 @@ Pixels are normalised as `movekd.json` says (`image_mean`, `image_std`, `geometr
 """,
 }
 
+_ADAPTER = """The language model's LoRA lies beside its weights. Without these lines they are those
+of its base:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "DIR/language_model_lora")
+```
+
+`movekd ask` loads it by itself.
+"""
 
 _QUESTION = "What is in the image?"
 _ASKING = """```python
@@ -135,6 +147,7 @@ def model_card(trained: TrainedStudent, kind: Format, name: str) -> str:
         .replace("PREFIX", str(num_prefix_tokens(student.vlm.config.vision_config)))
         .replace("LAYER", str(student.vlm.config.vision_feature_layer))
         .replace("SIZE", str(student.image_size)),
+        _ADAPTER.replace("DIR", name) if kind == "hf" and has_adapter(student.vlm) else "",
         _prompt(trained) if kind == "hf" else "",
         _made_of(run, bases),
         _licences(bases),
@@ -256,6 +269,9 @@ def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
         f"| last stage | {run.get('stage', 'not recorded')} |",
         f"| teachers | {teachers} |",
     ]
+    if lora := (run.get("student") or {}).get("language_model_lora"):
+        said = f"r {lora['r']}, lora_alpha {lora['lora_alpha']:g}"
+        lines.append(f"| LoRA on the language model | {said} |")
     if source := (run.get("imported") or {}).get("from"):
         lines.append(f"| imported from | {source} |")
     return "## Made of\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"

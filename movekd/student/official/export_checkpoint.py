@@ -29,6 +29,7 @@ from movekd.student.checkpoint import (
     local_base,
 )
 from movekd.student.config import StudentConfig
+from movekd.student.language_lora import LORA_FILE
 from movekd.student.official.schema import (
     ARCHITECTURE,
     ASPECT_RATIOS,
@@ -98,7 +99,7 @@ def has_base_weights(trained: TrainedStudent) -> bool:
 
     They do after training them, or if the run started from an imported checkpoint.
     """
-    files = (PART_FILES["vision_tower"], PART_FILES["language_model"], "base")
+    files = (PART_FILES["vision_tower"], PART_FILES["language_model"], LORA_FILE, "base")
     is_there = any((trained.directory / name).exists() for name in files)
     return is_there or imported_from(trained.student.vlm) is not None
 
