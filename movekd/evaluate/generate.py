@@ -11,6 +11,7 @@ import torch
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.transforms import Geometry, SeenImage
 from movekd.student.config import PromptFormat
+from movekd.student.generation import stop_tokens
 from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import Student, image_features
 
@@ -38,6 +39,7 @@ def generate_answers(
     """
     transform = student.image_transform(geometry)
     tokenizer, device = student.tokenizer, student.vlm.device
+    stops = stop_tokens(tokenizer, student.vlm.generation_config, prompt)
     for start in range(0, len(conversations), batch_size):
         batch = conversations[start : start + batch_size]
         seen = [[transform.see(read_image(n), student.views) for n in c.images] for c in batch]
@@ -68,7 +70,7 @@ def generate_answers(
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stops or None,
             )
         yield from (
             text.strip()

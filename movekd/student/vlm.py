@@ -35,6 +35,11 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.language_model import (
+    require_plain_output,
+    require_text_model,
+    untied_output,
+)
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tensor_files import read_json
@@ -151,6 +156,7 @@ def build_vlm(config: StudentConfig) -> Student:
             "student.language_model is null: this is an encoder of stage: distill, which neither "
             "reads nor answers text. Give it to a stage: pretrain as init_from first."
         )
+    require_text_model(config.language_model)
     dtype = getattr(torch, config.dtype)
     tower = _load_tower(config)
     num_prefix = num_prefix_tokens(tower.config)
@@ -159,10 +165,11 @@ def build_vlm(config: StudentConfig) -> Student:
             config.language_model, dtype=dtype, output_loading_info=True, **SAFE_LOAD_KWARGS
         )
     require_whole(info, config.language_model, "student.language_model")
+    require_plain_output(language_model, config.language_model)
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    lm_head = _untied(language_model)  # before the config is made, which copies what it says
+    lm_head = untied_output(language_model)  # before the config is made, which copies what it says
     keys = {
         "vision_config": tower.config,
         "text_config": language_model.config,
@@ -348,15 +355,6 @@ def _add_experts(tower: Any, config: StudentConfig) -> None:
     if config.mole is not None:
         mlp = tower_type(tower.config).mlp
         inject_adapter_in_model(mole_config(config, tower.config.num_hidden_layers, mlp), tower)
-
-
-def _untied(language_model: Any) -> nn.Module:
-    """Return the output layer, untied: a stage may train it and not the input embeddings."""
-    head: nn.Module = language_model.get_output_embeddings()
-    if head.weight is language_model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        language_model.config.tie_word_embeddings = False
-    return head
 
 
 def _mean_and_std(
