@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.transforms import Geometry, SeenImage
 from movekd.student.config import PromptFormat
+from movekd.student.generation import greedy_settings, stop_tokens
 from movekd.student.tokenization import tokenize_question
 from movekd.student.vlm import Student, image_features
 
@@ -41,6 +41,7 @@ def generate_answers(
     """
     transform = student.image_transform(geometry)
     tokenizer, device = student.tokenizer, student.vlm.device
+    stops = stop_tokens(tokenizer, student.vlm.generation_config, prompt)
     for start in range(0, len(conversations), batch_size):
         batch = conversations[start : start + batch_size]
         seen = [[transform.see(read_image(n), student.views) for n in c.images] for c in batch]
@@ -71,7 +72,7 @@ def generate_answers(
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stops or None,
             )
         yield from (
             text.strip()
@@ -81,11 +82,9 @@ def generate_answers(
 
 @contextmanager
 def _greedy(vlm: Any) -> Iterator[None]:
-    """Leave the settings of the base's generation_config.json aside.
-
-    Greedy answers would otherwise depend on its penalties, beams and forbidden tokens.
-    """
-    kept, vlm.generation_config = vlm.generation_config, GenerationConfig()
+    """Put plain greedy search in place of the model's own settings."""
+    kept = vlm.generation_config
+    vlm.generation_config = greedy_settings(kept)
     try:
         yield
     finally:

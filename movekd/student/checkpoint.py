@@ -344,8 +344,8 @@ def load_export(
     require_whole(info, str(directory), "the model in")
     tokenizer = load_tokenizer(directory)
     check_llava(vlm, tokenizer, directory)
-    if (keys := about.language_model_lora) is not None:
-        with merging(vlm, keys) if merges_lora else nullcontext(add_adapter(vlm, keys)):
+    if (lora := about.language_model_lora) is not None:
+        with merging(vlm, lora) if merges_lora else nullcontext(add_adapter(vlm, lora)):
             load_exact(directory / LORA_FILE, adapter_parameters(vlm, in_llava=True))
     vlm.eval().requires_grad_(False).to(torch.device(device))
     student = Student(vlm, tokenizer, about.image_mean, about.image_std)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, in full or in 4 bit, and untie its output layer.
+"""Load a causal language model and its tokenizer, in full or in 4 bit.
 
 Input: the ``student:`` keys. Output: transformers' model with a row for every token. Used by
 ``vlm.build_vlm``. In 4 bit (QLoRA), bitsandbytes holds the weights of the linear layers as NF4,
@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from movekd.errors import ConfigError, shorten
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import load_kwargs, loading, require_whole
 from movekd.student.language_lora import target_modules
+from movekd.student.output_layer import require_plain_output, require_text_model
 from movekd.student.tokenizer import load_tokenizer
 
 OLDEST_BITSANDBYTES = (0, 50)
@@ -27,8 +27,9 @@ def check_language_model(config: StudentConfig) -> None:
     """Check the keys of the language model before any weights are read.
 
     Raises:
-        ConfigError: none is given; its weights are quantised already; ``target_modules`` names what
-            it does not have; or ``load_in_4bit`` is set without bitsandbytes.
+        ConfigError: none is given; it has a vision tower; its weights are quantised already;
+            ``target_modules`` names what it does not have; or ``load_in_4bit`` is set without
+            bitsandbytes.
         WeightsError: its config cannot be found.
     """
     if config.language_model is None:
@@ -40,6 +41,7 @@ def check_language_model(config: StudentConfig) -> None:
         require_bitsandbytes()
     with loading(config.language_model, "student.language_model"):
         keys = AutoConfig.from_pretrained(config.language_model, trust_remote_code=False)
+    require_text_model(keys.model_type, config.language_model)
     if getattr(keys, "quantization_config", None) is not None:
         raise ConfigError(
             f"student.language_model '{shorten(config.language_model)}' holds quantised weights, "
@@ -57,6 +59,7 @@ def load_language_model(config: StudentConfig) -> tuple[Any, Any]:
 
     Raises:
         WeightsError: it cannot be found, or lacks weights.
+        ConfigError: LLaVA would leave out a part of it, see ``output_layer``.
     """
     assert config.language_model is not None
     kwargs = load_kwargs(config)
@@ -65,6 +68,7 @@ def load_language_model(config: StudentConfig) -> tuple[Any, Any]:
     with loading(config.language_model, "student.language_model"):
         language_model, info = AutoModelForCausalLM.from_pretrained(config.language_model, **kwargs)
     require_whole(info, config.language_model, "student.language_model")
+    require_plain_output(language_model, config.language_model)
     tokenizer = load_tokenizer(config.language_model, key="student.language_model")
     if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -82,15 +86,6 @@ def is_in_4bit(vlm: Any) -> bool:
     """Return whether the linear layers of a LLaVA's language model are in 4 bit."""
     language_model = getattr(vlm.model, "language_model", None)  # an encoder has none
     return bool(getattr(language_model, "is_loaded_in_4bit", False))
-
-
-def untied_head(language_model: Any) -> nn.Module:
-    """Return the output layer, untied: a stage may train it and not the input embeddings."""
-    head: nn.Module = language_model.get_output_embeddings()
-    if head.weight is language_model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        language_model.config.tie_word_embeddings = False
-    return head
 
 
 def require_bitsandbytes() -> None:

@@ -4,17 +4,14 @@ Input: a conversation and a prompt format. Output: the text with one ``<image>``
 the ranges of characters that a model must generate. ``tokenization`` makes tokens and labels of it.
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from movekd.corpus.conversations import Conversation, Role
-from movekd.errors import ConfigError, shorten
+from movekd.errors import ConfigError
+from movekd.student.chat_template import Message, render_messages
 from movekd.student.config import PromptFormat
+from movekd.student.template_answers import find_answers
 from movekd.student.tokenizer import IMAGE_TOKEN
 
 V1_SYSTEM = (
@@ -66,7 +63,7 @@ def render_question(conversation: Conversation, tokenizer: Any, prompt: PromptFo
         return Prompt(IMAGE_TOKEN * len(conversation.images), [])
     if prompt == "v1":
         return Prompt(_render_v1(conversation, tokenizer).text + _V1_ROLES["gpt"], [])
-    text = _apply_template(tokenizer, _messages(conversation), add_generation_prompt=True)
+    text = render_messages(tokenizer, _messages(conversation), add_generation_prompt=True)
     return Prompt(text, [], True)
 
 
@@ -154,107 +151,17 @@ def _without_greeting(conversation: Conversation) -> tuple[tuple[Role, str], ...
 
 
 def _render_template(conversation: Conversation, tokenizer: Any) -> Prompt:
-    """Render with the tokenizer's chat template.
-
-    Answers are what the template marks, or else what an assistant's turn adds to the text. The
-    last one starts where a question ends, so that the model learns all that it must generate.
-    """
+    """Render with the tokenizer's chat template, and find the answers in the text."""
     messages = _messages(conversation)
-    text = _apply_template(tokenizer, messages)
-    of_assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not of_assistant:
-        return Prompt(text, [], True)
-    last = _turn(tokenizer, messages, of_assistant[-1], text)
-    marked = _marked_answers(tokenizer, messages)
-    if marked is None:
-        earlier = [_turn(tokenizer, messages, i, text) for i in of_assistant[:-1]]
-    else:
-        earlier = [answer for answer in marked if answer[1] <= last[0]]
-        last = (last[0], max([end for _, end in marked if end > last[0]], default=last[1]))
-    return Prompt(
-        text, [(start, _answer_end(text, end, tokenizer)) for start, end in [*earlier, last]], True
-    )
+    text = render_messages(tokenizer, messages)
+    return Prompt(text, find_answers(tokenizer, messages, text), True)
 
 
-def _turn(
-    tokenizer: Any, messages: list[dict[str, str]], position: int, text: str
-) -> tuple[int, int]:
-    """Return the range of an assistant's turn behind what a model is given before it answers."""
-    question = _apply_template(tokenizer, messages[:position], add_generation_prompt=True)
-    is_last = position == len(messages) - 1
-    turn = text if is_last else _apply_template(tokenizer, messages[: position + 1])
-    if not text.startswith(turn) or not turn.startswith(question):
-        raise ConfigError(
-            "the tokenizer's chat template writes earlier turns differently when later ones "
-            "follow, so the answers cannot be told apart; use student.prompt: v1, or a "
-            "template whose prefix is stable."
-        )
-    return len(question), len(turn)
-
-
-def _answer_end(text: str, end: int, tokenizer: Any) -> int:
-    """Return the end of a turn without the line break that templates write behind its end token.
-
-    Generation stops at that token, so what follows it is never the model's to say.
-    """
-    stripped = text[:end].rstrip()
-    return len(stripped) if stripped.endswith(tuple(tokenizer.all_special_tokens)) else end
-
-
-def _marked_answers(tokenizer: Any, messages: list[dict[str, str]]) -> list[tuple[int, int]] | None:
-    """Return the ranges between a chat template's generation marks; None if it has no marks."""
-    template = tokenizer.chat_template or ""
-    if not re.search(r"\{%-?\s*generation\b", template):
-        return None
-    with _rendering():
-        _, ranges = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    return [(start, end) for start, end in ranges[0]]
-
-
-def _messages(conversation: Conversation) -> list[dict[str, str]]:
+def _messages(conversation: Conversation) -> list[Message]:
     return [
         {"role": _TEMPLATE_ROLES[role], "content": _image_first(text)}
         for role, text in conversation.turns
     ]
-
-
-def _apply_template(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "student.prompt is chat_template, but the tokenizer brings none; use prompt: v1, or "
-            "a tokenizer with a chat template."
-        )
-    with _rendering():
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    return text
-
-
-@contextmanager
-def _rendering() -> Iterator[None]:
-    """Report what a chat template, a program in the tokenizer's files, raises.
-
-    transformers renders it in Jinja's sandbox, which reaches no files and changes no objects.
-
-    Raises:
-        ConfigError: the template is no Jinja, or fails.
-    """
-    try:
-        yield
-    except Exception as error:  # a template can raise anything
-        raise ConfigError(
-            f"the tokenizer's chat template fails: {type(error).__name__} {shorten(error)}; "
-            "expected a Jinja template that renders human and assistant turns. Mend it, or use "
-            "student.prompt: v1."
-        ) from None
 
 
 def _image_first(turn: str) -> str:

@@ -27,9 +27,10 @@ from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import loading
 from movekd.student.language_lora import add_adapter
-from movekd.student.language_model import check_language_model, load_language_model, untied_head
+from movekd.student.language_model import check_language_model, load_language_model
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
+from movekd.student.output_layer import untied_output
 from movekd.student.projector import (
     count_image_tokens,
     patch_grid,
@@ -146,7 +147,7 @@ def build_vlm(config: StudentConfig) -> Student:
     prompt_grid(config.projector_type, tower_config)
     tower = load_tower(config)
     language_model, tokenizer = load_language_model(config)
-    lm_head = untied_head(language_model)  # before the config is made, which copies what it says
+    lm_head = untied_output(language_model)  # before the config is made, which copies what it says
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     vlm = new_llava(config, tower.config, language_model.config, image_token)
     vlm.model.vision_tower = tower

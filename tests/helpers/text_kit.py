@@ -65,8 +65,13 @@ def write_mistral(folder: Path, legacy: bool | None = False, **keys: Any) -> Pat
     return folder
 
 
-def byte_bpe() -> Any:
-    """Return a byte-level BPE tokenizer that cuts words as Qwen does, trained on the fixture."""
+def byte_bpe(
+    special_tokens: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), **keys: Any
+) -> Any:
+    """Return a byte-level BPE tokenizer that cuts words as Qwen does, trained on the fixture.
+
+    ``keys`` are those of a tokenizer_config.json. Default: Qwen's.
+    """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -81,17 +86,17 @@ def byte_bpe() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     conversations = llava_conversations("v1")
     texts = [turn["value"] for c in conversations for turn in c["conversations"]]
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    of_qwen = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "extra_special_tokens": ["<|im_start|>"],
+        "chat_template": CHATML,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(keys or of_qwen))

@@ -2,12 +2,14 @@
 
 Messages of transformers hold text, or a list of images and texts. The training's prompts
 (``prompts``) hold text with ``<image>`` in it. The template here makes the one of the other, and
-then renders it as the training did: Vicuna's chat, or the template of the tokenizer.
+then renders it as the training did: Vicuna's chat, or the settled template of the tokenizer (see
+``student.chat_template``).
 """
 
 import json
 from typing import Any
 
+from movekd.student.chat_template import template_of
 from movekd.student.config import PromptFormat
 from movekd.student.prompts import V1_SYSTEM, turn_end
 from movekd.student.tokenizer import IMAGE_TOKEN
@@ -57,13 +59,14 @@ def chat_template(tokenizer: Any, prompt: PromptFormat) -> str | None:
     """Return the template of a processor; None for ``plain``, whose prompt is only the image.
 
     Raises:
-        ConfigError: the prompt is v1 and the tokenizer has no token that ends an answer.
+        ConfigError: the prompt is v1 and the tokenizer has no token that ends an answer; or the
+            template cannot be settled.
     """
     assert IMAGE_TOKEN in _TEXT_ONLY
     if prompt == "v1":
         body = _V1.replace("SYSTEM", json.dumps(V1_SYSTEM))
         return _TEXT_ONLY + body.replace("END", json.dumps(turn_end(tokenizer)))
-    template: str | None = tokenizer.chat_template
-    if prompt == "plain" or template is None or template.startswith(_TEXT_ONLY):
-        return template if prompt == "chat_template" else None
-    return _TEXT_ONLY + template
+    if prompt == "plain" or not tokenizer.chat_template:
+        return None
+    template = template_of(tokenizer)
+    return template if _TEXT_ONLY in template else _TEXT_ONLY + template

@@ -32,6 +32,7 @@ from movekd.errors import ConfigError
 from movekd.student.checkpoint import ABOUT_FILE, TrainedStudent
 from movekd.student.export import modeling_movekd
 from movekd.student.export.chat_template import chat_template
+from movekd.student.generation import export_settings
 from movekd.student.language_lora import (
     LORA_DIR,
     adapter_keys,
@@ -211,6 +212,7 @@ def _tokenizer(trained: TrainedStudent) -> Any:
     """Return the tokenizer as users of transformers call it: with texts of the chat template."""
     tokenizer = copy.deepcopy(trained.student.tokenizer)
     tokenizer.padding_side = "left"  # new tokens stand behind the question, also in a batch
+    tokenizer.init_kwargs["padding_side"] = "left"  # or else it would not be saved
     tokenizer.chat_template = chat_template(tokenizer, trained.prompt)
     if trained.prompt == "chat_template" and tokenizer("")["input_ids"]:
         # the template writes <s> itself, or the training had none
@@ -220,17 +222,9 @@ def _tokenizer(trained: TrainedStudent) -> Any:
 
 
 def _generation_config(trained: TrainedStudent) -> Any:
-    """Return the language model's settings, with the tokens of the tokenizer."""
-    tokenizer = trained.student.tokenizer
-    config = copy.deepcopy(trained.student.vlm.generation_config)
-    others = config.eos_token_id
-    others = others if isinstance(others, list) else [] if others is None else [others]
-    ends = dict.fromkeys(token for token in (tokenizer.eos_token_id, *others) if token is not None)
-    config.eos_token_id = next(iter(ends)) if len(ends) == 1 else list(ends) or None
-    config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample:  # transformers saves no settings of sampling beside greedy search
-        config.temperature = config.top_p = config.top_k = None
-    return config
+    """Return the language model's settings as the student's, see ``generation``."""
+    student = trained.student
+    return export_settings(student.tokenizer, student.vlm.generation_config, trained.prompt)
 
 
 def _copy_code(directory: Path) -> None:

@@ -41,9 +41,9 @@ TURN = st.tuples(st.integers(0, 2), TEXT)
 def tokenizer(template):
     """What the functions read of a tokenizer, with transformers' own rendering."""
 
-    def apply(messages, tokenize, add_generation_prompt):
+    def apply(messages, chat_template, tokenize, add_generation_prompt):
         assert not tokenize
-        return render(template, messages, add_generation_prompt)
+        return render(chat_template, messages, add_generation_prompt)
 
     return SimpleNamespace(
         chat_template=template, apply_chat_template=apply, eos_token="</s>", special_tokens_map={}
