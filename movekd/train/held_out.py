@@ -127,7 +127,7 @@ def count_shared(trained: NDArray[np.int64], held: NDArray[np.int64]) -> int:
 
 
 def describe_split(config: TrainConfig) -> str | None:
-    """Return how many samples a run holds out, from its corpus only; None if it holds none out.
+    """Return how many samples are held out, from the corpus only; None if none are.
 
     Raises:
         MovekdError: the split cannot be made.
