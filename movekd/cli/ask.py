@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from movekd.cli.options import Device, Run, load_run
-from movekd.cli.output import print_json
+from movekd.cli.output import print_json, print_text
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import MIB, read_bytes
 
@@ -71,7 +71,7 @@ def ask(
         if json:
             print_json({"question": asked, "answer": said}, indent=None)
         else:
-            typer.echo(said)
+            print_text(said)
 
 
 def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
@@ -80,7 +80,8 @@ def _questions(first: str | None, *, chat: bool) -> Iterator[str]:
         yield first
     while chat:
         if sys.stdin.isatty():
-            typer.echo("> ", nl=False, err=True)
+            sys.stderr.write("> ")
+            sys.stderr.flush()
         line = sys.stdin.readline().strip()
         if not line:
             return

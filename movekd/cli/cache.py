@@ -12,7 +12,7 @@ from movekd.cli.cache_plan import plan
 from movekd.cli.cache_show import show
 from movekd.cli.cache_verify import verify
 from movekd.cli.options import Cache, Json, PositionalCache, one_cache
-from movekd.cli.output import percent, print_json, print_table, size
+from movekd.cli.output import percent, print_json, print_table, say, size
 from movekd.errors import CorruptCacheError
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ def _print_teachers(
 
     for name, found in wrong.items():
         for sentence in found[:_SHOWN]:
-            typer.echo(f"{name}: {sentence}", err=True)
+            say(f"{name}: {sentence}", err=True)
         if found[_SHOWN:]:
-            typer.echo(f"{name}: {len(found) - _SHOWN} more files", err=True)
+            say(f"{name}: {len(found) - _SHOWN} more files", err=True)
         if found and name in {teacher.teacher for teacher in teachers}:
-            typer.echo(
+            say(
                 f"{name}: run its `movekd cache build` again, which builds these Zarr shards anew",
                 err=True,
             )

@@ -30,7 +30,7 @@ from movekd.cli.options import (
     finite,
     read_specs,
 )
-from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, size
+from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, say, size
 from movekd.errors import ConfigError
 
 
@@ -220,7 +220,7 @@ def build(
                 is_verifying=verify,
                 channel_stats=channel_stats,
                 deletes=_print_deletion,
-                tell=partial(typer.echo, err=True),
+                tell=partial(say, err=True),
                 progress=progress,
             )
         )
@@ -247,13 +247,13 @@ def build(
     has_problem = False
     for s in summaries:
         for key, reason in list(s.skipped.items())[:10]:
-            typer.echo(f"{s.status.teacher}: skipped {key}: {reason}", err=True)
+            say(f"{s.status.teacher}: skipped {key}: {reason}", err=True)
         has_problem |= len(s.skipped) > max_skipped_fraction * s.status.images
     if has_problem:
-        typer.echo(f"more than {max_skipped_fraction:.2%} of the images were skipped", err=True)
+        say(f"more than {max_skipped_fraction:.2%} of the images were skipped", err=True)
         raise typer.Exit(1)
 
 
 def _print_deletion(folder: str, sizes: Mapping[str, int]) -> None:
     there = f"{len(sizes)} files, {size(sum(sizes.values()))}"
-    typer.echo(f"deleting {folder} ({there}); if interrupted, resume without --overwrite", err=True)
+    say(f"deleting {folder} ({there}); if interrupted, resume without --overwrite", err=True)

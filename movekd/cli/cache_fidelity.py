@@ -25,7 +25,7 @@ from movekd.cli.options import (
     check_tiles,
     read_specs,
 )
-from movekd.cli.output import print_json, print_table, progress_bar, size
+from movekd.cli.output import print_json, print_table, progress_bar, say, size
 
 if TYPE_CHECKING:
     from movekd.analysis.codec_trial import GradientCosine
@@ -92,10 +92,10 @@ def fidelity(
         return
     for report in reports:
         _print_fidelity(report)
-    typer.echo(
+    say(
         "* as the spec says. Cosine between the KD gradients from decoded and from exact targets, "
-        "per image:\nmean (worst). untrained: a random student; near: its residual is 10% of the "
-        "target."
+        "per image:",
+        "mean (worst). untrained: a random student; near: its residual is 10% of the target.",
     )
 
 
@@ -137,11 +137,11 @@ def _print_fidelity(report: "FidelityReport") -> None:
         ],
     )
     for way, reason in report.refused.items():
-        typer.echo(f"{way} cannot hold these features: {reason}")
+        say(f"{way} cannot hold these features: {reason}")
     if report.shared_images:
-        typer.echo(f"few images: {report.shared_images} of them were also used for calibration")
+        say(f"few images: {report.shared_images} of them were also used for calibration")
     for key, reason in list(report.skipped.items())[:10]:
-        typer.echo(f"{report.teacher}: skipped {key}: {reason}", err=True)
+        say(f"{report.teacher}: skipped {key}: {reason}", err=True)
 
 
 def _cosine(cosine: "GradientCosine | None") -> str:

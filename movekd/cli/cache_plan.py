@@ -26,7 +26,7 @@ from movekd.cli.options import (
     named_values,
     read_specs,
 )
-from movekd.cli.output import is_quiet, print_json, print_table, progress_bar, size
+from movekd.cli.output import is_quiet, print_json, print_table, progress_bar, say, size
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def plan(
             assumed_disk=assumed_disk,
             is_disk_measured=measure_disk,
             asked_hours=build_hours,
-            tell=(lambda step: None) if is_quiet() else partial(typer.echo, err=True),
+            tell=(lambda step: None) if is_quiet() else partial(say, err=True),
             progress=progress,
         )
     if json:
@@ -132,7 +132,7 @@ def plan(
         return
     _print_plan(planned, cache)
     if planned.free_bytes is not None and planned.total_bytes > planned.free_bytes:
-        typer.echo(f"the specs need {size(planned.total_bytes)}: more than is free", err=True)
+        say(f"the specs need {size(planned.total_bytes)}: more than is free", err=True)
         raise typer.Exit(1)
 
 
@@ -184,21 +184,23 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     _print_needs(planned)
     runs = planned.runs
     plural = "" if runs.epochs == 1 else "s"
-    typer.echo(
-        "* as the spec says. Rates are of this machine; decoding runs beside the teacher.\n"
+    say(
+        "* as the spec says. Rates are of this machine; decoding runs beside the teacher.",
         f"read: what a training of (assumed) {runs.images_per_s:g} images/s needs (--train-rate). "
-        "!: the disk is slower.\n"
+        "!: the disk is slower.",
         f"pays after: runs of {runs.epochs:g} epoch{plural} after which the cache costs less than "
-        "teachers in the loop.\n"
+        "teachers in the loop.",
         f"writers: processes, one device each, that build it in {planned.asked_hours:g} hours "
-        "(--build-hours).\nreaders: processes that read as fast as a training needs. "
-        "PUT, GET: requests to an object store by\nthe build and by one training."
+        "(--build-hours).",
+        "readers: processes that read as fast as a training needs. "
+        "PUT, GET: requests to an object store by",
+        "the build and by one training.",
     )
     assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
     if assumed:
-        typer.echo(f"images/s assumed, not measured: {', '.join(assumed)}")
+        say(f"images/s assumed, not measured: {', '.join(assumed)}")
     if planned.random_weights:
-        typer.echo(
+        say(
             "measured with random weights (a plan downloads none, the build needs the real ones): "
             f"{planned.random_weights}"
         )

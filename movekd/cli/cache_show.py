@@ -14,7 +14,7 @@ from movekd.cli.options import (
     build_options,
     named_weights,
 )
-from movekd.cli.output import print_json, progress_bar
+from movekd.cli.output import print_json, progress_bar, say
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def show(
                 sheet = {"name": name, "key": found, "view": view, "sheet": str(path)}
                 written.append(sheet | {"teachers": teachers})
                 if not json:
-                    typer.echo(str(path))
+                    say(str(path))
             progress("show", number + 1, len(wanted))
     if json:
         print_json(written)

@@ -18,7 +18,7 @@ from movekd.cli.options import (
     named_weights,
     one_cache,
 )
-from movekd.cli.output import Progress, print_json, progress_bar, size
+from movekd.cli.output import Progress, print_json, progress_bar, say, size
 from movekd.errors import ConfigError
 
 
@@ -83,8 +83,8 @@ def verify(
         print_json({"bytes": done, "problems": problems})
     else:
         for problem in problems:
-            typer.echo(problem)
-        typer.echo(f"{size(done)} read, {len(problems) or 'no'} problems")
+            say(problem)
+        say(f"{size(done)} read, {len(problems) or 'no'} problems")
     if problems:
         raise typer.Exit(1)
 

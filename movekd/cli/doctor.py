@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Cache, Json
-from movekd.cli.output import print_json, print_table, size
+from movekd.cli.output import print_json, print_table, say, size
 
 
 def doctor(
@@ -54,20 +54,20 @@ def doctor(
             [[size(found.free_bytes), *map(size, rates)]],
         )
         if found.disk.reason:
-            typer.echo(f"not measured: {found.disk.reason}")
+            say(f"not measured: {found.disk.reason}")
         print_table(
             "weights of the shipped teachers",
             ["teacher", "here", "hub repository"],
             [[t.teacher, "yes" if t.path else "no", t.repo or "-"] for t in found.teachers],
         )
         if not all(t.path for t in found.teachers):
-            typer.echo(
-                "The first build that needs missing weights downloads them. Without a "
-                "network:\n`hf download REPOSITORY --local-dir DIRECTORY` elsewhere, then "
-                "`movekd cache build --teacher NAME --weights DIRECTORY`.\nSome repositories "
-                "ask you to accept a licence on their page (dinov3's does)."
+            say(
+                "The first build that needs missing weights downloads them. Without a network:",
+                "`hf download REPOSITORY --local-dir DIRECTORY` elsewhere, then "
+                "`movekd cache build --teacher NAME --weights DIRECTORY`.",
+                "Some repositories ask you to accept a licence on their page (dinov3's does).",
             )
         for problem in found.problems:
-            typer.echo(problem)
+            say(problem)
     if found.problems:
         raise typer.Exit(1)

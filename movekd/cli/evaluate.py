@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from movekd.cli.options import Device, Json, Run, load_run
-from movekd.cli.output import print_json, print_table, progress_bar
+from movekd.cli.output import print_json, print_table, progress_bar, say
 from movekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,9 +144,9 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
                 for name, row in report.rows.items()
             ],
         )
-    typer.echo(_stored(outcome.num_questions, outcome.num_asked, outcome.answers))
+    say(_stored(outcome.num_questions, outcome.num_asked, outcome.answers))
     if outcome.missing is not None:
-        typer.echo(f"not scored; {outcome.missing}")
+        say(f"not scored; {outcome.missing}")
 
 
 def _cell(value: float | None) -> str:
@@ -178,7 +178,7 @@ def _exact_match(todo: "ExactMatchRun", device: str, *, is_json: bool) -> None:
         ],
     )
     if todo.answers is not None:
-        typer.echo(_stored(outcome.num_questions, outcome.num_asked, todo.answers))
+        say(_stored(outcome.num_questions, outcome.num_asked, todo.answers))
 
 
 def _stored(num_questions: int, num_asked: int, path: Path) -> str:

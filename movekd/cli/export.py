@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Json, Run, check_one_of
-from movekd.cli.output import print_json, quiet_libraries, size
+from movekd.cli.output import print_json, quiet_libraries, say, size
 
 FORMATS = ("hf", "encoder", "onnx", "official")
 LORA = ("merged", "adapter")
@@ -82,10 +82,10 @@ def export(
         )
         return
     for name, num_bytes in files.items():
-        typer.echo(f"{output / name}  {size(num_bytes)}")
-    typer.echo(said)
+        say(f"{output / name}  {size(num_bytes)}")
+    say(said)
     if random:
-        typer.echo(f"random weights ({', '.join(random)}): the card says so", err=True)
+        say(f"random weights ({', '.join(random)}): the card says so", err=True)
 
 
 def import_(
@@ -139,7 +139,7 @@ def import_(
         print_json(facts | {"dtype": found.dtype, "adapters": list(found.adapters)})
         return
     adapters = f", adapters of {', '.join(found.adapters)}" if found.adapters else ""
-    typer.echo(
+    say(
         f"stage {found.stage}: {found.num_tensors} tensors, {found.dtype}{adapters}; model in "
         f"{output / 'model'}"
     )

@@ -19,6 +19,7 @@ from movekd.errors import printable
 
 Progress = Callable[[str, int, int], None]
 _PLAIN_EVERY_S = 10.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _verbosity = 0
 
 
@@ -44,6 +45,16 @@ def quiet_libraries() -> None:
 
     if not is_verbose():
         hf_loading.quiet_libraries()
+
+
+def say(*lines: object, err: bool = False) -> None:
+    """Print lines without what a terminal would obey: names of files and of teachers hold any."""
+    typer.echo("\n".join(map(printable, lines)), err=err)
+
+
+def print_text(text: str) -> None:
+    """Print what a model wrote: line breaks, tabs and every letter stay."""
+    typer.echo(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
 
 
 def print_json(value: Any, indent: int | None = 1) -> None:
@@ -133,7 +144,7 @@ def _plain_progress() -> Progress:
         if now - last >= _PLAIN_EVERY_S or (done == total and now - started > 2):
             rate = done / max(now - started, 1e-6)
             left = (total - done) / max(rate, 1e-6)
-            typer.echo(f"{what}: {done}/{total}, {rate:,.1f}/s, {left:,.0f} s left", err=True)
+            say(f"{what}: {done}/{total}, {rate:,.1f}/s, {left:,.0f} s left", err=True)
             printed[what] = (started, now)
 
     return show

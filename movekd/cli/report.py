@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Device, Json, load_run
-from movekd.cli.output import print_json, progress_bar
+from movekd.cli.output import print_json, progress_bar, say
 from movekd.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def report(
         facts = {"report": str(path), "ended": log.is_ended, "logged_steps": len(log.steps)}
         print_json(facts | {"answers": len(answers), "left_out": log.left_out})
     else:
-        typer.echo(str(path))
+        say(str(path))
     if log.left_out:
-        typer.echo(f"left out: {'. '.join(log.left_out)}.", err=True)
+        say(f"left out: {'. '.join(log.left_out)}.", err=True)
         raise typer.Exit(1)

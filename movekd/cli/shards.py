@@ -8,7 +8,7 @@ import typer
 
 from movekd.cli.aliases import Command
 from movekd.cli.options import Json
-from movekd.cli.output import print_json, progress_bar, size
+from movekd.cli.output import print_json, progress_bar, say, size
 from movekd.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
@@ -170,39 +170,38 @@ def list_shards(
         if wrong:
             raise typer.Exit(1)
         return
-    typer.echo(
+    say(
         f"{data_dir}: {figures['images']:,} images ({size(figures['image_bytes'])}) in "
-        f"{figures['shards']:,} shards ({size(figures['shard_bytes'])})\n"
-        f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']}\n"
-        f"  {figures['names']:,} names\n"
-        f"  {figures['conversations']:,} conversations, "
-        f"{figures['text_only']:,} of them text only\n"
-        f"  fingerprint {figures['fingerprint'][:16]}"
+        f"{figures['shards']:,} shards ({size(figures['shard_bytes'])})",
+        f"  width {width['min']} to {width['max']}, height {height['min']} to {height['max']}",
+        f"  {figures['names']:,} names",
+        f"  {figures['conversations']:,} conversations, {figures['text_only']:,} of them text only",
+        f"  fingerprint {figures['fingerprint'][:16]}",
     )
     for sentence in wrong:
-        typer.echo(f"  {sentence}")
+        say(f"  {sentence}")
     if verify:
-        typer.echo(f"  {len(wrong):,} of {len(corpus):,} images differ from their keys")
+        say(f"  {len(wrong):,} of {len(corpus):,} images differ from their keys")
     if wrong:
         raise typer.Exit(1)
 
 
 def _print_report(report: "PackReport", target: Path) -> None:
     """Print the counts, and the first entries of each list."""
-    typer.echo(
+    say(
         f"{target}: {report.num_images:,} images ({size(report.size_bytes)}) in "
-        f"{report.num_shards:,} shards, {report.num_names:,} names\n"
+        f"{report.num_shards:,} shards, {report.num_names:,} names",
         f"  {report.num_kept:,} of {report.num_entries:,} conversations kept, "
-        f"{report.num_text_only:,} of them text only"
+        f"{report.num_text_only:,} of them text only",
     )
     for unit, sums in report.sums.items():
         if unit != "entries":
-            typer.echo(f"  {sums.get('kept', 0):,} of {sums['found']:,} {unit} kept")
+            say(f"  {sums.get('kept', 0):,} of {sums['found']:,} {unit} kept")
     for kind, problems in report.problems.items():
-        typer.echo(f"  {kind.replace('_', ' ')}: {len(problems):,}")
+        say(f"  {kind.replace('_', ' ')}: {len(problems):,}")
         for identity, reason in problems[:_NUM_EXAMPLES]:
-            typer.echo(f"    {shorten(identity)}: {shorten(reason, 400)}")
+            say(f"    {shorten(identity)}: {shorten(reason, 400)}")
         if len(problems) > _NUM_EXAMPLES:
-            typer.echo(f"    ... all of them in {target / 'report.json'}")
+            say(f"    ... all of them in {target / 'report.json'}")
     if report.num_dropped:
-        typer.echo(f"  {report.num_dropped:,} dropped; see {target / 'report.json'}")
+        say(f"  {report.num_dropped:,} dropped; see {target / 'report.json'}")

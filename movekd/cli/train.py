@@ -1,5 +1,6 @@
 """`movekd train`: train a student against a cache."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from movekd import distributed
 from movekd.cli.options import Json
-from movekd.cli.output import print_json, progress_bar, quiet_libraries
+from movekd.cli.output import print_json, progress_bar, quiet_libraries, say
 
 if TYPE_CHECKING:
     from movekd.train.config import TrainConfig
@@ -69,14 +70,17 @@ def train(
         if distributed.is_main_process() and json:
             print_json(resolved.model_dump(mode="json"))
         elif distributed.is_main_process():
-            typer.echo(resolved.to_yaml())
+            say(*resolved.to_yaml().split("\n"))
         model = resolved.student.language_model
-        if resolved.data.shards.exists() and model is not None and Path(model).is_dir():
-            _count_samples(resolved)  # of a hub's id it would download the tokenizer
+        if resolved.data.shards.exists():
+            _say_held_out(resolved)
+            if model is not None and Path(model).is_dir():
+                _count_samples(resolved)  # of a hub's id it would download the tokenizer
         return
     quiet_libraries()
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
+        _say_held_out(resolved)
         _count_samples(resolved)
         return
     from movekd.train.checkpoints import continue_hint
@@ -94,12 +98,12 @@ def train(
                 allow_random_teachers=allow_random_teachers,
                 verify_cache=verify_cache,
                 progress=progress,
-                notify=lambda line: typer.echo(f"movekd: {line}", err=True),
+                notify=lambda line: say(f"movekd: {line}", err=True),
             )
     except KeyboardInterrupt:
         sentence = f"interrupted. {continue_hint(output)}"
         if distributed.should_print(sentence):
-            typer.echo(f"movekd: {sentence}", err=True)
+            say(f"movekd: {sentence}", err=True)
         raise SystemExit(130) from None
     distributed.destroy_process_group()
     if not distributed.is_main_process():
@@ -108,8 +112,8 @@ def train(
         facts = {"steps": summary.steps, "seconds": summary.seconds, "model": output / "model"}
         print_json(facts)
         return
-    typer.echo(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
-    typer.echo(f"curves: tensorboard --logdir {output}")
+    say(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
+    say(f"curves: tensorboard --logdir {output}")
 
 
 def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
@@ -122,11 +126,19 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
         print_json(shown)
         return
     for sample in shown:
-        typer.echo(sample.as_text() + "\n")
-    typer.echo(
+        say(*sample.as_text().split("\n"), "")
+    say(
         f"{len(shown)} of {shown[0].num_samples} samples. The model learns the text in [[ ]]; each "
         "image is shown as one <image>."
     )
+
+
+def _say_held_out(config: "TrainConfig") -> None:
+    """Print on standard error how many samples the run does not learn from, if any."""
+    from movekd.train.held_out import describe_split
+
+    if distributed.is_main_process() and (said := describe_split(config)) is not None:
+        say(f"movekd: {said}", err=True)
 
 
 def _count_samples(config: "TrainConfig") -> None:
@@ -137,8 +149,11 @@ def _count_samples(config: "TrainConfig") -> None:
     if config.stage == "distill" or not distributed.is_main_process():
         return
     quiet_libraries()
-    dataset = open_conversations(config)
-    with progress_bar() as progress:
-        count = count_samples(dataset, progress=progress)
-    count.require_samples(dataset.max_length)
-    typer.echo(f"movekd: {count.sentence(dataset.max_length)}", err=True)
+    trained, held_out = open_conversations(config)
+    for dataset, what in ((trained, "conversations"), (held_out, "held-out conversations")):
+        if dataset is None:
+            continue
+        with progress_bar() as progress:
+            count = replace(count_samples(dataset, progress=progress), what=what)
+        count.require_samples(dataset.max_length)
+        say(f"movekd: {count.sentence(dataset.max_length)}", err=True)

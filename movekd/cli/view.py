@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from movekd.cli.options import Cache, CacheShards, Device, load_run
+from movekd.cli.output import say
 from movekd.errors import ConfigError
 
 
@@ -58,4 +59,4 @@ def view(
         if (run / "model").is_dir() and log.config.get("stage") != "distill":
             student = load_run(run, device)
     page = build_page(browser, run, student)
-    serve(page, host, port, lambda: typer.echo(f"http://{host}:{port} (Ctrl-C ends it)"))
+    serve(page, host, port, lambda: say(f"http://{host}:{port} (Ctrl-C ends it)"))

@@ -96,6 +96,22 @@ def find_whole(output_dir: Path) -> Found:
     return Found(None, damaged)
 
 
+def require_checkpoint(output_dir: Path, step: int) -> Path:
+    """Return the checkpoint of a step; reads every byte of it.
+
+    Raises:
+        TrainingError: it is gone or damaged.
+    """
+    path = output_dir / f"checkpoint-{step}"
+    why = _damage(path, step) if path.is_dir() else "gone"
+    if why is not None:
+        raise TrainingError(
+            f"{path}, the checkpoint of the step with the smallest held-out loss, is not whole "
+            f"({why}). Restore it, or start again in another --output."
+        )
+    return path
+
+
 def last_checkpoint(output_dir: Path) -> Path | None:
     """Return the newest checkpoint whose log can be read, or None. Compares no checksum."""
     for _, path in numbered_checkpoints(output_dir):
@@ -143,20 +159,20 @@ def publish(partial: Path, output_dir: Path) -> None:
     fsync(output_dir)
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
+def rotate(output_dir: Path, limit: int | None, *, kept_step: int | None = None) -> None:
     """Delete the files of all but the newest ``limit`` whole checkpoints; None or 0 keeps all.
 
-    Damaged ones do not count, and what has no record stays.
+    Damaged ones do not count, and what has no record stays, like the checkpoint of ``kept_step``.
     """
     if not limit or limit < 0:
         return
     num_whole = 0
-    for _, path in numbered_checkpoints(output_dir):
+    for step, path in numbered_checkpoints(output_dir):
         try:
             owned = read_owned(path)
         except ConfigError:
             continue
-        if owned is None:
+        if owned is None or step == kept_step:
             continue
         if num_whole == limit:  # by size: reading tens of GB again would stop the run
             delete_checkpoint(path, owned, by_size=True)

@@ -7,12 +7,12 @@ written beside the results. ``recipe`` sets the defaults of the keys in which th
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from movekd.config import FilePath, FrozenModel, Integer, Text, read_yaml, validate
+from movekd.config import FilePath, FrozenModel, Integer, Number, Text, read_yaml, validate
 from movekd.corpus.transforms import Geometry
 from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
 from movekd.distill.loss_terms import read_loss_terms
@@ -20,6 +20,7 @@ from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
+from movekd.train.evaluation_keys import evaluation_keys
 from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.training_keys import (
     LearningRates,
@@ -79,6 +80,15 @@ ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 """The parts of a student without a language model."""
 
 
+def _whole_from_one(size: float) -> float:
+    if size >= 1 and not float(size).is_integer():
+        raise ValueError("expected a share below 1, or a whole number")
+    return int(size) if size >= 1 else size
+
+
+HeldOutSize = Annotated[Number, Field(gt=0, lt=2**31), AfterValidator(_whole_from_one)]
+
+
 class DataConfig(FrozenModel):
     """Images and conversations."""
 
@@ -87,6 +97,16 @@ class DataConfig(FrozenModel):
         default_factory=list,
         description="LLaVA JSON files; empty: those packed with the images. Stage distill takes "
         "none: it sees every image of the corpus.",
+    )
+    eval_conversations: list[FilePath] = Field(
+        default_factory=list,
+        description="LLaVA JSON files of held-out conversations, whose loss `training.eval_steps` "
+        "measures; their images are in `shards`, too. Stage distill holds out their images.",
+    )
+    val_size: HeldOutSize | None = Field(
+        default=None,
+        description="Hold out a share of the conversations (below 1) or a number of them, of "
+        "images in stage distill. Conversations that share an image stay together.",
     )
     geometry: Geometry | None = Field(
         default=None,
@@ -233,6 +253,7 @@ def _check(config: TrainConfig) -> None:
             "student.architecture: llava_next is the whole image, stretched. Set data.geometry: "
             "stretch, or leave it out."
         )
+    evaluation_keys(config)
     if distill is None:
         return
     if distill.views == "all" and student.architecture == "llava" and config.stage != "distill":
@@ -312,7 +333,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
 
     for section, keys in (
         ("student", ("vision_tower", "language_model")),
-        ("data", ("shards", "conversations")),
+        ("data", ("shards", "conversations", "eval_conversations")),
     ):
         part = content.get(section)
         if isinstance(part, dict):

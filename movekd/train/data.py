@@ -129,6 +129,11 @@ class ConversationDataset(Dataset[Sample]):
                 first = first or problem
         require_none_refused(refused, first, len(self.conversations))
 
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """Position in the corpus of every image of every conversation, in order."""
+        return self._images
+
     def num_image_tokens(self, position: int) -> int:
         """Return how many tokens the images of a conversation are."""
         return int(self._num_tokens[self._starts[position] : self._starts[position + 1]].sum())

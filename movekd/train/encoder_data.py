@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from movekd.cache.reader import FeatureCache
@@ -43,6 +44,7 @@ class EncoderDataset(Dataset[EncoderSample]):
         cache: holds the targets of all of them.
         teachers: the teachers to read targets of.
         views: anyres: every tile is a sample, too; the cache must hold the tiles.
+        chosen: which images of the corpus to take. Default: all.
 
     Raises:
         UnknownKeyError: an image is missing from the cache; names some.
@@ -55,6 +57,7 @@ class EncoderDataset(Dataset[EncoderSample]):
         cache: FeatureCache,
         teachers: Sequence[str],
         views: Views = "base",
+        chosen: NDArray[np.bool_] | None = None,
     ) -> None:
         self._keys = corpus.index["key"]
         base_rows = cache.rows(self._keys.combine_chunks())
@@ -65,13 +68,21 @@ class EncoderDataset(Dataset[EncoderSample]):
             cache[teacher].require_images(cache.catalog)
             skipped |= cache[teacher].skipped.keys()
         is_read = ~np.isin(rows, list(skipped))
+        if chosen is not None:
+            is_read &= chosen[images]
         self._images, self._views, self._rows = images[is_read], numbers[is_read], rows[is_read]
         if not len(self._rows):
+            num_asked = len(corpus) if chosen is None else int(chosen.sum())
             raise CacheError(
-                f"of the {len(corpus)} images of {corpus.data_dir} none has features of all of "
+                f"of the {num_asked} images of {corpus.data_dir} none has features of all of "
                 f"{', '.join(teachers)} in {cache.url}; expected some. Pack images that can be "
                 "read, and build their cache."
             )
+
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """Position in the corpus of the image of each sample."""
+        return self._images
 
     def __len__(self) -> int:
         return len(self._rows)

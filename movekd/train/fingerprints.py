@@ -15,6 +15,7 @@ from movekd.corpus.index import Corpus
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import read_json
 from movekd.train.config import TrainConfig
+from movekd.train.held_out import SPLIT
 
 INPUTS_FILE = "inputs.json"
 GROUPED_ORDER = "grouped per step"
@@ -35,6 +36,10 @@ def input_fingerprints(
     }
     if config.data.group_by_modality_length:
         inputs["order"] = GROUPED_ORDER
+    if config.data.val_size is not None:
+        inputs["split"] = SPLIT
+    if config.data.eval_conversations:
+        inputs["held-out conversations"] = [_sha256(p) for p in config.data.eval_conversations]
     if cache is not None and config.distill is not None:
         inputs["geometry"] = cache.geometry
         for name in config.distill.teachers:

@@ -18,7 +18,6 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from movekd.cache.inventory import require_whole
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
-from movekd.corpus.anyres import Views
 from movekd.corpus.index import Corpus, open_corpus, require_as_packed
 from movekd.distill.loss_terms import read_loss_terms
 from movekd.distill.objective import Objective
@@ -33,10 +32,12 @@ from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import CONFIG_FILE, save_adapters, save_parts
 from movekd.student.tokenizer import forget_calls
 from movekd.student.vlm import Student, build_encoder, build_vlm
-from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, rotate, writing
+from movekd.train.checkpoints import PARTIAL_DIR, remove_partial, writing
 from movekd.train.config import TrainConfig
-from movekd.train.data import Collator, ConversationDataset, read_conversations
+from movekd.train.data import Collator, ConversationDataset
+from movekd.train.datasets import RunData, read_data
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
+from movekd.train.evaluation import EvaluateInLastStep
 from movekd.train.fingerprints import (
     input_fingerprints,
     require_same_inputs,
@@ -179,11 +180,21 @@ def train(
         broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
-    dataset, collator = build_data(config, corpus, cache, student)
-    if isinstance(dataset, ConversationDataset) and start.checkpoint is None:
-        _count_samples(dataset, arguments, progress, notify)
+    data = read_data(config, corpus, cache, student)
+    if start.checkpoint is None:
+        _count_all_samples(data, arguments, progress, notify)
+    else:
+        arguments.eval_on_start = False  # it was measured when the run began
     try:
-        trainer = DistillTrainer(config, model, dataset, collator, args=arguments)
+        trainer = DistillTrainer(
+            config,
+            model,
+            data.trained,
+            data.collator,
+            args=arguments,
+            eval_dataset=data.held_out,
+            callbacks=[EvaluateInLastStep()],
+        )
         trainer.create_optimizer()  # before anything is written: it may refuse its arguments
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
@@ -202,6 +213,8 @@ def train(
     if arguments.should_save:
         trainer.add_callback(_RecordCurves(output_dir))
     result = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+    if arguments.load_best_model_at_end:
+        trainer.load_best()
     gather_parameters(model)
     trainer.require_finite()
     if arguments.should_save:
@@ -209,7 +222,7 @@ def train(
             _save_model(config, output_dir, model, student)
             log = json.dumps(trainer.state.log_history, indent=1) + "\n"
             write_recorded(output_dir, {LOG_FILE: log})
-        rotate(output_dir, arguments.save_total_limit)  # a kill may have interrupted the last one
+        trainer.rotate_checkpoints()  # a kill may have interrupted the last one
     return TrainSummary(
         output_dir,
         result.global_step,
@@ -218,20 +231,36 @@ def train(
     )
 
 
-def _count_samples(
-    dataset: ConversationDataset,
+def _count_all_samples(
+    data: RunData,
     arguments: TrainingArguments,
     progress: Progress | None,
     notify: Callable[[str], None] | None,
 ) -> None:
-    """Say which samples teach nothing, before the first step; each rank looks at its share."""
+    """Say which samples are held out or teach nothing, before the first step."""
+    tell = notify if notify is not None and arguments.process_index == 0 else None
+    if tell is not None and (said := data.describe()) is not None:
+        tell(said)
+    for dataset, what in ((data.trained, ""), (data.held_out, "held-out ")):
+        if isinstance(dataset, ConversationDataset):
+            _count_samples(dataset, f"{what}conversations", arguments, progress, tell)
+
+
+def _count_samples(
+    dataset: ConversationDataset,
+    what: str,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+    tell: Callable[[str], None] | None,
+) -> None:
+    """Say which samples teach nothing; each rank looks at its share."""
     rank, num_ranks = arguments.process_index, arguments.world_size
-    count = SampleCount()
+    count = SampleCount(what)
     for share in gather(count_samples(dataset, rank, num_ranks, progress if rank == 0 else None)):
         count.add(share)
     count.require_samples(dataset.max_length)
-    if notify is not None and rank == 0 and count.has_losses:
-        notify(count.sentence(dataset.max_length))
+    if tell is not None and count.has_losses:
+        tell(count.sentence(dataset.max_length))
 
 
 class _ShowProgress(TrainerCallback):
@@ -299,40 +328,10 @@ def _open_targets(
 
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
-) -> tuple[ConversationDataset, Collator] | tuple[EncoderDataset, EncoderCollator]:
-    """Return the data set and the collator of a run."""
-    teachers = () if config.distill is None else tuple(config.distill.teachers)
-    assert config.data.geometry is not None
-    transform = student.image_transform(config.data.geometry)
-    target_views: Views = "base"
-    if config.distill is not None and config.distill.views == "all":
-        target_views = "anyres"
-    if config.stage == "distill":
-        assert cache is not None
-        dataset = EncoderDataset(corpus, cache, teachers, target_views)
-        return dataset, EncoderCollator(corpus, transform, cache, teachers)
-    assert config.student.prompt is not None
-    conversations = ConversationDataset(
-        read_conversations(config.data, corpus),
-        corpus,
-        cache,
-        teachers,
-        student.tokenizer,
-        student.count_tokens,
-        config.student.prompt,
-        config.recipe,
-        config.data.model_max_length,
-        target_views,
-    )
-    return conversations, Collator(
-        corpus,
-        transform,
-        cache,
-        teachers,
-        student.tokenizer.pad_token_id,
-        student.views,
-        target_views,
-    )
+) -> tuple[ConversationDataset | EncoderDataset, Collator | EncoderCollator]:
+    """Return the samples that a run learns from, and their collator."""
+    data = read_data(config, corpus, cache, student)
+    return data.trained, data.collator
 
 
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:

@@ -62,6 +62,8 @@ _CHANGEABLE_KEYS = (
     "training.dataloader_pin_memory",
     "training.dataloader_prefetch_factor",
     "training.disable_tqdm",
+    "training.eval_",
+    "training.per_device_eval_batch_size",
     "training.logging_",
     "training.report_to",
     "training.run_name",

@@ -38,12 +38,14 @@ class SampleCount:
     """What was found in a data set, or in one rank's share of it.
 
     Attributes:
+        what: the samples, for messages.
         num_samples: conversations that were looked at.
         num_cut: those that are longer than ``model_max_length``.
         unlearned: ids of those without anything to learn, by reason.
         refused: ids of those that cannot be tokenised, with what is wrong.
     """
 
+    what: str = "conversations"
     num_samples: int = 0
     num_cut: int = 0
     unlearned: dict[Reason, list[str]] = field(
@@ -68,7 +70,7 @@ class SampleCount:
         """Return the counts as one line."""
         num_lost = len(self.unlearned["cut"])
         said = (
-            f"{self.num_cut:,} of {self.num_samples:,} conversations cut at data.model_max_length "
+            f"{self.num_cut:,} of {self.num_samples:,} {self.what} cut at data.model_max_length "
             f"{max_length:,}, {num_lost:,} of them without an answer left"
         )
         for reason, ids in self.unlearned.items():

@@ -13,7 +13,8 @@ from movekd.student.tokenization import IGNORED
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 from movekd.student.vlm import image_token_counter
 from movekd.train.config import TrainConfig
-from movekd.train.data import ConversationDataset, read_conversations
+from movekd.train.data import ConversationDataset
+from movekd.train.held_out import split_conversations
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
         ConfigError: the run reads no text, or a conversation cannot be tokenised.
         WeightsError: the tokenizer or the tower's config cannot be found.
     """
-    dataset = open_conversations(config)
+    dataset, _ = open_conversations(config)
     shown = []
     for at in range(min(number, len(dataset))):
         position = at * len(dataset) // min(number, len(dataset))
@@ -81,8 +82,10 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
     return shown
 
 
-def open_conversations(config: TrainConfig) -> ConversationDataset:
-    """Return the samples of a run, without targets; no weights are loaded.
+def open_conversations(
+    config: TrainConfig,
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """Return the samples of a run and the held-out ones, without targets; no weights are loaded.
 
     Raises:
         ConfigError, WeightsError: as ``show_samples``.
@@ -93,8 +96,8 @@ def open_conversations(config: TrainConfig) -> ConversationDataset:
             "config of a pretrain or a finetune."
         )
     corpus = open_corpus(config.data.shards)
-    return ConversationDataset(
-        read_conversations(config.data, corpus),
+    trained, held_out = split_conversations(config.data, corpus)
+    rest = (
         corpus,
         None,
         (),
@@ -104,3 +107,5 @@ def open_conversations(config: TrainConfig) -> ConversationDataset:
         config.recipe,
         config.data.model_max_length,
     )
+    measured = ConversationDataset(held_out, *rest) if held_out else None
+    return ConversationDataset(trained, *rest), measured

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl
 
 from movekd.corpus.worker_process import end_with_parent
 from movekd.distill.objective import LossLog, count_units, step_loss
@@ -30,12 +31,14 @@ from movekd.train.checkpoints import (
     PARTIAL_DIR,
     continue_hint,
     publish,
+    require_checkpoint,
     rotate,
     writing,
 )
 from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
+from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.model import DistillModel
 from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
@@ -69,6 +72,9 @@ class DistillTrainer(Trainer):
         self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
         self._is_saving = False
+        self.control: TrainerControl
+        self._held_out: DataLoader[Any] | None = None
+        self._evaluation_s = 0.0  # since the last log
         self._rate_log = RateLog()
         self.add_callback(self._rate_log)
 
@@ -170,7 +176,9 @@ class DistillTrainer(Trainer):
         figures = {"memory_peak_gib": peak / 2**30}
         if began is not None:
             num_samples = self._log.num_steps * global_batch_size(args)
-            figures["samples_per_second"] = num_samples / max(now - began, 1e-6)
+            seconds = now - began - self._evaluation_s
+            figures["samples_per_second"] = num_samples / max(seconds, 1e-6)
+        self._evaluation_s = 0.0
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -201,10 +209,49 @@ class DistillTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._is_saving = False
+                self.state.best_model_checkpoint = None  # ``load_best`` finds it by its step
             self.accelerator.wait_for_everyone()  # each rank writes its own part
             if self.args.should_save:
                 publish(output_dir / PARTIAL_DIR / name, output_dir)
-                rotate(output_dir, self.args.save_total_limit)
+                self.rotate_checkpoints()
+
+    def rotate_checkpoints(self) -> None:
+        """Delete all but the newest `save_total_limit` checkpoints, and keep the best one."""
+        args = self.args
+        best = self.state.best_global_step if args.load_best_model_at_end else None
+        rotate(Path(args.output_dir), args.save_total_limit, kept_step=best)
+
+    def load_best(self) -> None:
+        """Load the weights of the step with the smallest held-out loss.
+
+        Raises:
+            TrainingError: no evaluation had a finite loss, or the step's checkpoint is damaged.
+        """
+        step = self.state.best_global_step
+        if not step:
+            raise TrainingError(
+                "training.load_best_model_at_end finds no step with a finite held-out loss. Lower "
+                "training.learning_rate, or look at the held-out samples."
+            )
+        self._load_from_checkpoint(str(require_checkpoint(Path(self.args.output_dir), step)))
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Log and return the losses of the held-out samples (see ``evaluation``)."""
+        if self._held_out is None:
+            self._held_out = held_out_loader(self.eval_dataset, self.data_collator, self.args)
+        self._distill_model.measures_rank = False
+        losses = held_out_losses(self.model, self._held_out, self._prepare_inputs, self.args)
+        self._evaluation_s += losses["eval_runtime"]
+        self.log(losses)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, losses
+        )
+        return losses
 
     def require_finite(self) -> None:
         """Refuse to save weights that are NaN or infinite; every rank must call this.

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from movekd.errors import ConfigError, did_you_mean
 from movekd.train.config import TrainConfig
+from movekd.train.evaluation_keys import SAVE_STEPS, evaluation_keys
 from movekd.train.requirements import require_possible
 
 OLDEST_TRANSFORMERS = "5.19"
@@ -21,7 +22,7 @@ _DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # below 1: a share of the steps
     "num_train_epochs": 1,
-    "save_steps": 500,
+    "save_steps": SAVE_STEPS,
     "save_total_limit": 2,
     "report_to": "tensorboard",
     "dataloader_num_workers": 0,
@@ -53,7 +54,7 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
     has_accelerator = torch.accelerator.is_available()
     # torchrun would start P separate runs on CPUs without use_cpu
     by_device = {"use_cpu": not has_accelerator, "dataloader_pin_memory": has_accelerator}
-    keys = _DEFAULTS | by_device | config.training
+    keys = _DEFAULTS | by_device | evaluation_keys(config)
     for key in ("save_strategy", "logging_strategy", "eval_strategy"):
         if keys.get(key) is False:  # YAML 1.1 reads `no` as false
             keys[key] = "no"
@@ -70,11 +71,6 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         if default is not MISSING and is_number and not isinstance(value, int | float):
             raise ConfigError(f"training.{key} is {value!r}; expected a number like {default}.")
-    if keys.get("do_eval") or str(keys.get("eval_strategy", "no")) != "no":
-        raise ConfigError(
-            "training.eval_strategy asks for evaluation during the run, which has no data for it; "
-            "leave it out, and run `movekd evaluate` on the result."
-        )
     if keys["report_to"] is None:  # YAML's null; transformers would look for a tracker None
         keys["report_to"] = "none"
     try:

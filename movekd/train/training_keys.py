@@ -182,6 +182,13 @@ class TrainingKeys(TypedDict, total=False):
     logging_steps: Positive
     save_steps: Positive
     save_total_limit: Count | None
+    eval_strategy: Literal["no", "steps", "epoch", False]
+    eval_steps: Positive | None
+    eval_on_start: Flag
+    per_device_eval_batch_size: Count
+    load_best_model_at_end: Flag
+    metric_for_best_model: Text | None
+    greater_is_better: Flag | None
     dataloader_num_workers: Annotated[Integer, Field(ge=0, le=4096)]
     dataloader_prefetch_factor: Annotated[Integer, Field(ge=1, le=10_000)] | None
     ddp_timeout: Count

@@ -59,10 +59,15 @@ def to_svg(figure: Figure) -> str:
 def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) -> Figure:
     figure = Figure((_WIDTH, _HEIGHT))
     axes = figure.subplots()
-    shown = {name: run.series(name) for name in list(names)[:_MAX_LINES]}
-    for name, (steps, values) in shown.items():
-        if steps:
-            axes.plot(steps, values, label=names[name], marker="o" if len(steps) < 12 else "")
+    for at, name in enumerate(list(names)[:_MAX_LINES]):
+        for found, label, line in (
+            (name, names[name], "-"),
+            (f"eval_{name}", f"{names[name]}, held out", "--"),
+        ):
+            steps, values = run.series(found)
+            if steps:
+                marker = "o" if len(steps) < 12 else ""
+                axes.plot(steps, values, line, color=f"C{at % 10}", label=label, marker=marker)
     _finish(axes)
     if from_zero:
         axes.set_ylim(bottom=0)

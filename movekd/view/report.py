@@ -7,6 +7,7 @@ without scripts and without requests to the network.
 import base64
 import datetime
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -175,6 +176,13 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
         ("vision tower", shorten(student.get("vision_tower"))),
         ("language model", shorten(student.get("language_model"))),
     ]
+    if held_out := [e for e in run.evaluations if not math.isnan(e["eval_loss"])]:
+        best = min(held_out, key=lambda entry: entry["eval_loss"])
+        said = f"{best['eval_loss']:.4g} at step {best['step']:,.0f}, the smallest"
+        last_one = held_out[-1]
+        if last_one is not best:
+            said += f"; {last_one['eval_loss']:.4g} at step {last_one['step']:,.0f}, the last"
+        facts.append(("held-out loss", said))
     if run.is_ended:
         facts.append(("time", str(datetime.timedelta(seconds=round(run.ending["train_runtime"])))))
         rate = run.ending.get("train_samples_per_second")

@@ -27,6 +27,8 @@ _MAX_NAMES = 4096
 _MAX_STEP = 10**12
 _LARGEST = 1e30
 """Larger values than this cannot be drawn; no loss reaches it."""
+_HELD_OUT = "eval_"
+"""Prefix of the figures of held-out samples."""
 _NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 
 _Count = Annotated[int, Field(ge=0, le=10**18)]
@@ -65,6 +67,7 @@ class RunLog:
         teachers: the teachers that it distils from.
         num_not_finite: logged values that are NaN, infinite or too large to draw: gaps in curves.
         left_out: what the files hold and the log does not, in words.
+        evaluations: the logged losses of held-out samples, in order; each has ``step``.
     """
 
     directory: Path
@@ -74,6 +77,7 @@ class RunLog:
     teachers: Sequence[TeacherRow]
     num_not_finite: int = 0
     left_out: Sequence[str] = ()
+    evaluations: Sequence[Entry] = ()
 
     @property
     def is_ended(self) -> bool:
@@ -82,7 +86,8 @@ class RunLog:
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the steps and values that were logged under a name."""
-        found = [(entry["step"], entry[name]) for entry in self.steps if name in entry]
+        entries = self.evaluations if name.startswith(_HELD_OUT) else self.steps
+        found = [(entry["step"], entry[name]) for entry in entries if name in entry]
         return [step for step, _ in found], [value for _, value in found]
 
     def names(self, prefix: str) -> list[str]:
@@ -111,7 +116,9 @@ def read_run(directory: Path) -> RunLog:
     entries, odd = _check_entries(log)
     teachers, odd_teachers = _read_teachers(directory / TARGETS_FILE)
     steps = [entry for entry in entries if "loss" in entry and "step" in entry]
-    not_finite = sum(math.isnan(value) for entry in steps for value in entry.values())
+    evaluations = [e for e in entries if "eval_loss" in e and "step" in e and "loss" not in e]
+    logged = [*steps, *evaluations]
+    not_finite = sum(math.isnan(value) for entry in logged for value in entry.values())
     return RunLog(
         directory,
         config,
@@ -120,6 +127,7 @@ def read_run(directory: Path) -> RunLog:
         teachers,
         not_finite,
         [*_describe(source.name, odd), *_describe(TARGETS_FILE, odd_teachers)],
+        evaluations,
     )
 
 
@@ -165,7 +173,7 @@ def _check_entries(log: Sequence[Any]) -> tuple[list[dict[str, float]], Counter[
                 continue
             names.add(name)
             entry[name] = number
-        if "loss" in entry and "step" not in entry:
+        if ("loss" in entry or "eval_loss" in entry) and "step" not in entry:
             odd["entry without a step"] += 1
         entries.append(entry)
     return entries, odd

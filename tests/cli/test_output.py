@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,19 @@ def test_sizes_are_powers_of_ten(num_bytes: float, text: str) -> None:
 
 
 ODD = "a\x1b[31m\x9b2Jb\u202ec\udc80文"
+
+
+def test_only_the_functions_here_print(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names from files reach a terminal through ``say``, tables and JSON; never as they are."""
+    raw = {"output.py", "failures.py", "main.py"}  # the version, seconds, and what is escaped
+    for path in Path(output.__file__).parent.glob("*.py"):
+        if path.name not in raw:
+            assert not re.search(r"\becho\b|(?<![\w.])print\(", path.read_text()), path.name
+    output.say(ODD, "two", err=True)
+    output.print_text("a\x1b[31m\x9b2Jb\n\tc\u200dd")
+    printed = capsys.readouterr()
+    assert printed.err == "a\\x1b[31m\\x9b2Jb\\u202ec\\udc80文\ntwo\n"
+    assert printed.out == "a\\x1b[31m\\x9b2Jb\n\tc\u200dd\n"
 
 
 def test_no_table_and_no_json_prints_what_a_terminal_obeys(

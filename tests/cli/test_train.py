@@ -108,6 +108,18 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(trained):
     assert not (trained / "dry").exists()
 
 
+def test_dry_run_says_how_many_are_held_out(trained):
+    held = ("data.val_size=0.25", "training.eval_steps=1")
+    for stage in ("pretrain", "finetune"):
+        words = [*training(stage, trained, *held), "--dry-run"]
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0
+        first, second, third = done.stderr.splitlines()
+        assert first == "movekd: 2 conversations are held out, 6 are trained on."
+        assert second.startswith("movekd: 0 of 6 conversations cut at")
+        assert third.startswith("movekd: 0 of 2 held-out conversations cut at")
+
+
 def test_samples_are_shown_and_nothing_is_written(trained):
     words = training("finetune", trained)
     words[words.index("--output") + 1] = trained / "shown"

@@ -17,7 +17,10 @@ from movekd.errors import ConfigError
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 from movekd.student.vlm import image_features
-from movekd.train.run import train
+from movekd.train.datasets import read_data
+from movekd.train.evaluation import held_out_loader, held_out_losses
+from movekd.train.run import build_model, train
+from movekd.train.training_args import training_arguments
 from torchrun import train_in_two_processes
 
 NUM_VIEWS = [3, 5, 4, 4, 3, 3, 5]
@@ -215,6 +218,29 @@ def test_two_processes_equal_one(digits, next_digits, tmp_path):
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("views", ["base", "all"])
+def test_held_out_losses_are_means_over_the_views_with_targets(digits, next_digits, views):
+    config, folder = next_digits
+    keys = (f"distill.views={views}", "distill.grid=student", "data.val_size=4")
+    run = config("finetune", *keys, "training.eval_steps=1")
+    cache = open_cache(folder / "anyres")
+    model, student = build_model(run, cache)
+    data = read_data(run, open_corpus(run.data.shards), cache, student)
+    arguments = training_arguments(run, folder)
+    loader = held_out_loader(data.held_out, data.collator, arguments)
+    found = held_out_losses(model, loader, lambda batch: batch, arguments)
+    sums, num_views = {"kd": 0.0, "kd_conv": 0.0}, 0
+    for position in range(len(data.held_out)):
+        batch = data.collator([data.held_out[position]])
+        batch.pop("keys")
+        num_views += int(count_units(batch)[1])
+        terms = digits.terms(model.eval(), batch)
+        sums = {name: total + terms[name].item() for name, total in sums.items()}
+    assert num_views > (4 if views == "all" else 2)
+    for name, total in sums.items():
+        assert found[f"eval_loss_{name}"] == pytest.approx(total / num_views, rel=1e-5)
 
 
 def test_stage_distill_takes_every_view(digits, next_digits, tmp_path):

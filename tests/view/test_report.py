@@ -119,6 +119,29 @@ def test_a_report_holds_everything_and_loads_nothing(run):
     assert "0:01:05" in page.text
 
 
+def test_held_out_losses_are_drawn_beside_those_of_training(run):
+    held = [
+        {"step": step, "epoch": step / 10, "eval_loss": loss, "eval_loss_kd_clip": 0.3}
+        for step, loss in ((2, 1.5), (4, 1.25), (5, math.nan))
+    ]
+    (run / "log.json").write_text(json.dumps([*STEPS, *held, ENDING]))
+    log = read_run(run)
+    assert log.series("loss")[0] == [1, 2, 3, 4, 5]
+    assert log.series("eval_loss")[0] == [2, 4, 5]
+    assert log.series("eval_loss")[1][:2] == [1.5, 1.25]
+    assert log.num_not_finite == 1
+    figures = dict(run_figures(log))
+    for heading, label in (("Loss", "all terms"), ("KD loss of each teacher", "clip")):
+        lines = {line.get_label(): line for line in figures[heading].axes[0].lines}
+        assert f"{label}, held out" in lines
+        assert lines[label].get_color() == lines[f"{label}, held out"].get_color()
+        assert lines[f"{label}, held out"].get_linestyle() == "--"
+    write_report(log, [], run / "report.html")
+    text = Page((run / "report.html").read_text()).text
+    assert "held-out loss" in text
+    assert "1.25 at step 4, the smallest" in " ".join(text.split())
+
+
 def test_the_same_run_gives_the_same_figures(run):
     for name in ("one.html", "two.html"):
         write_report(read_run(run), [], run / name)
