@@ -10,8 +10,8 @@ Input: a file's schema. Output: ``ParquetColumns``. Understood are:
     id              string or integer; may be missing    LLaVA-OneVision-Data, LLaVA-NeXT-Data
 
 Source: the dataset cards of lmms-lab/LLaVA-OneVision-Data, lmms-lab/LLaVA-NeXT-Data,
-HuggingFaceM4/FineVision and HuggingFaceM4/the_cauldron; for the struct of an image,
-huggingface/datasets src/datasets/features/image.py.
+HuggingFaceM4/FineVision and HuggingFaceM4/the_cauldron, and huggingface/nanoVLM, which reads the
+last two; for the struct of an image, huggingface/datasets src/datasets/features/image.py.
 """
 
 from dataclasses import dataclass
