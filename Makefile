@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
-.PHONY: demo install test test-all test-hostile test-web check format docs clean study study-full study-final
+.PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
+.PHONY: clean study study-full study-final
 
 demo: install
 	$(BIN)/movekd demo
@@ -19,12 +20,31 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# One thread per worker: the two workers use the two cores.
+# One thread per worker: the two workers use the two cores. Each begins with one half of the tests,
+# so that few fixtures are made twice.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not web'
+	$(PYTEST) -m 'not slow and not web'
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not web'
+	$(PYTEST) -m 'not web'
+
+# The tests of `make test` in another environment: make test-python PYTHON=python3.12
+test-python:
+	$(MAKE) test VENV=.venv-$(notdir $(PYTHON))
+
+# The same with the lowest versions that pyproject.toml allows; warnings of old packages are no error.
+LOWEST := .venv-lowest
+
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not web' -W default
+
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
 
 # The page in Debian's Chromium; SCREENSHOTS=docs/images renews the pictures of the docs.
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends
@@ -72,8 +92,12 @@ study-final: install
 	$(STUDY) final $(ARMS)
 	$(STUDY) report --final
 
+# The page of all keys of student.yaml, from the code.
+keys: install
+	$(BIN)/python docs/hooks/config_page.py
+
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) demo quickstart site build dist
+	rm -rf $(VENV) .venv-* demo quickstart site build dist

@@ -1,15 +1,14 @@
 """Generate the reference pages of the site from the code.
 
-MkDocs calls ``on_files``, which adds the generated pages: the commands (``cli_page``), the keys of
-the YAML files (``config_page``) and the public names of each room, which mkdocstrings fills in.
-mkdocs.yml lists them in its navigation.
+MkDocs calls ``on_files``, which adds the generated pages: the commands (``cli_page``) and the
+public names of each room, which mkdocstrings fills in. mkdocs.yml lists them in its navigation. The
+keys of the YAML files (``config_page``) are a committed page, for readers of the repository.
 """
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from cli_page import cli_page
-from config_page import config_page
 
 ROOMS = {
     "corpus": ("movekd.corpus",),
@@ -55,7 +54,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def pages() -> dict[str, str]:
     """Return the generated pages, path in docs/ -> Markdown."""
     rooms = {f"reference/{room}.md": api_page(room) for room in ROOMS}
-    return {"reference/cli.md": cli_page(), "reference/config.md": config_page()} | rooms
+    return {"reference/cli.md": cli_page()} | rooms
 
 
 def api_page(room: str) -> str:

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import zarr
+
+from forked import follow
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
@@ -17,19 +17,7 @@ def test_its_five_commands_do_what_it_says(tmp_path: Path) -> None:
     commands = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     assert len(commands) == 5
     (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")  # a checkout, but for what it writes
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    printed = []
-    for command in commands:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed.append(done.stdout)
+    printed = [follow(command, tmp_path, os.environ) for command in commands]
 
     assert "640 images" in printed[1]
     cache = tmp_path / "quickstart/cache"

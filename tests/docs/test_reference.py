@@ -11,10 +11,11 @@ import pytest
 
 import movekd
 from cli_page import cli_page, commands
-from config_page import config_page
+from config_page import PAGE, config_page, stage_values
 from movekd.cache.spec import CacheSpec
 from movekd.cli.main import app
-from movekd.train.config import RECIPES, load_config
+from movekd.train.config import RECIPES, TRAINED, load_config
+from movekd.train.training_keys import TrainingKeys, check_training_keys
 from reference import ROOMS, pages
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def rows() -> dict[str, dict[str, str]]:
     head: list[str] = []
     for line in config_page().splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if cells and cells[0] == "key":
+        if cells and cells[0].startswith("key"):
             head = cells
         elif cells and cells[0].startswith("`"):
             found[cells[0].strip("`")] = dict(zip(head, cells, strict=True))
@@ -44,12 +45,55 @@ def every_key(content: dict[str, Any], path: str = "") -> set[str]:
 
 
 def test_the_config_page_has_every_key(rows: dict[str, dict[str, str]]) -> None:
-    resolved = load_config(RUN, ["trained=[language_model]", "student.language_model_lora={}"])
-    resolved = resolved.model_dump()
-    assert set(rows) == every_key(resolved) | set(CacheSpec.model_fields)
+    resolved = load_config(RUN).model_dump()
+    of_training = {key for key in rows if key.startswith("training.")}
+    checked = {f"training.{key}" for key in TrainingKeys.__annotations__}
+    assert of_training >= checked
+    expected = every_key(resolved) | set(CacheSpec.model_fields)
+    assert expected <= set(rows) - of_training
+    for key in set(rows) - of_training - expected:  # of a section that this run leaves out
+        assert value_at(resolved, key.rpartition(".")[0]) is None, key
     for key, row in rows.items():
-        assert row["what"], f"{key} has no description"
+        assert key in of_training or row["what"], f"{key} has no description"
         assert row["type"], key
+
+
+def test_the_ranges_of_the_page_are_those_that_are_checked(rows: dict[str, dict[str, str]]) -> None:
+    num_found = 0
+    for key, row in rows.items():
+        for sign, limit in re.findall(r"([<>]=?) (-?[\d.]+)", row["type"]):
+            if key.startswith("training."):
+                beyond = float(limit) + (1 if "<" in sign else -1)
+                with pytest.raises(ValueError, match=key.partition(".")[2]):
+                    check_training_keys({key.partition(".")[2]: int(beyond)})
+                num_found += 1
+    assert num_found > 30
+    assert rows["student.mole.lora_alpha"]["type"] == "number > 0, <= 1000000 or null"
+    assert rows["student.image_mean"]["type"] == "3 numbers or null"
+
+
+def test_the_committed_page_is_that_of_the_code() -> None:
+    assert PAGE.read_text(encoding="utf-8") == config_page(), "run `make keys`"
+
+
+def test_what_a_stage_sets_is_what_a_run_of_it_gets(rows: dict[str, dict[str, str]]) -> None:
+    shown = {key for key, row in rows.items() if row.get("finetune")}
+    assert shown == set(stage_values())
+    assert shown >= {"trained", "student.prompt", "data.group_by_modality_length"}
+    for number, stage in enumerate(TRAINED):
+        overrides = [f"stage={stage}"] + ["data.conversations=[]"] * (stage == "distill")
+        content = load_config(RUN, overrides).model_dump(mode="json")
+        for key in shown:
+            cell = stage_values()[key][number].strip("`")
+            value = value_at(content, key)
+            assert cell == (value if isinstance(value, str) else json.dumps(value)), (stage, key)
+
+
+def value_at(content: Any, key: str) -> Any:
+    """Return the value of a dotted key."""
+    for part in key.split("."):
+        content = content[part]
+    return content
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -60,9 +104,7 @@ def test_the_values_of_the_recipes_are_those_that_a_run_gets(
     assert len(shown) == sum(len(section) for section in RECIPES[recipe].values())
     content = load_config(RUN, [f"recipe={recipe}"]).model_dump(mode="json")
     for key, cell in shown.items():
-        value = content
-        for part in key.split("."):
-            value = value[part]
+        value = value_at(content, key)
         if cell == "r":
             assert value == content["student"]["mole"]["r"]
         else:
@@ -109,4 +151,5 @@ def test_every_public_name_says_what_it_is(room: str) -> None:
 
 def test_the_site_has_a_place_for_every_generated_page() -> None:
     _, _, nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")
-    assert set(re.findall(r"reference/\w+\.md", nav)) == set(pages())
+    committed = {f"reference/{PAGE.name}"}
+    assert set(re.findall(r"reference/\w+\.md", nav)) == set(pages()) | committed

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+import forked
 from movekd.cache.reader import open_cache
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -65,8 +66,7 @@ def test_the_page_on_the_student_works_from_top_to_bottom(tmp_path) -> None:
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, **sizes)
     CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
     # PEFT uses names that transformers deprecates, and both show progress: no -W error here
-    command = [sys.executable, "-c", "".join(snippets("student.md"))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run(["-c", "".join(snippets("student.md"))], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "trainable params" in done.stdout
     assert "torch.Size([4, 4])" in done.stdout

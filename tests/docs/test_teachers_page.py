@@ -2,14 +2,13 @@
 
 import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import movekd
+from forked import follow, run
 from movekd.analysis.plan import output_shape
 from movekd.cache.layout import teacher_layout
 from movekd.cache.reader import open_cache
@@ -17,39 +16,15 @@ from movekd.cache.spec import load_spec, shipped_specs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
 
-# Like the installed command, and unlike `python -m`, this cannot import from the current folder.
-SHELL = """
-set -eu
-movekd() { PYTHONPATH="$MOVEKD:${PYTHONPATH-}" "$PYTHON" -P -m movekd "$@"; }
-python() { PYTHONPATH="$MOVEKD:${PYTHONPATH-}" "$PYTHON" -P "$@"; }
-"""
-
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
-def run(script: str, folder: Path) -> str:
-    """Run a shell script as a reader of the page would, without a network."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {
-        "PYTHON": sys.executable,
-        "MOVEKD": str(Path(movekd.__file__).parents[1]),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hub"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "160",
-    }
-    done = subprocess.run(
-        ["bash", "-c", SHELL + script],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def environment(**more: str) -> dict[str, str]:
+    """Return what a reader's shell exports; no command finds the current folder by itself."""
+    found = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return found | {"COLUMNS": "160"} | more
 
 
 @pytest.fixture
@@ -73,7 +48,7 @@ def test_the_page_has_the_blocks_that_are_followed(folder) -> None:
 
 
 def test_a_model_of_a_library_step_by_step(folder) -> None:
-    printed = run(blocks("sh")[0], folder)
+    printed = follow(blocks("sh")[0], folder, environment())
     words = printed.replace("│", " ").split()  # the table folds the state
     assert "RANDOM" in words
     assert "WEIGHTS" in words
@@ -87,20 +62,20 @@ def test_a_model_of_a_library_step_by_step(folder) -> None:
 
 def test_a_network_of_one_s_own_step_by_step(folder) -> None:
     build, check = blocks("sh")[1:3]
-    run(build, folder)
+    follow(build, folder, environment())
     store = open_cache(folder / "cache")["stripes"]
     assert store.read([0]).tokens_BND.shape == (1, 16, 32)
     assert store.read([0]).cls_BD is not None
     assert store.spec.factory == "my_encoders:stripes"
-    assert "no problems" in run("export PYTHONPATH=.\n" + check, folder)
-    by_name = check.replace("./stripes.yaml", "stripes").strip()
-    printed = run(f"{by_name} || echo refused with $?", folder)
-    assert "code is not run because a cache names it" in " ".join(printed.split())
-    assert "refused with 1" in printed
+    assert "no problems" in follow(check, folder, environment(PYTHONPATH="."))
+    words = shlex.split(check.replace("./stripes.yaml", "stripes"))
+    done = run(["-m", *words], cwd=folder, env=environment())
+    assert "code is not run because a cache names it" in " ".join(done.stdout.split())
+    assert done.returncode == 1
 
 
 def test_a_provider_of_one_s_own_step_by_step(folder) -> None:
-    assert run(blocks("sh")[3], folder) == "patch 24\n"
+    assert follow(blocks("sh")[3], folder, environment()) == "patch 24\n"
     store = open_cache(folder / "cache")["patch"]
     assert store.spec.provider == "patch"
     assert store.read([0]).tokens_BND.shape == (1, 16, 32)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forked import Program
+
 HELPERS = Path(__file__).parent
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Torch 2.15 gives restarted processes the old store, which holds addresses of dead ones."""
@@ -40,28 +42,20 @@ def torchrun(
 
 
 def both_processes(
-    *words: Any, module: str, env: Mapping[str, str]
+    *words: Any, module: str = "movekd", env: Mapping[str, str] | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run a module's command line in two processes without torchrun; return both results."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **env}
-    command = [sys.executable, "-m", module, *map(str, words)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **(env or {})}
     started = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Program(
+            ["-m", module, *words],
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place),
         )
         for rank in range(2)
     ]
-    ended = []
-    for process in started:
-        out, err = process.communicate()
-        ended.append(subprocess.CompletedProcess(command, process.returncode, out, err))
-    return ended
+    return [program.wait() for program in started]
 
 
 def training(config: Any, output: Path, cache: Any) -> list[Any]:
@@ -80,7 +74,7 @@ def logged(output: Path) -> list[dict[str, float]]:
 def train_in_two_processes(
     config: Any, output: Path, cache: Any, *words: Any, **more: Any
 ) -> list[dict[str, float]]:
-    """Run a config under torchrun; return its log."""
-    done = torchrun(*training(config, output, cache), *words, **more)
-    assert done.returncode == 0, done.stderr
+    """Run a config in two processes; return its log."""
+    done = both_processes(*training(config, output, cache), *words, **more)
+    assert [process.returncode for process in done] == [0, 0], [p.stderr for p in done]
     return logged(output)

@@ -1,4 +1,4 @@
-"""Two processes under torchrun train as one does: same losses, same weights."""
+"""Two processes train as one does: same losses, same weights."""
 
 import pytest
 import torch

@@ -59,7 +59,9 @@ def undisturbed(digits, tmp_path_factory):
     """A run of six steps in two processes, with dropout, and what its processes noted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = digits.config("pretrain", *IN_TWO, *DROPOUT)
-    train_in_two_processes(config, folder / "run", digits.cache, **watched(folder / "notes"))
+    words = training(config, folder / "run", digits.cache)
+    done = torchrun(*words, **watched(folder / "notes"))
+    assert done.returncode == 0, done.stderr
     return folder / "run", read_notes(folder / "notes")
 
 
