@@ -19,7 +19,7 @@ from movekd.student.export.modeling_movekd import (
 )
 from movekd.student.llava_next import GRID_PINPOINTS
 from movekd.student.projector import prompt_grid
-from movekd.student.towers import num_prefix_tokens
+from movekd.student.towers import TOWERS, num_prefix_tokens
 
 LLAVA_CLASSES: dict[str, tuple[Any, Any]] = {
     "llava": (LlavaForConditionalGeneration, MovekdLlavaForConditionalGeneration),
@@ -41,7 +41,9 @@ def llava_class(model_type: str, projector_type: str, vision_config: Any) -> Any
             f"{' or '.join(get_args(ProjectorType))}. Export the model again."
         )
     stock, own = LLAVA_CLASSES[model_type]
-    is_stock = projector_type == "mlp2x_gelu" and num_prefix_tokens(vision_config) < 2
+    is_known = vision_config.model_type in TOWERS  # another one is refused when it is loaded
+    has_registers = is_known and num_prefix_tokens(vision_config) > 1
+    is_stock = projector_type == "mlp2x_gelu" and not has_registers
     return stock if is_stock else own
 
 
