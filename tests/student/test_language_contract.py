@@ -7,6 +7,7 @@ its users load it.
 import pytest
 import torch
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -28,9 +29,10 @@ from movekd.corpus.conversations import Conversation
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
 from movekd.evaluate.chat import answer
+from movekd.evaluate.generate import generate_answers
 from movekd.student.checkpoint import load_student, part_of
 from movekd.student.config import StudentConfig
-from movekd.student.export.check import check_export
+from movekd.student.export.check import check_exports
 from movekd.student.tokenization import IGNORED, tokenize_conversation
 from movekd.student.vlm import build_vlm, image_features
 from movekd.train.config import load_config
@@ -191,9 +193,6 @@ def test_every_parameter_that_learns_gets_a_gradient(config, name):
 def test_an_export_is_the_run_and_answers_as_ask_does(runs, name, tmp_path, corpus_dir):
     trained = load_student(runs(name))
     export(trained, "hf", tmp_path / "out")
-    if name not in FAST:  # in a fresh process
-        (tmp_path / "scratch").mkdir()
-        assert check_export(trained, "hf", tmp_path / "out", tmp_path / "scratch") == 0
     corpus = open_corpus(corpus_dir)
     png = corpus.read_image(0)
     (tmp_path / "image.png").write_bytes(png)
@@ -245,6 +244,18 @@ def test_an_export_is_the_run_and_answers_as_ask_does(runs, name, tmp_path, corp
         assert text.endswith("<|im_start|>assistant\n")
 
 
+@slow
+def test_a_fresh_process_loads_every_export_as_its_run(runs, tmp_path):
+    exports = []
+    for name in KINDS:
+        trained = load_student(runs(name))
+        export(trained, "hf", tmp_path / name)
+        exports.append((trained, "hf", tmp_path / name))
+    (tmp_path / "scratch").mkdir()
+    found = check_exports(exports, tmp_path / "scratch")
+    assert dict(zip(KINDS, found, strict=True)) == dict.fromkeys(KINDS, 0.0)
+
+
 @pytest.mark.parametrize("name", ["gemma3", pytest.param("llama3", marks=slow)])
 def test_an_answer_stops_at_every_token_that_ends_one(runs, name, corpus_dir):
     """Not only at the tokenizer's eos_token: the model's settings name more."""
@@ -256,6 +267,41 @@ def test_an_answer_stops_at_every_token_that_ends_one(runs, name, corpus_dir):
     short = answer(trained, png, TURNS, 12).text
     assert len(short) < len(long)
     assert long.startswith(short)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(n, marks=slow) for n in ("llama3", "qwen3", "smollm3"))]
+)
+def test_a_model_that_knows_its_answers_by_heart_says_nothing_more(models, kit, name):
+    student = build_vlm(student_config(kit, models(name)))
+    pairs = {"What is a?": "two", "What is b?": "A cat.", "What is c?": "1990", "And d?": "猫"}
+    samples = [
+        tokenize_conversation(
+            Conversation("c", (), (("human", question), ("gpt", said))),
+            student.tokenizer,
+            prompt="chat_template",
+            num_image_tokens=1,
+            recipe="revised",
+        )
+        for question, said in pairs.items()
+    ]
+    ids = pad_sequence([torch.tensor(s.input_ids) for s in samples], batch_first=True)
+    labels = [torch.tensor(sample.labels) for sample in samples]
+    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    optimizer = torch.optim.AdamW(student.vlm.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss = student.vlm(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    student.vlm.eval()
+    asked = [Conversation("c", (), (("human", question),)) for question in pairs]
+    said = generate_answers(
+        student, asked, lambda _: b"", prompt="chat_template", geometry="crop", max_new_tokens=12
+    )
+    assert list(said) == list(pairs.values())
 
 
 def student_config(kit, language_model):
