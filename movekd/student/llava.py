@@ -74,10 +74,11 @@ def new_llava(
         ),
         "image_seq_length": prompt_grid(config.projector_type, vision_config) ** 2,
         "tie_word_embeddings": False,
-        "attn_implementation": config.attn_implementation,  # LlavaConfig writes it into its parts
     }
     if config.projector_type != "mlp2x_gelu":  # which the configs of transformers do not name
         keys["projector_type"] = config.projector_type
+    if config.attn_implementation is not None:
+        keys["attn_implementation"] = config.attn_implementation  # LlavaConfig tells its parts
     if config.architecture == "llava_next":
         keys["image_grid_pinpoints"] = GRID_PINPOINTS
     model_class = llava_class(config.architecture, config.projector_type, vision_config)
