@@ -31,12 +31,7 @@ from movekd.student.language_model import check_language_model, load_language_mo
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
 from movekd.student.output_layer import untied_output
-from movekd.student.projector import (
-    count_image_tokens,
-    patch_grid,
-    projector_type,
-    prompt_grid,
-)
+from movekd.student.projector import count_image_tokens, patch_grid, projector_type, prompt_grid
 from movekd.student.tensor_files import read_json
 from movekd.student.tokenizer import IMAGE_TOKEN
 from movekd.student.tower_loading import load_tower, read_tower_config, require_tile_size
