@@ -5,10 +5,14 @@ most of these only when it makes the optimizer, after minutes of loading, or tra
 """
 
 import copy
+import importlib
+import inspect
 import os
 import shutil
+import sys
 import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -58,6 +62,20 @@ def _check_trackers(arguments: TrainingArguments) -> None:
                 f"in this Python. Install it (say, pip install {name.replace('_', '-')}), or set "
                 "training.report_to: tensorboard, or none."
             )
+    if "wandb" in arguments.report_to and arguments.process_index == 0:
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    """Refuse a run that would stop at its first step, because wandb has no key and cannot ask."""
+    if os.environ.get("WANDB_MODE", "online") != "online" or sys.stdin.isatty():
+        return
+    login: Any = importlib.import_module("wandb").login
+    if "prompt" in inspect.signature(login).parameters and not login(prompt=False):
+        raise ConfigError(
+            "training.report_to names 'wandb', which has no API key here and cannot ask for one; "
+            "expected a login. Run `wandb login`, set $WANDB_API_KEY, or set WANDB_MODE=offline."
+        )
 
 
 def _check_attention(config: TrainConfig, arguments: TrainingArguments) -> None:

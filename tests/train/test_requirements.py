@@ -26,7 +26,10 @@ def config_of(training=None, **changes):
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        ({"report_to": "wandb"}, r"names 'wandb', whose package is not installed.*pip install wan"),
+        (
+            {"report_to": "mlflow"},
+            r"names 'mlflow', whose package is not installed.*pip install ml",
+        ),
         ({"report_to": ["tensorboard", "comet_ml"]}, r"names 'comet_ml'.*pip install comet-ml"),
         ({"report_to": "tensorbord"}, r"names 'tensorbord'; .* Did you mean 'tensorboard'"),
         ({"report_to": [{"a": 1}]}, r"report_to names .* expected none, or some of"),
@@ -101,6 +104,17 @@ def test_what_a_run_would_not_heed_is_a_sentence(training, said):
         config_of(training)
 
 
+def test_wandb_needs_a_key_or_no_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="not installed for tests: 60 MB")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    training_arguments(config_of({"report_to": "wandb"}), tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    with pytest.raises(ConfigError, match=r"has no API key here .* WANDB_MODE=offline"):
+        training_arguments(config_of({"report_to": "wandb"}), tmp_path)
+
+
 def test_flash_attention_is_refused_on_a_cpu_with_all_that_it_lacks(tmp_path):
     config = config_of(attn_implementation="flash_attention_2")
     with pytest.raises(
@@ -135,16 +149,13 @@ def test_both_kinds_of_attention_train_alike(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     logged, counts = {}, {}
-    for kind in ("eager", "sdpa", "null"):
+    for kind in ("eager", "sdpa"):
         calls.clear()
-        keys = (f"student.attn_implementation={kind}", "training.max_steps=2")
+        keys = (f"student.attn_implementation={kind}", "training.max_steps=1")
         logged[kind] = digits.logged(digits.train(tmp_path / kind, "finetune", *keys))
         counts[kind] = len(calls)
     assert counts["eager"] == 0
-    assert (
-        counts["null"] == counts["sdpa"] > 2 * 6
-    )  # blocks of the tower, and of the language model
-    assert logged["null"] == logged["sdpa"]
+    assert counts["sdpa"] > 6  # blocks of the tower, and of the language model
     for one, other in zip(logged["eager"], logged["sdpa"], strict=True):
         for name in ("loss", "loss_text", "loss_kd", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
@@ -178,6 +189,7 @@ def test_checkpointing_changes_no_weight_and_saves_fewer_activations(digits, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dynamo turns a warning that is an error into its own
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 def test_a_compiled_student_trains_as_an_eager_one(digits, tmp_path, stage):
     keys = ("training.max_steps=3", "student.mole.lora_dropout=0")

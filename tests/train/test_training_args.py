@@ -23,7 +23,7 @@ def test_an_unknown_argument_of_the_trainer_is_named(digits, tmp_path):
         ("training.learning_rate=fast", r"training: learning_rate: .*number.*\(found 'fast'\)"),
         ("training.eval_delay=often", r"training\.eval_delay is 'often'; expected a number"),
         ("training.eval_strategy=steps", r"eval_strategy asks for evaluation.*movekd evaluate"),
-        ("training.report_to=wandb", r"training\.report_to names 'wandb'.*pip install wandb"),
+        ("training.report_to=wandb", r"training\.report_to names 'wandb'"),
         ("training.lr_scheduler_type=sideways", r"training: .*sideways"),
         ("student.vision_feature_layer=-9", r"has 7 hidden states; expected -1 to -6"),
     ],
