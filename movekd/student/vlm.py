@@ -29,12 +29,7 @@ from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
-from movekd.student.projector import (
-    count_image_tokens,
-    patch_grid,
-    projector_type,
-    prompt_grid,
-)
+from movekd.student.projector import count_image_tokens, patch_grid, projector_type, prompt_grid
 from movekd.student.tensor_files import read_json
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
 from movekd.student.tower_loading import load_tower, read_tower_config, require_tile_size
