@@ -32,7 +32,7 @@ def interpolated(tower, size):
     return hidden_states(tower, size, **({"interpolate_pos_encoding": True} if takes_key else {}))
 
 
-@pytest.mark.parametrize("size", [16, 32, 40, 64])
+@pytest.mark.parametrize("size", [32, 40, 64])
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_resized_tower_computes_what_its_class_interpolates(tmp_path, name, size):
     expected = interpolated(build_tower(name, OWN).eval(), size)

@@ -58,7 +58,7 @@ def corpus(tmp_path_factory):
 
 
 def config_of(corpus, tower, *overrides):
-    """Return a finetune of 3 steps: the tower, its experts, the projector and the rest learn."""
+    """Return a finetune of 2 steps: the tower, its experts, the projector and the rest learn."""
     return load_config(
         DIGITS / "finetune.yaml",
         [
@@ -69,7 +69,7 @@ def config_of(corpus, tower, *overrides):
             f"data.conversations=[{corpus / 'finetune.json'}]",
             "distill.teachers=[clip]",
             "training.per_device_train_batch_size=2",
-            "training.max_steps=3",
+            "training.max_steps=2",
             "training.report_to=none",
             "training.use_cpu=true",
             *overrides,
