@@ -98,6 +98,7 @@ def test_beside_the_weights_it_is_loaded_by_peft_and_by_movekd(run, exports, ans
     assert "PeftModel.from_pretrained(model, " in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_export_of_an_export_merges(exports, tmp_path, answer, run):
     export(load_student(exports / "adapter"), "hf", tmp_path / "again")
     assert_close(answer(load_student(tmp_path / "again").student), answer(run.student))
@@ -112,6 +113,7 @@ def test_the_official_format_gets_the_merged_weights(run, tmp_path, answer, kit)
     assert_close(answer(back.student)[..., :66], answer(run.student)[..., :66])
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_part_of_it(run, tmp_path):
     export(run, "encoder", tmp_path / "encoder")
     tensors = load_file(tmp_path / "encoder/model.safetensors")
