@@ -74,7 +74,8 @@ def export(
         source=model,
         lora=lora,  # type: ignore[arg-type]  # one of LORA
     )
-    files = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
+    paths = sorted(path for path in output.rglob("*") if path.is_file())
+    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in paths}
     random = random_parts(trained.student.vlm)
     if json:
         print_json(

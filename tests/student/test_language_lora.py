@@ -55,7 +55,7 @@ def qwen3(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["llama", "qwen3"])
+@pytest.fixture(params=[pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 def language_model(request):
     """Folder of a language model."""
     if request.param == "llama":

@@ -153,3 +153,22 @@ def test_weights_that_are_in_4_bit_take_no_others(tmp_path):
         load_parts(tmp_path / "full", vlm)
     with pytest.raises(ConfigError, match=r"false, or student\.language_model_lora as that run"):
         load_parts(tmp_path / "lora", vlm)
+
+
+@needs_bitsandbytes
+def test_an_evaluation_changes_neither_weights_nor_later_gradients():
+    """On some CPUs bitsandbytes packs the weights anew at the first evaluation, and never back."""
+    vlm = build(load_in_4bit=True, language_model_lora=LORA)
+
+    def gradients():
+        vlm.zero_grad()
+        vlm.train()(input_ids=IDS, labels=IDS).loss.backward()
+        vlm.eval()
+        return {n: p.grad.clone() for n, p in adapter_parameters(vlm).items()}
+
+    before, weights = gradients(), [p.detach().clone() for p in vlm.parameters()]
+    logits(vlm)
+    after = gradients()
+    assert all(torch.equal(p, w) for p, w in zip(vlm.parameters(), weights, strict=True))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sum(bool(g.abs().sum() > 0) for g in before.values()) == 4 * 7  # the second factors

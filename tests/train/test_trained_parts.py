@@ -130,7 +130,7 @@ def test_an_adapter_goes_on_as_one(digits, runs, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_a_run_without_an_adapter_begins_from_the_merged_one(digits, runs, tmp_path, stage):
     """Also where the language model does not learn: it is saved, or the run could not be loaded."""
     keys = (*SHORT, f"init_from={runs / 'two'}", "training.learning_rate=0")
@@ -143,6 +143,7 @@ def test_a_run_without_an_adapter_begins_from_the_merged_one(digits, runs, tmp_p
     assert (base - expected).abs().max() > 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_finetuned_base_keeps_both(digits, tmp_path):
     digits.train(tmp_path / "full", "finetune", *SHORT)
     keys = (*SHORT, LORA, f"init_from={tmp_path / 'full'}")
@@ -154,6 +155,7 @@ def test_an_adapter_on_a_finetuned_base_keeps_both(digits, tmp_path):
     assert has_adapter(load_student(tmp_path / "lora").student.vlm)
 
 
+@pytest.mark.slow
 def test_an_adapter_leaves_the_encoder_stage_as_it_is(digits, runs, tmp_path):
     digits.train(tmp_path, "distill", "training.max_steps=1", f"init_from={runs / 'two'}")
     assert not (tmp_path / "model" / LORA_FILE).exists()

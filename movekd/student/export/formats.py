@@ -19,6 +19,11 @@ from movekd.student.language_lora import has_adapter
 from movekd.student.language_model import is_in_4bit
 from movekd.student.official.export_checkpoint import write_official
 
+_IN_4BIT = (
+    ". The run held the language model in 4 bit; the export, and the student that it was compared "
+    "with, have the original weights instead, so answers may differ"
+)
+
 
 def export(
     trained: TrainedStudent,
@@ -67,6 +72,7 @@ def export(
     if kind in ("hf", "official") and (merges or is_in_4bit(vlm)):
         trained = load_student(trained.directory, language_lora=lora)
     bases = trained.run.get("student") or {}
+    note = _IN_4BIT if bases.get("load_in_4bit") and kind in ("hf", "official") else ""
     named = (bases.get(key) for key in BASE_KEYS)
     kept = [trained.directory, *(Path(base) for base in named if base)]
     kept += [] if source is None else [source]
@@ -85,10 +91,10 @@ def export(
         card = model_card(trained, kind, out.resolve().name)
         (directory / "README.md").write_text(card, encoding="utf-8")
         if not check:
-            return "not compared with the run (--no-check)"
+            return f"not compared with the run (--no-check){note}"
         difference = check_export(trained, kind, directory, directory.parent / "scratch")
         reader = {"onnx": "onnxruntime", "official": "movekd import"}.get(kind, "transformers")
         return (
             f"{reader} agrees with the run in a fresh process: outputs differ by {difference:.1e} "
-            f"(at most {tolerance_of(trained, kind):.0e} is allowed)"
+            f"(at most {tolerance_of(trained, kind):.0e} is allowed){note}"
         )

@@ -272,6 +272,8 @@ def _made_of(run: Mapping[str, Any], bases: Mapping[str, str]) -> str:
     if lora := (run.get("student") or {}).get("language_model_lora"):
         said = f"r {lora['r']}, lora_alpha {lora['lora_alpha']:g}"
         lines.append(f"| LoRA on the language model | {said} |")
+    if (run.get("student") or {}).get("load_in_4bit"):
+        lines.append("| language model in training | 4 bit; exports hold its original weights |")
     if source := (run.get("imported") or {}).get("from"):
         lines.append(f"| imported from | {source} |")
     return "## Made of\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"

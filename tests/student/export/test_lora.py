@@ -98,6 +98,7 @@ def test_beside_the_weights_it_is_loaded_by_peft_and_by_movekd(run, exports, ans
     assert "PeftModel.from_pretrained(model, " in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_export_of_an_export_merges(exports, tmp_path, answer, run):
     export(load_student(exports / "adapter"), "hf", tmp_path / "again")
     assert_close(answer(load_student(tmp_path / "again").student), answer(run.student))
@@ -112,6 +113,7 @@ def test_the_official_format_gets_the_merged_weights(run, tmp_path, answer, kit)
     assert_close(answer(back.student)[..., :66], answer(run.student)[..., :66])
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_part_of_it(run, tmp_path):
     export(run, "encoder", tmp_path / "encoder")
     tensors = load_file(tmp_path / "encoder/model.safetensors")
@@ -160,3 +162,14 @@ def test_movekd_json_says_how_the_adapter_is_scaled(exports):
     about = json.loads((exports / "adapter/movekd.json").read_text())
     assert about["language_model_lora"]["lora_alpha"] == 8
     assert "language_model_lora" not in json.loads((exports / "merged/movekd.json").read_text())
+
+
+def test_a_run_in_4_bit_is_exported_without_bitsandbytes_and_says_so(kit, tmp_path):
+    lora_run(kit, tmp_path)
+    content = json.loads((tmp_path / "model/config.yaml").read_text())
+    content["student"]["load_in_4bit"] = True
+    (tmp_path / "model/config.yaml").write_text(json.dumps(content))
+    trained = load_student(tmp_path, language_lora="merged")
+    said = export(trained, "hf", tmp_path / "out")
+    assert "held the language model in 4 bit; the export" in said
+    assert "4 bit; exports hold its original" in (tmp_path / "out/README.md").read_text()
