@@ -39,7 +39,7 @@ from movekd.train.config import load_config
 from movekd.train.run import build_data, build_model, train
 from small_language_model import KINDS, SIZES, write_language_model
 
-FAST = ("qwen3", "gemma3")
+FAST = ("gemma3",)
 slow = pytest.mark.slow
 TRAINED = [name if name in FAST else pytest.param(name, marks=slow) for name in KINDS]
 NOT_GEMMA = [name for name in KINDS if name != "gemma3"]
@@ -165,7 +165,9 @@ def test_interrupted_and_resumed_is_uninterrupted(config, runs, name, tmp_path):
         assert torch.equal(parameter, expected[parameter_name]), parameter_name
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [n if n in ("gemma3", "llama3") else pytest.param(n, marks=slow) for n in KINDS]
+)
 def test_every_parameter_that_learns_gets_a_gradient(config, name):
     settings = config(name)
     torch.manual_seed(0)
@@ -174,7 +176,7 @@ def test_every_parameter_that_learns_gets_a_gradient(config, name):
     batch = collator([dataset[0], dataset[len(dataset) - 1]])  # an image, and only text
     end = batch["labels"][0][batch["labels"][0] != IGNORED][-1]
     stops = [student.tokenizer.convert_tokens_to_ids(stop) for stop in KINDS[name].stops]
-    assert end in stops  # the end of an answer is learned, also where it pads
+    assert end in stops  # the end of an answer is learned, also where it pads, as in Llama 3
     padded = batch["attention_mask"] == 0
     assert padded.any()
     assert (batch["labels"][padded] == IGNORED).all()
@@ -337,17 +339,3 @@ def test_a_whole_vision_language_model_is_refused_before_its_weights_are_read(ki
     Gemma3Config().save_pretrained(tmp_path)  # no weights lie there
     with pytest.raises(ConfigError, match=r"whole vision-language model \(Gemma3ForConditional"):
         build_vlm(student_config(kit, tmp_path))
-
-
-@pytest.mark.parametrize("name", LOADED)
-def test_where_padding_is_the_end_token_the_end_is_learned(models, kit, name):
-    student = build_vlm(student_config(kit, models(name)))
-    found = tokenize_conversation(
-        Conversation("c", (), (("human", "What?"), ("gpt", "A bus."))),
-        student.tokenizer,
-        prompt="chat_template",
-        num_image_tokens=1,
-        recipe="revised",
-    )
-    assert found.labels[-1] == found.input_ids[-1]
-    assert student.tokenizer.pad_token_id is not None

@@ -223,6 +223,17 @@ def test_the_answer_to_no_question_is_learned_too(tokenizers):
     assert learned(found, tokenizer) == ["Hi.<|eot_id|>", "A bus.<|eot_id|>"]
 
 
+def test_of_several_templates_the_default_is_taken(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers("qwen3"))
+    tokenizer.chat_template = CHATML
+    expected = tokenize(["What?", "A bus."], tokenizer)
+    tokenizer.chat_template = {"tool_use": "tools", "default": CHATML}
+    assert tokenize(["What?", "A bus."], tokenizer) == expected
+    tokenizer.chat_template = {"tool_use": "tools"}
+    with pytest.raises(ConfigError, match=r"the tokenizer brings none; use prompt: v1"):
+        tokenize(["What?", "A bus."], tokenizer)
+
+
 REAL = {
     "smollm2": write_smollm2,
     "mistral": lambda folder: write_mistral(folder, False, chat_template=INST),
