@@ -39,7 +39,7 @@ def conversation(identity, images, text="a 3"):
     st.one_of(st.floats(0.01, 0.9), st.integers(1, 20)),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
 def test_no_image_is_in_both_parts_and_the_order_of_the_file_means_nothing(
     digits, tmp_path_factory, images_of, size, random
 ):
