@@ -128,6 +128,10 @@ def test_a_held_out_image_that_is_not_in_the_corpus_is_named(digits, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"data\.eval_conversations hold no conversation"):
         digits.parts(config)
+    missing = f"data.eval_conversations=[{tmp_path}/missing.json]"
+    with pytest.raises(ConfigError, match=r"missing\.json does not exist; expected LLaVA"):
+        digits.train(tmp_path / "run", "pretrain", missing, "training.eval_steps=1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_that_are_trained_on_too_are_counted(digits):
