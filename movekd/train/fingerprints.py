@@ -39,7 +39,8 @@ def input_fingerprints(
     if config.data.val_size is not None:
         inputs["split"] = SPLIT
     if config.data.eval_conversations:
-        inputs["held-out conversations"] = [_sha256(p) for p in config.data.eval_conversations]
+        files = config.data.eval_conversations
+        inputs["held-out conversations"] = [_sha256(path) for path in files if path.exists()]
     if cache is not None and config.distill is not None:
         inputs["geometry"] = cache.geometry
         for name in config.distill.teachers:

@@ -16,6 +16,7 @@ from movekd.cache import open_cache
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError, TrainingError
 from movekd.student.checkpoint import load_student
+from movekd.train.checkpoints import require_checkpoint
 from movekd.train.datasets import read_data
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.run import build_model
@@ -259,45 +260,55 @@ def test_held_out_text_has_no_kd_loss_and_what_teaches_nothing_is_counted(digits
     assert len(inputs["held-out conversations"]) == 1
 
 
-def test_the_best_step_is_the_model_also_after_a_resume(digits, tmp_path):
-    """The rate is so high that a later step is worse; only one checkpoint beside it stays."""
-    keys = (
-        "data.val_size=0.3",
-        "training.eval_steps=1",
-        "training.save_strategy=steps",
-        "training.save_steps=1",
-        "training.save_total_limit=1",
-        "training.load_best_model_at_end=true",
-        "training.metric_for_best_model=loss_text",
-        "training.learning_rate=0.5",
-        "training.max_steps=5",
-    )
+BEST = (
+    "data.val_size=0.3",
+    "training.eval_steps=1",
+    "training.save_strategy=steps",
+    "training.save_steps=1",
+    "training.save_total_limit=1",
+    "training.load_best_model_at_end=true",
+    "training.metric_for_best_model=loss_text",
+    "training.learning_rate=0.5",  # so high that a later step is worse
+    "training.max_steps=5",
+)
+
+
+def best_step(summary):
+    measures = {entry["step"]: entry["eval_loss_text"] for entry in evaluations(summary.log)}
+    return min(measures, key=measures.get)
+
+
+def test_the_best_step_is_the_model(digits, tmp_path):
+    best = best_step(digits.train(tmp_path, "pretrain", *BEST))
+    assert best < 4
+    stored = load_file(tmp_path / f"checkpoint-{best}" / "trained.safetensors")
+    parameters = dict(load_student(tmp_path).student.vlm.named_parameters())
+    compared = {n: t for n, t in stored.items() if n.removeprefix("vlm.") in parameters}
+    assert len(compared) > 10
+    assert all(torch.equal(parameters[n.removeprefix("vlm.")], t) for n, t in compared.items())
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-5"}
+    (tmp_path / f"checkpoint-{best}" / "trained.safetensors").unlink()
+    with pytest.raises(TrainingError, match=rf"checkpoint-{best}, .*is not whole \(.* missing"):
+        require_checkpoint(tmp_path, best)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_strategy", ["steps", "best"])
+def test_the_best_step_is_the_same_after_a_resume(digits, tmp_path, save_strategy):
+    keys = (*BEST, f"training.save_strategy={save_strategy}")
 
     def progress(what, done, total):
         if what.startswith("train") and done == 4:
             raise KeyboardInterrupt
 
     whole = digits.train(tmp_path / "whole", "pretrain", *keys)
-    measures = {entry["step"]: entry["eval_loss_text"] for entry in evaluations(whole.log)}
-    best = min(measures, key=measures.get)
-    assert best < 4
-    stored = load_file(tmp_path / "whole" / f"checkpoint-{best}" / "trained.safetensors")
-    parameters = dict(load_student(tmp_path / "whole").student.vlm.named_parameters())
-    compared = {n: t for n, t in stored.items() if n.removeprefix("vlm.") in parameters}
-    assert len(compared) > 10
-    assert all(torch.equal(parameters[n.removeprefix("vlm.")], t) for n, t in compared.items())
-    assert {path.name for path in (tmp_path / "whole").glob("checkpoint-*")} == {
-        f"checkpoint-{best}",
-        "checkpoint-5",
-    }
     with pytest.raises(KeyboardInterrupt):
         digits.train(tmp_path / "parts", "pretrain", *keys, progress=progress)
-    digits.train(tmp_path / "parts", "pretrain", *keys, resume=True)
+    parts = digits.train(tmp_path / "parts", "pretrain", *keys, resume=True)
+    assert best_step(parts) == best_step(whole) < 4
     one, two = digits.weights(tmp_path / "whole"), digits.weights(tmp_path / "parts")
     assert not [name for name in one if not torch.equal(one[name], two[name])]
-    (tmp_path / "parts" / f"checkpoint-{best}" / "trained.safetensors").unlink()
-    with pytest.raises(TrainingError, match=rf"checkpoint-{best}, .*is not whole \(.* missing"):
-        digits.train(tmp_path / "parts", "pretrain", *keys, resume=True)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def conversation(identity, images, text="a 3"):
     st.one_of(st.floats(0.01, 0.9), st.integers(1, 20)),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
 def test_no_image_is_in_both_parts_and_the_order_of_the_file_means_nothing(
     digits, tmp_path_factory, images_of, size, random
 ):
@@ -128,6 +128,10 @@ def test_a_held_out_image_that_is_not_in_the_corpus_is_named(digits, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"data\.eval_conversations hold no conversation"):
         digits.parts(config)
+    missing = f"data.eval_conversations=[{tmp_path}/missing.json]"
+    with pytest.raises(ConfigError, match=r"missing\.json does not exist; expected LLaVA"):
+        digits.train(tmp_path / "run", "pretrain", missing, "training.eval_steps=1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_that_are_trained_on_too_are_counted(digits):
