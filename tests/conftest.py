@@ -23,6 +23,8 @@ from movekd.corpus.pack import pack_folder, pack_llava
 from movekd.extract.options import BuildOptions
 from movekd.extract.run import build_cache
 
+pytest_plugins = ["list_tests"]
+
 torch.set_num_threads(1)
 
 NUM_IMAGES = 24

@@ -1,6 +1,5 @@
 """Every test file is collected, and every test is run by a make target."""
 
-import fcntl
 import json
 import os
 import re
@@ -10,9 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.mark.expression import Expression
+
+from list_tests import COLLECTED
 
 ROOT = Path(__file__).parents[1]
 HELPERS = Path(__file__).parent / "helpers"
@@ -56,14 +58,11 @@ def collect(root: Path, note: Path) -> list[Test]:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return read(note)
+    return read(json.loads(note.read_text()))
 
 
-def read(note: Path) -> list[Test]:
-    return [
-        Test(test["id"], test["file"], frozenset(test["markers"]))
-        for test in json.loads(note.read_text())
-    ]
+def read(tests: Sequence[Mapping[str, Any]]) -> list[Test]:
+    return [Test(test["id"], test["file"], frozenset(test["markers"])) for test in tests]
 
 
 def test_files(root: Path) -> set[str]:
@@ -99,7 +98,7 @@ def selections(root: Path, targets: Sequence[str] = TARGETS) -> Mapping[str, Sel
             word = words.pop(0)
             if word == "-m":
                 expression = words.pop(0)
-            elif word == "-n":
+            elif word in ("-n", "--dist"):
                 words.pop(0)
             else:
                 assert not word.startswith("-"), f"make {target}: what does {word} select?"
@@ -114,15 +113,12 @@ def selected_by_none(tests: Sequence[Test], targets: Mapping[str, Selection]) ->
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> list[Test]:
-    """All tests of the suite, collected once: it takes about fifteen seconds."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # all workers have this folder; one collects, the others wait
-    with (shared / "suite.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        note = shared / "suite.json"
-        return read(note) if note.exists() else collect(ROOT, note)
+def collected(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> list[Test]:
+    """All tests that plain `pytest` collects: as this session did, if it was given no path."""
+    is_whole = pytestconfig.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if is_whole and not pytestconfig.getoption("lf", False):
+        return read(pytestconfig.stash[COLLECTED])
+    return collect(ROOT, tmp_path_factory.mktemp("suite") / "tests.json")
 
 
 def test_every_test_file_is_collected(collected: list[Test]) -> None:

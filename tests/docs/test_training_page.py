@@ -90,13 +90,22 @@ def test_the_memory_of_a_24_gb_gpu_is_computed_as_the_page_says() -> None:
     projector = width * hidden + hidden + hidden**2 + hidden
     everything = tower + mole + projector + language_model
 
-    def gib(weights: int, learning: int, size: int = 2) -> str:
-        return f"{size * (weights + 3 * learning) / 2**30:.1f}"
+    lora = layers * 128 * (4 * 2 * hidden + 3 * (hidden + inner))
+    saved_in_4bit = linear * (2 - (0.5 + 1 / 64 + 4 / (64 * 256)))
+
+    def gib(weights: int, learning: int, size: int = 2, more: float = 0) -> str:
+        return f"{(size * (weights + 3 * learning) + more) / 2**30:.1f}"
 
     rows = re.findall(r"^\| (`stage.*?) \| \w+ \| ([\d.]+) \|$", PAGE, re.MULTILINE)
     assert dict(rows) == {
         "`stage: distill`: experts, no language model": gib(tower + mole, mole, 4),
         "`stage: pretrain`: experts and projector": gib(everything, mole + projector),
+        "`stage: finetune`: experts, projector, LoRA": gib(
+            everything, mole + projector, more=16 * lora
+        ),
+        "`stage: finetune`: the same, `load_in_4bit`": gib(
+            everything, mole + projector, more=16 * lora - saved_in_4bit
+        ),
         "`stage: finetune`: everything": gib(everything, everything),
     }
 

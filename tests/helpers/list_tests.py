@@ -1,13 +1,18 @@
-"""A pytest plugin that writes the id, file and markers of every test, before any is deselected.
+"""A pytest plugin that keeps the id, file and markers of every test, before any is deselected.
 
-``tests/test_suite.py`` runs it; LIST_TESTS names the file that it writes.
+``tests/conftest.py`` loads it, and ``tests/test_suite.py`` reads what it keeps: from the present
+session, or from another one in the file that LIST_TESTS names.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+COLLECTED = pytest.StashKey[list[dict[str, Any]]]()
+"""Key of the tests in ``config.stash``."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -20,4 +25,6 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
         }
         for item in items
     ]
-    Path(os.environ["LIST_TESTS"]).write_text(json.dumps(tests))
+    session.config.stash[COLLECTED] = tests
+    if note := os.environ.get("LIST_TESTS"):
+        Path(note).write_text(json.dumps(tests))
