@@ -70,7 +70,20 @@ def contents() -> dict[str, dict[str, Any]]:
     full["training"] = {k: v for k, v in defaults.items() if k not in ours} | {"use_cpu": True}
     full["student"] |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     full["student"]["mole"]["layers_to_transform"] = [0, 1]
-    return found | {"every key": full}
+    optional = ["student.language_model_lora={}", "learning_rates={mole: 1.0e-3, heads: 1.0e-4}"]
+    optional += ["data.val_size=0.1", "training.eval_steps=5", "student.image_size=48"]
+    tuned = load_config(resource_dir("pipelines") / "digits" / "finetune.yaml", optional)
+    return found | {"every key": full, "every optional section": tuned.model_dump(mode="json")}
+
+
+def keys_of(schema: dict[str, Any], part: dict[str, Any]) -> set[tuple[str, ...]]:
+    """Return the path of every key in a part of a JSON schema."""
+    if "$ref" in part:
+        part = schema["$defs"][part["$ref"].rpartition("/")[2]]
+    found = set()
+    for key, inner in part.get("properties", {}).items():
+        found |= {(key, *below) for below in keys_of(schema, inner)} | {(key,)}
+    return found.union(*(keys_of(schema, option) for option in part.get("anyOf", ())))
 
 
 CONTENTS = contents()
@@ -132,8 +145,17 @@ def _is_huge_or_nan(value: Any) -> bool:
     return isinstance(value, float | int) and not abs(value) < 1e15
 
 
-def test_the_config_with_every_key_is_accepted(tmp_path):
-    assert check(tmp_path, "every key", ("stage",), "pretrain") is not None
+@pytest.mark.parametrize(
+    ("name", "stage"), [("every key", "pretrain"), ("every optional section", "finetune")]
+)
+def test_the_config_with_every_key_is_accepted(tmp_path, name, stage):
+    assert check(tmp_path, name, ("stage",), stage) is not None
+
+
+def test_no_key_of_the_schema_is_missing_here():
+    schema = TrainConfig.model_json_schema()
+    tried = {path for content in CONTENTS.values() for path in places(content)}
+    assert keys_of(schema, schema) <= tried
 
 
 NONSENSE = [
