@@ -12,6 +12,7 @@ from movekd.errors import ConfigError
 from movekd.student.checkpoint import load_student, part_of
 from movekd.student.language_lora import LORA_FILE, LORA_PART, has_adapter, is_adapter
 from movekd.train.trained_parts import parts_to_save
+from torchrun import train_in_two_processes
 
 LORA = "student.language_model_lora={r: 4, lora_alpha: 8, lora_dropout: 0.2}"
 NO_DROPOUT = "student.language_model_lora={r: 4, lora_alpha: 8, lora_dropout: 0}"
@@ -191,3 +192,18 @@ def test_parts_to_save(digits):
         "mole",
         "vision_tower",
     ]
+
+
+@pytest.mark.slow
+@modes
+def test_two_processes_train_the_adapter_as_one(digits, tmp_path, mode):
+    keys = (NO_DROPOUT, "training.max_steps=2", *mode)
+    single = digits.train(tmp_path / "one", "finetune", *keys)
+    config = digits.config("finetune", *keys, "training.per_device_train_batch_size=2")
+    logged = train_in_two_processes(config, tmp_path / "two", digits.cache)
+    for one, two in zip(digits.logged(single), logged, strict=False):
+        assert two["loss_text"] == pytest.approx(one["loss_text"], rel=1e-5)
+    one, two = digits.weights(tmp_path / "one"), digits.weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-4, msg=name)
