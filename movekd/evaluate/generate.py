@@ -4,9 +4,12 @@ Legend: B questions, L tokens, V views of images, C H W a view.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.transforms import Geometry, SeenImage
@@ -56,7 +59,7 @@ def generate_answers(
             input_ids[i, length - len(question) :] = torch.tensor(question)
             attention_mask[i, length - len(question) :] = 1
         images = [image for of_one in seen for image in of_one]
-        with torch.inference_mode():
+        with torch.inference_mode(), _greedy(student.vlm):
             outputs = {}
             if images:
                 pixels = torch.from_numpy(np.concatenate([i.pixels_VCHW for i in images]))
@@ -76,6 +79,19 @@ def generate_answers(
             text.strip()
             for text in tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
         )
+
+
+@contextmanager
+def _greedy(vlm: Any) -> Iterator[None]:
+    """Leave the settings of the base's generation_config.json aside.
+
+    Greedy answers would otherwise depend on its penalties, beams and forbidden tokens.
+    """
+    kept, vlm.generation_config = vlm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        vlm.generation_config = kept
 
 
 def _num_tokens(student: Student, images: Sequence[SeenImage]) -> list[int]:

@@ -35,6 +35,8 @@ _Small = Annotated[int, Field(ge=0, le=1024, strict=True)]
 _Width = Annotated[int, Field(ge=0, le=2**20, strict=True)]
 _Large = Annotated[int, Field(ge=-1, le=2**31, strict=True)]
 _Side = Annotated[int, Field(ge=1, le=2**14, strict=True)]
+_Token = Annotated[int, Field(ge=-1, lt=2**31, strict=True)]
+_Tokens = _Token | list[_Token] | None
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 _Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Deviation = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -70,6 +72,27 @@ class ModelSizes(BaseModel):
     patch_size: _Side | list[_Side] | None = None
     layers_to_transform: list[_Small] | None = None
     expert_blocks: list[_Small] | None = None
+    bos_token_id: _Tokens = None
+    eos_token_id: _Tokens = None
+    pad_token_id: _Tokens = None
+    decoder_start_token_id: _Tokens = None
+    forced_bos_token_id: _Tokens = None
+    forced_eos_token_id: _Tokens = None
+    suppress_tokens: _Tokens = None
+    begin_suppress_tokens: _Tokens = None
+    image_token_id: _Tokens = None
+    image_token_index: _Tokens = None
+    max_length: _Large | None = None
+    max_new_tokens: _Large | None = None
+    min_length: _Large | None = None
+    min_new_tokens: _Large | None = None
+    no_repeat_ngram_size: _Large | None = None
+    top_k: _Large | None = None
+    num_beams: _Small | None = None
+    num_return_sequences: _Small | None = None
+    repetition_penalty: _Positive | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: _Unit | None = None
 
 
 class _Teachers(FrozenModel):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from movekd.corpus.conversations import Conversation, parse_conversation
-from movekd.errors import ConfigError
+from movekd.errors import ConfigError, shorten
 from movekd.student.config import PromptFormat, Recipe
 from movekd.student.prompts import (
     Prompt,
@@ -108,9 +108,15 @@ def tokenize_question(
 
 def _encode(rendered: Prompt, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the tokens of a text and each one's range of characters; ``<s>`` has an empty one."""
-    encoded = tokenizer(
-        rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    try:
+        encoded = tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    except Exception as error:  # tokenizers, which is Rust, raises plain exceptions
+        raise ConfigError(
+            f"the tokenizer {shorten(tokenizer.name_or_path)} fails at a text: {shorten(error)}; "
+            "expected tokens. Restore its tokenizer.json."
+        ) from None
     begin = [] if rendered.has_special_tokens else _begin(tokenizer)
     return begin + encoded["input_ids"], [(0, 0)] * len(begin) + encoded["offset_mapping"]
 

@@ -80,17 +80,18 @@ def load_tokenizer(
         if tokenizer is None:
             known = {} if model_config is None else {"config": model_config}
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **known)
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a "
-            "fast tokenizer (a tokenizer.json beside the language model)."
-        )
-    if model is not None:
-        require_sentencepiece_tokens(tokenizer, model, source)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        # inside of `loading`: a tokenizer of another's making may fail at its first use
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a "
+                "fast tokenizer (a tokenizer.json beside the language model)."
+            )
+        if model is not None:
+            require_sentencepiece_tokens(tokenizer, model, source)
+        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 

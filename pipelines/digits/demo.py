@@ -2,14 +2,16 @@
 
     scenes -> pack -> plan -> cache four teachers -> train with and without them -> evaluate -> look
 
-Every step is a `movekd` command, printed as you would type it. All run in one process, because
-loading PyTorch eight times would take longer than the work.
+Every step is a `movekd` command, printed as you would type it. They run in two processes of one
+thread each, because loading PyTorch eight times would take longer than the work, and two threads
+of tiny models wait for each other: the arm with teachers trains beside the one without.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -96,15 +98,9 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
     with timed("cache", steps):
         movekd("cache", "build", *teachers, "--shards", data, "--cache", cache, "--batch-size", 64)
     figures: dict[str, Any] = {"seed": seed, "arms": {}}
-    for arm, changes in ARMS.items():
-        folder = output / "runs" / arm.replace(" ", "_")
-        with timed(f"train {arm}", steps):
-            first = train(pipeline, folder, "pretrain", data, source, cache, seed, changes)
-            after = ["init_from=" + str(folder / "pretrain"), *changes]
-            second = train(pipeline, folder, "finetune", data, source, cache, seed, after)
-        with timed(f"evaluate {arm}", steps):
-            accuracy = evaluate(folder / "finetune", source)
-        figures["arms"][arm] = {"accuracy": accuracy, "pretrain": first, "finetune": second}
+    for result in run_arms(pipeline, output, seed):
+        figures["arms"][result["arm"]] = result["figures"]
+        steps += [Step(**step) for step in result["steps"]]
     with timed("look", steps):
         trained = output / "runs/with_teachers/finetune"
         sheets = ("--random", 2, "--output", output / "sheets")
@@ -116,6 +112,56 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
     (output / "demo.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     report(figures, output, pipeline)
     return figures
+
+
+def run_arms(pipeline: Path, output: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Train and evaluate both arms at the same time; yield what ``run_arm`` returns of each.
+
+    What the second process prints follows when it has ended.
+    """
+    here, beside = ARMS
+    path = output / "beside.json"
+    path.unlink(missing_ok=True)
+    other = multiprocessing.get_context("spawn").Process(
+        target=run_beside, args=(path, beside, pipeline, output, seed), daemon=True
+    )
+    other.start()
+    yield run_arm(here, pipeline, output, seed)
+    other.join()
+    if not path.exists():
+        raise SystemExit(other.exitcode or 1)  # it has said why
+    result = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    print(result.pop("printed"), end="", flush=True)
+    yield result
+
+
+def run_beside(path: Path, *arguments: Any) -> None:
+    """Run an arm in this process; write what it returns and prints to ``path``, as JSON."""
+    from movekd.cli.failures import run_guarded
+
+    def run() -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            result = run_arm(*arguments)
+        result["printed"] = printed.getvalue()
+        path.write_text(json.dumps(result), encoding="utf-8")
+
+    run_guarded(run)
+
+
+def run_arm(arm: str, pipeline: Path, output: Path, seed: int) -> dict[str, Any]:
+    """Train both stages of an arm and evaluate it; return its name, figures and steps."""
+    steps: list[Step] = []
+    data, source, cache = output / "data", output / "source", output / "cache"
+    folder, changes = output / "runs" / arm.replace(" ", "_"), ARMS[arm]
+    with timed(f"train {arm}", steps):
+        first = train(pipeline, folder, "pretrain", data, source, cache, seed, changes)
+        after = ["init_from=" + str(folder / "pretrain"), *changes]
+        second = train(pipeline, folder, "finetune", data, source, cache, seed, after)
+    with timed(f"evaluate {arm}", steps):
+        accuracy = evaluate(folder / "finetune", source)
+    figures = {"accuracy": accuracy, "pretrain": first, "finetune": second}
+    return {"arm": arm, "figures": figures, "steps": [vars(step) for step in steps]}
 
 
 def movekd(*arguments: Any, run_quietly: bool = False) -> str:
@@ -224,8 +270,8 @@ def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
         ],
     )
     print_table(
-        f"{figures['seconds']:.0f} s in all",
-        ["step", "seconds", "peak memory so far, GiB"],
+        f"{figures['seconds']:.0f} s in all; both arms ran at the same time",
+        ["step", "seconds", "peak memory of its process so far, GiB"],
         [[s["name"], f"{s['seconds']:.1f}", f"{s['peak_gib']:.2f}"] for s in figures["steps"]],
     )
     cache, run_dir = output / "cache", output / "runs" / "with_teachers" / "finetune"

@@ -1,5 +1,6 @@
 """Tests of movekd.student.model_files: a stranger's folder works, or is refused in one sentence."""
 
+import io
 import json
 import os
 import random
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from exports import export
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError, WeightsError
+from movekd.evaluate.generate import generate_answers
 from movekd.files.ownership import OWNERSHIP_FILE
 from movekd.student.checkpoint import load_student
 from movekd.student.config import StudentConfig
@@ -65,6 +69,15 @@ def answer(trained):
     pixels = torch.zeros(1, 3, student.image_size, student.image_size, dtype=student.vlm.dtype)
     with torch.inference_mode():
         return student.vlm(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+
+
+def ask(trained):
+    """Generate an answer, as `ask` does."""
+    picture, question = io.BytesIO(), (("human", "<image>\nWhat is it?"),)
+    Image.new("RGB", (9, 7), "red").save(picture, "PNG")
+    given = {"prompt": trained.prompt, "geometry": trained.geometry, "max_new_tokens": 2}
+    asked = [Conversation("c", ("i",), question)]
+    return list(generate_answers(trained.student, asked, lambda _: picture.getvalue(), **given))
 
 
 def works_or_refuses(load):
@@ -121,10 +134,10 @@ def try_all(folder, name, texts):
     for text in texts:
         path.unlink()  # may be a link to the original
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        num_working += works_or_refuses(lambda: answer(load_student(folder)))
+        num_working += works_or_refuses(lambda: ask(load_student(folder)))
     path.write_bytes(original)
     assert sorted(os.listdir(folder.parent)) == before
-    assert works_or_refuses(lambda: answer(load_student(folder)))
+    assert works_or_refuses(lambda: ask(load_student(folder)))
     return num_working
 
 
@@ -154,6 +167,15 @@ def test_a_mutated_file_is_refused_or_works(copied, bounded, name):
 def test_every_mutated_file_is_refused_or_works(copied, bounded, name):
     texts = list(cases(copied, name))
     try_all(copied, name, random.Random(1).sample(texts, min(600, len(texts))))
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_key_of_a_generation_config_is_refused_or_works(copied, bounded, count):
+    """Also keys that no export of ours has: a stranger may add them."""
+    path = copied / "generation_config.json"
+    keys = GenerationConfig().to_dict() | json.loads(path.read_text())
+    every = [json.dumps(keys | {key: value}) for key in keys for value in VALUES]
+    try_all(copied, path.name, random.Random(count).sample(every, min(count, len(every))))
 
 
 def linked(path, target):
