@@ -5,19 +5,14 @@ tokens that end an answer, and the settings of an export. ``evaluate.generate`` 
 tokens, so an export's own ``generate`` gives the answers of `movekd ask`.
 """
 
-import copy
 from typing import Any
+
+from transformers import GenerationConfig
 
 from movekd.corpus.conversations import Conversation
 from movekd.student.config import PromptFormat
 from movekd.student.template_answers import special_tokens
 from movekd.student.tokenization import tokenize_conversation
-
-_SAMPLING = (
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff"),
-)
-"""Settings of transformers that only sampling reads; it warns about them beside greedy search."""
 
 
 def stop_tokens(tokenizer: Any, generation_config: Any, prompt: PromptFormat) -> list[int]:
@@ -38,22 +33,21 @@ def stop_tokens(tokenizer: Any, generation_config: Any, prompt: PromptFormat) ->
 
 
 def export_settings(tokenizer: Any, generation_config: Any, prompt: PromptFormat) -> Any:
-    """Return a language model's GenerationConfig as a student's: greedy, with its stop tokens.
+    """Return the GenerationConfig of an export: greedy, with the student's stop tokens.
 
-    The base's settings of sampling are left out: the student was neither trained nor evaluated with
-    them. Others, such as ``repetition_penalty``, stay, because `movekd ask` uses them, too.
+    No other setting of the base is kept: `movekd ask` and `evaluate` follow none of them, and the
+    student was neither trained nor scored with its sampling, penalties or beams.
 
     Raises:
         ConfigError: the tokenizer's chat template fails.
     """
-    config = copy.deepcopy(generation_config)
-    stops = stop_tokens(tokenizer, config, prompt)
-    config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    config.pad_token_id = tokenizer.pad_token_id
-    config.do_sample = False
-    for key in _SAMPLING:
-        setattr(config, key, None)
-    return config
+    stops = stop_tokens(tokenizer, generation_config, prompt)
+    return GenerationConfig(
+        bos_token_id=generation_config.bos_token_id,
+        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
