@@ -195,6 +195,7 @@ KINDS: dict[str, Kind] = {
             "do_sample": True,
             "top_k": 64,
             "top_p": 0.95,
+            "repetition_penalty": 1.3,
             "cache_implementation": "hybrid",
             "eos": ("<eos>",),
         },

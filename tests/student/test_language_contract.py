@@ -236,7 +236,8 @@ def test_an_export_is_the_run_and_answers_as_ask_does(runs, name, tmp_path, corp
     assert settings.pad_token_id == processor.tokenizer.pad_token_id is not None
     assert processor.tokenizer.padding_side == "left"
     assert not settings.do_sample
-    assert (settings.temperature, settings.top_k, settings.top_p) == (None, None, None)
+    of_base = (settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty)
+    assert of_base == (None, None, None, None)
     assert not model.config.tie_word_embeddings
     assert not model.config.text_config.tie_word_embeddings
     if name == "qwen3":

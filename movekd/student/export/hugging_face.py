@@ -222,7 +222,7 @@ def _tokenizer(trained: TrainedStudent) -> Any:
 
 
 def _generation_config(trained: TrainedStudent) -> Any:
-    """Return the language model's settings as the student's, see ``generation``."""
+    """Return the settings with which the student answers, see ``generation``."""
     student = trained.student
     return export_settings(student.tokenizer, student.vlm.generation_config, trained.prompt)
 
