@@ -138,7 +138,8 @@ def list_shards(
     import pyarrow.compute as pc
 
     from movekd.corpus.conversations import iter_conversations
-    from movekd.corpus.index import open_corpus, require_as_packed
+    from movekd.corpus.index import open_corpus
+    from movekd.corpus.record import require_as_packed
 
     corpus = open_corpus(data_dir)
     if verify:

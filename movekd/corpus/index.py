@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from movekd.corpus.keys import Keys, decode_keys
 from movekd.corpus.parquet_table import PART_ROWS, ParquetTable, lines, open_parquet
 from movekd.errors import CorpusError, UnknownKeyError, printable, shorten
-from movekd.files.ownership import OWNERSHIP_FILE, file_entry, read_owned
 
 INDEX_FILE = "index.parquet"
 NAMES_FILE = "names.parquet"
@@ -248,30 +247,6 @@ def open_corpus(data_dir: Path | str) -> Corpus:
         if found.st_size < end:
             raise _short_shard(path, found.st_size, end)
     return corpus
-
-
-def require_as_packed(data_dir: Path) -> None:
-    """Compare the tables and the conversations of a corpus with the checksums of its pack.
-
-    A changed name or text would go into every cache and run that is made of it. Reads the files
-    once; images have their own hashes. A corpus without a record is taken as it is.
-
-    Raises:
-        CorpusError: a file is missing or was changed since; names it.
-    """
-    owned = read_owned(data_dir)
-    if owned is None:
-        return
-    for name in (INDEX_FILE, NAMES_FILE, CONVERSATIONS_FILE):
-        path, entry = data_dir / name, owned.files.get(name)
-        if entry is None or (path.is_file() and file_entry(path) == entry):
-            continue
-        what = "was changed since it was packed" if path.is_file() else "is missing"
-        raise CorpusError(
-            f"{path} {what}; expected the file with the checksum in {OWNERSHIP_FILE} beside it. "
-            "Restore it, or pack the corpus again with --overwrite --force; if the change is "
-            f"meant, delete {OWNERSHIP_FILE}."
-        )
 
 
 def find_rows(

@@ -25,7 +25,8 @@ from movekd.cache.storage import Storage, open_storage
 from movekd.cache.verify import TeacherStatus, shard_problems, teacher_status
 from movekd.cache.writer import TeacherWriter, resize_group
 from movekd.corpus.anyres import Views
-from movekd.corpus.index import Corpus, require_as_packed
+from movekd.corpus.index import Corpus
+from movekd.corpus.record import require_as_packed
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.calibrate import (

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from movekd.cache.inventory import require_whole
 from movekd.cache.reader import FeatureCache, open_cache
 from movekd.cache.verify import teacher_status
-from movekd.corpus.index import Corpus, open_corpus, require_as_packed
+from movekd.corpus.index import Corpus, open_corpus
+from movekd.corpus.record import require_as_packed
 from movekd.distill.loss_terms import read_loss_terms
 from movekd.distill.objective import Objective
 from movekd.distributed import (

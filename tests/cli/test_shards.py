@@ -12,7 +12,8 @@ from PIL import Image
 from command import invoke
 from corpus_files import zero_image
 from movekd.cli.shards import app
-from movekd.corpus.index import open_corpus, require_as_packed
+from movekd.corpus.index import open_corpus
+from movekd.corpus.record import require_as_packed
 from movekd.errors import ConfigError, CorpusError
 from movekd.extract import BuildOptions, build_cache
 from parquet_kit import SCHEMAS, row_of, write_rows
