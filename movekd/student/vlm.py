@@ -34,8 +34,8 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import SAFE_LOAD_KWARGS, loading, require_whole
+from movekd.student.language_loading import check_language_model, load_language_model, untied_head
 from movekd.student.language_lora import add_adapter
-from movekd.student.language_model import check_language_model, load_language_model, untied_head
 from movekd.student.llava_next import GRID_PINPOINTS, count_anyres_tokens
 from movekd.student.mole import MoleConfig
 from movekd.student.tensor_files import read_json
