@@ -33,6 +33,7 @@ from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.config import PromptFormat, StudentConfig
 from movekd.student.hf_loading import loading, require_whole
+from movekd.student.language_loading import is_in_4bit
 from movekd.student.language_lora import (
     LORA_DIR,
     LORA_FILE,
@@ -45,7 +46,6 @@ from movekd.student.language_lora import (
     merging,
     write_adapter_config,
 )
-from movekd.student.language_model import is_in_4bit
 from movekd.student.llava import LLAVA_CLASSES, llava_class
 from movekd.student.llava_keys import check_llava
 from movekd.student.model_files import read_about, require_as_recorded

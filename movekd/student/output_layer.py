@@ -1,7 +1,7 @@
 """Refuse language models that LLaVA's class in transformers cannot hold, and untie their output.
 
 Input: the type of a language model, or a loaded one. Output: nothing, or an error.
-Used by ``language_model``. LLaVA gives the language model's hidden states to the output layer and
+Used by ``language_loading``. LLaVA gives the language model's hidden states to the output layer and
 uses what that returns. A language model that changes its logits afterwards would be another model
 there, in training and in every export, and nobody would be told.
 """

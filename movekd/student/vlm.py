@@ -26,8 +26,8 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import loading
+from movekd.student.language_loading import check_language_model, load_language_model
 from movekd.student.language_lora import add_adapter
-from movekd.student.language_model import check_language_model, load_language_model
 from movekd.student.llava import new_llava
 from movekd.student.mole import MoleConfig
 from movekd.student.output_layer import untied_output

@@ -15,8 +15,8 @@ from movekd.student.export.hugging_face import export_encoder, export_hf, write_
 from movekd.student.export.model_card import Format, model_card
 from movekd.student.export.onnx import export_onnx
 from movekd.student.export.output_folder import new_directory
+from movekd.student.language_loading import is_in_4bit
 from movekd.student.language_lora import has_adapter
-from movekd.student.language_model import is_in_4bit
 from movekd.student.official.export_checkpoint import write_official
 
 _IN_4BIT = (

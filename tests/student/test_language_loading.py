@@ -1,4 +1,4 @@
-"""Tests of movekd.student.language_model: 4-bit weights, and which checkpoints are refused."""
+"""Tests of movekd.student.language_loading: 4-bit weights, and which checkpoints are refused."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ import scenes
 from movekd.errors import ConfigError
 from movekd.student.checkpoint import load_parts, load_student, save_parts
 from movekd.student.config import LanguageModelLoraKeys, StudentConfig
+from movekd.student.language_loading import is_in_4bit
 from movekd.student.language_lora import LORA_DIR, LORA_PART, adapter_parameters
-from movekd.student.language_model import is_in_4bit
 from movekd.student.vlm import build_vlm
 
 pytestmark = pytest.mark.filterwarnings(
