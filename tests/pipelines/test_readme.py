@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from transformers import AutoModelForImageTextToText
 
@@ -52,7 +54,23 @@ def test_readme_trains_both_stages_and_exports_the_last(run: Any) -> None:
     assert AutoModelForImageTextToText.from_pretrained("my-model").config.model_type == "llava"
 
 
+def write_parquet_corpora() -> None:
+    """Write small files in place of the data sets that the page packs from Parquet."""
+    picture = next(path for path in Path("LLaVA-Pretrain").rglob("*") if path.is_file())
+    image = {"bytes": picture.read_bytes(), "path": picture.name}
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    fine = {"images": [image], "texts": [{"user": "What?", "assistant": "This."}]}
+    for name, row in (
+        ("LLaVA-OneVision-Data/train.parquet", {"id": "1", "image": image, "conversations": turns}),
+        ("FineVision/ai2d_merged/0.parquet", fine),
+        ("FineVision/chartqa/0.parquet", fine),
+    ):
+        Path(name).parent.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([row]), name)
+
+
 def test_the_page_on_llava_s_data_trains_both_stages(run: Any) -> None:
+    write_parquet_corpora()
     page = "docs/howto/llava-data.md"
     others = ("photos/", "tars/", "ls")
     for words in commands(page):
