@@ -59,8 +59,9 @@ def training_arguments(config: TrainConfig, output_dir: Path) -> TrainingArgumen
         if keys.get(key) is False:  # YAML 1.1 reads `no` as false
             keys[key] = "no"
     for old, new in _RENAMED.items():
-        if old in keys and new in fields:
-            keys[new] = keys.pop(old)
+        have, want = (old, new) if new in fields else (new, old)
+        if have in keys:
+            keys[want] = keys.pop(have)
     for key, value in keys.items():
         if key not in fields:
             near = did_you_mean(key, fields)
