@@ -51,7 +51,8 @@ def check_language_model(config: StudentConfig) -> None:
     if config.language_model_lora is not None:
         with loading(config.language_model, "student.language_model"), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(keys, trust_remote_code=False)
-        target_modules(skeleton.model, config.language_model_lora)
+        if hasattr(skeleton, "model"):  # without it, ``require_plain_output`` refuses the model
+            target_modules(skeleton.model, config.language_model_lora)
 
 
 def load_language_model(config: StudentConfig) -> tuple[Any, Any]:

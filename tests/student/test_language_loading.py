@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import scenes
 from movekd.errors import ConfigError
@@ -172,3 +172,12 @@ def test_an_evaluation_changes_neither_weights_nor_later_gradients():
     assert all(torch.equal(p, w) for p, w in zip(vlm.parameters(), weights, strict=True))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert sum(bool(g.abs().sum() > 0) for g in before.values()) == 4 * 7  # the second factors
+
+
+def test_lora_on_a_model_that_no_llava_can_hold_is_no_bug(tmp_path):
+    """GPT-2 has no `model`; what refuses it is the check of its output layer."""
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 66, "n_positions": 16}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not consist of `model` and an output layer"):
+        build(language_model=str(tmp_path), language_model_lora=LORA)
