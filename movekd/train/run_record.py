@@ -110,9 +110,14 @@ def publish_model(partial: Path, output_dir: Path) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what a killed run had not finished writing."""
     remove_partial(output_dir)
-    for name in (*_START_FILES, CONFIG_FILE, LOG_FILE, OWNERSHIP_FILE):
-        for path in output_dir.glob(f".{name}.[0-9]*.tmp"):  # of ``write_durably``
-            path.unlink()
+    for path in _unfinished_files(output_dir):
+        path.unlink()
+
+
+def _unfinished_files(output_dir: Path) -> list[Path]:
+    """Return the temporary files of ``write_durably`` that a killed run left."""
+    names = (*_START_FILES, CONFIG_FILE, LOG_FILE, OWNERSHIP_FILE)
+    return [path for name in names for path in output_dir.glob(f".{name}.[0-9]*.tmp")]
 
 
 def curve_files(output_dir: Path) -> set[Path]:
@@ -169,8 +174,10 @@ def require_deletable(output_dir: Path, *, force: bool) -> None:
     Raises:
         ConfigError: names what would be lost.
     """
-    ignored = {LOCK_FILE, PARTIAL_DIR}
-    if not output_dir.is_dir() or not {path.name for path in output_dir.iterdir()} - ignored:
+    if not output_dir.is_dir():
+        return
+    ignored = {LOCK_FILE, PARTIAL_DIR, *(path.name for path in _unfinished_files(output_dir))}
+    if not {path.name for path in output_dir.iterdir()} - ignored:
         return
     owned = _read_or_none(output_dir) if force else _read_record(output_dir)
     if owned is None and not _is_run(output_dir):

@@ -104,6 +104,19 @@ def test_killed_at_a_file_and_resumed_equals_undisturbed(digits, undisturbed, tm
     assert_resumed(digits, output, undisturbed)
 
 
+def test_killed_as_it_writes_its_first_record_and_overwritten(digits, tmp_path):
+    output = tmp_path / "run"
+
+    def is_due(number, name, path):
+        return name == "os.rename" and ".movekd-files.json" in path
+
+    assert killed_at(is_due, output, lambda: digits.train(output, "pretrain", *KEYS))
+    assert [path.suffix for path in output.iterdir() if path.name != ".movekd-train.lock"] == [
+        ".tmp"
+    ]
+    require_deletable(output, force=False)
+
+
 @pytest.mark.slow
 def test_killed_at_any_file_and_resumed_equals_undisturbed(digits, undisturbed, tmp_path):
     output, event, killed = tmp_path / "run", 0, True
