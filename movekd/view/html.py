@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from movekd.errors import shorten
 from movekd.view.browser import TokenPanel
 from movekd.view.thumbnails import NUM_SHOWN, Thumbnail, Thumbnails
 
@@ -83,19 +82,22 @@ element.addEventListener('click', (event) => {
 """
 """A click on a thumbnail stores its name, which ``GRID_CHOICE`` reads."""
 
-GRID_CHOICE = "() => document.querySelector('#grid[data-chosen], #grid [data-chosen]').dataset.chosen"
+GRID_CHOICE = (
+    "() => document.querySelector('#grid[data-chosen], #grid [data-chosen]').dataset.chosen"
+)
 
 STYLE = """
 .movekd-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
 .movekd-grid { gap: .5rem; max-height: 21rem; overflow-y: auto; }
 .movekd-grid button { display: flex; flex-direction: column; min-width: 0; cursor: pointer; }
+.movekd-grid button { padding: .2rem; gap: .2rem; background: none; font-weight: normal; }
 .movekd-grid .pane { height: 7rem; display: flex; align-items: center; justify-content: center; }
 .movekd-grid .pane { width: 100%; background: #8882; border-radius: 4px; font-size: .75rem; }
 .movekd-grid .pane { padding: .2rem; } .movekd-grid .warn { color: #b3261e; }
 .movekd-grid img { max-width: 100%; max-height: 100%; }
 .movekd-grid button:hover .pane, .movekd-grid button:focus-visible .pane { background: #48f5; }
-.movekd-grid .name { width: 100%; font-size: .75rem; overflow: hidden; text-overflow: ellipsis; }
-.movekd-grid .name { white-space: nowrap; text-align: center; }
+.movekd-grid .name { width: 100%; font-size: .75rem; overflow-wrap: anywhere; }
+.movekd-grid .name { line-height: 1.2; max-height: 2.4em; overflow: hidden; text-align: center; }
 #found { max-height: 20rem; overflow-y: auto; }
 .movekd { display: flex; flex-direction: column; gap: 1.2rem; }
 .movekd h3 { margin: 0 0 .3rem; font-size: 1rem; } .movekd .warn { color: #b3261e; }
@@ -201,13 +203,11 @@ def _thumbnail(found: Thumbnail) -> str:
         data = base64.b64encode(found.jpeg).decode()
         pane = f'<span class="pane"><img alt="" src="data:image/jpeg;base64,{data}"></span>'
     else:
-        problem = escape(found.problem)
-        pane = (
-            f'<span class="pane warn" title="{problem}">{escape(shorten(found.problem, 90))}</span>'
-        )
+        pane = f'<span class="pane warn">{escape(found.label)}</span>'
+    said = escape(f"{found.name}: {found.problem}" if found.problem else found.name)
     return (
-        f'<button type="button" data-name="{name}" title="{name}">{pane}'
-        f'<span class="name">{name}</span></button>'
+        f'<button type="button" data-name="{name}" title="{said}">{pane}'
+        f'<span class="name">{escape(found.name.rpartition("/")[2])}</span></button>'
     )
 
 

@@ -30,11 +30,13 @@ class Thumbnail:
     Attributes:
         name: name of the image.
         jpeg: its picture, at most 128 pixels wide and high; None without a corpus or if damaged.
-        problem: why it has no picture, or an empty string.
+        label: what stands in place of the picture, or an empty string.
+        problem: the sentence about it, or an empty string.
     """
 
     name: str
     jpeg: bytes | None
+    label: str = ""
     problem: str = ""
 
 
@@ -90,11 +92,11 @@ def _places(corpus: Corpus, keys: pa.ChunkedArray, start: int) -> npt.NDArray[np
 
 def _thumbnail(corpus: Corpus, name: str, place: int) -> Thumbnail:
     if place < 0:
-        return Thumbnail(name, None, f"{corpus.data_dir} does not hold it")
+        return Thumbnail(name, None, "not in the shards", f"{corpus.data_dir} does not hold it")
     try:
         image = decode_image(corpus.read_image(place))
     except MovekdError as error:
-        return Thumbnail(name, None, str(error))
+        return Thumbnail(name, None, "damaged", str(error))
     # reducing first is faster for photographs, and no worse to look at
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
     file = io.BytesIO()
