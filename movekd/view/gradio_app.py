@@ -123,7 +123,7 @@ def _cache_tab(browser: Browser, page: gr.Blocks) -> tuple[gr.Textbox, gr.Checkb
         with gr.Column(scale=4):
             with gr.Row():
                 previous = gr.Button("Previous page", min_width=100)
-                number = gr.Number(1, label="Page", precision=0, minimum=1, elem_id="page")
+                number = gr.Number(1, label="Page", precision=0, elem_id="page")
                 following = gr.Button("Next page", min_width=100)
             grid = gr.HTML(js_on_load=GRID_SCRIPT, elem_id="grid")
             panels = gr.HTML(js_on_load=SCRIPT, elem_id="panels")
