@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
 from movekd.cache.catalog_table import key_lines, numbers, open_table
 from movekd.cache.layout import (
@@ -25,7 +26,7 @@ from movekd.cache.layout import (
     calibration_name,
 )
 from movekd.cache.schema import CacheRecord
-from movekd.cache.seal import as_record, checksum, entry, read_sealed, sealed_bytes
+from movekd.cache.seal import as_record, entry, read_sealed, sealed_bytes
 from movekd.cache.storage import Buffer, Storage
 from movekd.corpus.anyres import Views, list_views, num_views
 from movekd.corpus.index import INDEX_SCHEMA, NAMES_SCHEMA, Corpus
@@ -93,7 +94,8 @@ class Catalog:
             low, high = np.searchsorted(self.rows, [firsts, firsts + rows_per_shard])
             ends = np.where(high > low, self.rows[np.maximum(high, 1) - 1] + 1, firsts)
             spans = np.stack([firsts, ends], axis=1)
-            keys = np.array([*self.keys_checksums(spans.tolist())], "S32")
+            places = np.stack([low, high], axis=1).tolist()
+            keys = np.array([*self._checksums_of(places)], "S32")
             self._zarr_shards[rows_per_shard] = spans, keys
         return self._zarr_shards[rows_per_shard]
 
@@ -110,17 +112,21 @@ class Catalog:
         Zarr shard holds this checksum, so that its features cannot pass as those of other images.
         Ascending spans take one pass together.
         """
+        places = np.searchsorted(self.rows, np.fromiter(spans, np.dtype((np.int64, 2))))
+        return self._checksums_of(places.tolist())
+
+    def _checksums_of(self, places: Iterable[tuple[int, int]]) -> Iterator[str]:
+        """Yield the checksum of the keys between two places [low, high) of the index, for each."""
         columns = ["key"] if self.view_set == "base" else ["key", "view"]
         text, held, until = memoryview(b""), 0, 0
         starts: npt.NDArray[np.integer[Any]] = np.zeros(1, np.int64)
-        for first, end in spans:
-            low, high = np.searchsorted(self.rows, [first, end]).tolist()
+        for low, high in places:
             if not held <= low <= high <= until:
                 held = low - low % PART_ROWS if high <= low - low % PART_ROWS + PART_ROWS else low
                 until = min(max(held + PART_ROWS, high), len(self.rows))
                 part = self.index.slice(held, until - held, columns)
                 text, starts = lines(*part.columns) if len(columns) > 1 else key_lines(part["key"])
-            yield checksum([text[starts[low - held] : starts[high - held]]])
+            yield xxhash.xxh3_128_hexdigest(text[starts[low - held] : starts[high - held]])
 
 
 def open_catalog(storage: Storage) -> Catalog:

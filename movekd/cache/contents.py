@@ -131,8 +131,7 @@ class TeacherContents:
         self.layout: TeacherLayout = calibration.layout(self.spec)
         self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
         names = set(storage.files(layout.seals_name(teacher)))
-        for shard in range(len(self._sealed)):
-            self._sealed[shard] = layout.seal_name(teacher, shard) in names
+        self._sealed[:] = [layout.seal_name(teacher, s) in names for s in range(len(self._sealed))]
 
     @property
     def grid(self) -> int:
@@ -143,6 +142,11 @@ class TeacherContents:
     def width(self) -> int:
         """Channels per token."""
         return self.layout.width
+
+    @property
+    def sealed_shards(self) -> list[int]:
+        """Zarr shards with a seal, ascending."""
+        return np.flatnonzero(self._sealed).tolist()
 
     @property
     def missing_shards(self) -> list[int]:
@@ -165,21 +169,24 @@ class TeacherContents:
         skipped: dict[int, str] = {}
         found: list[tuple[Any, ...]] = []
         arrays = self.layout.arrays.values()
+        around = [layout.shard_file(array, 0).partition("/0") for array in arrays]
         for shard, seal in self._read_seals():
-            size_bytes = sum(file.size_bytes for file in seal.files.values())
-            listed = (seal.files.get(layout.shard_file(array, shard)) for array in arrays)
-            sizes = tuple(-1 if file is None else file.size_bytes for file in listed)
-            error = (seal.error.mean, seal.error.max, seal.error.num_tokens)
-            sealed = (seal.keys_xxh3_128, size_bytes, sizes, *error, seal.calibration)
-            found.append((shard, seal.rows, *sealed))
-            skipped |= {int(row): reason for row, reason in seal.skipped.items()}
+            files, error = seal.files, seal.error
+            listed = [files.get(f"{start}/{shard}{end}") for start, _, end in around]
+            sizes = tuple([-1 if file is None else file.size_bytes for file in listed])
+            is_all = len(files) == len(sizes) and -1 not in sizes
+            size_bytes = sum(sizes if is_all else (file.size_bytes for file in files.values()))
+            sealed = (seal.keys_xxh3_128, size_bytes, sizes, error.mean, error.max)
+            found.append((shard, seal.rows, *sealed, error.num_tokens, seal.calibration))
+            if seal.skipped:
+                skipped |= {int(row): reason for row, reason in seal.skipped.items()}
         kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8, S32"
         columns: Any = np.array(found, kinds)
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
     def _read_seals(self) -> Iterator[tuple[int, ShardSeal]]:
         """Yield the seal of every Zarr shard."""
-        yield from self.read_seals(np.flatnonzero(self._sealed).tolist())
+        yield from self.read_seals(self.sealed_shards)
 
     def read_seals(self, shards: Sequence[int]) -> Iterator[tuple[int, ShardSeal]]:
         """Yield the seals of some Zarr shards; many are requested together from an object store.

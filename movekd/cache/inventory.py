@@ -6,9 +6,11 @@ millions of images. `cache ls`, `cache build` and `train` start with it. ``verif
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from movekd.cache import layout
+from movekd.cache.codecs import ArrayLayout
 from movekd.cache.contents import TeacherContents
 from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.schema import GroupRecord, ShardSeal, SkippedSeal
@@ -48,28 +50,36 @@ def wrong_files(teacher: TeacherContents) -> list[WrongFile]:
     Raises:
         CorruptCacheError: a seal is damaged.
     """
-    storage, sums = teacher.storage, teacher.sums
+    storage = teacher.storage
     group, seals = layout.group_name(teacher.teacher), layout.seals_name(teacher.teacher)
     wrong: list[WrongFile] = []
     small = dict(_small_files(teacher))
     for folder in (group, seals):
         names = [name for name in small if name.startswith(f"{folder}/")]
-        found = storage.sizes_of(folder, names)
+        there = storage.sizes_of(folder, names)
         wrong += [
-            WrongFile(name, None, small[name], found.get(name))
+            WrongFile(name, None, small[name], there.get(name))
             for name in names
-            if small[name] is None or found.get(name) != small[name]
+            if small[name] is None or there.get(name) != small[name]
         ]
-    shards = sums.shards_S.tolist()
-    for at, array in enumerate(teacher.layout.arrays.values()):
+    shards = teacher.sealed_shards
+
+    def look(array: ArrayLayout) -> tuple[list[str], list[int | None]]:
         names = [f"{group}/{layout.shard_file(array, shard)}" for shard in shards]
         found = storage.sizes_of(f"{group}/{array.name}", names)
-        for name, shard, size in zip(
-            names, shards, sums.file_bytes_SA[:, at].tolist(), strict=True
-        ):
-            if found.get(name) != size:
-                sealed = None if size < 0 else size
-                wrong.append(WrongFile(name, shard, sealed, found.get(name)))
+        return names, [found.get(name) for name in names]
+
+    with ThreadPoolExecutor(1) as beside:  # Python reads the seals, Arrow looks at the files
+        looks = [beside.submit(look, array) for array in teacher.layout.arrays.values()]
+        sums = teacher.sums
+    for at, each in enumerate(looks):
+        names, sizes = each.result()
+        sealed = sums.file_bytes_SA[:, at].tolist()
+        if sizes == sealed:
+            continue
+        for name, shard, size, found in zip(names, shards, sealed, sizes, strict=True):
+            if found != size:
+                wrong.append(WrongFile(name, shard, None if size < 0 else size, found))
     return sorted(wrong, key=lambda file: file.name)
 
 

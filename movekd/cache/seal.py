@@ -5,11 +5,13 @@ last: a Zarr shard without a seal does not exist. Seals hold no times and no hos
 builds of the same cache are equal byte for byte.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import xxhash
+from pydantic import ValidationError
 
 from movekd.cache.schema import Record
 from movekd.cache.storage import Buffer, Storage
@@ -24,6 +26,7 @@ MAX_JSON_BYTES = 4 * MIB
 """Largest JSON file of a cache: a seal whose 1,024 rows were all skipped has a tenth of it."""
 _BLOCK_BYTES = MIB
 _SELF = "xxh3_128"
+_OWN = f', "{_SELF}": "'.encode()
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
 
@@ -67,8 +70,14 @@ def open_record(raw: bytes, source: str, kind: type[RecordT]) -> RecordT:
     """Return the record in the bytes of a sealed file; raises as ``read_record``.
 
     Only the content is checked, not its spelling: for a hundred thousand seals, comparing the bytes
-    takes half of the time. ``read_record`` compares them.
+    takes half of the time. ``read_record`` compares them. As movekd spells a seal, its text without
+    line breaks is what its checksum is of; every other spelling, and every error, takes longer.
     """
+    spelled = b"".join([part.lstrip(b" ") for part in raw.replace(b",\n", b", \n").split(b"\n")])
+    text, _, own = spelled.rpartition(_OWN)
+    if own == f'{xxhash.xxh3_128_hexdigest(text + b"}")}"}}'.encode():
+        with contextlib.suppress(ValidationError):
+            return kind.model_validate_json(text + b"}")
     return as_record(_content(raw, source, kind.remedy, is_exact=False), source, kind)
 
 

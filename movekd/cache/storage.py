@@ -8,19 +8,27 @@ cache uses this interface, except ``mapped_rows`` and ``tensorstore_rows``, whic
 import contextlib
 import errno
 import io
+import itertools
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from pyarrow import fs
+
 from movekd.errors import CacheError, ConfigError, shorten
 from movekd.files.ownership import fsync
+from movekd.threads import num_cpus
 
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 * 2**20
+_LOOKS_AT_ONCE = 10_000
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+"""O_NONBLOCK: opening a FIFO without it waits for a writer."""
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _THIS_PROCESS = uuid.uuid4().hex[:8]
 """Machines that share a file system can have processes of the same number."""
@@ -135,15 +143,11 @@ class LocalStorage:
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """Return a file's content."""
         try:
-            with open_regular(f"{self._folder}/{name}") as file:
-                size = os.fstat(file.fileno()).st_size
-                if max_bytes is None or size <= max_bytes:
-                    return file.read()
+            return _read_regular(f"{self._folder}/{name}", max_bytes)
         except _ABSENT:
             raise FileNotFoundError(name) from None
         except OSError as error:
             raise CacheError(f"{self._folder / name} cannot be read: {error.strerror}.") from None
-        raise CacheError(too_large(f"{self._folder / name}", max_bytes))
 
     def read_many(self, names: Sequence[str], max_bytes: int | None = None) -> dict[str, bytes]:
         """Return the content of several small files; missing files are left out."""
@@ -250,17 +254,22 @@ class LocalStorage:
         return dict(sorted(found.items()))
 
     def sizes_of(self, folder: str, names: Sequence[str]) -> dict[str, int]:
-        """Return the sizes of some regular files: faster than listing, which visits each folder."""
-        found, start = {}, f"{self._folder}/"
-        with self._errors(folder, "read"):
-            for name in names:
-                try:
-                    status = os.stat(start + name)
-                except _ABSENT:
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    found[name] = status.st_size
-        return found
+        """Return the sizes of some regular files: faster than listing, which visits each folder.
+
+        Arrow looks at them without Python's lock, so that all CPUs do.
+        """
+        start = f"{self._folder}/"
+        files = fs.LocalFileSystem()
+
+        def look(first: int) -> list[fs.FileInfo]:
+            some = [start + name for name in names[first : first + _LOOKS_AT_ONCE]]
+            return list(files.get_file_info(some))
+
+        with self._errors(folder, "read"), ThreadPoolExecutor(num_cpus()) as pool:
+            found = itertools.chain(*pool.map(look, range(0, len(names), _LOOKS_AT_ONCE)))
+            return {
+                name: info.size for name, info in zip(names, found, strict=True) if info.is_file
+            }
 
     def files(self, folder: str) -> list[str]:
         """Return the files directly in a folder, sorted."""
@@ -310,12 +319,34 @@ def open_regular(path: str) -> io.FileIO:
 
     ``path`` is a string: with a Path, opening and reading a seal takes twice as long.
     """
-    # O_NONBLOCK: opening a FIFO without it waits for a writer
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, _READING)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return io.FileIO(descriptor)
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
+def _read_regular(path: str, max_bytes: int | None) -> bytes:
+    """Return the content of a regular file; raises as ``open_regular``, CacheError for its size.
+
+    A hundred thousand seals are read at a time, so each takes one look at it and one read.
+    """
+    descriptor = os.open(path, _READING)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", path)
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise CacheError(too_large(path, max_bytes))
+        content = os.read(descriptor, status.st_size + 1)
+        if len(content) == status.st_size:
+            return content
+        parts = [content]  # it grows, or is larger than one read
+        while parts[-1]:
+            parts.append(os.read(descriptor, _BLOCK_BYTES))
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, buffer: Buffer) -> None:

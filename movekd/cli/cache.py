@@ -36,6 +36,8 @@ def list_teachers(
 
     Example: movekd cache ls --cache cache/
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from movekd.cache.contents import open_contents
     from movekd.cache.inventory import wrong_files
     from movekd.cache.verify import teacher_status
@@ -47,10 +49,12 @@ def list_teachers(
     for name in opened.teachers:
         try:
             sealed = opened.sealed(name)
-            status = teacher_status(sealed, opened.catalog)
+            with ThreadPoolExecutor(1) as beside:  # the keys are read while Python reads the seals
+                beside.submit(opened.catalog.zarr_shards, sealed.layout.rows_per_shard)
+                found = wrong_files(sealed)
             sealed.require_images(opened.catalog)
-            wrong[name] = [str(file) for file in wrong_files(sealed)]
-            teachers.append(status)
+            wrong[name] = [str(file) for file in found]
+            teachers.append(teacher_status(sealed, opened.catalog))
         except CorruptCacheError as error:  # the other teachers are listed nevertheless
             wrong[name] = [str(error)]
     if json:

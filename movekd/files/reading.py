@@ -128,17 +128,16 @@ def parse_json(
         MovekdError: of class ``error``: no JSON, nested too deeply, or a number that is too long.
     """
 
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is no number of JSON")
-
     try:
-        value = json.loads(raw, parse_constant=None if allow_nan else refuse)
+        text = _text(raw)
+        value = json.loads(text) if allow_nan else _STRICT.decode(text)
     except RecursionError:
         reason: object = f"it is nested more than {MAX_DEPTH} levels deep"
     except ValueError as caught:  # also a number of more than 4,300 digits, and no UTF-8
         reason = shorten(caught)
     else:
-        if _depth_is_allowed(value):
+        # A hundred thousand seals are read at a time: few brackets cannot nest deeply.
+        if text.count("{") + text.count("[") < MAX_DEPTH or _depth_is_allowed(value):
             return value
         reason = f"it is nested more than {MAX_DEPTH} levels deep"
     raise error(_sentence(f"{source} is no JSON that can be read: {reason}", "JSON", remedy))
@@ -203,6 +202,19 @@ def _yaml_limit(text: str) -> str:
         if counts[-1] > MAX_YAML_VALUES:
             return f"has more than {MAX_YAML_VALUES:,} values, aliases counted in full"
     return ""
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+"""``json.loads`` makes a decoder a call, which takes as long as decoding a seal."""
+
+
+def _text(raw: str | bytes) -> str:
+    """Return the text that ``json.loads`` decodes."""
+    return raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw), "surrogatepass")
 
 
 def _depth_is_allowed(value: Any) -> bool:

@@ -19,6 +19,7 @@ from movekd.cache.reader import FeatureCache, open_cache
 from movekd.corpus.index import Corpus
 from movekd.errors import CacheError
 from movekd.view.features import FeatureView, FeatureViewer
+from movekd.view.thumbnails import Thumbnails, first_name, read_thumbnails
 
 NUM_NEAREST = 6
 _MOST_FOUND = 50
@@ -69,6 +70,14 @@ class Browser:
         """Open the cache again; keep the fitted PCA bases."""
         bases = self._viewer.bases
         self._viewer = FeatureViewer(open_cache(self._url), self.corpus, known=bases)
+
+    def thumbnails(self, page: int) -> Thumbnails:
+        """Return a page of thumbnails, from 1; a number outside gives the nearest page."""
+        return read_thumbnails(self.cache.catalog, self.corpus, page)
+
+    def first_name(self) -> str:
+        """Return the name of the image that is shown first; empty for an empty cache."""
+        return first_name(self.cache.catalog)
 
     def search(self, text: str) -> list[str]:
         """Return the first 50 names that contain ``text`` and keys that start with it."""

@@ -26,11 +26,14 @@ from movekd.student.checkpoint import TrainedStudent
 from movekd.view.browser import Browser
 from movekd.view.gate import MAX_IMAGE_BYTES, Gate
 from movekd.view.html import (
+    GRID_CHOICE,
+    GRID_SCRIPT,
     IMAGE_SCRIPT,
     IMAGE_TEMPLATE,
     SCRIPT,
     STYLE,
     experts_html,
+    grid_html,
     message_html,
     teachers_html,
 )
@@ -58,7 +61,7 @@ def build_page(
     with gr.Blocks(title="movekd", analytics_enabled=False, fill_width=True) as page:
         title = f"<h2>movekd</h2>{escape(browser.cache.url)}"
         gr.HTML(title, elem_id="title", padding=False)
-        chosen, teachers = _cache_tab(browser)
+        chosen, teachers = _cache_tab(browser, page)
         if run is not None:
             _run_tab(run)
         if student is not None:
@@ -97,8 +100,8 @@ def serve(page: gr.Blocks, host: str, port: int, on_start: Callable[[], None]) -
     page.block_thread()
 
 
-def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
-    """Add the tab of the cache: search and choices on the left, teachers on the right.
+def _cache_tab(browser: Browser, page: gr.Blocks) -> tuple[gr.Textbox, gr.CheckboxGroup]:
+    """Add the tab of the cache: choices on the left, thumbnails and teachers on the right.
 
     Returns:
         The text box of the image's key, and the choice of teachers.
@@ -106,7 +109,7 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
     teachers = list(browser.cache.teachers)
     with gr.Tab("Cache"), gr.Row():
         with gr.Column(scale=1, min_width=280):
-            key = gr.Textbox(label="Key or name of an image", elem_id="key")
+            key = gr.Textbox(browser.first_name(), label="Key or name of an image", elem_id="key")
             with gr.Row():
                 show = gr.Button("Show", variant="primary", min_width=100)
                 draw = gr.Button("Random image", min_width=100)
@@ -118,6 +121,11 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
                 ["mean", *map(str, range(_MOST_HEADS))], value="mean", label="Head of attention"
             )
         with gr.Column(scale=4):
+            with gr.Row():
+                previous = gr.Button("Previous page", min_width=100)
+                number = gr.Number(1, label="Page", precision=0, elem_id="page")
+                following = gr.Button("Next page", min_width=100)
+            grid = gr.HTML(js_on_load=GRID_SCRIPT, elem_id="grid")
             panels = gr.HTML(js_on_load=SCRIPT, elem_id="panels")
 
     def show_image(name: str, wanted: list[str], view: float | None, head: str) -> str:
@@ -146,7 +154,20 @@ def _cache_tab(browser: Browser) -> tuple[gr.Textbox, gr.CheckboxGroup]:
         label = f"Found ({len(names)})" if wanted.strip() else "Found"
         return gr.Radio(choices=names, value=None, label=label)
 
+    def turn(number: float | None, step: int = 0) -> tuple[int, str]:
+        try:
+            found = browser.thumbnails(int(number or 1) + step)
+        except MovekdError as error:
+            return int(number or 1), message_html(str(error))
+        return found.page, grid_html(found)
+
     inputs = [key, shown, view, head]
+    page.load(turn, number, [number, grid])
+    page.load(show_image, inputs, panels)
+    number.submit(turn, number, [number, grid])
+    previous.click(lambda at: turn(at, -1), number, [number, grid])
+    following.click(lambda at: turn(at, 1), number, [number, grid])
+    grid.select(None, None, key, js=GRID_CHOICE).then(show_image, inputs, panels)
     show.click(show_image, inputs, panels)
     key.submit(show_image, inputs, panels)
     for changed in (shown, view, head):

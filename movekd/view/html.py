@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from movekd.view.browser import TokenPanel
+from movekd.view.thumbnails import NUM_SHOWN, Thumbnail, Thumbnails
 
 SCRIPT = """
 element.addEventListener('mousemove', (event) => {
@@ -71,7 +72,32 @@ element.addEventListener('click', (event) => {
 """
 """Reads the chosen file in the browser. The number is ``gate.MAX_IMAGE_BYTES``."""
 
+GRID_SCRIPT = """
+element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('button[data-name]');
+  if (!chosen) return;
+  element.dataset.chosen = chosen.dataset.name;
+  trigger('select');
+});
+"""
+"""A click on a thumbnail stores its name, which ``GRID_CHOICE`` reads."""
+
+GRID_CHOICE = (
+    "() => document.querySelector('#grid[data-chosen], #grid [data-chosen]').dataset.chosen"
+)
+
 STYLE = """
+.movekd-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
+.movekd-grid { gap: .5rem; max-height: 21rem; overflow-y: auto; }
+.movekd-grid button { display: flex; flex-direction: column; min-width: 0; cursor: pointer; }
+.movekd-grid button { padding: .2rem; gap: .2rem; background: none; font-weight: normal; }
+.movekd-grid .pane { height: 7rem; display: flex; align-items: center; justify-content: center; }
+.movekd-grid .pane { width: 100%; background: #8882; border-radius: 4px; font-size: .75rem; }
+.movekd-grid .pane { padding: .2rem; } .movekd-grid .warn { color: #b3261e; }
+.movekd-grid img { max-width: 100%; max-height: 100%; }
+.movekd-grid button:hover .pane, .movekd-grid button:focus-visible .pane { background: #48f5; }
+.movekd-grid .name { width: 100%; font-size: .75rem; overflow-wrap: anywhere; }
+.movekd-grid .name { line-height: 1.2; max-height: 2.4em; overflow: hidden; text-align: center; }
 #found { max-height: 20rem; overflow-y: auto; }
 .movekd { display: flex; flex-direction: column; gap: 1.2rem; }
 .movekd h3 { margin: 0 0 .3rem; font-size: 1rem; } .movekd .warn { color: #b3261e; }
@@ -102,6 +128,17 @@ def teachers_html(panels: Sequence[TokenPanel], title: str) -> str:
     parts = [f"<div>{escape(title)}</div>"]
     parts += [_teacher(panel) for panel in panels]
     return f'<div class="movekd">{"".join(parts)}</div>'
+
+
+def grid_html(found: Thumbnails) -> str:
+    """Return a page of thumbnails; a click on one shows its image."""
+    first = (found.page - 1) * NUM_SHOWN + 1
+    said = f"Images {first:,} to {first + len(found.shown) - 1:,} of {found.num_names:,}"
+    if not found.shown:
+        said = "The cache holds no image."
+    return (
+        f'<div>{said}</div><div class="movekd-grid">{"".join(map(_thumbnail, found.shown))}</div>'
+    )
 
 
 def message_html(text: str) -> str:
@@ -157,6 +194,20 @@ def _teacher(panel: TokenPanel) -> str:
     return (
         f'<section data-teacher="{escape(features.teacher)}"{data}>{head}'
         f'<div class="movekd-row">{"".join(panes)}</div><div class="movekd-said"></div></section>'
+    )
+
+
+def _thumbnail(found: Thumbnail) -> str:
+    name = escape(found.name)
+    if found.jpeg is not None:
+        data = base64.b64encode(found.jpeg).decode()
+        pane = f'<span class="pane"><img alt="" src="data:image/jpeg;base64,{data}"></span>'
+    else:
+        pane = f'<span class="pane warn">{escape(found.label)}</span>'
+    said = escape(f"{found.name}: {found.problem}" if found.problem else found.name)
+    return (
+        f'<button type="button" data-name="{name}" title="{said}">{pane}'
+        f'<span class="name">{escape(found.name.rpartition("/")[2])}</span></button>'
     )
 
 

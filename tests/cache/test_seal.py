@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from movekd.cache.schema import GroupRecord
-from movekd.cache.seal import checksum, entry, read_sealed, sealed_bytes, write_sealed
+from movekd.cache.schema import EncodingError, GroupRecord, ShardSeal
+from movekd.cache.seal import (
+    checksum,
+    entry,
+    open_record,
+    read_sealed,
+    sealed_bytes,
+    write_sealed,
+)
 from movekd.cache.storage import open_storage
 from movekd.errors import CacheError, CorruptCacheError
 from movekd.files.ownership import FileEntry
@@ -44,6 +51,35 @@ def test_any_changed_byte_and_any_truncation_of_a_seal_is_found(tmp_path: Path) 
             path.write_bytes(damaged)
             with pytest.raises(CorruptCacheError, match=r"seal\.json is damaged"):
                 read_sealed(storage, "seal.json")
+
+
+def shard_seal(reason: str = "no image") -> ShardSeal:
+    return ShardSeal(
+        rows=[0, 8],
+        keys_xxh3_128="0" * 32,
+        files={"tokens/c/0/0/0": FileEntry(size_bytes=12, xxh3_128="1" * 32)},
+        skipped={"3": reason},
+        error=EncodingError(mean=0.25, max=1e-17, num_tokens=2**40),
+        calibration="2" * 32,
+    )
+
+
+@given(st.text(max_size=50))
+def test_a_seal_opens_to_itself_however_it_is_spelled(reason: str) -> None:
+    """The own spelling is read without encoding it again; any other one is decoded first."""
+    seal = shard_seal(reason)
+    raw = sealed_bytes(seal)
+    content = json.loads(raw)
+    for spelling in (raw, json.dumps(content).encode(), json.dumps(content, indent=4).encode()):
+        assert open_record(spelling, "seal", ShardSeal) == seal
+
+
+def test_any_changed_byte_of_a_shards_seal_is_found() -> None:
+    whole = sealed_bytes(shard_seal())
+    for position in range(len(whole)):
+        for damaged in (bytes([*whole[:position], whole[position] ^ 1 << position % 8]), b""):
+            with pytest.raises(CorruptCacheError):
+                open_record(damaged + whole[position + 1 :], "seal", ShardSeal)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"xxh3_128": 4}', "\xff{"])

@@ -16,7 +16,7 @@ from movekd.evaluate.chat import Answer, answer
 from movekd.student.checkpoint import TrainedStudent, load_student
 from movekd.view.browser import Browser
 from movekd.view.gate import MAX_IMAGE_BYTES
-from movekd.view.html import experts_html, teachers_html
+from movekd.view.html import experts_html, grid_html, teachers_html
 from web_page import picture, serve, watched
 
 pytestmark = pytest.mark.web
@@ -34,6 +34,8 @@ def show(page: Page, name: str) -> None:
     """Type the name of an image."""
     page.get_by_label("Key or name of an image").fill(name)
     page.get_by_role("button", name="Show").click()
+    if name.strip():  # until then the page shows the image before
+        expect(page.locator("#panels")).to_contain_text(name)
 
 
 def choose_head(page: Page, head: str) -> None:
@@ -68,6 +70,30 @@ def test_the_page_names_its_cache_and_teachers(page: Page) -> None:
         expect(page.get_by_role("tab", name=tab)).to_be_visible()
 
 
+def test_it_opens_with_thumbnails_and_the_first_image(page: Page, world: Path) -> None:
+    browser = Browser(str(world / "cache"), open_corpus(world / "data"))
+    grid, caption = page.locator("#grid"), page.locator("#panels .movekd > div").first
+    for number in (1, 2, 3):
+        found = browser.thumbnails(number)
+        names = [each.name for each in found.shown]
+        expect(grid.locator("button .name")).to_have_text(names)
+        assert shown(grid) == sources(grid_html(found))
+        if number == 1:
+            expect(caption).to_have_text(names[0])
+        if number < found.num_pages:
+            page.get_by_role("button", name="Next page").click()
+    assert found.num_pages == 3
+    grid.locator("button").nth(2).click()
+    expect(caption).to_have_text(names[2])
+    expect(page.get_by_label("Key or name of an image")).to_have_value(names[2])
+    page.get_by_role("button", name="Previous page").click()
+    expect(grid).to_contain_text("Images 25 to 48 of 64")
+    for asked, number in (("999", "3"), ("-4", "1")):
+        page.get_by_label("Page", exact=True).fill(asked)
+        page.get_by_label("Page", exact=True).press("Enter")
+        expect(page.get_by_label("Page", exact=True)).to_have_value(number)
+
+
 def test_a_search_finds_names_and_keys(page: Page, world: Path) -> None:
     search, found = page.get_by_label("Search names and keys"), page.locator("#found")
     search.fill("pretrain_0000")
@@ -76,6 +102,7 @@ def test_a_search_finds_names_and_keys(page: Page, world: Path) -> None:
     found.get_by_label(NAME).click()
     expect(teachers(page)).to_have_count(4)
     expect(page.get_by_label("Key or name of an image")).to_have_value(NAME)
+    expect(page.locator("#panels .movekd > div").first).to_have_text(NAME)
     browser = Browser(str(world / "cache"), open_corpus(world / "data"))
     expected = teachers_html(browser.panels(NAME, TEACHERS), NAME)
     assert shown(page.locator("#panels")) == sources(expected)
@@ -245,6 +272,7 @@ def test_a_large_or_damaged_image_is_a_sentence(page: Page, tmp_path: Path) -> N
 
 
 def test_questions_that_cannot_be_asked_are_sentences(page: Page) -> None:
+    page.get_by_label("Key or name of an image").fill("")
     ask(page, "Is there a 3?")
     alert = page.locator("#experts").get_by_role("alert")
     expect(alert).to_have_text("Show an image of the cache first, or choose one.")
