@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, ModelT, Number, Text
+from movekd.distill.token_loss import LossForm
 from movekd.distill.weighting import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 
@@ -33,6 +34,18 @@ class DistillConfig(FrozenModel):
         default=None,
         description="raw: features as cached (official). standardised: by the cache's channel "
         "statistics (revised). scaled: less the channel means, divided by one number per teacher.",
+    )
+    loss: LossForm | None = Field(
+        default=None,
+        description="Form of the loss per token. mse: squared error. smooth_l1: linear for large errors. "
+        "cosine+smooth_l1: 0.9 and 0.1 of the two, as in Theia.",
+    )
+    target_clip: Number | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Limit of standardised targets, in standard deviations; 0: none. With 8, rare "
+        "outliers of real features do not dominate the loss.",
     )
     grid: Literal["native", "student"] | None = Field(
         default=None,
@@ -103,6 +116,12 @@ def check_distill(distill: DistillConfig) -> None:
             f"{distill.teacher_weighting} gives the anchor no fixed share. Leave it out, or "
             "set teacher_weighting: anchor (or anchor_equal)."
         )
+    if distill.target_clip and distill.targets != "standardised":
+        raise ConfigError(
+            f"distill.target_clip is {distill.target_clip:g} standard deviations, and targets: "
+            f"{distill.targets} are not measured in those. Set targets: standardised, or "
+            "target_clip: 0."
+        )
     if distill.teacher_weighting == "similarity" and distill.grid == "native":
         raise ConfigError(
             "distill.teacher_weighting: similarity compares teachers token by token and needs "
@@ -120,6 +139,17 @@ def check_distill(distill: DistillConfig) -> None:
             "distill.adapters: student predicts token by token and needs distill.grid: student; "
             "only adapters: teacher can mix a native grid."
         )
+
+
+NEWER_KEYS: dict[str, Any] = {"loss": "mse", "target_clip": 0.0}
+"""Keys of `distill` that config.yaml of older runs lacks -> what such a run did."""
+
+
+def fill_distill(distill: DistillConfig, defaults: dict[str, Any]) -> DistillConfig:
+    """Return `distill` with the recipe's values; a limit only where targets are standardised."""
+    distill = fill(distill, {k: v for k, v in defaults.items() if k != "target_clip"})
+    clip = defaults["target_clip"] if distill.targets == "standardised" else 0.0
+    return fill(distill, {"target_clip": clip})
 
 
 def fill(keys: ModelT, defaults: dict[str, Any]) -> ModelT:

@@ -43,6 +43,7 @@ from movekd.distill.loss_terms import (
     extra_term,
 )
 from movekd.distill.sam_layout import released_sam_tokens
+from movekd.distill.token_loss import limit
 from movekd.distill.weighting import ANCHOR_SHARE, teacher_weights, token_weights
 from movekd.distributed import mean_over_ranks, sum_over_ranks
 
@@ -101,14 +102,19 @@ class Objective:
 
 
 def target_tokens(targets: TeacherTargets, name: str, distill: DistillConfig, side: int) -> Tensor:
-    """Return what the student learns from a teacher, (I, M, D): decoded, ordered, resized."""
+    """Return what the student learns from a teacher, (I, M, D): decoded, resized, limited.
+
+    The limit comes last, so that it holds for what the loss compares, whatever grid is cached.
+    """
     if distill.targets == "standardised":
         tokens_IMD = targets.standardised_BND
     else:
         tokens_IMD = targets.scaled_BND if distill.targets == "scaled" else targets.tokens_BND
     if distill.sam_layout == "released" and name == "sam":
         tokens_IMD = released_sam_tokens(tokens_IMD)
-    return resize_tokens(tokens_IMD, side) if distill.grid == "student" else tokens_IMD
+    if distill.grid == "student":
+        tokens_IMD = resize_tokens(tokens_IMD, side)
+    return limit(tokens_IMD, distill.target_clip)
 
 
 def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
@@ -155,6 +161,7 @@ def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, 
         entropy.new_ones(len(output.student_IND), len(distill.teachers)),
         weights_IN,
         combine="sum" if distill.token_weighting == "softmax" else "mean",
+        form=distill.loss or "mse",
     ).per_teacher_BT
     share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
     weights_IT = teacher_weights(
