@@ -37,8 +37,8 @@ class DistillConfig(FrozenModel):
     )
     loss: LossForm | None = Field(
         default=None,
-        description="Form of the loss per token. mse: squared error. smooth_l1: linear for large errors. "
-        "cosine+smooth_l1: 0.9 and 0.1 of the two, as in Theia.",
+        description="Form of the loss per token. mse: squared error. smooth_l1: linear for large "
+        "errors. cosine+smooth_l1: 0.9 and 0.1 of the two, as in Theia.",
     )
     target_clip: Number | None = Field(
         default=None,
