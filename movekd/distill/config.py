@@ -1,5 +1,6 @@
 """Keys of the objective: `distill:` and `loss_terms:` of student.yaml."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -46,6 +47,13 @@ class DistillConfig(FrozenModel):
         le=1e6,
         description="Limit of standardised targets, in standard deviations; 0: none. With 8, rare "
         "outliers of real features do not dominate the loss.",
+    )
+    summary_weight: Number = Field(
+        default=0.0,
+        ge=0,
+        le=1e4,
+        description="Weight of the global loss: one more head per teacher predicts its [CLS] (the "
+        "mean of its tokens, if the cache has none) from the student's [CLS], by cosine. 0: none.",
     )
     grid: Literal["native", "student"] | None = Field(
         default=None,
@@ -96,8 +104,12 @@ class LossTermConfig(FrozenModel):
     weight: Number = Field(ge=-1e4, le=1e4, description="Weight of the term in the loss.")
 
 
-def check_distill(distill: DistillConfig) -> None:
+def check_distill(distill: DistillConfig, loss_terms: Iterable[str] = ()) -> None:
     """Refuse keys that contradict each other; every null key must be filled in.
+
+    Args:
+        distill: the keys.
+        loss_terms: names of the run's extra loss terms.
 
     Raises:
         ConfigError: names the keys.
@@ -115,6 +127,13 @@ def check_distill(distill: DistillConfig) -> None:
             f"distill.anchor_share is {distill.anchor_share}, but teacher_weighting: "
             f"{distill.teacher_weighting} gives the anchor no fixed share. Leave it out, or "
             "set teacher_weighting: anchor (or anchor_equal)."
+        )
+    taken = [n for n in loss_terms if n == "summary" or n.startswith("summary_")]
+    if distill.summary_weight and taken:
+        raise ConfigError(
+            f"loss_terms names '{taken[0]}', and distill.summary_weight logs its own losses under "
+            "summary and summary_... Register the term under another name, or set summary_weight: "
+            "0."
         )
     if distill.target_clip and distill.targets != "standardised":
         raise ConfigError(
@@ -141,7 +160,7 @@ def check_distill(distill: DistillConfig) -> None:
         )
 
 
-NEWER_KEYS: dict[str, Any] = {"loss": "mse", "target_clip": 0.0}
+NEWER_KEYS: dict[str, Any] = {"loss": "mse", "target_clip": 0.0, "summary_weight": 0.0}
 """Keys of `distill` that config.yaml of older runs lacks -> what such a run did."""
 
 

@@ -254,7 +254,9 @@ def _check(config: TrainConfig) -> None:
             "of trained."
         )
     has_heads = distill is not None and (
-        distill.adapters == "student" or set(distill.teachers) != {distill.anchor}
+        distill.adapters == "student"
+        or set(distill.teachers) != {distill.anchor}
+        or distill.summary_weight > 0
     )
     check_learning_rates(config.learning_rates, config.trained or [], has_heads=has_heads)
     if student.architecture == "llava_next" and config.data.geometry != "stretch":
@@ -271,7 +273,7 @@ def _check(config: TrainConfig) -> None:
             "distill.views is 'all', but student.architecture: llava looks only at "
             "the whole image. Set architecture: llava_next, or views: base."
         )
-    check_distill(distill)
+    check_distill(distill, config.loss_terms)
 
 
 def _check_encoder_only(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Keep each teacher's KD loss of single optimizer steps: do a few batches dominate a run?
+"""Find out whether a few batches dominate the KD loss of a teacher.
 
 Input: the parts of the loss, micro-batch by micro-batch. Output: per teacher, the largest loss of a
 step over the median of all, in the second half of the run; `log.json` has it at the end as
