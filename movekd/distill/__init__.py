@@ -16,6 +16,7 @@ from movekd.distill.config import LossTermConfig
 from movekd.distill.kd import KDTerms, effective_rank, kd_loss, token_statistics
 from movekd.distill.loss_terms import StudentOutput, register_loss_term
 from movekd.distill.sam_layout import released_sam_tokens
+from movekd.distill.token_loss import token_loss
 from movekd.distill.weighting import teacher_weights, token_weights
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "released_sam_tokens",
     "routing_statistics",
     "teacher_weights",
+    "token_loss",
     "token_statistics",
     "token_weights",
 ]

@@ -1,10 +1,12 @@
 """Keys of the objective: `distill:` and `loss_terms:` of student.yaml."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from movekd.config import FrozenModel, ModelT, Number, Text
+from movekd.distill.token_loss import LossForm
 from movekd.distill.weighting import TeacherWeighting, TokenWeighting
 from movekd.errors import ConfigError, did_you_mean
 
@@ -33,6 +35,25 @@ class DistillConfig(FrozenModel):
         default=None,
         description="raw: features as cached (official). standardised: by the cache's channel "
         "statistics (revised). scaled: less the channel means, divided by one number per teacher.",
+    )
+    loss: LossForm | None = Field(
+        default=None,
+        description="Form of the loss per token. mse: squared error. smooth_l1: linear for large "
+        "errors. cosine+smooth_l1: 0.9 and 0.1 of the two, as in Theia.",
+    )
+    target_clip: Number | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Limit of standardised targets, in standard deviations; 0: none. With 8, rare "
+        "outliers of real features do not dominate the loss.",
+    )
+    summary_weight: Number = Field(
+        default=0.0,
+        ge=0,
+        le=1e4,
+        description="Weight of the global loss: one more head per teacher predicts its [CLS] (the "
+        "mean of its tokens, if the cache has none) from the student's [CLS], by cosine. 0: none.",
     )
     grid: Literal["native", "student"] | None = Field(
         default=None,
@@ -83,8 +104,12 @@ class LossTermConfig(FrozenModel):
     weight: Number = Field(ge=-1e4, le=1e4, description="Weight of the term in the loss.")
 
 
-def check_distill(distill: DistillConfig) -> None:
+def check_distill(distill: DistillConfig, loss_terms: Iterable[str] = ()) -> None:
     """Refuse keys that contradict each other; every null key must be filled in.
+
+    Args:
+        distill: the keys.
+        loss_terms: names of the run's extra loss terms.
 
     Raises:
         ConfigError: names the keys.
@@ -103,6 +128,19 @@ def check_distill(distill: DistillConfig) -> None:
             f"{distill.teacher_weighting} gives the anchor no fixed share. Leave it out, or "
             "set teacher_weighting: anchor (or anchor_equal)."
         )
+    taken = [n for n in loss_terms if n == "summary" or n.startswith("summary_")]
+    if distill.summary_weight and taken:
+        raise ConfigError(
+            f"loss_terms names '{taken[0]}', and distill.summary_weight logs its own losses under "
+            "summary and summary_... Register the term under another name, or set summary_weight: "
+            "0."
+        )
+    if distill.target_clip and distill.targets != "standardised":
+        raise ConfigError(
+            f"distill.target_clip is {distill.target_clip:g} standard deviations, and targets: "
+            f"{distill.targets} are not measured in those. Set targets: standardised, or "
+            "target_clip: 0."
+        )
     if distill.teacher_weighting == "similarity" and distill.grid == "native":
         raise ConfigError(
             "distill.teacher_weighting: similarity compares teachers token by token and needs "
@@ -120,6 +158,17 @@ def check_distill(distill: DistillConfig) -> None:
             "distill.adapters: student predicts token by token and needs distill.grid: student; "
             "only adapters: teacher can mix a native grid."
         )
+
+
+NEWER_KEYS: dict[str, Any] = {"loss": "mse", "target_clip": 0.0, "summary_weight": 0.0}
+"""Keys of `distill` that config.yaml of older runs lacks -> what such a run did."""
+
+
+def fill_distill(distill: DistillConfig, defaults: dict[str, Any]) -> DistillConfig:
+    """Return `distill` with the recipe's values; a limit only where targets are standardised."""
+    distill = fill(distill, {k: v for k, v in defaults.items() if k != "target_clip"})
+    clip = defaults["target_clip"] if distill.targets == "standardised" else 0.0
+    return fill(distill, {"target_clip": clip})
 
 
 def fill(keys: ModelT, defaults: dict[str, Any]) -> ModelT:

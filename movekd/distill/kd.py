@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from movekd.distill.token_loss import LossForm, token_loss
 from movekd.errors import ConfigError
 
 Combine = Literal["mean", "sum"]
@@ -36,10 +37,11 @@ def kd_loss(
     token_weights_BN: Tensor | None = None,
     *,
     combine: Combine,
+    form: LossForm = "mse",
 ) -> KDTerms:
     """Return the distillation loss of each sample, for the caller to average.
 
-    With l_t[n] = mean_d (prediction_t[n, d] - target_t[n, d])^2, in float32 even under autocast:
+    With l_t[n] = ``token_loss`` of teacher t at token n, in float32 even under autocast:
 
     - ``combine="mean"`` (revised): L_t = mean_n w[n] l_t[n], for weights of mean 1.
     - ``combine="sum"`` (official): L_t = mean_n l_t[n] + sum_n w[n] l_t[n], for weights that sum
@@ -53,9 +55,10 @@ def kd_loss(
         teacher_weights_BT: From ``teacher_weights``.
         token_weights_BN: From ``token_weights``; None: all tokens count the same.
         combine: How to combine the tokens: ``mean`` or ``sum``.
+        form: Form of the loss per token.
 
     Raises:
-        ConfigError: an unknown ``combine``, or tensors that do not fit each other.
+        ConfigError: an unknown ``combine`` or ``form``, or tensors that do not fit each other.
 
     Source: MoVE-KD (arXiv 2501.01709) for ``"sum"``.
     """
@@ -67,7 +70,7 @@ def kd_loss(
     _check_shapes(predictions_BND, targets_BND, teacher_weights_BT, token_weights_BN)
     losses_B = []
     for prediction_BND, target_BND in zip(predictions_BND, targets_BND, strict=True):
-        error_BN = (prediction_BND.float() - target_BND.float()).square().mean(dim=2)
+        error_BN = token_loss(prediction_BND, target_BND, form)
         if token_weights_BN is None:
             losses_B.append(error_BN.mean(dim=1))
         elif combine == "mean":

@@ -50,6 +50,10 @@ class StudentOutput(NamedTuple):
     unused: Tensor | float = 0.0
     """Zero, to be added to a loss: it gives parameters that this batch does not use a zero
     gradient, because DDP waits for one."""
+    summary_predictions: tuple[Tensor, ...] = ()
+    """(I, D_t) per teacher, float32; empty without targets or with `summary_weight: 0`."""
+    summary_goals: tuple[Tensor, ...] = ()
+    """(I, D_t) per teacher, compared with ``summary_predictions``."""
 
     @property
     def num_images(self) -> int:

@@ -1,10 +1,12 @@
 """The whole training loss: its terms, their weights, how each is normalised, what is logged.
 
-    loss = text + kd_weight * kd + balance_weight * balance + sum of weight * extra term
+    loss = text + kd_weight * kd + summary_weight * summary + balance_weight * balance
+         + sum of weight * extra term
 
     term      mean over               from
     text      answer tokens           cross entropy of the language model
     kd        images with targets     `kd.kd_loss`, weighted over teachers
+    summary   images with targets     `summary.summary_terms`, cosine of [CLS], mean over teachers
     balance   views                   `balance.balance_loss` of the routers
     extra     as registered           `register_loss_term`, `loss_terms:` in student.yaml
 
@@ -28,8 +30,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from movekd.cache.grid import resize_attention, resize_tokens
-from movekd.cache.targets import TeacherTargets
+from movekd.cache.grid import resize_attention
 from movekd.distill.balance import BalanceKind, Routings, balance_loss, routing_statistics
 from movekd.distill.config import DistillConfig, LossTermConfig
 from movekd.distill.kd import effective_rank, kd_loss, token_statistics
@@ -42,7 +43,7 @@ from movekd.distill.loss_terms import (
     count_answer_tokens,
     extra_term,
 )
-from movekd.distill.sam_layout import released_sam_tokens
+from movekd.distill.summary import summary_terms
 from movekd.distill.weighting import ANCHOR_SHARE, teacher_weights, token_weights
 from movekd.distributed import mean_over_ranks, sum_over_ranks
 
@@ -78,6 +79,8 @@ class Objective:
             terms.append(LossTerm("text", text_sum, "answer_tokens", 1.0))
         if self.distill is not None:
             terms += kd_terms(self.distill, output)
+            if self.distill.summary_weight:
+                terms += summary_terms(self.distill, output)
         if output.routings is not None:
             terms += self._balance_terms(output.routings, output.num_views)
         terms += [extra_term(name, keys, output) for name, keys in self.extra_terms.items()]
@@ -98,17 +101,6 @@ class Objective:
             Statistic("routing_max_share", statistics.share_LE.max(), num_views),
             Statistic("routing_share", statistics.share_LE, num_views),
         ]
-
-
-def target_tokens(targets: TeacherTargets, name: str, distill: DistillConfig, side: int) -> Tensor:
-    """Return what the student learns from a teacher, (I, M, D): decoded, ordered, resized."""
-    if distill.targets == "standardised":
-        tokens_IMD = targets.standardised_BND
-    else:
-        tokens_IMD = targets.scaled_BND if distill.targets == "scaled" else targets.tokens_BND
-    if distill.sam_layout == "released" and name == "sam":
-        tokens_IMD = released_sam_tokens(tokens_IMD)
-    return resize_tokens(tokens_IMD, side) if distill.grid == "student" else tokens_IMD
 
 
 def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
@@ -155,6 +147,7 @@ def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, 
         entropy.new_ones(len(output.student_IND), len(distill.teachers)),
         weights_IN,
         combine="sum" if distill.token_weighting == "softmax" else "mean",
+        form=distill.loss or "mse",
     ).per_teacher_BT
     share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
     weights_IT = teacher_weights(

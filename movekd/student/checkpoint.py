@@ -170,15 +170,22 @@ def save_adapters(directory: Path, adapters: nn.Module) -> None:
         _save(directory / ADAPTERS_FILE, parameters.items())
 
 
-def load_adapters(directory: Path, adapters: nn.Module) -> None:
-    """Load the teacher adapters or student heads, if folder and model have them."""
+def load_adapters(directory: Path, adapters: nn.Module, optional: str | None = None) -> None:
+    """Load the teacher adapters or student heads, if folder and model have them.
+
+    Heads whose names start with ``optional`` may be missing on either side.
+    """
     parameters = dict(adapters.named_parameters())
     if parameters and (directory / ADAPTERS_FILE).exists():
-        load_exact(directory / ADAPTERS_FILE, parameters)
+        load_exact(directory / ADAPTERS_FILE, parameters, optional)
 
 
-def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+def load_exact(
+    path: Path, parameters: dict[str, nn.Parameter], optional: str | None = None
+) -> None:
     """Copy a safetensors file into parameters with exactly its names and shapes.
+
+    Names that start with ``optional`` count only if both sides have some.
 
     Raises:
         WeightsError: the file is damaged, or names or shapes differ.
@@ -189,6 +196,13 @@ def load_exact(path: Path, parameters: dict[str, nn.Parameter]) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
+    if optional is not None:
+        sides: list[dict[str, Any]] = [tensors, parameters]
+        if len({any(name.startswith(optional) for name in side) for side in sides}) == 2:
+            tensors, parameters = (
+                {n: value for n, value in side.items() if not n.startswith(optional)}
+                for side in sides
+            )
     found, expected = (
         {name: tuple(tensor.shape) for name, tensor in named.items()}
         for named in (tensors, parameters)

@@ -26,6 +26,7 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import loading
+from movekd.student.hidden_state import image_hidden_state, patch_tokens
 from movekd.student.language_loading import check_language_model, load_language_model
 from movekd.student.language_lora import add_adapter
 from movekd.student.llava import new_llava
@@ -194,11 +195,15 @@ class VisionEncoderOnly(nn.Module):
         """Dtype of the weights."""
         return next(self.parameters()).dtype
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the patch tokens (B, N, D) of the layer that is read."""
+    def hidden_state(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return all tokens (B, T, D) of the layer that is read."""
         output = self.model["vision_tower"](pixels_BCHW, output_hidden_states=True)
         hidden_BTD: Tensor = output.hidden_states[self.config.vision_feature_layer]
-        return hidden_BTD[:, self._num_prefix :]
+        return hidden_BTD
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the patch tokens (B, N, D) of the layer that is read."""
+        return self.hidden_state(pixels_BCHW)[:, self._num_prefix :]
 
 
 def mole_config(config: StudentConfig, num_layers: int, mlp: str = "mlp") -> MoleConfig:
@@ -247,19 +252,8 @@ def image_features(
     Pass the output to the model as ``mm_encoder_outputs={"image": output}``, so that the tower runs
     only once. It is None for a ``VisionEncoderOnly``.
     """
-    if isinstance(vlm, VisionEncoderOnly):
-        return None, vlm(pixels_BCHW)
-    layer = vlm.config.vision_feature_layer
-    sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-    num_prefix = num_prefix_tokens(vlm.config.vision_config)
-    output = vlm.model.get_image_features(
-        pixel_values=pixels_BCHW,
-        **sizes,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
-        return_dict=True,
-    )
-    return output, output.hidden_states[layer][:, num_prefix:]
+    output, hidden_BTD = image_hidden_state(vlm, pixels_BCHW, image_sizes)
+    return output, patch_tokens(hidden_BTD, vlm.config.vision_config)
 
 
 def _add_experts(tower: Any, config: StudentConfig) -> None:

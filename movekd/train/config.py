@@ -14,7 +14,13 @@ from pydantic import AfterValidator, Field, field_validator
 
 from movekd.config import FilePath, FrozenModel, Integer, Number, Text, read_yaml, validate
 from movekd.corpus.transforms import Geometry
-from movekd.distill.config import WITH_ANCHOR_SHARE, DistillConfig, check_distill, fill
+from movekd.distill.config import (
+    WITH_ANCHOR_SHARE,
+    DistillConfig,
+    check_distill,
+    fill,
+    fill_distill,
+)
 from movekd.distill.loss_terms import read_loss_terms
 from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
@@ -44,6 +50,8 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
             "kd_weight": 0.5,
             "adapters": "teacher",
             "targets": "raw",
+            "loss": "mse",
+            "target_clip": 0.0,  # none
             "grid": "native",
             "token_weighting": "softmax",
             "teacher_weighting": "anchor",
@@ -61,6 +69,8 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
             "kd_weight": 2.0,
             "adapters": "student",
             "targets": "standardised",
+            "loss": "mse",
+            "target_clip": 0.0,  # none
             "grid": "student",
             "token_weighting": "blend",
             "teacher_weighting": "equal",
@@ -176,7 +186,7 @@ class TrainConfig(FrozenModel):
             mole = fill(fill(student.mole, defaults["mole"]), {"lora_alpha": float(student.mole.r)})
             student = student.model_copy(update={"mole": mole})
         if distill is not None:
-            distill = fill(distill, defaults["distill"])
+            distill = fill_distill(distill, defaults["distill"])
             if distill.teacher_weighting in WITH_ANCHOR_SHARE:
                 distill = fill(distill, {"anchor_share": ANCHOR_SHARE})
         student = fill(student, {"prompt": "v1" if is_finetune else "plain"})
@@ -244,7 +254,9 @@ def _check(config: TrainConfig) -> None:
             "of trained."
         )
     has_heads = distill is not None and (
-        distill.adapters == "student" or set(distill.teachers) != {distill.anchor}
+        distill.adapters == "student"
+        or set(distill.teachers) != {distill.anchor}
+        or distill.summary_weight > 0
     )
     check_learning_rates(config.learning_rates, config.trained or [], has_heads=has_heads)
     if student.architecture == "llava_next" and config.data.geometry != "stretch":
@@ -261,7 +273,7 @@ def _check(config: TrainConfig) -> None:
             "distill.views is 'all', but student.architecture: llava looks only at "
             "the whole image. Set architecture: llava_next, or views: base."
         )
-    check_distill(distill)
+    check_distill(distill, config.loss_terms)
 
 
 def _check_encoder_only(config: TrainConfig) -> None:

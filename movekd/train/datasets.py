@@ -98,7 +98,7 @@ def read_data(
 
 def _refuse_kd_metric(config: TrainConfig) -> None:
     metric = str(config.training.get("metric_for_best_model")).removeprefix("eval_")
-    if metric.startswith("loss_kd"):
+    if metric.startswith(("loss_kd", "loss_summary")):
         raise ConfigError(
             f"training.metric_for_best_model is {metric}, but no held-out conversation has an "
             "image; set loss_text, or hold out conversations with images."

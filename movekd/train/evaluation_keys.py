@@ -82,7 +82,9 @@ def loss_names(config: "TrainConfig") -> list[str]:
     if config.stage != "distill":
         names.append("loss_text")
     if config.distill is not None:
-        names += ["loss_kd", *(f"loss_kd_{name}" for name in config.distill.teachers)]
+        kinds = ["loss_kd", *(["loss_summary"] if config.distill.summary_weight else [])]
+        for kind in kinds:
+            names += [kind, *(f"{kind}_{name}" for name in config.distill.teachers)]
     return names
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from movekd.distill.summary import head_name
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.student.checkpoint import (
     BASE_KEYS,
@@ -61,7 +62,7 @@ def load_init_from(config: TrainConfig, student: Student, adapters: nn.Module) -
     directory = _model_dir(config)
     parts = ENCODER_PARTS if config.stage == "distill" else tuple(PART_FILES)
     loaded = load_parts(directory, student.vlm, parts)
-    load_adapters(directory, adapters)
+    load_adapters(directory, adapters, optional=head_name(""))
     return loaded
 
 

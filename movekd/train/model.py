@@ -21,10 +21,13 @@ from movekd.corpus.anyres import num_views
 from movekd.distill import released_sam_tokens
 from movekd.distill.config import DistillConfig
 from movekd.distill.loss_terms import StudentOutput, Terms
-from movekd.distill.objective import Objective, target_tokens
+from movekd.distill.objective import Objective
+from movekd.distill.summary import head_name, summary_target
+from movekd.distill.target_tokens import target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
-from movekd.student.vlm import Student, image_features
+from movekd.student.hidden_state import global_token, image_hidden_state, patch_tokens
+from movekd.student.vlm import Student
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class TargetShape:
 
     num_tokens: int
     width: int
+    summary_width: int = 0
+    """Channels of its summary; only read with `summary_weight`."""
 
 
 class DistillModel(nn.Module):
@@ -75,9 +80,11 @@ class DistillModel(nn.Module):
         has_images = pixel_values is not None
         if pixel_values is None:  # every rank needs a gradient for every parameter, in each step
             pixel_values, image_sizes = self._blank(next(self.parameters()).device)
-        features, student_VND = image_features(
+        features, hidden_VTD = image_hidden_state(
             self.vlm, pixel_values.to(self.vlm.dtype), image_sizes
         )
+        vision_config = self.vlm.config.vision_config
+        student_VND = patch_tokens(hidden_VTD, vision_config)
         student_IND = student_VND if target_views is None else student_VND[target_views]
         unused = student_IND.new_zeros((), dtype=torch.float32)
         text = None
@@ -95,7 +102,9 @@ class DistillModel(nn.Module):
                 unused = unused + 0.0 * torch.cat(list(features.pooler_output)).sum()
         output = StudentOutput(student_VND, student_IND)
         if targets is not None:
-            output = self.compare(student_IND, targets)
+            global_VD = global_token(hidden_VTD, vision_config)
+            global_ID = global_VD if target_views is None else global_VD[target_views]
+            output = self.compare(student_IND, targets, global_ID)
         elif self.objective.distill is not None:
             unused = unused + 0.0 * self._touch_adapters(student_IND.float())
         output = output._replace(
@@ -108,8 +117,16 @@ class DistillModel(nn.Module):
         )
         return self.objective.terms(output, measures_rank=self.measures_rank)
 
-    def compare(self, student_IND: Tensor, targets: Mapping[str, TeacherTargets]) -> StudentOutput:
-        """Return what the KD loss compares: predictions and goals, (I, N, D_t) per teacher."""
+    def compare(
+        self,
+        student_IND: Tensor,
+        targets: Mapping[str, TeacherTargets],
+        global_ID: Tensor | None = None,
+    ) -> StudentOutput:
+        """Return what the KD loss compares: predictions and goals, (I, N, D_t) per teacher.
+
+        With ``global_ID``, the student's global tokens, also what the global loss compares.
+        """
         distill = self.objective.distill
         assert distill is not None
         targets = {name: targets[name].to(student_IND.device) for name in distill.teachers}
@@ -123,7 +140,14 @@ class DistillModel(nn.Module):
             else:  # the anchor has no adapter: its tokens are compared as they are
                 predictions.append(tokens_IND)
                 goals.append(self.adapters[name](goal_IMD) if name in self.adapters else goal_IMD)
-        return StudentOutput(student_IND, student_IND, tuple(predictions), tuple(goals), targets)
+        output = StudentOutput(student_IND, student_IND, tuple(predictions), tuple(goals), targets)
+        if not distill.summary_weight or global_ID is None:
+            return output
+        heads = [self.adapters[head_name(name)] for name in distill.teachers]
+        return output._replace(
+            summary_predictions=tuple(head(global_ID.float()) for head in heads),
+            summary_goals=tuple(summary_target(targets[n], distill) for n in distill.teachers),
+        )
 
     def _touch_adapters(self, student_IND: Tensor) -> Tensor:
         """Return a scalar that depends on the student's tokens and on every adapter and head."""
@@ -168,15 +192,24 @@ class DistillModel(nn.Module):
 def _adapters(
     student: Student, distill: DistillConfig, shapes: Mapping[str, TargetShape]
 ) -> dict[str, nn.Module]:
+    adapters: dict[str, nn.Module]
     if distill.adapters == "student":
-        return {name: StudentHead(student.width, shapes[name].width) for name in distill.teachers}
-    return {
-        name: TeacherAdapter(
-            shapes[name].width, shapes[name].num_tokens, student.width, student.num_patches
-        )
-        for name in distill.teachers
-        if name != distill.anchor
-    }
+        adapters = {
+            name: StudentHead(student.width, shapes[name].width) for name in distill.teachers
+        }
+    else:
+        adapters = {
+            name: TeacherAdapter(
+                shapes[name].width, shapes[name].num_tokens, student.width, student.num_patches
+            )
+            for name in distill.teachers
+            if name != distill.anchor
+        }
+    if distill.summary_weight:  # last: the others start from the same random numbers without it
+        for name in distill.teachers:
+            head = StudentHead(student.width, shapes[name].summary_width)
+            adapters[head_name(name)] = head
+    return adapters
 
 
 def check_targets(
@@ -194,7 +227,9 @@ def check_targets(
         num_tokens = teacher.layout.num_tokens
         if distill.grid == "student" and teacher.grid != student.grid:
             num_tokens = student.num_patches
-        shapes[name] = TargetShape(num_tokens, teacher.width)
+        cls = teacher.layout.arrays.get("cls")
+        summary_width = teacher.width if cls is None else cls.row_shape[-1]
+        shapes[name] = TargetShape(num_tokens, teacher.width, summary_width)
         if distill.sam_layout == "released" and name == "sam":
             released_sam_tokens(torch.empty(1, num_tokens, teacher.width, device="meta"))
     if distill.anchor in shapes:

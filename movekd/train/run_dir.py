@@ -23,6 +23,7 @@ import yaml
 from movekd import distributed
 from movekd.cache.verify import TeacherStatus
 from movekd.config import validate
+from movekd.distill.config import NEWER_KEYS
 from movekd.errors import ConfigError, TrainingError
 from movekd.files.reading import MIB, read_json
 from movekd.student.checkpoint import CONFIG_FILE, read_run_config
@@ -255,6 +256,8 @@ def _refuse_to_delete(config: TrainConfig, output_dir: Path, force: bool) -> Non
 
 def _with_new_keys(old: dict[str, Any]) -> dict[str, Any]:
     """Return a run's config with defaults for keys that are newer than the run."""
+    if isinstance(old.get("distill"), dict):  # a recipe's later default is not the old run's
+        old = old | {"distill": NEWER_KEYS | old["distill"]}
     try:
         resolved = validate(TrainConfig, old, CONFIG_FILE).resolved()
     except ConfigError:

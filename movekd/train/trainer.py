@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
 from movekd.corpus.worker_process import end_with_parent
+from movekd.distill.loss_terms import Unit
 from movekd.distill.objective import LossLog, count_units, step_loss
 from movekd.distributed import sum_over_ranks
 from movekd.errors import TrainingError, shorten
@@ -42,6 +43,7 @@ from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.model import DistillModel
 from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
+from movekd.train.step_losses import STATE_KEY, StepLosses
 from movekd.train.training_args import global_batch_size
 
 
@@ -69,6 +71,7 @@ class DistillTrainer(Trainer):
         self._distill_model = model  # without what wraps it
         self.loss_is_scaled_for_ga = True  # step_loss divides by the counts of the whole step
         self._log = LossLog()  # since the last log, or since the resume
+        self._steps: StepLosses | None = None
         self._last_log: float | None = None
         self._sampler: GlobalOrderSampler | None = None
         self._is_saving = False
@@ -151,6 +154,8 @@ class DistillTrainer(Trainer):
                 f"{continue_hint(Path(self.args.output_dir))}"
             )
         self._log.add(parts, terms)
+        num_images = int(num_items_in_batch[get_args(Unit).index("images")])
+        self._step_losses().add(self.state.global_step + 1, self.state.max_steps, parts, num_images)
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -158,7 +163,19 @@ class DistillTrainer(Trainer):
         if "loss" in logs and self._log.num_steps:
             logs |= self._speed_and_memory(start_time) | self._log.take(self.args.device)
             self._rate_log.add_to(logs)
+        if "train_runtime" in logs:  # the end of the run
+            self._step_losses().gather(self.args.world_size)
+            logs |= self._step_losses().figures(self.state.max_steps)
         super().log(logs, start_time)
+
+    def _step_losses(self) -> StepLosses:
+        """Return the losses of single steps, with those from before a resume."""
+        if self._steps is None:
+            distill, state = self.config.distill, self.state
+            names = distill.teachers if distill is not None else ()
+            stored = state.stateful_callbacks.get(STATE_KEY)
+            self._steps = StepLosses(names, stored, state.global_step)
+        return self._steps
 
     def _speed_and_memory(self, start_time: float | None) -> dict[str, float]:
         """Return samples per second of all ranks since the last log, and this rank's peak memory.
@@ -202,6 +219,8 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint whole or not at all, then delete older ones (`save_total_limit`)."""
         self.require_finite()
+        self._step_losses().gather(self.args.world_size)
+        self.state.stateful_callbacks[STATE_KEY] = self._step_losses().state()
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         with writing(name, output_dir):
             self._is_saving = True

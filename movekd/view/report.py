@@ -29,6 +29,7 @@ from movekd.evaluate.image_folder import Progress, check_images, read_from_folde
 from movekd.evaluate.question_file import load_questions
 from movekd.files.ownership import write_durably
 from movekd.student.checkpoint import TrainedStudent
+from movekd.train.step_losses import MAX_OVER_MEDIAN
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import RunLog
 
@@ -183,6 +184,10 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
         if last_one is not best:
             said += f"; {last_one['eval_loss']:.4g} at step {last_one['step']:,.0f}, the last"
         facts.append(("held-out loss", said))
+    peaks = {n: r for n, r in run.ending.items() if n.startswith(MAX_OVER_MEDIAN)}
+    if peaks:
+        said = ", ".join(f"{n.removeprefix(MAX_OVER_MEDIAN)} {r:.3g}" for n, r in peaks.items())
+        facts.append(("KD loss, largest over median step", f"{said}; second half of the run"))
     if run.is_ended:
         facts.append(("time", str(datetime.timedelta(seconds=round(run.ending["train_runtime"])))))
         rate = run.ending.get("train_samples_per_second")
