@@ -96,6 +96,9 @@ class SealSums:
     """Size of the file of each of A arrays, in the layout's order; -1 if the seal lists none."""
     error_mean_S: npt.NDArray[np.float64]
     error_max_S: npt.NDArray[np.float64]
+    limited_mean_S: npt.NDArray[np.float64]
+    """Errors with values limited to 8 sigma; NaN in seals from before they were recorded."""
+    limited_max_S: npt.NDArray[np.float64]
     num_tokens_S: npt.NDArray[np.int64]
     """Number of tokens behind the errors."""
     calibration_S: npt.NDArray[np.bytes_]
@@ -169,11 +172,13 @@ class TeacherContents:
             size_bytes = sum(file.size_bytes for file in seal.files.values())
             listed = (seal.files.get(layout.shard_file(array, shard)) for array in arrays)
             sizes = tuple(-1 if file is None else file.size_bytes for file in listed)
-            error = (seal.error.mean, seal.error.max, seal.error.num_tokens)
+            made, none = seal.error, float("nan")
+            limited = [none if e is None else e for e in (made.limited_mean, made.limited_max)]
+            error = (made.mean, made.max, *limited, made.num_tokens)
             sealed = (seal.keys_xxh3_128, size_bytes, sizes, *error, seal.calibration)
             found.append((shard, seal.rows, *sealed))
             skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8, S32"
+        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, f8, f8, i8, S32"
         columns: Any = np.array(found, kinds)
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
