@@ -29,8 +29,8 @@ def codec_figures() -> list[Figure]:
     total, worst, count = 0.0, 0.0, 0
     for seed in range(4):
         tokens_BND = student_t_tokens(16, seed=1000 + seed)  # not those of the statistics
-        error_sum, error_max = int8.error(tokens_BND, int8.encode(tokens_BND, stats), stats)
-        total, worst = total + error_sum.item(), max(worst, error_max.item())
+        errors = int8.error(tokens_BND, int8.encode(tokens_BND, stats), stats)
+        total, worst = total + errors.sum.item(), max(worst, errors.max.item())
         count += tokens_BND.shape[0] * tokens_BND.shape[1]
     what = "relative error of a token in standardised channels, Student-t(6) values"
     return [

@@ -40,6 +40,7 @@ class Fidelity:
     With z a token in standardised channels and z' the same decoded, both on the stored grid:
 
         error        = ||z' - z|| / ||z||          mean and maximum over all tokens
+        error_limited = error of z and z' limited to +-8; outliers hide nothing in it
         token_cosine = z'.z / (||z'|| ||z||)       mean over all tokens
         attention_l1 = sum_n |a'[n] - a[n]|        mean over images and heads, of the [CLS] row
 
@@ -52,6 +53,8 @@ class Fidelity:
     row_bytes: int
     error_mean: float
     error_max: float
+    error_limited_mean: float
+    error_limited_max: float
     token_cosine: float
     attention_l1: float | None
     """None if the spec stores no attention."""
@@ -78,6 +81,7 @@ class CodecTrial:
         self._stored_by = codecs.codec(codec)
         self._row_bytes = 0
         self._num_tokens, self._error_sum, self._error_max, self._cosine_sum = 0, 0.0, 0.0, 0.0
+        self._limited_sum, self._limited_max = 0.0, 0.0
         self._attention: list[float] = []
         self._gradients: dict[str, list[float]] = defaultdict(list)
 
@@ -91,9 +95,11 @@ class CodecTrial:
         except CacheError as error:
             self.refusal = str(error)
             return None
-        error_sum, error_max = self._stored_by.error(exact.tokens_BND, stored, stats)
-        self._error_sum += error_sum.item()
-        self._error_max = max(self._error_max, error_max.item())
+        errors = self._stored_by.error(exact.tokens_BND, stored, stats)
+        self._error_sum += errors.sum.item()
+        self._error_max = max(self._error_max, errors.max.item())
+        self._limited_sum += errors.limited_sum.item()
+        self._limited_max = max(self._limited_max, errors.limited_max.item())
         attention = exact.cls_attention_BHN
         if attention is not None:
             stored["cls_attention"] = attention.half()
@@ -134,6 +140,8 @@ class CodecTrial:
             row_bytes=self._row_bytes,
             error_mean=self._error_sum / self._num_tokens,
             error_max=self._error_max,
+            error_limited_mean=self._limited_sum / self._num_tokens,
+            error_limited_max=self._limited_max,
             token_cosine=self._cosine_sum / self._num_tokens,
             attention_l1=float(np.mean(self._attention)) if self._attention else None,
             revised_untrained=cosines["revised_untrained"],

@@ -20,7 +20,7 @@ import torch
 from movekd.analysis.codec_trial import CodecTrial, Fidelity
 from movekd.analysis.kd_gradient import KDGradient
 from movekd.cache.codecs import codec_names
-from movekd.cache.spec import CacheSpec
+from movekd.cache.spec import DEFAULT_STD_FLOOR, CacheSpec
 from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.index import Corpus
@@ -170,7 +170,8 @@ def _calibrate(
             statistics.setdefault(grid, StatsAccumulator()).add(tokens_BND)
     if not statistics:
         raise CacheError("no image of the calibration could be read; check the corpus.")
-    return native, {grid: found.result() for grid, found in statistics.items()}
+    floor = DEFAULT_STD_FLOOR if spec.std_floor is None else spec.std_floor
+    return native, {grid: found.result(floor) for grid, found in statistics.items()}
 
 
 def _measure(

@@ -38,6 +38,8 @@ def spec_to_run(store: TeacherCache, given: CacheSpec | None, weights: str | Non
         return stored.with_changes(weights=weights or "hub")
     source = "random" if stored.weights == "random" else weights or given.weights
     kept = {key: getattr(stored, key) for key in _BUILD_KEYS}
+    if given.std_floor is None:  # the cache's, which a build settles
+        kept["std_floor"] = stored.std_floor
     asked = given.with_changes(weights=source, **kept)
     if asked.fingerprint != stored.fingerprint:
         differs = stored.differences(asked, "in the file")

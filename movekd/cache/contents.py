@@ -96,6 +96,9 @@ class SealSums:
     """Size of the file of each of A arrays, in the layout's order; -1 if the seal lists none."""
     error_mean_S: npt.NDArray[np.float64]
     error_max_S: npt.NDArray[np.float64]
+    limited_mean_S: npt.NDArray[np.float64]
+    """Errors with values limited to 8 sigma; NaN in seals from before they were recorded."""
+    limited_max_S: npt.NDArray[np.float64]
     num_tokens_S: npt.NDArray[np.int64]
     """Number of tokens behind the errors."""
     calibration_S: npt.NDArray[np.bytes_]
@@ -171,16 +174,18 @@ class TeacherContents:
         arrays = self.layout.arrays.values()
         around = [layout.shard_file(array, 0).partition("/0") for array in arrays]
         for shard, seal in self._read_seals():
-            files, error = seal.files, seal.error
+            files, made, none = seal.files, seal.error, float("nan")
             listed = [files.get(f"{start}/{shard}{end}") for start, _, end in around]
             sizes = tuple([-1 if file is None else file.size_bytes for file in listed])
             is_all = len(files) == len(sizes) and -1 not in sizes
             size_bytes = sum(sizes if is_all else (file.size_bytes for file in files.values()))
-            sealed = (seal.keys_xxh3_128, size_bytes, sizes, error.mean, error.max)
-            found.append((shard, seal.rows, *sealed, error.num_tokens, seal.calibration))
+            limited = [none if e is None else e for e in (made.limited_mean, made.limited_max)]
+            error = (made.mean, made.max, *limited, made.num_tokens)
+            sealed = (seal.keys_xxh3_128, size_bytes, sizes, *error, seal.calibration)
+            found.append((shard, seal.rows, *sealed))
             if seal.skipped:
                 skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, i8, S32"
+        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, f8, f8, i8, S32"
         columns: Any = np.array(found, kinds)
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 

@@ -114,13 +114,18 @@ Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class EncodingError(FrozenModel):
-    """``||decoded - exact|| / ||exact||`` of each token, in standardised channels."""
+    """``||decoded - exact|| / ||exact||`` of each token, in standardised channels.
+
+    ``limited_*``: the same of values limited to 8 sigma. Earlier seals have none.
+    """
 
     model_config = ConfigDict(strict=True)
 
     mean: Finite
     max: Finite
     num_tokens: Count
+    limited_mean: Finite | None = None
+    limited_max: Finite | None = None
 
 
 class ShardSeal(Record):

@@ -24,6 +24,8 @@ WEIGHTS_WORDS = ("hub", "random", "factory")
 """Values of ``weights`` that are not a path."""
 
 
+DEFAULT_STD_FLOOR = 0.25
+"""``std_floor`` of a new teacher in a cache whose spec does not say."""
 MAX_IMAGE_SIZE = 8_192
 MAX_GRID = 1_024
 
@@ -148,6 +150,15 @@ class CacheSpec(FrozenModel):
         le=10**9,
         description="Number of images that the channel statistics are computed from.",
     )
+    std_floor: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Smallest standard deviation of a channel, as a share of the median over the "
+        "channels, so that channels that rarely fire do not dominate the loss; 0: no floor. null: "
+        f"{DEFAULT_STD_FLOOR} for a teacher that is new in a cache, otherwise what the cache has.",
+    )
 
     @field_validator("codec")
     @classmethod
@@ -209,12 +220,27 @@ class CacheSpec(FrozenModel):
 
     def differences(self, other: "CacheSpec", where: str) -> list[str]:
         """Return the keys that decide bytes and differ; ``where`` says where ``other`` stands."""
-        own, others = self.model_dump(), other.model_dump()
+        own, others = self._with_its_floor(), other._with_its_floor()
         return [
             f"{key} is {own[key]!r} in the cache, {others[key]!r} {where}"
             for key in own
             if own[key] != others[key] and key not in ("description", "max_error", "weights")
         ]
+
+    def as_stored(self) -> dict[str, Any]:
+        """Return the spec as the attributes of the teacher's group hold it.
+
+        It says whether weights were given, not where they lie. Without a floor it has no
+        ``std_floor``, as caches from before there was one.
+        """
+        content = self.model_dump(mode="json")
+        content["weights"] = "random" if self.weights == "random" else "given"
+        if not self.std_floor:
+            del content["std_floor"]
+        return content
+
+    def _with_its_floor(self) -> dict[str, Any]:
+        return self.model_dump() | {"std_floor": self.std_floor or 0.0}
 
     @property
     def fingerprint(self) -> str:
@@ -223,8 +249,8 @@ class CacheSpec(FrozenModel):
         It leaves out the description, ``max_error`` and the place of the weights, whose SHA-256
         is recorded beside it.
         """
-        content = self.model_dump(mode="json", exclude={"description", "max_error"})
-        content["weights"] = "random" if self.weights == "random" else "given"
+        content = self.as_stored()
+        del content["description"], content["max_error"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

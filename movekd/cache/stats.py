@@ -17,7 +17,11 @@ from movekd.errors import CacheError
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Mean and standard deviation of each channel, float32 (D,). A constant channel has std 1."""
+    """Mean and standard deviation of each channel, float32 (D,), as the calibration sealed them.
+
+    With a floor, no deviation is below its share of the median deviation. A constant channel has
+    the floor, and std 1 without one.
+    """
 
     mean_D: Tensor
     std_D: Tensor
@@ -63,8 +67,16 @@ class StatsAccumulator:
         self._mean = self._mean + delta * (count / total)
         self._count = total
 
-    def result(self) -> ChannelStats:
+    def result(self, std_floor: float = 0.0) -> ChannelStats:
         """Return the statistics of everything added.
+
+        A channel that was nearly silent has a tiny deviation, and where it fires later, its
+        standardised value is hundreds of sigma: a few values then are most of a squared loss, and
+        of int8's scale. A floor keeps such a channel at a size that its values can have.
+
+        Args:
+            std_floor: smallest deviation, as a share of the median deviation of the channels that
+                vary. 0: no floor.
 
         Raises:
             CacheError: nothing was added, or a feature was not finite.
@@ -78,4 +90,9 @@ class StatsAccumulator:
                 "check its weights, or use --dtype float32."
             )
         is_constant = std <= 1e-6 * self._mean.abs().clamp(min=1e-12)
-        return ChannelStats(self._mean.float(), torch.where(is_constant, 1.0, std).float())
+        if std_floor > 0 and not bool(is_constant.all()):
+            floor = std_floor * std[~is_constant].median()
+            std = torch.where(is_constant, floor, std.clamp(min=floor))
+        else:
+            std = torch.where(is_constant, 1.0, std)
+        return ChannelStats(self._mean.float(), std.float())

@@ -56,9 +56,9 @@ class TeacherTargets:
     def scaled_BND(self) -> Tensor:
         """Tokens minus their channel means, over one number per teacher, float32 (B, N, D).
 
-        The number is the root of the mean variance of the channels. So all teachers weigh the same,
-        and the channels of one teacher keep their shares. The squared error then equals that of
-        PHI-S, whose rotation does not change a sum of squares.
+        The number is the root of the mean square of the channels' sealed deviations. So all
+        teachers weigh the same, and the channels of one teacher keep their shares. The squared
+        error then equals that of PHI-S, whose rotation does not change a sum of squares.
 
         Source: Ranzinger et al., PHI-S (arXiv 2410.01680), isotropic standardisation.
         """

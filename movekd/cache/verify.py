@@ -6,6 +6,7 @@ Zarr's CRC covers only the index of a shard, so a flipped data byte reads back s
 checksums in the seals find it.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class TeacherStatus:
     size_bytes: int
     error_mean: float | None
     error_max: float | None
+    error_limited_mean: float | None
+    """Error with values limited to 8 sigma; None if an earlier movekd sealed a Zarr shard."""
+    error_limited_max: float | None
+    std_floor: float
+    """Smallest deviation of a channel, as a share of the median; 0: no floor."""
     fingerprint: str
     random_weights: bool
 
@@ -64,6 +70,8 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
     sums = teacher.sums
     num_sealed, num_tokens = len(sums.shards_S), int(sums.num_tokens_S.sum())
     errors = float((sums.error_mean_S * sums.num_tokens_S).sum())
+    limited = float((sums.limited_mean_S * sums.num_tokens_S).sum())  # NaN if one is unknown
+    has_limited = num_tokens > 0 and not math.isnan(limited)
     return TeacherStatus(
         teacher=teacher.teacher,
         images=catalog.num_images,
@@ -78,6 +86,9 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
         size_bytes=int(sums.size_bytes_S.sum()),
         error_mean=errors / num_tokens if num_tokens else None,
         error_max=float(sums.error_max_S.max()) if num_sealed else None,
+        error_limited_mean=limited / num_tokens if has_limited else None,
+        error_limited_max=float(sums.limited_max_S.max()) if has_limited else None,
+        std_floor=teacher.spec.std_floor or 0.0,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
     )

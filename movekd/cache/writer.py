@@ -83,10 +83,8 @@ def create_group(
 
 def _attributes(spec: CacheSpec, calibration: Calibration) -> dict[str, Any]:
     """Return the attributes of a teacher's group."""
-    stored_spec = spec.model_dump(mode="json")
-    stored_spec["weights"] = "random" if spec.weights == "random" else "given"
     # Independent of the order in the YAML.
-    stored_spec = json.loads(json.dumps(stored_spec, sort_keys=True))
+    stored_spec = json.loads(json.dumps(spec.as_stored(), sort_keys=True))
     return {
         "movekd": {
             "format_version": layout.FORMAT_VERSION,

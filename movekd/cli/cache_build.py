@@ -229,7 +229,10 @@ def build(
     else:
         print_table(
             cache,
-            ["teacher", "images", "built now", "skipped", "size", "error mean", "max", "images/s"],
+            [
+                *("teacher", "images", "built now", "skipped", "size", "error mean", "max"),
+                *("limited", "images/s"),
+            ],
             [
                 [
                     s.status.teacher,
@@ -239,6 +242,7 @@ def build(
                     size(s.status.size_bytes),
                     percent(s.status.error_mean),
                     percent(s.status.error_max),
+                    percent(s.status.error_limited_mean),
                     f"{s.images_built / s.seconds:,.1f}" if s.images_built else "-",
                 ]
                 for s in summaries

@@ -96,6 +96,7 @@ def fidelity(
         "* as the spec says. Cosine between the KD gradients from decoded and from exact targets, "
         "per image:",
         "mean (worst). untrained: a random student; near: its residual is 10% of the target.",
+        "limited: error mean, with values limited to 8 sigma.",
     )
 
 
@@ -108,13 +109,23 @@ def _print_fidelity(report: "FidelityReport") -> None:
     print_table(
         f"{report.teacher}: {report.num_images} images, views {report.views}, calibrated on "
         f"{report.calibration_images}{random}",
-        ["codec", "grid", "per image", "error mean", "max", "token cosine", "attention L1"],
+        [
+            "codec",
+            "grid",
+            "per image",
+            "error mean",
+            "max",
+            "limited",
+            "token cosine",
+            "attention L1",
+        ],
         [
             [
                 *cells,
                 size(way.row_bytes),
                 f"{way.error_mean:.3%}",
                 f"{way.error_max:.3%}",
+                f"{way.error_limited_mean:.3%}",
                 f"{way.token_cosine:.6f}",
                 "-" if way.attention_l1 is None else f"{way.attention_l1:.1e}",
             ]

@@ -35,6 +35,7 @@ from movekd.extract.calibrate import (
     import_calibration,
     read_other_calibration,
     sealed_calibration,
+    with_std_floor,
 )
 from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
@@ -137,11 +138,13 @@ def build_cache(
     context = BuildContext(storage, corpus, catalog, options, progress, tell)
     with BuildLocks(storage, [spec.name for spec in specs], partition) as locks:
         with locks.settling():
+            source = None if channel_stats is None else open_storage(channel_stats)
+            own, asked = None if replace else storage, specs
+            specs = [with_std_floor(spec, own=own, other=source) for spec in asked]
             executor.begin(context, specs)
             imported: dict[str, Imported] = {}
-            if channel_stats is not None:  # read it before anything is deleted
-                source = open_storage(channel_stats)
-                imported = {s.name: read_other_calibration(source, s, geometry) for s in specs}
+            if source is not None:  # read it before anything is deleted
+                imported = {s.name: read_other_calibration(source, s, geometry) for s in asked}
             if replace:
                 _replace(context, executor, specs, imported, deletes)
             jobs, calibration_seconds = [], []

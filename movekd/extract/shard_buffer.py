@@ -60,6 +60,7 @@ class ShardBuffer:
         self._filled = 0
         self._skipped: dict[int, str] = {}
         self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
+        self._limited_sum, self._limited_max = 0.0, 0.0
 
     def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
         """Encode a batch into its rows."""
@@ -72,9 +73,11 @@ class ShardBuffer:
             stored = self._store.codec.encode(tokens_BND, stats)
         except CacheError as error:
             raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
-        error_sum, error_max = self._store.codec.error(tokens_BND, stored, stats)
-        self._error_sum += error_sum.item()
-        self._error_max = max(self._error_max, error_max.item())
+        errors = self._store.codec.error(tokens_BND, stored, stats)
+        self._error_sum += errors.sum.item()
+        self._error_max = max(self._error_max, errors.max.item())
+        self._limited_sum += errors.limited_sum.item()
+        self._limited_max = max(self._limited_max, errors.limited_max.item())
         if self._max_error is not None and self._error_max > self._max_error:
             raise CacheError(
                 f"teacher '{self._store.teacher}', rows {self._first + rows[0]} to "
@@ -124,6 +127,8 @@ class ShardBuffer:
                     mean=self._error_sum / max(self._num_tokens, 1),
                     max=self._error_max,
                     num_tokens=self._num_tokens,
+                    limited_mean=self._limited_sum / max(self._num_tokens, 1),
+                    limited_max=self._limited_max,
                 ),
             )
 

@@ -88,9 +88,11 @@ def test_errors_are_the_codecs(report, live, name) -> None:
     _, tokens_BND, attention_BHN, stats = live
     way = by_way(report)[name, 4]
     stored = codec(name).encode(tokens_BND, stats)
-    error_sum, error_max = codec(name).error(tokens_BND, stored, stats)
-    assert way.error_mean == pytest.approx(error_sum.item() / (8 * 16), rel=1e-3)
-    assert way.error_max == pytest.approx(error_max.item(), rel=1e-3)
+    errors = codec(name).error(tokens_BND, stored, stats)
+    assert way.error_mean == pytest.approx(errors.sum.item() / (8 * 16), rel=1e-3)
+    assert way.error_max == pytest.approx(errors.max.item(), rel=1e-3)
+    assert way.error_limited_mean == pytest.approx(errors.limited_sum.item() / (8 * 16), rel=1e-3)
+    assert way.error_limited_max == pytest.approx(errors.limited_max.item(), rel=1e-3)
     decoded_BND, exact_BND = (
         codec(name).decode_standardised(stored, stats),
         stats.standardise(tokens_BND),

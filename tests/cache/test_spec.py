@@ -22,6 +22,7 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3), "fill": (0.0, 0.0, 0.0), "layer": -1,
         "cls": False, "cls_attention": False, "grid": 2, "codec": "float16",
         "compressor": "zstd", "calibration_images": 9, "cls_source": "attention_pool",
+        "std_floor": 0.1,
     }  # fmt: skip
     assert {*changes, "description", "max_error", "factory"} == set(CacheSpec.model_fields)
     fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}

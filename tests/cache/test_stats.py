@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movekd.cache.stats import StatsAccumulator
+from heavy_tails import heavy_tokens, is_sparse
+from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.errors import CacheError
 
 
@@ -28,3 +29,31 @@ def test_statistics_refuse_features_that_are_not_finite() -> None:
         accumulator.result()
     with pytest.raises(CacheError, match="no image of the calibration"):
         StatsAccumulator().result()
+
+
+def statistics(tokens_BND: torch.Tensor, std_floor: float = 0.0) -> ChannelStats:
+    accumulator = StatsAccumulator()
+    accumulator.add(tokens_BND)
+    return accumulator.result(std_floor)
+
+
+def test_a_floor_bounds_what_rare_channels_become() -> None:
+    calibration, later = heavy_tokens(64), heavy_tokens(400, seed=1)
+    plain, floored = statistics(calibration), statistics(calibration, 0.25)
+    floor = 0.25 * plain.std_D.median()
+    assert torch.equal(floored.std_D, plain.std_D.clamp(min=floor))
+    assert torch.equal(floored.mean_D, plain.mean_D)
+    assert plain.standardise(later).abs().max() > 1_000
+    assert floored.standardise(later).abs().max() <= later.abs().max() / floor * 1.01
+    dense = ~is_sparse()
+    assert torch.equal(floored.std_D[dense], plain.std_D[dense])
+
+
+def test_a_constant_channel_has_the_floor_in_every_unit() -> None:
+    tokens_BND = heavy_tokens(8)
+    tokens_BND[..., 1] = 3.0
+    for unit in (1.0, 2.0**10):
+        found = statistics(unit * tokens_BND, 0.25)
+        assert found.std_D[1] == found.std_D.min() < unit * 0.1
+    assert statistics(tokens_BND).std_D[1] == 1
+    assert torch.equal(statistics(torch.ones(2, 3, 4), 0.25).std_D, torch.ones(4))

@@ -6,10 +6,10 @@ imports and in the last loop of this file. Code outside this package calls ``reg
 
 from movekd.cache.codecs.float16 import Float16
 from movekd.cache.codecs.int8 import Int8
-from movekd.cache.codecs.interface import ArrayLayout, Codec
+from movekd.cache.codecs.interface import ArrayLayout, Codec, TokenErrors
 from movekd.errors import ConfigError, did_you_mean
 
-__all__ = ["ArrayLayout", "Codec", "codec", "codec_names", "register_codec"]
+__all__ = ["ArrayLayout", "Codec", "TokenErrors", "codec", "codec_names", "register_codec"]
 
 _CODECS: dict[str, Codec] = {}
 

@@ -27,6 +27,26 @@ SHIPPED_DECODING = (
 """``Codec.decoding`` of float16 and int8. Checksums cover it: a change makes new caches differ."""
 
 
+ERROR_LIMIT = 8.0
+"""Sigmas to which ``TokenErrors.limited_*`` limit standardised values before they compare them."""
+
+
+@dataclass(frozen=True)
+class TokenErrors:
+    """Sums and maxima over the tokens of a batch, each a float64 scalar on the tokens' device.
+
+    With z a token in standardised channels and z' the same decoded, ``sum`` and ``max`` are of
+    ``||z' - z|| / ||z||``. One value of a thousand sigma hides in it that a codec lost all other
+    channels. ``limited_sum`` and ``limited_max`` are the same, of z and z' limited to
+    +-``ERROR_LIMIT``.
+    """
+
+    sum: "Tensor"
+    max: "Tensor"
+    limited_sum: "Tensor"
+    limited_max: "Tensor"
+
+
 @dataclass(frozen=True)
 class ArrayLayout:
     """One array of a teacher's group. A row of the array is one chunk."""
@@ -85,14 +105,23 @@ class Codec(ABC):
 
     def error(
         self, exact_BND: "Tensor", stored: "Mapping[str, Tensor]", stats: "ChannelStats"
-    ) -> "tuple[Tensor, Tensor]":
-        """Return the sum and the maximum of ``||decoded - exact|| / ||exact||`` over all tokens.
+    ) -> TokenErrors:
+        """Return the errors ``||decoded - exact|| / ||exact||`` of all tokens.
 
         Both norms are taken in standardised channels, so that a channel of large values hides
         no error in the other channels.
         """
         exact = stats.standardise(exact_BND)
-        difference = (self.decode_standardised(stored, stats) - exact).norm(dim=-1)
-        norm = exact.norm(dim=-1)
-        error_BN = (difference / norm.clamp(min=1e-30)).masked_fill(~(norm > 0), 0.0).double()
-        return error_BN.sum(), error_BN.max()
+        decoded = self.decode_standardised(stored, stats)
+        error_BN = _relative_error(decoded, exact)
+        limited_BN = _relative_error(
+            decoded.clamp_(-ERROR_LIMIT, ERROR_LIMIT), exact.clamp_(-ERROR_LIMIT, ERROR_LIMIT)
+        )
+        return TokenErrors(error_BN.sum(), error_BN.max(), limited_BN.sum(), limited_BN.max())
+
+
+def _relative_error(decoded_BND: "Tensor", exact_BND: "Tensor") -> "Tensor":
+    difference_BN = (decoded_BND - exact_BND).norm(dim=-1)
+    norm_BN = exact_BND.norm(dim=-1)
+    error_BN: Tensor = difference_BN / norm_BN.clamp(min=1e-30)
+    return error_BN.masked_fill_(~(norm_BN > 0), 0.0).double()

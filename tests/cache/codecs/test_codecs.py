@@ -57,9 +57,10 @@ def test_reported_error_is_the_error(seed: int) -> None:
                     (token - stats.mean_D) / stats.std_D,
                 )
                 errors.append(((z_hat - z).norm() / z.norm()).item())
-        total, worst = codec(name).error(tokens, stored, stats)
-        assert total.item() / len(errors) == pytest.approx(sum(errors) / len(errors), rel=1e-2)
-        assert worst.item() == pytest.approx(max(errors), rel=1e-2)
+        reported = codec(name).error(tokens, stored, stats)
+        mean = sum(errors) / len(errors)
+        assert reported.sum.item() / len(errors) == pytest.approx(mean, rel=1e-2)
+        assert reported.max.item() == pytest.approx(max(errors), rel=1e-2)
 
 
 @settings(deadline=None, max_examples=25)
@@ -93,9 +94,23 @@ def test_a_batch_has_the_arrays_that_the_codec_names(name: str, width: int) -> N
 def test_int8_error_stays_below_one_percent() -> None:
     tokens = heavy_tailed(0, 1024, num_tokens=64)
     stats = statistics(tokens)
-    total, worst = codec("int8").error(tokens, codec("int8").encode(tokens, stats), stats)
-    assert total.item() / (4 * 64) < 0.010
-    assert worst.item() < 0.02
+    errors = codec("int8").error(tokens, codec("int8").encode(tokens, stats), stats)
+    assert errors.sum.item() / (4 * 64) < 0.010
+    assert errors.max.item() < 0.02
+
+
+def test_an_outlier_hides_in_the_relative_error_and_not_in_the_limited_one() -> None:
+    """One channel of 1,000 sigma sets the scale of 128 channels: the others become 0."""
+    normal_BND = torch.randn(2, 9, 128, generator=torch.manual_seed(0))
+    stats = ChannelStats(torch.zeros(128), torch.ones(128))
+    for outlier, relative, limited in ((2.0, (0.003, 0.01), (0.003, 0.01)),
+                                       (1_000.0, (0.005, 0.02), (0.6, 1.0))):  # fmt: skip
+        tokens_BND = normal_BND.clone()
+        tokens_BND[..., 5] = outlier
+        found = codec("int8").error(tokens_BND, codec("int8").encode(tokens_BND, stats), stats)
+        assert relative[0] < found.sum.item() / 18 < relative[1]
+        assert limited[0] < found.limited_sum.item() / 18 < limited[1]
+        assert found.limited_sum.item() / 18 <= found.limited_max.item() < limited[1]
 
 
 def test_float16_rounds_a_value_by_half_a_unit_in_the_last_place() -> None:
