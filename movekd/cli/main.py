@@ -22,6 +22,7 @@ from movekd.cli import (
     evaluate,
     export,
     output,
+    probe,
     report,
     shards,
     train,
@@ -42,6 +43,7 @@ app.add_typer(cache.app, name="cache", help="Pipeline 1: teacher features on dis
 command = partial(app.command, cls=Command)
 command("train")(train.train)
 command("evaluate")(evaluate.evaluate)
+command("probe")(probe.probe)
 command("ask")(ask.ask)
 command("export")(export.export)
 command("import")(export.import_)
