@@ -35,10 +35,7 @@ def knn(
 
     Source: Wu et al. (arXiv 1805.01978), as in facebookresearch/dino eval_knn.py.
     """
-    if not 1 <= k <= len(train_MD):
-        raise ConfigError(
-            f"--k is {k}, but train holds {len(train_MD)} images; expected 1 to {len(train_MD)}."
-        )
+    require_neighbours(k, len(train_MD))
     normed_MD = torch.nn.functional.normalize(torch.from_numpy(train_MD), dim=1)
     labels, num_classes = torch.from_numpy(labels_M), int(labels_M.max()) + 1
     found = []
@@ -49,6 +46,18 @@ def knn(
         votes.scatter_add_(1, labels[at_NK], (top_NK.double() / temperature).exp())
         found.append(votes.argmax(1))
     return torch.cat(found).numpy()
+
+
+def require_neighbours(k: int, num_train: int) -> None:
+    """Refuse more neighbours than train images.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if not 1 <= k <= num_train:
+        raise ConfigError(
+            f"--k is {k}, but train holds {num_train} images; expected 1 to {num_train}."
+        )
 
 
 def linear_probe(train_MD: Array, labels_M: Labels, test_ND: Array) -> tuple[Labels, float]:

@@ -85,11 +85,16 @@ def load_encoder(
 
     Raises:
         WeightsError: weights are missing or do not fit.
-        ConfigError: it is none of these, or the layer does not exist.
+        ConfigError: it is none of these, the layer does not exist, or it has a size already.
     """
     is_base = model.startswith("base:")
     directory = Path(model.removeprefix("base:"))
     model_dir = directory / "model" if (directory / "model").is_dir() else directory
+    if image_size is not None and any((model_dir / f).exists() for f in (CONFIG_FILE, ABOUT_FILE)):
+        raise ConfigError(
+            f"--image-size is {image_size}, but {model} was trained at a size and is probed at "
+            "that one. Leave it out; it is for folders of towers that movekd did not write."
+        )
     if (model_dir / CONFIG_FILE).exists():
         student, geometry = _of_run(model_dir, is_base=is_base)
     elif is_base:

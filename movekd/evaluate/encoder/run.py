@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from movekd.evaluate.encoder.classify import NUM_NEIGHBOURS, knn, linear_probe, require_sklearn
+from movekd.evaluate.encoder.classify import (
+    NUM_NEIGHBOURS,
+    knn,
+    linear_probe,
+    require_neighbours,
+    require_sklearn,
+)
 from movekd.evaluate.encoder.encoders import Encoder
 from movekd.evaluate.encoder.features import encode_images
 from movekd.evaluate.encoder.labelled_images import LabelledImages
@@ -64,6 +70,7 @@ def run_probe(
     """
     if linear:
         require_sklearn()
+    require_neighbours(k, len(images.train))
     train_labels, test_labels = (
         np.array([image.label for image in split], np.int64)
         for split in (images.train, images.test)

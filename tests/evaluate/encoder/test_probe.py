@@ -185,3 +185,16 @@ def test_command_compares_a_run_with_its_base(folder: Path, run: Path) -> None:
     scores = json.loads(result.stdout)["scores"]
     assert {s["probe"] for s in scores} == {"knn", "linear"}
     assert len(scores) == 8
+
+
+def test_a_size_of_its_own_and_too_many_neighbours_are_said_before_anything_is_encoded(
+    images: LabelledImages, run: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--image-size is 24, but .* was trained at a size"):
+        load_encoder(str(run), image_size=24)
+
+    def loaded(model: str) -> Encoder:
+        raise AssertionError("loaded")
+
+    with pytest.raises(ConfigError, match="--k is 100000, but train holds"):
+        run_probe(["a"], loaded, images, features=None, progress=_quiet, k=100000, linear=False)
