@@ -82,8 +82,6 @@ def _print_teachers(
         f"{opened.geometry}, views {opened.views}: {len(opened.catalog.index):,} rows",
         [
             *("teacher", "state", "rows", "grid", "channels", "codec", "size", "error mean", "max"),
-            "limited",
-            "std floor",
             "fingerprint",
         ],
         [
@@ -97,8 +95,6 @@ def _print_teachers(
                 size(t.size_bytes),
                 percent(t.error_mean),
                 percent(t.error_max),
-                percent(t.error_limited_mean),
-                f"{t.std_floor:g}",
                 t.fingerprint[:12],
             ]
             for t in teachers

@@ -13,6 +13,7 @@ def probe(
     models: Annotated[
         list[str],
         typer.Argument(
+            metavar="MODEL...",
             help="Runs, exports of format hf or encoder, Hugging Face folders of vision towers, "
             "or base:RUN, the tower that a run started from. All are compared with the first."
         ),

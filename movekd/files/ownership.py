@@ -139,7 +139,9 @@ def changes(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> dict[s
     return found
 
 
-def delete_owned(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> dict[str, Change]:
+def delete_owned(
+    folder: Path, owned: OwnedFiles, *, by_size: bool = False, keeps_record: bool = False
+) -> dict[str, Change]:
     """Delete the files that are as recorded, then the record and the folders that became empty.
 
     The record goes last, so that a deletion that was interrupted can be repeated.
@@ -148,6 +150,7 @@ def delete_owned(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> d
         folder: the folder.
         owned: its record.
         by_size: compare only sizes: for files that the caller wrote or checked itself.
+        keeps_record: leave a record without files, by which the folder is still known as movekd's.
 
     Returns:
         The files that stay because they are not as recorded any more. Missing files do not count.
@@ -161,7 +164,10 @@ def delete_owned(folder: Path, owned: OwnedFiles, *, by_size: bool = False) -> d
             parents |= {folder / parent for parent in PurePosixPath(name).parents} - {folder}
         elif change != "missing":
             left[name] = change
-    (folder / OWNERSHIP_FILE).unlink(missing_ok=True)
+    if keeps_record:
+        write_owned(folder, {}, owned.made_by)
+    else:
+        (folder / OWNERSHIP_FILE).unlink(missing_ok=True)
     for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
         try:
             parent.rmdir()

@@ -112,6 +112,9 @@ def remove_unfinished(output_dir: Path) -> None:
     remove_partial(output_dir)
     for path in _unfinished_files(output_dir):
         path.unlink()
+    for _, checkpoint in numbered_checkpoints(output_dir):
+        with contextlib.suppress(OSError):  # killed between its last file and the folder
+            checkpoint.rmdir()
 
 
 def _unfinished_files(output_dir: Path) -> list[Path]:
@@ -221,9 +224,10 @@ def delete_run(output_dir: Path, *, force: bool) -> list[str]:
         else:
             path.unlink(missing_ok=True)
     if owned is not None:  # last: its record lets an interrupted deletion be repeated
-        delete_owned(output_dir, owned)
+        delete_owned(output_dir, owned, keeps_record=True)
     left = (path.relative_to(output_dir) for path in output_dir.rglob("*") if not path.is_dir())
-    return sorted(p.as_posix() for p in left if p.parts[0] not in (LOCK_FILE, PARTIAL_DIR))
+    ours = (LOCK_FILE, PARTIAL_DIR, OWNERSHIP_FILE)
+    return sorted(path.as_posix() for path in left if path.parts[0] not in ours)
 
 
 def describe_files(names: list[str]) -> str:

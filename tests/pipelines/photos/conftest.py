@@ -21,7 +21,7 @@ def real_weights() -> Callable[[str], Path]:
     """Return a function from a model's name to its converted folder."""
     weights = pytest.importorskip("weights")
     default = REPOSITORY / "demo-real/weights"
-    output = Path(os.environ.get("MOVEKD_PHOTOS_WEIGHTS", default))
+    output = Path(os.environ.get("MOVEKD_PHOTOS_WEIGHTS") or default)
 
     def make(name: str) -> Path:
         output.mkdir(parents=True, exist_ok=True)
