@@ -15,7 +15,7 @@ def probe(
         typer.Argument(
             metavar="MODEL...",
             help="Runs, exports of format hf or encoder, Hugging Face folders of vision towers, "
-            "or base:RUN, the tower that a run started from. All are compared with the first."
+            "or base:RUN, the tower that a run started from. All are compared with the first.",
         ),
     ],
     images: Annotated[
