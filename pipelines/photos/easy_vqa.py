@@ -17,6 +17,8 @@ from packages import read_member
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+TURNS = 2
+"""Questions per image of the second stage."""
 
 Asked = dict[int, list[tuple[str, str]]]
 """Number of an image -> its questions and answers."""
@@ -46,7 +48,7 @@ def write_corpus(
     for number in drawn[half:]:
         name = _write_image(wheel, folder, "train", number)
         asked = train[number]
-        turns = [asked[at] for at in _draw(rng, list(range(len(asked))), 4)]
+        turns = [asked[at] for at in _draw(rng, list(range(len(asked))), TURNS)]
         questions.append(_entry(name, turns))
     asks = []
     for number in _draw(rng, list(test), num_test):
