@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 import scenes
 from movekd.errors import ConfigError
+from movekd.student import language_loading
 from movekd.student.checkpoint import load_parts, load_student, save_parts
 from movekd.student.config import LanguageModelLoraKeys, StudentConfig
 from movekd.student.language_loading import is_in_4bit
@@ -25,9 +26,6 @@ pytestmark = pytest.mark.filterwarnings(
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 LORA = LanguageModelLoraKeys(r=4, lora_alpha=8, lora_dropout=0)
 IDS = torch.tensor([[1, 7, 30, 12, 44, 9, 3]])
-needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (movekd[qlora])"
-)
 
 
 def config(**keys):
@@ -83,13 +81,15 @@ def test_a_checkpoint_that_is_quantised_is_refused(tmp_path):
         build(language_model=str(tmp_path / "model"))
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_a_sentence_says_what_to_install():
+def test_without_bitsandbytes_a_sentence_says_what_to_install(monkeypatch):
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(language_loading, "version", not_installed)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes 0\.50 .* 'movekd\[qlora\]'"):
         build(load_in_4bit=True)
 
 
-@needs_bitsandbytes
 def test_only_the_linear_layers_are_in_4_bit_and_only_the_rest_can_learn():
     vlm = build(load_in_4bit=True)
     assert is_in_4bit(vlm)
@@ -105,13 +105,11 @@ def test_only_the_linear_layers_are_in_4_bit_and_only_the_rest_can_learn():
     assert all(p.requires_grad == p.is_floating_point() for p in vlm.parameters())
 
 
-@needs_bitsandbytes
 def test_the_weights_are_those_that_transformers_makes():
     found = logits(build(load_in_4bit=True))[..., :66]
     torch.testing.assert_close(found, logits(stock()), rtol=1e-5, atol=1e-5)
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_on_4_bit_is_saved_loaded_and_read_by_stock_peft(tmp_path, dtype):
     vlm = qlora(dtype)
@@ -126,7 +124,6 @@ def test_an_adapter_on_4_bit_is_saved_loaded_and_read_by_stock_peft(tmp_path, dt
         torch.testing.assert_close(logits(peft), logits(vlm)[..., :66], rtol=1e-5, atol=1e-5)
 
 
-@needs_bitsandbytes
 def test_merging_takes_the_original_base(tmp_path):
     """Not the 4-bit values: the result is what LoRA on full weights gives."""
     vlm = qlora()
@@ -144,7 +141,6 @@ def test_merging_takes_the_original_base(tmp_path):
     assert 0 < (logits(merged) - logits(vlm)).abs().max() < 3 * rounding
 
 
-@needs_bitsandbytes
 def test_weights_that_are_in_4_bit_take_no_others(tmp_path):
     save_parts(tmp_path / "full", build(), ["language_model"])
     save_parts(tmp_path / "lora", build(language_model_lora=LORA), [LORA_PART])
@@ -155,7 +151,6 @@ def test_weights_that_are_in_4_bit_take_no_others(tmp_path):
         load_parts(tmp_path / "lora", vlm)
 
 
-@needs_bitsandbytes
 def test_an_evaluation_changes_neither_weights_nor_later_gradients():
     """On some CPUs bitsandbytes packs the weights anew at the first evaluation, and never back."""
     vlm = build(load_in_4bit=True, language_model_lora=LORA)

@@ -1,7 +1,6 @@
 """Tests of movekd.train.trained_parts: what learns with LoRA, what is saved, and what starts."""
 
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,20 +19,7 @@ IN_4BIT = "student.load_in_4bit=true"
 SHORT = ("distill=null", "training.max_steps=2")
 IDS = torch.tensor([[1, 7, 30, 12, 44, 9, 3]])
 
-modes = pytest.mark.parametrize(
-    "mode",
-    [
-        (),
-        pytest.param(
-            (IN_4BIT,),
-            marks=pytest.mark.skipif(
-                find_spec("bitsandbytes") is None,
-                reason="bitsandbytes is not installed (movekd[qlora])",
-            ),
-        ),
-    ],
-    ids=["full", "4 bit"],
-)
+modes = pytest.mark.parametrize("mode", [(), (IN_4BIT,)], ids=["full", "4 bit"])
 
 
 def logits(vlm):
