@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -176,3 +178,10 @@ def test_lora_on_a_model_that_no_llava_can_hold_is_no_bug(tmp_path):
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="does not consist of `model` and an output layer"):
         build(language_model=str(tmp_path), language_model_lora=LORA)
+
+
+def test_importing_the_student_says_nothing():
+    """PEFT imports bitsandbytes, which would warn on some CPUs."""
+    code = "import movekd.student, sys; assert 'bitsandbytes' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
