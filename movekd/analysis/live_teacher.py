@@ -76,4 +76,5 @@ def _source_sha256(spec: CacheSpec) -> str:
     if spec.factory is None:
         return ""
     module = importlib.import_module(spec.factory.partition(":")[0])  # loaded already
-    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    file = module.__file__  # None: it is built into Python
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

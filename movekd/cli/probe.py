@@ -1,6 +1,6 @@
 """`movekd probe`: what a vision encoder is worth without a language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,7 @@ from movekd.cli.options import (
     read_specs,
     resolve_device,
 )
-from movekd.cli.output import print_json, progress_bar, quiet_libraries
+from movekd.cli.output import print_json, progress_bar, quiet_libraries, say
 from movekd.cli.probe_table import as_json, show
 from movekd.errors import ConfigError
 
@@ -66,8 +66,11 @@ def probe(
         ),
     ] = None,
     fit_images: Annotated[
-        int, typer.Option(min=20, max=MAX_COUNT, help="Most images to measure the fit on.")
-    ] = 500,
+        int | None,
+        typer.Option(
+            min=20, max=MAX_COUNT, help="Most images to measure the fit on. Default: 500."
+        ),
+    ] = None,
     layer: Annotated[
         int | None,
         typer.Option(
@@ -93,11 +96,12 @@ def probe(
 
     quiet_libraries()
     _require_used(models, layer, image_size, resize_mode)
-    if shards is not None and cache is None:
-        raise ConfigError(
-            f"--shards is {shards}, but no --cache is given; expected both, to measure the fit to "
-            "its teachers. Give the cache, or leave --shards out."
-        )
+    for option, value in (("--shards", shards), ("--fit-images", fit_images)):
+        if value is not None and cache is None:
+            raise ConfigError(
+                f"{option} is {value}, but no --cache is given; expected both, to measure the fit "
+                f"to its teachers. Give the cache, or leave {option} out."
+            )
     on, geometry = resolve_device(device), check_resize_mode(resize_mode)
     cached = _cached(models)
     loaders = {
@@ -112,7 +116,7 @@ def probe(
             found = found.without(teacher.missing([i.sha256 for i in (*found.train, *found.test)]))
         fit = None
         if cache is not None:
-            fit = _fit_images(cache, shards, found, fit_images, list(cached.values()))
+            fit = _fit_images(cache, shards, found, fit_images or 500, list(cached.values()))
         fits = None if fit is None else TeacherFits(fit, progress)
         scores = run_probe(
             models,
@@ -165,6 +169,8 @@ def _loader(
     """Return what loads a model, after what can be checked without loading it."""
     if model.startswith(_TEACHER):
         spec = read_specs([model.removeprefix(_TEACHER)])[0]
+        if spec.weights == "random":
+            say(f"{model} has RANDOM WEIGHTS: not this teacher's real features", err=True)
 
         def load_teacher() -> "ProbedModel":
             from movekd.analysis.live_teacher import LiveTeacher
@@ -197,9 +203,16 @@ def _fit_images(
 
     if shards is None:
         name_of = {image.sha256: image.name for image in (*found.train, *found.test)}
-        keys, read = pa.array(list(name_of), pa.string()), lambda key: found.read(name_of[key])
+        asked = pa.array(list(name_of), pa.string())
+
+        def read(keys: Sequence[str]) -> Iterator[bytes]:
+            return (found.read(name_of[key]) for key in keys)
+
     else:
         corpus = open_corpus(shards)
-        keys = corpus.index["key"].combine_chunks()
-        read = lambda key: corpus.read_image(int(corpus.rows([key])[0]))  # noqa: E731
-    return choose_fit_images(open_cache(cache), keys, read, max_images, also_in)
+        asked = corpus.index["key"].combine_chunks()
+
+        def read(keys: Sequence[str]) -> Iterator[bytes]:
+            return map(corpus.read_image, corpus.rows(keys).tolist())
+
+    return choose_fit_images(open_cache(cache), asked, read, max_images, also_in)

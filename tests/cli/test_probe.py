@@ -84,6 +84,7 @@ def test_a_cached_teacher_is_compared_on_its_images(place, tmp_path):
         (["teacher:clop"], "no teacher 'clop'"),
         (["cache:nothing"], "holds no cache"),
         (["{}/run", "--shards", "{}/data"], "but no --cache is given"),
+        (["{}/run", "--fit-images", "30"], "--fit-images is 30, but no --cache"),
         (["{}/run", "--resize-mode", "pad"], "acts only on teacher:SPEC"),
         (["{}/run", "--features", "{}/images"], "which no probe wrote"),
         (["{}/run", "--features", "{}/clip.yaml"], "cannot be used: File exists"),

@@ -10,7 +10,7 @@ heads are not used: its base has none, and both must be measured with one instru
 Legend: I images, N tokens per image, D channels of the model, T of the teacher, R resamples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,14 @@ class FitImages:
     Attributes:
         teachers: the teachers of the cache.
         keys: SHA-256 of each image's file, ascending.
-        read: key -> the file.
+        read: keys -> their files, in order.
         num_found: images that were found.
         skipped: why others are not used -> how many.
     """
 
     teachers: Sequence[CachedTeacher]
     keys: list[str]
-    read: Callable[[str], bytes]
+    read: Callable[[Sequence[str]], Iterable[bytes]]
     num_found: int
     skipped: Mapping[str, int]
 
@@ -61,7 +61,7 @@ class FitImages:
 def choose_fit_images(
     cache: FeatureCache,
     keys: pa.Array,
-    read: Callable[[str], bytes],
+    read: Callable[[Sequence[str]], Iterable[bytes]],
     max_images: int,
     also_in: Sequence[CachedTeacher] = (),
 ) -> FitImages:
@@ -70,7 +70,7 @@ def choose_fit_images(
     Args:
         cache: all of its teachers are measured.
         keys: SHA-256 of each image's file.
-        read: key -> the file.
+        read: keys -> their files, in order.
         max_images: the images with the smallest keys are taken; keys are hashes. At least
             ``MIN_IMAGES``.
         also_in: teachers that need features of the images, too.
@@ -181,7 +181,7 @@ class TeacherFits:
         for start in range(0, len(keys), _BLOCK_IMAGES):
             block = keys[start : start + _BLOCK_IMAGES]
             part = torch.from_numpy(self._part[start : start + _BLOCK_IMAGES]).clamp(max=_LEARN)
-            tokens_IND = model.encode(block, map(self._images.read, block)).tokens_BND.float().cpu()
+            tokens_IND = model.encode(block, self._images.read(block)).tokens_BND.float().cpu()
             read.append(tokens_IND[part == _READ].clone())
             for teacher in self._images.teachers:
                 goals_INT = _goals(teacher, block, tokens_IND.shape[1])

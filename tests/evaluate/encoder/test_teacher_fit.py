@@ -38,7 +38,7 @@ def chosen(cached, cache):
     corpus = open_corpus(cached.shards)
     keys = corpus.index["key"].combine_chunks()
     return choose_fit_images(
-        cache, keys, lambda key: corpus.read_image(int(corpus.rows([key])[0])), 60
+        cache, keys, lambda some: map(corpus.read_image, corpus.rows(some).tolist()), 60
     )
 
 
@@ -47,11 +47,11 @@ def test_found_is_used_plus_reasons(chosen, cache, cached):
     corpus_keys = open_corpus(cached.shards).index["key"].to_pylist()
     assert chosen.keys == sorted(corpus_keys)[:60]
     absent = pa.array([*corpus_keys, "0" * 64, "0" * 64, "1" * 64])
-    found = choose_fit_images(cache, absent, bytes, 1000)
+    found = choose_fit_images(cache, absent, iter, 1000)
     assert (found.num_found, len(found.keys)) == (97, 95)
     assert found.skipped == {f"{cache.url}#clip has no features of it": 2}
     with pytest.raises(ConfigError, match=f"3 of 5 images have .* expected {MIN_IMAGES} or more"):
-        choose_fit_images(cache, pa.array([*corpus_keys[:3], "0" * 64, "1" * 64]), bytes, 1000)
+        choose_fit_images(cache, pa.array([*corpus_keys[:3], "0" * 64, "1" * 64]), iter, 1000)
 
 
 def test_a_teacher_fits_itself_and_noise_fits_nothing(chosen, cache, quiet):
@@ -74,7 +74,7 @@ def test_r2_of_a_student_equals_scikit_learn_on_the_same_images(chosen, cache, r
     fits, encoder = TeacherFits(chosen, quiet), load_encoder(str(run))
     fits.measure("student", encoder)
     score = next(s for s in fits.scores if (s.teacher, s.measure) == ("conv", "r2"))
-    tokens = encoder.encode(chosen.keys, map(chosen.read, chosen.keys)).tokens_BND
+    tokens = encoder.encode(chosen.keys, chosen.read(chosen.keys)).tokens_BND
     targets = cache["conv"].read(cache.rows(chosen.keys)).standardised_BND.clamp(-8, 8)
     side = int(tokens.shape[1] ** 0.5)
     goals = resize_tokens(targets, side)
