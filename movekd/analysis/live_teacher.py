@@ -33,6 +33,7 @@ class LiveTeacher:
         device: where it runs.
 
     Attributes:
+        geometry: how images become square, for this teacher.
         identity: SHA-256 of the weights and of all that decides a feature. Of a network of
             ``provider: python`` it covers the file of the factory, not what that file imports.
 
@@ -45,8 +46,9 @@ class LiveTeacher:
         # nobody reads the attention here
         self._teacher = load_teacher(spec.with_changes(cls_attention=False), device)
         self._transform = image_transform(spec, geometry)
+        self.geometry = self._transform.geometry
         self._batch_size = CPU_BATCH_SIZE if device == "cpu" else _GPU_BATCH_SIZE
-        decides = (self._teacher.weights_sha256, self._teacher.spec.fingerprint, geometry)
+        decides = (self._teacher.weights_sha256, self._teacher.spec.fingerprint, self.geometry)
         self.identity = hashlib.sha256(repr((*decides, _source_sha256(spec))).encode()).hexdigest()
 
     def encode(self, keys: Sequence[str], contents: Iterable[bytes]) -> TeacherOutput:

@@ -10,7 +10,6 @@ from movekd.cli.options import (
     MAX_COUNT,
     Device,
     Json,
-    ResizeMode,
     check_resize_mode,
     read_specs,
     resolve_device,
@@ -81,7 +80,13 @@ def probe(
         int | None,
         typer.Option(min=1, max=4096, help="Pixels for folders of towers. Default: their own."),
     ] = None,
-    resize_mode: ResizeMode = None,
+    resize_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="How images become square for teacher:SPEC: crop, pad, stretch or longest_side. "
+            "Default: crop."
+        ),
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

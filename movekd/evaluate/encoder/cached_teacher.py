@@ -24,6 +24,7 @@ class CachedTeacher:
 
     Attributes:
         identity: None, as its features are kept already.
+        geometry: how images became square for this teacher.
         cache: the cache.
         teacher: name of the teacher.
 
@@ -37,6 +38,7 @@ class CachedTeacher:
         self.cache, self.teacher = cache, teacher
         self._store = cache[teacher]
         self._store.require_images(cache.catalog)
+        self.geometry = self._store.spec.geometry or cache.geometry
 
     def is_missing(self, keys: pa.Array) -> npt.NDArray[np.bool_]:
         """Return which images have no features here."""

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from movekd.corpus.transforms import Geometry
+
 
 class ImageTokens(Protocol):
     """Features of a batch of images, float32."""
@@ -37,6 +39,10 @@ class ProbedModel(Protocol):
     @property
     def identity(self) -> str | None:
         """SHA-256 of all that decides a feature. None: reading again costs less than keeping."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How its images became square."""
 
     def encode(self, keys: Sequence[str], contents: Iterable[bytes]) -> ImageTokens:
         """Return the tokens of images.

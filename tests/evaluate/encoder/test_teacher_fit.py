@@ -21,7 +21,7 @@ from movekd.evaluate.encoder.teacher_fit import MIN_IMAGES, TeacherFits, choose_
 class Noise:
     """A model whose tokens say nothing about the image."""
 
-    identity = None
+    identity, geometry = None, "crop"
 
     def encode(self, keys, contents):
         rows = [np.random.default_rng(int(key[:8], 16)).normal(size=(16, 6)) for key in keys]
