@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from movekd.cli.options import (
-    MAX_COUNT,
     Device,
     Json,
     check_resize_mode,
@@ -66,9 +65,7 @@ def probe(
     ] = None,
     fit_images: Annotated[
         int | None,
-        typer.Option(
-            min=20, max=MAX_COUNT, help="Most images to measure the fit on. Default: 500."
-        ),
+        typer.Option(min=20, max=5_000, help="Most images to measure the fit on. Default: 500."),
     ] = None,
     layer: Annotated[
         int | None,
