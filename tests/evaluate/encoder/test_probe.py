@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from movekd.cli.main import app
-from movekd.errors import ConfigError, CorpusError
+from movekd.errors import ConfigError, CorpusError, WeightsError
 from movekd.evaluate.encoder.classify import STRENGTHS, knn, linear_probe
 from movekd.evaluate.encoder.encoders import Encoder, load_encoder
 from movekd.evaluate.encoder.features import BLOCK_IMAGES, encode_images
@@ -125,6 +125,20 @@ def test_an_export_has_the_features_of_its_run(
     assert (exported.layer, exported.geometry) == (encoder.layer, encoder.geometry)
     for name in ("cls", "patches"):
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
+
+
+def test_what_an_encoder_export_says_about_itself_is_checked(run: Path, tmp_path: Path) -> None:
+    export(load_student(run), "encoder", tmp_path / "encoder", check=False)
+    about = tmp_path / "encoder" / ABOUT_FILE
+    content = json.loads(about.read_text())
+    for key, value in (
+        ("vision_feature_layer", "last"),
+        ("geometry", None),
+        ("image_std", [0] * 3),
+    ):
+        about.write_text(json.dumps(content | {key: value}))
+        with pytest.raises(WeightsError, match=f"has {key}.*expected what `movekd export` wrote"):
+            load_encoder(str(tmp_path / "encoder"))
 
 
 def test_a_run_with_experts_differs_from_its_base_once_they_learned(
