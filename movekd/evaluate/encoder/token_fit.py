@@ -112,8 +112,9 @@ class Prediction(NamedTuple):
 def linear_cka(student_IND: Tensor, teacher_INT: Tensor, weights_RI: Tensor) -> Tensor:
     """Return the linear CKA of tokens for R ways to count the images, (R,).
 
-    Channels are centred over all tokens. Resamples keep that centre, so their values are those of
-    the centred tokens.
+    Channels are centred over all tokens, and resamples keep that centre. In a resample, an image
+    that is drawn twice is not compared with its copy: such pairs are equal in any model, and would
+    raise the CKA of all resamples above that of the images themselves.
 
     Source: Kornblith et al. (arXiv 1905.00414), ||Y'X||^2 / (||X'X|| ||Y'Y||).
     """
@@ -128,7 +129,9 @@ def linear_cka(student_IND: Tensor, teacher_INT: Tensor, weights_RI: Tensor) -> 
         m = (y[some].flatten(0, 1) @ flat_y.T).view(pairs)
         for at, product in enumerate((k * m, k.square(), m.square())):
             sums[at, some] = product.sum((1, 3))
-    xy, xx, yy = torch.einsum("ri,sij,rj->sr", weights_RI, sums, weights_RI)
+    within = sums.diagonal(dim1=1, dim2=2)
+    between = torch.einsum("ri,sij,rj->sr", weights_RI, sums - torch.diag_embed(within), weights_RI)
+    xy, xx, yy = between + within @ weights_RI.T
     cka_R: Tensor = xy / (xx * yy).sqrt()
     return cka_R
 

@@ -70,3 +70,13 @@ def test_cka_equals_the_formula() -> None:
     np.testing.assert_allclose(linear_cka(x, y, once).numpy(), wanted, rtol=1e-9)
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0)))[0]
     np.testing.assert_allclose(linear_cka(x, 3 * x @ rotation + 1, once).numpy(), 1, rtol=1e-5)
+
+
+def test_resamples_of_cka_lie_around_its_value() -> None:
+    """Copies of an image in a resample would put the middle of these resamples at .044; the value is .023."""
+    rng = np.random.default_rng(4)
+    x, y = (torch.from_numpy(rng.normal(size=(30, 9, 7))) for _ in range(2))
+    counts = torch.from_numpy(rng.multinomial(30, [1 / 30] * 30, 500)).double()
+    value = float(linear_cka(x, y, torch.ones(1, 30, dtype=torch.float64)))
+    low, high = linear_cka(x, y, counts).quantile(torch.tensor([0.25, 0.75]).double()).tolist()
+    assert low < value < high
