@@ -73,7 +73,7 @@ def test_cka_equals_the_formula() -> None:
 
 
 def test_resamples_of_cka_lie_around_its_value() -> None:
-    """Copies of an image in a resample would put the middle of these resamples at .044; the value is .023."""
+    """With copies compared, the middle of these resamples is .044; the value is .023."""
     rng = np.random.default_rng(4)
     x, y = (torch.from_numpy(rng.normal(size=(30, 9, 7))) for _ in range(2))
     counts = torch.from_numpy(rng.multinomial(30, [1 / 30] * 30, 500)).double()
