@@ -64,7 +64,8 @@ def encode_images(
             if path is not None:
                 _write(path, blocks[-1])
         progress(label, start + len(block), len(images))
-    return {name: torch.cat([block[name] for block in blocks]).numpy() for name in blocks[0]}
+    names = sorted(blocks[0])  # those of a kept block may have another order
+    return {name: torch.cat([block[name] for block in blocks]).numpy() for name in names}
 
 
 def require_features_folder(folder: Path) -> None:

@@ -102,6 +102,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     resumed = encode_images(encoder, images.train, read, tmp_path, _quiet)
     assert set(asked) == left
+    assert list(resumed) == list(whole) == ["cls", "patches"]
     assert all(np.array_equal(resumed[name], whole[name]) for name in whole)
     damaged = next(tmp_path.iterdir())
     raw = damaged.read_bytes()
