@@ -1,12 +1,30 @@
 """`movekd probe`: what a vision encoder is worth without a language model."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from movekd.cli.options import Device, Json, resolve_device
-from movekd.cli.output import print_json, print_table, progress_bar, quiet_libraries, say
+from movekd.cli.options import (
+    Device,
+    Json,
+    check_resize_mode,
+    read_specs,
+    resolve_device,
+)
+from movekd.cli.output import print_json, progress_bar, quiet_libraries, say
+from movekd.cli.probe_table import as_json, show
+from movekd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from movekd.corpus.transforms import Geometry
+    from movekd.evaluate.encoder.cached_teacher import CachedTeacher
+    from movekd.evaluate.encoder.labelled_images import LabelledImages
+    from movekd.evaluate.encoder.probed_model import ProbedModel
+    from movekd.evaluate.encoder.teacher_fit import FitImages
+
+_TEACHER = "teacher:"
 
 
 def probe(
@@ -15,11 +33,16 @@ def probe(
         typer.Argument(
             metavar="MODEL...",
             help="Runs, exports of format hf or encoder, Hugging Face folders of vision towers, "
-            "or base:RUN, the tower that a run started from. All are compared with the first.",
+            "base:RUN (the tower that a run started from), teacher:SPEC (a name in cache_specs/ "
+            "or a YAML file), cache:DIR#TEACHER. All are compared with the first.",
         ),
     ],
     images: Annotated[
-        Path, typer.Option(help="Folder with train/CLASS/ and test/CLASS/ of image files.")
+        Path,
+        typer.Option(
+            help="Folder with train/CLASS/ and test/CLASS/ of image files, or a CSV file with the "
+            "columns file_name, label and split (train or test)."
+        ),
     ],
     features: Annotated[
         Path | None,
@@ -29,12 +52,37 @@ def probe(
     linear: Annotated[
         bool, typer.Option("--linear/--no-linear", help="Also train a linear probe.")
     ] = True,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Cache to whose teachers the fit of each model is measured, too."),
+    ] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            help="Corpus of the images that the fit is measured on. Default: those of --images "
+            "that the cache holds."
+        ),
+    ] = None,
+    fit_images: Annotated[
+        int | None,
+        typer.Option(min=20, max=5_000, help="Most images to measure the fit on. Default: 500."),
+    ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Hidden state to read. Default: the model's own.")
+        int | None,
+        typer.Option(
+            help="Hidden state to read; a teacher's spec names its own. Default: the model's own."
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Pixels for folders of towers. Default: their own."),
+    ] = None,
+    resize_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="How images become square for teacher:SPEC: crop, pad, stretch or longest_side. "
+            "Default: crop."
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -43,58 +91,130 @@ def probe(
 
     Example: movekd probe base:runs/encoder runs/encoder --images photos/ --features features/
     """
-    from movekd.evaluate.encoder.encoders import load_encoder
+    from movekd.evaluate.encoder.features import require_features_folder
     from movekd.evaluate.encoder.labelled_images import read_labelled_images
     from movekd.evaluate.encoder.run import run_probe
+    from movekd.evaluate.encoder.teacher_fit import TeacherFits
 
     quiet_libraries()
-    on = resolve_device(device)
+    _require_used(models, layer, image_size, resize_mode)
+    for option, value in (("--shards", shards), ("--fit-images", fit_images)):
+        if value is not None and cache is None:
+            raise ConfigError(
+                f"{option} is {value}, but no --cache is given; expected both, to measure the fit "
+                f"to its teachers. Give the cache, or leave {option} out."
+            )
+    on, geometry = resolve_device(device), check_resize_mode(resize_mode)
+    cached = _cached(models)
+    loaders = {
+        model: cached.get(model) or _loader(model, on, layer, image_size, geometry)
+        for model in models
+    }
+    if features is not None:
+        require_features_folder(features)
     with progress_bar() as progress:
         found = read_labelled_images(images, progress)
+        for teacher in cached.values():
+            found = found.without(teacher.missing([i.sha256 for i in (*found.train, *found.test)]))
+        fit = None
+        if cache is not None:
+            fit = _fit_images(cache, shards, found, fit_images or 500, list(cached.values()))
+        fits = None if fit is None else TeacherFits(fit, progress)
         scores = run_probe(
             models,
-            lambda model: load_encoder(model, on, layer=layer, image_size=image_size),
+            lambda model: _loaded(loaders[model]),
             found,
             features=features,
             progress=progress,
             k=k,
             linear=linear,
+            also=[] if fits is None else [fits.measure],
         )
+    fit_scores = [] if fits is None else fits.scores
     if json:
-        print_json(
-            {
-                "images": {
-                    "found": found.num_found,
-                    "train": len(found.train),
-                    "test": len(found.test),
-                    "skipped": found.skipped,
-                },
-                "classes": found.classes,
-                "scores": scores,
-            }
+        print_json(as_json(found, scores, fit, fit_scores))
+    else:
+        show(images, found, scores, fit, fit_scores)
+
+
+def _require_used(
+    models: Sequence[str], layer: int | None, image_size: int | None, resize_mode: str | None
+) -> None:
+    """Refuse an option that would act on none of the models."""
+    is_teacher = [model.startswith((_TEACHER, "cache:")) for model in models]
+    for option, value in (("--layer", layer), ("--image-size", image_size)):
+        if value is not None and all(is_teacher):
+            raise ConfigError(
+                f"{option} is {value}, but all models are teachers, whose specs name their own; "
+                "expected a run or a tower among them. Leave it out, or change the spec."
+            )
+    if resize_mode is not None and not any(model.startswith(_TEACHER) for model in models):
+        raise ConfigError(
+            f"--resize-mode is {resize_mode}, but it acts only on {_TEACHER}SPEC, and none is "
+            "given; expected one. Leave it out: the other models name their own."
         )
-        return
-    print_table(
-        f"{images}: {len(found.classes)} classes, {len(found.train)} train, {len(found.test)} test",
-        ["model", "probe", "feature", "accuracy", "95% interval", "minus first", "95% interval"],
-        [
-            [
-                score.model,
-                score.probe,
-                score.feature,
-                f"{score.accuracy:.3f}",
-                _interval(score.interval),
-                "-" if score.difference is None else f"{score.difference:+.3f}",
-                _interval(score.difference_interval),
-            ]
-            for score in scores
-        ],
-    )
-    if found.skipped:
-        say(f"{len(found.skipped)} of {found.num_found} files are not used:", err=True)
-        for name, reason in list(found.skipped.items())[:10]:
-            say(f"{name}: {reason}", err=True)
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+def _cached(models: Sequence[str]) -> "dict[str, CachedTeacher]":
+    from movekd.evaluate.encoder import cached_teacher
+
+    return {
+        model: cached_teacher.open_cached_teacher(model)
+        for model in models
+        if model.startswith(cached_teacher.PREFIX)
+    }
+
+
+def _loader(
+    model: str, device: str, layer: int | None, image_size: int | None, geometry: "Geometry"
+) -> "Callable[[], ProbedModel]":
+    """Return what loads a model, after what can be checked without loading it."""
+    if model.startswith(_TEACHER):
+        spec = read_specs([model.removeprefix(_TEACHER)])[0]
+        if spec.weights == "random":
+            say(f"{model} has RANDOM WEIGHTS: not this teacher's real features", err=True)
+
+        def load_teacher() -> "ProbedModel":
+            from movekd.analysis.live_teacher import LiveTeacher
+
+            return LiveTeacher(spec, geometry, device)
+
+        return load_teacher
+    from movekd.evaluate.encoder.encoders import load_encoder, require_encoder
+
+    require_encoder(model, image_size)
+    return lambda: load_encoder(model, device, layer=layer, image_size=image_size)
+
+
+def _loaded(model: "CachedTeacher | Callable[[], ProbedModel]") -> "ProbedModel":
+    return model() if callable(model) else model
+
+
+def _fit_images(
+    cache: str,
+    shards: Path | None,
+    found: "LabelledImages",
+    max_images: int,
+    also_in: "list[CachedTeacher]",
+) -> "FitImages":
+    import pyarrow as pa
+
+    from movekd.cache.reader import open_cache
+    from movekd.corpus.index import open_corpus
+    from movekd.evaluate.encoder.teacher_fit import choose_fit_images
+
+    if shards is None:
+        name_of = {image.sha256: image.name for image in (*found.train, *found.test)}
+        asked = pa.array(list(name_of), pa.string())
+
+        def read(keys: Sequence[str]) -> Iterator[bytes]:
+            return (found.read(name_of[key]) for key in keys)
+
+    else:
+        corpus = open_corpus(shards)
+        asked = corpus.index["key"].combine_chunks()
+
+        def read(keys: Sequence[str]) -> Iterator[bytes]:
+            return map(corpus.read_image, corpus.rows(keys).tolist())
+
+    return choose_fit_images(open_cache(cache), asked, read, max_images, also_in)

@@ -9,11 +9,11 @@ are left to the hub's library.
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from movekd.config import FrozenModel
+from movekd.config import FrozenModel, Integer
 from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError, shorten
 from movekd.files.ownership import OWNERSHIP_FILE, FileEntry, file_entry, read_owned
@@ -119,16 +119,30 @@ class MadeOf(BaseModel):
     imported: _Imported | None = None
 
 
-class About(BaseModel):
-    """The ``movekd.json`` of an export with a language model."""
+class _ImageAbout(BaseModel):
+    """What the ``movekd.json`` of every export says: how images become pixels."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    prompt: PromptFormat
     geometry: Geometry
     image_mean: tuple[_Unit, _Unit, _Unit]
     image_std: tuple[_Deviation, _Deviation, _Deviation]
     run: MadeOf | None = None
+
+
+_AboutT = TypeVar("_AboutT", bound=_ImageAbout)
+
+
+class EncoderAbout(_ImageAbout):
+    """The ``movekd.json`` of an export of format encoder; its run may have had no prompt."""
+
+    vision_feature_layer: Integer
+
+
+class About(_ImageAbout):
+    """The ``movekd.json`` of an export with a language model."""
+
+    prompt: PromptFormat
     language_model_lora: LanguageModelLoraKeys | None = None
     """Of an adapter that lies beside the weights."""
 
@@ -140,8 +154,17 @@ def read_about(path: Path) -> tuple[About, dict[str, Any]]:
         WeightsError: it is missing, damaged or of other values.
     """
     content = _read_object(path, _SMALL_BYTES)
+    return _validate(About, content, path), content.get("run") or {}
+
+
+def read_encoder_about(path: Path) -> EncoderAbout:
+    """Return the ``movekd.json`` of an export of format encoder; raises as ``read_about``."""
+    return _validate(EncoderAbout, _read_object(path, _SMALL_BYTES), path)
+
+
+def _validate(model: type[_AboutT], content: dict[str, Any], path: Path) -> _AboutT:
     try:
-        return About.model_validate(content), content.get("run") or {}
+        return model.model_validate(content)
     except ValidationError as error:
         raise WeightsError(
             f"{path} has {_first(error)}; expected what `movekd export` wrote. Export the model "

@@ -7,16 +7,19 @@ Legend: B images, C H W pixels, T tokens with prefix, D channels.
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from movekd.config import Integer, validate
+from movekd.config import validate
 from movekd.corpus.transforms import Geometry
 from movekd.errors import ConfigError, WeightsError
+from movekd.evaluate.encoder.probed_model import EncoderTokens
 from movekd.student.checkpoint import (
     ABOUT_FILE,
     CONFIG_FILE,
@@ -26,22 +29,16 @@ from movekd.student.checkpoint import (
     local_base,
     read_run_config,
 )
-from movekd.student.config import PromptFormat, StudentConfig
+from movekd.student.config import StudentConfig
 from movekd.student.export.hugging_face import exported_model
 from movekd.student.hf_loading import loading, require_whole
-from movekd.student.model_files import About, require_as_recorded
+from movekd.student.model_files import read_encoder_about, require_as_recorded
 from movekd.student.tensor_files import read_json
 from movekd.student.towers import EXPORTED_TYPES, num_prefix_tokens, tower_type
 from movekd.student.vlm import Student, VisionEncoderOnly, build_encoder
 
 _PARTS = ("mole", "vision_tower")
-
-
-class _EncoderAbout(About):
-    """The ``movekd.json`` of an export of format encoder, which may have no language model."""
-
-    prompt: PromptFormat | None = None  # type: ignore[assignment]
-    vision_feature_layer: Integer
+_BASE = "base:"
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,21 @@ class Encoder:
     layer: int
     identity: str
 
+    def encode(self, keys: Sequence[str], contents: Iterable[bytes]) -> EncoderTokens:
+        """Return the tokens of images from their files, as ``ProbedModel`` says; no key is read."""
+        transform = self.student.image_transform(self.geometry)
+        return self.tokens(torch.from_numpy(np.stack([transform(data) for data in contents])))
+
     @torch.inference_mode()
-    def features(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """Return ``cls`` (if the tower has one) and ``patches``, the mean of patches: (B, D)."""
+    def tokens(self, pixels_BCHW: Tensor) -> EncoderTokens:
+        """Return the patch tokens (B, N, D) and [CLS] (B, D, if the tower has one), on the CPU."""
         tower: Any = self.student.vision_tower
         weight = next(tower.parameters())
         output = tower(pixels_BCHW.to(weight.device, weight.dtype), output_hidden_states=True)
         hidden_BTD = output.hidden_states[self.layer].float().cpu()
-        patches_BD = hidden_BTD[:, num_prefix_tokens(tower.config) :].mean(1)
         has_cls = tower_type(tower.config).num_special == 1
-        return ({"cls": hidden_BTD[:, 0].contiguous()} if has_cls else {}) | {"patches": patches_BD}
+        tokens_BND = hidden_BTD[:, num_prefix_tokens(tower.config) :]
+        return EncoderTokens(tokens_BND, hidden_BTD[:, 0] if has_cls else None)
 
 
 def load_encoder(
@@ -87,28 +89,11 @@ def load_encoder(
         WeightsError: weights are missing or do not fit.
         ConfigError: it is none of these, the layer does not exist, or it has a size already.
     """
-    is_base = model.startswith("base:")
-    directory = Path(model.removeprefix("base:"))
-    model_dir = directory / "model" if (directory / "model").is_dir() else directory
-    if image_size is not None and any((model_dir / f).exists() for f in (CONFIG_FILE, ABOUT_FILE)):
-        raise ConfigError(
-            f"--image-size is {image_size}, but {model} was trained at a size and is probed at "
-            "that one. Leave it out; it is for folders of towers that movekd did not write."
-        )
+    model_dir = require_encoder(model, image_size)
     if (model_dir / CONFIG_FILE).exists():
-        student, geometry = _of_run(model_dir, is_base=is_base)
-    elif is_base:
-        raise ConfigError(
-            f"{model} names no run: {model_dir / CONFIG_FILE} does not exist. Expected base:RUN "
-            "with the output of `movekd train`."
-        )
-    elif (model_dir / "config.json").exists():
-        student, geometry = _of_folder(model_dir, layer, image_size)
+        student, geometry = _of_run(model_dir, is_base=model.startswith(_BASE))
     else:
-        raise WeightsError(
-            f"{model} holds neither {CONFIG_FILE} nor config.json; expected a run, an export of "
-            "format hf or encoder, a Hugging Face folder of a vision tower, or base:RUN."
-        )
+        student, geometry = _of_folder(model_dir, layer, image_size)
     vlm = student.vlm.eval().requires_grad_(False).to(device)
     chosen = int(vlm.config.vision_feature_layer if layer is None else layer)
     num_states = int(vlm.config.vision_config.num_hidden_layers) + 1
@@ -118,6 +103,36 @@ def load_encoder(
             f"-{num_states} to {num_states - 1}."
         )
     return Encoder(student, geometry, chosen, _identity(student, geometry, chosen))
+
+
+def require_encoder(model: str, image_size: int | None = None) -> Path:
+    """Return the folder that holds what ``model`` names, before anything is loaded.
+
+    Raises:
+        WeightsError: it holds no model.
+        ConfigError: it is no run although ``base:`` says so, or it has a size already.
+    """
+    directory = Path(model.removeprefix(_BASE))
+    model_dir = directory / "model" if (directory / "model").is_dir() else directory
+    if image_size is not None and any((model_dir / f).exists() for f in (CONFIG_FILE, ABOUT_FILE)):
+        raise ConfigError(
+            f"--image-size is {image_size}, but {model} was trained at a size and is probed at "
+            "that one. Leave it out; it is for folders of towers that movekd did not write."
+        )
+    if (model_dir / CONFIG_FILE).exists():
+        return model_dir
+    if model.startswith(_BASE):
+        raise ConfigError(
+            f"{model} names no run: {model_dir / CONFIG_FILE} does not exist. Expected base:RUN "
+            "with the output of `movekd train`."
+        )
+    if (model_dir / "config.json").exists():
+        return model_dir
+    raise WeightsError(
+        f"{model} holds neither {CONFIG_FILE} nor config.json; expected a run, an export of "
+        "format hf or encoder, a Hugging Face folder of a vision tower, base:RUN, teacher:SPEC or "
+        "cache:DIR#TEACHER."
+    )
 
 
 def _of_run(model_dir: Path, *, is_base: bool) -> tuple[Student, Geometry]:
@@ -164,7 +179,7 @@ def _of_folder(
     if kind not in EXPORTED_TYPES.values() and kind not in EXPORTED_TYPES:
         trained = load_student(directory)
         return trained.student, trained.geometry
-    about = validate(_EncoderAbout, read_json(directory / ABOUT_FILE), str(directory / ABOUT_FILE))
+    about = read_encoder_about(directory / ABOUT_FILE)
     require_as_recorded(directory)
     if kind in EXPORTED_TYPES:  # an encoder without experts is a stock tower
         keys = {

@@ -1,11 +1,14 @@
 """Compute the features of images, or read those that an earlier probe kept.
 
-Input: an encoder, images, a folder. Output: one array per feature, (images, D) float32. The folder
+Input: a model, images, a folder. Output: one array per feature, (images, D) float32. The folder
 holds a file for each block of images, whole or not at all: an interrupted probe continues behind
-its last block. The name of a file is a hash of the encoder and of the images' bytes.
+its last block. The name of a file is a hash of the model and of the images' bytes.
 """
 
 import hashlib
+import os
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from movekd.errors import ConfigError
-from movekd.evaluate.encoder.encoders import Encoder
+from movekd.errors import ConfigError, shorten
 from movekd.evaluate.encoder.labelled_images import LabelledImage
+from movekd.evaluate.encoder.probed_model import ProbedModel, pooled
 from movekd.evaluate.image_folder import Progress
 from movekd.files.ownership import write_durably
 from movekd.files.reading import MIB, read_bytes
@@ -27,12 +30,15 @@ from movekd.files.reading import MIB, read_bytes
 BLOCK_IMAGES = 64
 """Images of a block, which is also a batch: features do not depend on what was kept before."""
 _SEAL_BYTES = 16
+_SUFFIX = ".features"
+_OURS = re.compile(rf"\.?[0-9a-f]{{64}}\{_SUFFIX}(\.\d+\.tmp)?")
+"""Names that a probe writes: kept blocks, and what it was writing when it was killed."""
 
 Features = dict[str, npt.NDArray[np.float32]]
 
 
 def encode_images(
-    encoder: Encoder,
+    encoder: ProbedModel,
     images: Sequence[LabelledImage],
     read: Callable[[str], bytes],
     folder: Path | None,
@@ -45,23 +51,48 @@ def encode_images(
         ConfigError: a kept file is damaged, or the folder cannot be written.
     """
     blocks: list[dict[str, Tensor]] = []
-    transform = encoder.student.image_transform(encoder.geometry)
     for start in range(0, len(images), BLOCK_IMAGES):
         block = images[start : start + BLOCK_IMAGES]
-        path = None if folder is None else folder / f"{_name(encoder, block)}.features"
+        path = None
+        if folder is not None and encoder.identity is not None:
+            path = folder / f"{_name(encoder.identity, block)}{_SUFFIX}"
         if path is not None and path.exists():
             blocks.append(_read(path))
         else:
-            pixels = np.stack([transform(read(image.name)) for image in block])
-            blocks.append(encoder.features(torch.from_numpy(pixels)))
+            contents = (read(image.name) for image in block)
+            blocks.append(pooled(encoder.encode([image.sha256 for image in block], contents)))
             if path is not None:
                 _write(path, blocks[-1])
         progress(label, start + len(block), len(images))
-    return {name: torch.cat([block[name] for block in blocks]).numpy() for name in blocks[0]}
+    names = sorted(blocks[0])  # those of a kept block may have another order
+    return {name: torch.cat([block[name] for block in blocks]).numpy() for name in names}
 
 
-def _name(encoder: Encoder, block: Sequence[LabelledImage]) -> str:
-    text = " ".join([encoder.identity, *(image.sha256 for image in block)])
+def require_features_folder(folder: Path) -> None:
+    """Create the folder that keeps features, and try it before any model is loaded.
+
+    Raises:
+        ConfigError: nothing can be written there, or it holds files of somebody else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"--features {folder} cannot be used: {error.strerror}; expected a folder that can be "
+            "written. Give another one."
+        ) from None
+    if foreign := [name for name in names if not _OURS.fullmatch(name)]:
+        raise ConfigError(
+            f"--features {folder} holds {shorten(foreign[0])}"
+            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, which no probe wrote; "
+            "expected an empty folder or one of an earlier probe. Give another one."
+        )
+
+
+def _name(identity: str, block: Sequence[LabelledImage]) -> str:
+    text = " ".join([identity, *(image.sha256 for image in block)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -18,13 +18,11 @@ from movekd.evaluate.encoder.classify import (
     require_neighbours,
     require_sklearn,
 )
-from movekd.evaluate.encoder.encoders import Encoder
 from movekd.evaluate.encoder.features import encode_images
+from movekd.evaluate.encoder.intervals import Interval, bootstrap_interval
 from movekd.evaluate.encoder.labelled_images import LabelledImages
+from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.image_folder import Progress
-
-NUM_RESAMPLES = 2000
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,18 @@ class ProbeScore:
 
 def run_probe(
     models: Sequence[str],
-    load: Callable[[str], Encoder],
+    load: Callable[[str], ProbedModel],
     images: LabelledImages,
     *,
     features: Path | None,
     progress: Progress,
     k: int = NUM_NEIGHBOURS,
     linear: bool = True,
+    also: Sequence[Callable[[str, ProbedModel], None]] = (),
 ) -> list[ProbeScore]:
     """Return the scores of all models, which are in memory one after the other.
+
+    Each of ``also`` measures each model while it is loaded.
 
     Raises:
         MovekdError: a model cannot be loaded, k does not fit, or scikit-learn is missing.
@@ -83,6 +84,8 @@ def run_probe(
             encode_images(encoder, split, images.read, features, progress, f"{model}: {name}")
             for name, split in (("train", images.train), ("test", images.test))
         )
+        for measure in also:
+            measure(model, encoder)
         del encoder
         for feature in train:
             data = train[feature], train_labels, test[feature]
@@ -107,14 +110,6 @@ def run_probe(
                 if at == 0:
                     first[probe, feature] = is_right
     return scores
-
-
-def bootstrap_interval(values_N: npt.NDArray[np.float64], seed: int = 0) -> Interval:
-    """Return the 95% percentile interval of the mean over resampled values."""
-    rng, count = np.random.default_rng(seed), len(values_N)
-    means = [values_N[rng.integers(0, count, count)].mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _compared(

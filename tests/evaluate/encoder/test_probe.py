@@ -14,13 +14,14 @@ from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from movekd.cli.main import app
-from movekd.errors import ConfigError, CorpusError
+from movekd.errors import ConfigError, CorpusError, WeightsError
 from movekd.evaluate.encoder.classify import STRENGTHS, knn, linear_probe
 from movekd.evaluate.encoder.encoders import Encoder, load_encoder
 from movekd.evaluate.encoder.features import BLOCK_IMAGES, encode_images
+from movekd.evaluate.encoder.intervals import bootstrap_interval
 from movekd.evaluate.encoder.labelled_images import LabelledImages, read_labelled_images
-from movekd.evaluate.encoder.run import bootstrap_interval, run_probe
-from movekd.student.checkpoint import PART_FILES, load_student
+from movekd.evaluate.encoder.run import run_probe
+from movekd.student.checkpoint import ABOUT_FILE, PART_FILES, load_student
 from movekd.student.export.formats import export
 from movekd.student.export.model_card import Format
 from small_run import WEIGHTS, write_run
@@ -28,29 +29,6 @@ from small_run import WEIGHTS, write_run
 
 def _quiet(what: str, done: int, total: int) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
-    for split, count in (("train", 40), ("test", 10)):
-        for at, name in enumerate(("dark", "light")):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(60 * at, 190 + 60 * at, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index:03}.png")
-    (root / "train" / "dark" / "notes.jpg").write_text("no image")
-    return root
-
-
-@pytest.fixture(scope="module")
-def images(folder: Path) -> LabelledImages:
-    return read_labelled_images(folder, _quiet)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +102,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     resumed = encode_images(encoder, images.train, read, tmp_path, _quiet)
     assert set(asked) == left
+    assert list(resumed) == list(whole) == ["cls", "patches"]
     assert all(np.array_equal(resumed[name], whole[name]) for name in whole)
     damaged = next(tmp_path.iterdir())
     raw = damaged.read_bytes()
@@ -137,6 +116,9 @@ def test_an_export_has_the_features_of_its_run(
     images: LabelledImages, run: Path, encoder: Encoder, tmp_path: Path, kind: Format
 ) -> None:
     export(load_student(run), kind, tmp_path / kind, check=False)
+    if kind == "encoder":  # a run of `stage: distill` has no prompt
+        about = tmp_path / kind / ABOUT_FILE
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"prompt": None}))
     exported = load_encoder(str(tmp_path / kind))
     found, wanted = (
         encode_images(e, images.test, images.read, None, _quiet) for e in (exported, encoder)
@@ -144,6 +126,20 @@ def test_an_export_has_the_features_of_its_run(
     assert (exported.layer, exported.geometry) == (encoder.layer, encoder.geometry)
     for name in ("cls", "patches"):
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
+
+
+def test_what_an_encoder_export_says_about_itself_is_checked(run: Path, tmp_path: Path) -> None:
+    export(load_student(run), "encoder", tmp_path / "encoder", check=False)
+    about = tmp_path / "encoder" / ABOUT_FILE
+    content = json.loads(about.read_text())
+    for key, value in (
+        ("vision_feature_layer", "last"),
+        ("geometry", None),
+        ("image_std", [0] * 3),
+    ):
+        about.write_text(json.dumps(content | {key: value}))
+        with pytest.raises(WeightsError, match=f"has {key}.*expected what `movekd export` wrote"):
+            load_encoder(str(tmp_path / "encoder"))
 
 
 def test_a_run_with_experts_differs_from_its_base_once_they_learned(
