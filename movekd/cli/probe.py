@@ -14,6 +14,7 @@ from movekd.cli.options import (
     resolve_device,
 )
 from movekd.cli.output import print_json, progress_bar, quiet_libraries, say
+from movekd.cli.probe_dense import probe_dense, require_dense
 from movekd.cli.probe_table import as_json, show
 from movekd.errors import ConfigError
 
@@ -44,6 +45,13 @@ def probe(
             "columns file_name, label and split (train or test)."
         ),
     ],
+    label_maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of label maps, a PNG at the path of each image; 255 is ignored. Segment "
+            "the test images by patch tokens, and do nothing else. --images needs no CLASS/ then."
+        ),
+    ] = None,
     features: Annotated[
         Path | None,
         typer.Option(help="Folder to keep features in; the next probe reads them. Default: none."),
@@ -110,6 +118,17 @@ def probe(
         model: cached.get(model) or _loader(model, on, layer, image_size, geometry)
         for model in models
     }
+    if label_maps is not None:
+        require_dense(features, cache, k, linear)
+        probe_dense(
+            models,
+            lambda model: _loaded(loaders[model]),
+            list(cached.values()),
+            images,
+            label_maps,
+            json=json,
+        )
+        return
     if features is not None:
         require_features_folder(features)
     with progress_bar() as progress:

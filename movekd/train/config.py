@@ -118,6 +118,12 @@ class DataConfig(FrozenModel):
         description="Hold out a share of the conversations (below 1) or a number of them, of "
         "images in stage distill. Conversations that share an image stay together.",
     )
+    probe_images: FilePath | None = Field(
+        default=None,
+        description="Folder with `train/CLASS/` and `test/CLASS/` of image files, or a CSV file as "
+        "`movekd probe` reads it: its kNN on the encoder's features, every `training.eval_steps` "
+        "and at the end.",
+    )
     geometry: Geometry | None = Field(
         default=None,
         description="Must be the cache's, so that student and teachers see the same pixels. Null: "
@@ -345,7 +351,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
 
     for section, keys in (
         ("student", ("vision_tower", "language_model")),
-        ("data", ("shards", "conversations", "eval_conversations")),
+        ("data", ("shards", "conversations", "eval_conversations", "probe_images")),
     ):
         part = content.get(section)
         if isinstance(part, dict):

@@ -88,7 +88,8 @@ def held_out_losses(
     sums: dict[str, float] = {}
     terms: dict[str, LossTerm] = {}
     counts = torch.zeros(len(get_args(Unit)), dtype=torch.int64)
-    with _measuring(model, arguments.device):
+    # the objective reads the routing also where only its other terms are asked for
+    with measuring(model, arguments.device), recorded_routing(model):
         for batch in loader:
             del batch["keys"]
             counts += count_units(batch)
@@ -114,12 +115,11 @@ def held_out_losses(
 
 
 @contextmanager
-def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
+def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run with the model in evaluation mode, and leave mode and random numbers as they were."""
     was_training = model.training
     devices = [device] if device.type == "cuda" else []
-    # the objective reads the routing also where only its other terms are asked for
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), recorded_routing(model):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         model.eval()
         try:
             yield

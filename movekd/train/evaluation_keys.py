@@ -1,8 +1,8 @@
 """Check what a config says about held-out samples and their evaluation during the run.
 
-Input: ``data.val_size``, ``data.eval_conversations`` and the `eval_...` keys of `training:`.
-Output: `training:` with what transformers would otherwise guess. Used by ``config`` and
-``training_args``.
+Input: ``data.val_size``, ``data.eval_conversations``, ``data.probe_images`` and the `eval_...` keys
+of `training:`. Output: `training:` with what transformers would otherwise guess. Used by ``config``
+and ``training_args``.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,8 @@ def evaluation_keys(config: "TrainConfig") -> dict[str, Any]:
     if training.get("eval_strategy") is False:  # YAML 1.1 reads `no` as false
         training["eval_strategy"] = "no"
     strategy, steps = training.get("eval_strategy"), training.get("eval_steps")
-    if data.val_size is None and not data.eval_conversations:
+    has_held_out = data.val_size is not None or bool(data.eval_conversations)
+    if not has_held_out and data.probe_images is None:
         asking = [key for key in _ASKING if training.get(key) not in (None, False, "no")]
         if asking and not (asking == ["eval_steps"] and strategy == "no"):
             raise ConfigError(
@@ -45,6 +46,13 @@ def evaluation_keys(config: "TrainConfig") -> dict[str, Any]:
         raise ConfigError(
             "data.val_size and data.eval_conversations are both given; expected one of them. The "
             "first takes held-out samples from data.conversations, the second reads other files."
+        )
+    if not has_held_out:
+        _check_probe_only(training)
+    if strategy is None and not steps and not has_held_out:
+        raise ConfigError(
+            "data.probe_images is given, but nothing says when to classify them; set "
+            "training.eval_steps, for example 500, or training.eval_strategy: epoch."
         )
     if strategy is None and not steps:
         raise ConfigError(
@@ -86,6 +94,21 @@ def loss_names(config: "TrainConfig") -> list[str]:
         for kind in kinds:
             names += [kind, *(f"{kind}_{name}" for name in config.distill.teachers)]
     return names
+
+
+def _check_probe_only(training: Mapping[str, Any]) -> None:
+    """Refuse what asks for the loss of held-out samples, of which the run has none."""
+    asking = [k for k in ("load_best_model_at_end", "metric_for_best_model") if training.get(k)]
+    if training.get("save_strategy") == "best":
+        asking.append("save_strategy")
+    if training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
+        asking.append("lr_scheduler_type")
+    if asking:
+        raise ConfigError(
+            f"training.{asking[0]} is {shorten(training[asking[0]], 80)}, which needs the loss of "
+            "held-out samples, and data.probe_images gives accuracies only; hold samples out with "
+            "data.val_size or data.eval_conversations, or leave it out."
+        )
 
 
 def _check_metric(config: "TrainConfig", metric: Any) -> None:

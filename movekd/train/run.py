@@ -46,6 +46,7 @@ from movekd.train.fingerprints import (
 )
 from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
 from movekd.train.init_from import check_init_from, load_init_from
+from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.run_dir import plan_start, prepare_run, write_run_files
@@ -176,6 +177,11 @@ def train(
     broadcast_decision(lambda: require_as_packed(corpus.data_dir))
     cache = _open_targets(config, cache_url, allow_random_teachers, verify_cache)
     inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
+    probe_images = read_probe_images(config.data, arguments, progress)
+    if probe_images is not None:
+        inputs["probe images"] = probe_images.fingerprint()
+        if notify is not None and is_main_process():
+            notify(probe_images.describe())
     require_same_inputs(gather(inputs))
     if start.checkpoint is not None:
         broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
@@ -192,6 +198,7 @@ def train(
             model,
             data.trained,
             data.collator,
+            KnnProbe.of(probe_images, student, config.data),
             args=arguments,
             eval_dataset=data.held_out,
             callbacks=[EvaluateInLastStep()],

@@ -40,6 +40,7 @@ from movekd.train.config import TrainConfig
 from movekd.train.data import Collator, ConversationDataset
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.evaluation import held_out_loader, held_out_losses
+from movekd.train.knn_probe import KnnProbe
 from movekd.train.model import DistillModel
 from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
@@ -55,6 +56,7 @@ class DistillTrainer(Trainer):
         model: the model; parameters that do not learn have ``requires_grad`` off.
         dataset: the conversations, or in stage distill the images.
         collator: reads images and targets.
+        probe: measures the encoder in every evaluation.
         kwargs: further arguments of transformers.Trainer, ``args`` included.
     """
 
@@ -64,8 +66,11 @@ class DistillTrainer(Trainer):
         model: DistillModel,
         dataset: ConversationDataset | EncoderDataset,
         collator: Collator | EncoderCollator,
+        probe: KnnProbe | None = None,
         **kwargs: Any,
     ) -> None:
+        if probe is not None and kwargs.get("eval_dataset") is None:
+            kwargs["eval_dataset"] = []  # Trainer asks for one wherever it evaluates
         super().__init__(model=model, train_dataset=dataset, data_collator=collator, **kwargs)
         self.config = config
         self._distill_model = model  # without what wraps it
@@ -78,6 +83,7 @@ class DistillTrainer(Trainer):
         self.control: TrainerControl
         self._held_out: DataLoader[Any] | None = None
         self._evaluation_s = 0.0  # since the last log
+        self._probe = probe
         self._rate_log = RateLog()
         self.add_callback(self._rate_log)
 
@@ -260,17 +266,21 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Log and return the losses of the held-out samples (see ``evaluation``)."""
-        if self._held_out is None:
-            self._held_out = held_out_loader(self.eval_dataset, self.data_collator, self.args)
-        self._distill_model.measures_rank = False
-        losses = held_out_losses(self.model, self._held_out, self._prepare_inputs, self.args)
-        self._evaluation_s += losses["eval_runtime"]
-        self.log(losses)
+        """Log and return the figures of held-out samples and of the probe (see ``evaluation``)."""
+        figures: dict[str, float] = {}
+        if self.eval_dataset:
+            if self._held_out is None:
+                self._held_out = held_out_loader(self.eval_dataset, self.data_collator, self.args)
+            self._distill_model.measures_rank = False
+            figures = held_out_losses(self.model, self._held_out, self._prepare_inputs, self.args)
+        if self._probe is not None:
+            figures |= self._probe.measure(self.args)
+        self._evaluation_s += sum(figures.get(f"eval_{k}runtime", 0.0) for k in ("", "knn_"))
+        self.log(figures)
         self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, losses
+            self.args, self.state, self.control, figures
         )
-        return losses
+        return figures
 
     def require_finite(self) -> None:
         """Refuse to save weights that are NaN or infinite; every rank must call this.

@@ -34,6 +34,10 @@ def run_figures(run: RunLog) -> Iterator[tuple[str, Figure]]:
         "Weight of each teacher": weights,
         "Learning rate": {"learning_rate": "the other parts" if rates else "learning rate"} | rates,
         "Norm of the gradient": {"grad_norm": "before clipping"},
+        "kNN accuracy of the encoder": {
+            "eval_knn_cls_accuracy": "[CLS]",
+            "eval_knn_patches_accuracy": "mean of patches",
+        },
         "Throughput": {"samples_per_second": "samples per second, all processes"},
         "Memory": {"memory_peak_gib": "peak, GiB per process"},
     }

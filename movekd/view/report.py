@@ -177,7 +177,7 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
         ("vision tower", shorten(student.get("vision_tower"))),
         ("language model", shorten(student.get("language_model"))),
     ]
-    if held_out := [e for e in run.evaluations if not math.isnan(e["eval_loss"])]:
+    if held_out := [e for e in run.evaluations if not math.isnan(e.get("eval_loss", math.nan))]:
         best = min(held_out, key=lambda entry: entry["eval_loss"])
         said = f"{best['eval_loss']:.4g} at step {best['step']:,.0f}, the smallest"
         last_one = held_out[-1]

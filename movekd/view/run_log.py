@@ -28,7 +28,7 @@ _MAX_STEP = 10**12
 _LARGEST = 1e30
 """Larger values than this cannot be drawn; no loss reaches it."""
 _HELD_OUT = "eval_"
-"""Prefix of the figures of held-out samples."""
+"""Prefix of the figures of held-out samples and of a probe."""
 _NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 
 _Count = Annotated[int, Field(ge=0, le=10**18)]
@@ -67,7 +67,8 @@ class RunLog:
         teachers: the teachers that it distils from.
         num_not_finite: logged values that are NaN, infinite or too large to draw: gaps in curves.
         left_out: what the files hold and the log does not, in words.
-        evaluations: the logged losses of held-out samples, in order; each has ``step``.
+        evaluations: the logged figures of held-out samples and of a probe, in order; each has
+            ``step``.
     """
 
     directory: Path
@@ -116,7 +117,7 @@ def read_run(directory: Path) -> RunLog:
     entries, odd = _check_entries(log)
     teachers, odd_teachers = _read_teachers(directory / TARGETS_FILE)
     steps = [entry for entry in entries if "loss" in entry and "step" in entry]
-    evaluations = [e for e in entries if "eval_loss" in e and "step" in e and "loss" not in e]
+    evaluations = [e for e in entries if _is_evaluation(e) and "step" in e]
     logged = [*steps, *evaluations]
     not_finite = sum(math.isnan(value) for entry in logged for value in entry.values())
     return RunLog(
@@ -173,10 +174,15 @@ def _check_entries(log: Sequence[Any]) -> tuple[list[dict[str, float]], Counter[
                 continue
             names.add(name)
             entry[name] = number
-        if ("loss" in entry or "eval_loss" in entry) and "step" not in entry:
+        if ("loss" in entry or _is_evaluation(entry)) and "step" not in entry:
             odd["entry without a step"] += 1
         entries.append(entry)
     return entries, odd
+
+
+def _is_evaluation(entry: Entry) -> bool:
+    """Return whether an entry holds figures of held-out samples or of a probe."""
+    return "loss" not in entry and any(name.startswith(_HELD_OUT) for name in entry)
 
 
 def _number(value: Any) -> float | None:

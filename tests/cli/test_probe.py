@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from builds import build
 from command import invoke
@@ -103,3 +105,37 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(place, no_model, more, 
 def test_options_of_students_are_refused_where_all_models_are_teachers(place, no_model):
     with pytest.raises(MovekdError, match="--layer is -2, but all models are teachers"):
         ask(f"teacher:{place}/clip.yaml", "--layer", "-2", "--images", place / "images")
+
+
+@pytest.fixture(scope="module")
+def maps(place, tmp_path_factory):
+    """Label maps whose left half is class 0."""
+    labels, root = np.zeros((32, 32), np.uint8), tmp_path_factory.mktemp("maps")
+    labels[:, 16:] = 1
+    for path in (place / "images").rglob("*.png"):
+        target = root / path.relative_to(place / "images")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(labels).save(target)
+    return ["--images", place / "images", "--label-maps", root]
+
+
+def test_label_maps_segment_images_by_students_and_teachers(place, maps):
+    models = [f"{place}/run", f"base:{place}/run", f"teacher:{place}/clip.yaml"]
+    result = ask(*models, *maps, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [score["model"] for score in found["scores"]] == models
+    assert found["images"]["found"] == 61 == 50 + 10 + len(found["images"]["skipped"])
+    assert all(score["miou"] > 0.8 for score in found["scores"])  # positions are in the tokens
+
+
+@pytest.mark.parametrize("more", [["--features", "kept"], ["--no-linear"], ["--k", "5"]])
+def test_options_of_other_probes_are_refused_with_label_maps(place, maps, no_model, more):
+    with pytest.raises(MovekdError, match=f"{more[0]} is given with --label-maps"):
+        ask(f"{place}/run", *maps, *more)
+
+
+def test_label_maps_are_matched_with_a_cache_before_a_model_is_loaded(place, maps, no_model):
+    """The cache holds the train images only."""
+    with pytest.raises(MovekdError, match=r"test holds no image that can be used.* not hold it"):
+        ask(f"{place}/run", f"cache:{place}/cache#clip", *maps)

@@ -20,5 +20,5 @@ def bootstrap_interval(values_N: npt.NDArray[np.float64], seed: int = 0) -> Inte
 
 def percentiles(values_R: npt.NDArray[np.float64]) -> Interval:
     """Return the middle 95% of a figure's values on resamples."""
-    low, high = np.quantile(values_R, [0.025, 0.975])
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
     return float(low), float(high)
