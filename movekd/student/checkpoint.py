@@ -339,7 +339,7 @@ def load_export(
         )
     if model_type not in LLAVA_CLASSES or not (directory / ABOUT_FILE).exists():
         raise WeightsError(
-            f"{directory} holds a model of type '{model_type}'"
+            f"{directory} holds a model of type '{shorten(model_type, 80)}'"
             f"{'' if (directory / ABOUT_FILE).exists() else f' and no {ABOUT_FILE}'}; expected an "
             "export of `movekd export --format hf`."
         )
