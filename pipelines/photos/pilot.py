@@ -1,0 +1,278 @@
+"""Distil on photographs and probe before and after: a pilot with one seed per arm.
+
+    divide the images -> pack -> cache three teachers -> train each arm -> probe
+
+    PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --tries
+    PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10
+    PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --final
+
+``--tries`` makes short runs and probes validation images: settings are chosen from them. The second
+form trains the arms. ``--final`` reads the test images, once, with all arms. Every step is a
+`movekd` command in its own process. A row in benchmarks/results/pilot is done and stays:
+
+    exploratory.jsonl  per try: keys, figures of the training, probe on validation images
+    runs.jsonl         per arm: keys, figures of the training
+    final.jsonl        per arm: probe on test images, minus the untrained tower and minus `full`
+
+The same command resumes. Only the control ``shuffled`` needs code outside of the commands.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from demo_real import HERE, Steps, write_spec
+from movekd.errors import ConfigError
+from movekd.train.step_losses import MAX_OVER_MEDIAN
+from pilot_images import Sizes, divide
+from study import results
+from study.worlds import shuffle_cache
+from weights import make_weights
+
+RESULTS = HERE.parents[1] / "benchmarks" / "results" / "pilot"
+TEACHERS = ("vit_s", "efficientnet_lite0", "hed")
+FULL = ("student.mole=null", "learning_rates.vision_tower=2e-4")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes:
+        name: of its row.
+        keys: ``--set`` values, on top of distill.yaml.
+        steps: optimizer steps.
+        cache: ``shuffled``: every image has the targets of another one.
+    """
+
+    name: str
+    keys: tuple[str, ...] = ()
+    steps: int = 250
+    cache: Literal["cache", "shuffled"] = "cache"
+
+
+ARMS = (
+    Arm("full", FULL),
+    Arm("experts"),
+    Arm("shuffled", FULL, cache="shuffled"),
+    Arm("full_mse", (*FULL, "distill.loss=mse", "distill.target_clip=0")),
+    Arm("full_mse_clip", (*FULL, "distill.loss=mse")),
+)
+TRIES: tuple[Arm, ...] = ()
+
+
+@dataclass
+class Pilot:
+    """Folders, sizes and steps of a pilot.
+
+    Attributes:
+        steps: what is done; it also runs the commands.
+        output: folder of images, cache and runs; not committed.
+        images: ``train/CLASS`` and ``test/CLASS``.
+        weights: folder of converted weights.
+        rows: folder of the rows; committed.
+        sizes: images per class.
+        teachers: specs in ``teachers/``; the first one is the anchor.
+        seed: of all trainings.
+        extra: further words of each training.
+    """
+
+    steps: Steps
+    output: Path
+    images: Path
+    weights: Path
+    rows: Path = RESULTS
+    sizes: Sizes = field(default_factory=Sizes)
+    teachers: Sequence[str] = TEACHERS
+    seed: int = 0
+    extra: Sequence[str] = ()
+
+    def train(self, arms: Sequence[Arm], *, is_try: bool = False) -> None:
+        """Train the arms that have no row yet, and add their rows; probe each one if it is a try.
+
+        Raises:
+            ConfigError: a row was made with other settings.
+        """
+        file: results.Name = "exploratory" if is_try else "runs"
+        todo = [arm for arm in arms if not self._has(file, arm)]
+        if not todo:
+            return
+        self._prepare(needs_shuffled=any(arm.cache == "shuffled" for arm in todo))
+        for arm in todo:
+            run = self.output / ("tries" if is_try else "runs") / arm.name
+            started = time.perf_counter()
+            self._train_arm(arm, run)
+            row = {"arm": arm.name, **self._settings(arm), **training_figures(run, self.teachers)}
+            row |= {"seconds": round(time.perf_counter() - started, 1)}
+            if is_try:
+                row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
+            row |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+            results.append(self.rows, file, row)
+
+    def final(self, arms: Sequence[Arm]) -> None:
+        """Probe the test images with the untrained tower and all arms, and add the rows.
+
+        Raises:
+            ConfigError: an arm has no row yet, or one with other settings.
+        """
+        missing = [arm.name for arm in arms if not self._has("runs", arm)]
+        if missing:
+            raise ConfigError(
+                f"{self.rows}/runs.jsonl lacks {', '.join(missing)}; expected all arms, because "
+                "the test images are read once. Train them first: the same command without --final."
+            )
+        if results.read(self.rows, "final"):
+            return
+        runs = [self.output / "runs" / arm.name for arm in arms]
+        against_base = self._probe("final base", "test", [f"base:{runs[0]}", *runs])
+        against_first = self._probe("final full", "test", runs)
+        for name in ["base", *(arm.name for arm in arms)]:
+            row: Row = {"arm": name, "test": against_base[name], "sizes": asdict(self.sizes)}
+            if name in against_first and name != arms[0].name:
+                row[f"minus_{arms[0].name}"] = {
+                    probe: score.get("minus") for probe, score in against_first[name].items()
+                }
+            results.append(self.rows, "final", row | {"date": time.strftime("%Y-%m-%d")})
+
+    def _has(self, file: results.Name, arm: Arm) -> bool:
+        for row in results.read(self.rows, file):
+            if row["arm"] == arm.name:
+                wanted = self._settings(arm)
+                found = {key: row.get(key) for key in wanted}
+                if found != wanted:
+                    raise ConfigError(
+                        f"the row '{arm.name}' of {self.rows / file}.jsonl was made with {found}"
+                        f"; asked for {wanted}. Give the arm another name, or remove the line."
+                    )
+                return True
+        return False
+
+    def _settings(self, arm: Arm) -> Row:
+        return {
+            "keys": list(arm.keys),
+            "steps": arm.steps,
+            "cache": arm.cache,
+            "seed": self.seed,
+            "sizes": asdict(self.sizes),
+        }
+
+    def _prepare(self, *, needs_shuffled: bool) -> None:
+        """Divide and pack the images, and cache the teachers."""
+        steps, output = self.steps, self.output
+        steps.do("images", lambda: divide(self.images, output, self.sizes))
+        data, cache = output / "data", output / "cache"
+        steps.movekd(
+            *("pack", "shards", "pack", "--images", output / "source", "--output", data),
+            "--overwrite",
+        )
+        specs = [write_spec(teacher, output, self.weights) for teacher in self.teachers]
+        named = [word for spec in specs for word in ("--teacher", spec)]
+        steps.movekd("cache", "cache", "build", *named, "--shards", data, "--cache", cache)
+        if needs_shuffled:
+            shuffle_cache(cache, output / "shuffled", self.seed)
+
+    def _train_arm(self, arm: Arm, run: Path) -> None:
+        keys = [
+            f"data.shards={self.output / 'data'}",
+            f"student.vision_tower={self.weights / 'vit_s'}",
+            f"distill.teachers=[{', '.join(self.teachers)}]",
+            f"training.max_steps={arm.steps}",
+            f"training.seed={self.seed}",
+            *arm.keys,
+        ]
+        words: list[Any] = ["train", "--config", HERE / "distill.yaml", "--output", run]
+        words += [word for key in keys for word in ("--set", key)]
+        words += ["--cache", self.output / arm.cache, *self.extra]
+        words += ["--resume"] if run.exists() else []
+        name = " ".join(["train", run.parent.name, arm.name, arm.cache, str(arm.steps), *arm.keys])
+        self.steps.movekd(name, *words)
+
+    def _probe(self, name: str, part: str, models: Sequence[Any]) -> dict[str, Row]:
+        """Return the scores per model: probe and feature -> accuracy, interval, difference."""
+        images, kept = self.output / part, self.output / "features"
+        words = ("--images", images, "--features", kept, "--device", "cpu", "--json")
+        self.steps.movekd(name, "probe", *models, *words)
+        return scores(self.steps.printed(name))
+
+
+def scores(printed: str) -> dict[str, Row]:
+    """Return what `movekd probe --json` printed, per model, with short names of the models."""
+    found: dict[str, Row] = {}
+    for score in json.loads(printed)["scores"]:
+        model = str(score["model"])
+        name = "base" if model.startswith("base:") else Path(model).name
+        entry = {"accuracy": score["accuracy"], "interval": score["interval"]}
+        if score["difference"] is not None:
+            entry["minus"] = [score["difference"], *score["difference_interval"]]
+        entry = {key: _rounded(value) for key, value in entry.items()}
+        found.setdefault(name, {})[f"{score['probe']} {score['feature']}"] = entry
+    return found
+
+
+def training_figures(run: Path, teachers: Sequence[str]) -> Row:
+    """Return a run's largest over median KD loss, its first and last losses, and token spread."""
+    log = json.loads((run / "log.json").read_text(encoding="utf-8"))
+    ends = {
+        name: [_rounded(entry[name]) for entry in log if name in entry]
+        for name in (*(f"loss_kd_{teacher}" for teacher in teachers), "token_std", "token_rank")
+    }
+    return {
+        "kd_loss_max_over_median": {
+            teacher: _rounded(log[-1].get(f"{MAX_OVER_MEDIAN}{teacher}")) for teacher in teachers
+        },
+        "first_last": {name: [values[0], values[-1]] for name, values in ends.items() if values},
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Parse the command line and run what has no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=Path, required=True, help="Folder: train/ and test/.")
+    parser.add_argument("--output", type=Path, default=Path("pilot"), help="Folder to write.")
+    parser.add_argument("--weights", type=Path, default=Path("demo-real/weights"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
+    parser.add_argument("--only", nargs="+", help="Names of arms or tries. Default: all.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all trainings.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tries", action="store_true", help="Short runs, probed on validation.")
+    what.add_argument("--final", action="store_true", help="Read the test images with all arms.")
+    given = parser.parse_args()
+    chosen = TRIES if given.tries else ARMS
+    unknown = set(given.only or ()) - {arm.name for arm in chosen}
+    if unknown:
+        raise ConfigError(
+            f"--only names {', '.join(sorted(unknown))}; expected of "
+            f"{', '.join(arm.name for arm in chosen)}."
+        )
+    chosen = tuple(arm for arm in chosen if given.only is None or arm.name in given.only)
+    output, weights = given.output.resolve(), given.weights.resolve()
+    make_weights(weights, TEACHERS)
+    sizes = Sizes()
+    steps = Steps(output, asdict(sizes) | {"seed": given.seed})
+    pilot = Pilot(
+        steps, output, given.images.resolve(), weights, given.results.resolve(), sizes=sizes,
+        seed=given.seed,
+    )  # fmt: skip
+    if given.final:
+        pilot.final(ARMS)
+    else:
+        pilot.train(chosen, is_try=given.tries)
+
+
+if __name__ == "__main__":
+    from movekd.cli.failures import run_guarded
+
+    run_guarded(main)

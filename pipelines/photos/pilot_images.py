@@ -1,0 +1,84 @@
+"""Divide CIFAR-10's folders into images to distil on, a validation and a test folder.
+
+Input: ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. Output, as copies:
+
+    source/CLASS/          what the student distils on; labels are not used
+    val/train, val/test    folders of `movekd probe`, both out of train; settings are chosen here
+    test/train, test/test  the same, with the images of test; read once, at the end
+
+``val/train`` and ``test/train`` are the same part of ``source``. ``val/test`` is no part of it.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from movekd.errors import ConfigError, shorten
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images per class, the first ones in the order of names.
+
+    Attributes:
+        distilled: images of train to distil on.
+        labelled: how many of those teach a probe.
+        val: images of train after the distilled ones.
+        test: images of test.
+    """
+
+    distilled: int = 600
+    labelled: int = 150
+    val: int = 100
+    test: int = 200
+
+
+def divide(images: Path, output: Path, sizes: Sizes) -> None:
+    """Copy the images; what exists is written again.
+
+    Raises:
+        ConfigError: a folder is missing, or a class has too few images.
+    """
+    kept = sizes.distilled + sizes.val
+    classes = _classes(images, "train")
+    if classes != _classes(images, "test"):
+        raise ConfigError(
+            f"{images}/train and {images}/test have other classes; expected the same folders in "
+            "both. Unpack the images again."
+        )
+    for name in classes:
+        train, test = (
+            _files(images / "train" / name, kept),
+            _files(images / "test" / name, sizes.test),
+        )
+        parts = {
+            "source": train[: sizes.distilled],
+            "val/train": train[: sizes.labelled],
+            "val/test": train[sizes.distilled : kept],
+            "test/train": train[: sizes.labelled],
+            "test/test": test[: sizes.test],
+        }
+        for part, files in parts.items():
+            (output / part / name).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copyfile(file, output / part / name / file.name)
+
+
+def _classes(images: Path, split: str) -> list[str]:
+    folder = images / split
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} does not exist; expected train/CLASS and test/CLASS of CIFAR-10. "
+            "docs/photos.md says where the images are."
+        )
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _files(folder: Path, count: int) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
+    if len(files) < count:
+        raise ConfigError(
+            f"{shorten(str(folder), 200)} has {len(files)} images; expected {count} or more. "
+            "Unpack the images again, or ask for fewer."
+        )
+    return files
