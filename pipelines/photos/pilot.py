@@ -18,54 +18,29 @@ The same command resumes. Only the control ``shuffled`` needs code outside of th
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from demo_real import HERE, Steps, write_spec
+from movekd.config import read_yaml
 from movekd.errors import ConfigError
-from movekd.train.step_losses import MAX_OVER_MEDIAN
+from pilot_arms import ARMS, TRIES, Arm
 from pilot_images import Sizes, divide
+from pilot_rows import Row, scores, tables, training_figures
 from study import results
 from study.worlds import shuffle_cache
 from weights import make_weights
 
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "pilot"
+YAML = HERE / "distill.yaml"
 TEACHERS = ("vit_s", "efficientnet_lite0", "hed")
-FULL = ("student.mole=null", "learning_rates.vision_tower=2e-4")
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training.
-
-    Attributes:
-        name: of its row.
-        keys: ``--set`` values, on top of distill.yaml.
-        steps: optimizer steps.
-        cache: ``shuffled``: every image has the targets of another one.
-    """
-
-    name: str
-    keys: tuple[str, ...] = ()
-    steps: int = 250
-    cache: Literal["cache", "shuffled"] = "cache"
-
-
-ARMS = (
-    Arm("full", FULL),
-    Arm("experts"),
-    Arm("shuffled", FULL, cache="shuffled"),
-    Arm("full_mse", (*FULL, "distill.loss=mse", "distill.target_clip=0")),
-    Arm("full_mse_clip", (*FULL, "distill.loss=mse")),
-)
-TRIES: tuple[Arm, ...] = ()
 
 
 @dataclass
@@ -81,6 +56,7 @@ class Pilot:
         sizes: images per class.
         teachers: specs in ``teachers/``; the first one is the anchor.
         seed: of all trainings.
+        probed: further models that the final pass probes.
         extra: further words of each training.
     """
 
@@ -92,6 +68,7 @@ class Pilot:
     sizes: Sizes = field(default_factory=Sizes)
     teachers: Sequence[str] = TEACHERS
     seed: int = 0
+    probed: Sequence[str] = ()
     extra: Sequence[str] = ()
 
     def train(self, arms: Sequence[Arm], *, is_try: bool = False) -> None:
@@ -128,16 +105,21 @@ class Pilot:
                 f"{self.rows}/runs.jsonl lacks {', '.join(missing)}; expected all arms, because "
                 "the test images are read once. Train them first: the same command without --final."
             )
-        if results.read(self.rows, "final"):
+        names = [arm.name for arm in arms]
+        done = {row["arm"] for row in results.read(self.rows, "final")}
+        if done.issuperset(names):
             return
-        runs = [self.output / "runs" / arm.name for arm in arms]
-        against_base = self._probe("final base", "test", [f"base:{runs[0]}", *runs])
-        against_first = self._probe("final full", "test", runs)
-        for name in ["base", *(arm.name for arm in arms)]:
-            row: Row = {"arm": name, "test": against_base[name], "sizes": asdict(self.sizes)}
-            if name in against_first and name != arms[0].name:
-                row[f"minus_{arms[0].name}"] = {
-                    probe: score.get("minus") for probe, score in against_first[name].items()
+        runs = [self.output / "runs" / name for name in names]
+        listed = ", ".join(names)
+        minus_base = self._probe(
+            f"test of base, {listed}", "test", [f"base:{runs[0]}", *runs, *self.probed]
+        )
+        minus_first = self._probe(f"test of {listed}", "test", runs)
+        for name in [name for name in minus_base if name not in done]:
+            row: Row = {"arm": name, "test": minus_base[name], "sizes": asdict(self.sizes)}
+            if name in names[1:]:
+                row[f"minus_{names[0]}"] = {
+                    probe: score["minus"] for probe, score in minus_first[name].items()
                 }
             results.append(self.rows, "final", row | {"date": time.strftime("%Y-%m-%d")})
 
@@ -157,6 +139,7 @@ class Pilot:
     def _settings(self, arm: Arm) -> Row:
         return {
             "keys": list(arm.keys),
+            "yaml": hashlib.sha256(json.dumps(read_yaml(YAML)).encode()).hexdigest()[:16],
             "steps": arm.steps,
             "cache": arm.cache,
             "seed": self.seed,
@@ -187,7 +170,7 @@ class Pilot:
             f"training.seed={self.seed}",
             *arm.keys,
         ]
-        words: list[Any] = ["train", "--config", HERE / "distill.yaml", "--output", run]
+        words: list[Any] = ["train", "--config", YAML, "--output", run]
         words += [word for key in keys for word in ("--set", key)]
         words += ["--cache", self.output / arm.cache, *self.extra]
         words += ["--resume"] if run.exists() else []
@@ -200,41 +183,6 @@ class Pilot:
         words = ("--images", images, "--features", kept, "--device", "cpu", "--json")
         self.steps.movekd(name, "probe", *models, *words)
         return scores(self.steps.printed(name))
-
-
-def scores(printed: str) -> dict[str, Row]:
-    """Return what `movekd probe --json` printed, per model, with short names of the models."""
-    found: dict[str, Row] = {}
-    for score in json.loads(printed)["scores"]:
-        model = str(score["model"])
-        name = "base" if model.startswith("base:") else Path(model).name
-        entry = {"accuracy": score["accuracy"], "interval": score["interval"]}
-        if score["difference"] is not None:
-            entry["minus"] = [score["difference"], *score["difference_interval"]]
-        entry = {key: _rounded(value) for key, value in entry.items()}
-        found.setdefault(name, {})[f"{score['probe']} {score['feature']}"] = entry
-    return found
-
-
-def training_figures(run: Path, teachers: Sequence[str]) -> Row:
-    """Return a run's largest over median KD loss, its first and last losses, and token spread."""
-    log = json.loads((run / "log.json").read_text(encoding="utf-8"))
-    ends = {
-        name: [_rounded(entry[name]) for entry in log if name in entry]
-        for name in (*(f"loss_kd_{teacher}" for teacher in teachers), "token_std", "token_rank")
-    }
-    return {
-        "kd_loss_max_over_median": {
-            teacher: _rounded(log[-1].get(f"{MAX_OVER_MEDIAN}{teacher}")) for teacher in teachers
-        },
-        "first_last": {name: [values[0], values[-1]] for name, values in ends.items() if values},
-    }
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -263,11 +211,18 @@ def main() -> None:
     sizes = Sizes()
     steps = Steps(output, asdict(sizes) | {"seed": given.seed})
     pilot = Pilot(
-        steps, output, given.images.resolve(), weights, given.results.resolve(), sizes=sizes,
+        steps,
+        output,
+        given.images.resolve(),
+        weights,
+        given.results.resolve(),
+        sizes=sizes,
         seed=given.seed,
-    )  # fmt: skip
+    )
     if given.final:
-        pilot.final(ARMS)
+        spec = write_spec("efficientnet_lite0", output, weights)
+        replace(pilot, probed=[f"teacher:{spec}"]).final(ARMS)
+        print("\n".join(tables(pilot.rows)))
     else:
         pilot.train(chosen, is_try=given.tries)
 

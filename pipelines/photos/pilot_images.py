@@ -27,10 +27,10 @@ class Sizes:
         test: images of test.
     """
 
-    distilled: int = 600
-    labelled: int = 150
-    val: int = 100
-    test: int = 200
+    distilled: int = 200
+    labelled: int = 100
+    val: int = 50
+    test: int = 60
 
 
 def divide(images: Path, output: Path, sizes: Sizes) -> None:

@@ -16,7 +16,8 @@ from demo_real import Steps
 from movekd.cache.reader import open_cache
 from movekd.cli.main import app
 from movekd.errors import ConfigError
-from pilot import ARMS, FULL, TEACHERS, TRIES, Arm, Pilot
+from pilot import TEACHERS, Pilot
+from pilot_arms import ARMS, FULL, TRIES, Arm
 from pilot_images import Sizes, divide
 from study import results
 
