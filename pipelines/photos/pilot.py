@@ -30,6 +30,7 @@ import torch
 
 from demo_real import HERE, Steps, write_spec
 from movekd.config import read_yaml
+from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
 from pilot_arms import ARMS, TRIES, Arm
 from pilot_images import Sizes, divide
@@ -90,6 +91,7 @@ class Pilot:
             row |= {"seconds": round(time.perf_counter() - started, 1)}
             if is_try:
                 row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
+            row["corpus"] = open_corpus(self.output / "data").fingerprint()
             row |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
             results.append(self.rows, file, row)
 

@@ -1,6 +1,7 @@
 """Divide CIFAR-10's folders into images to distil on, a validation and a test folder.
 
-Input: ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. Output, as copies:
+Input: ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``, all 5,000 and 1,000 per class or a part of
+them. Of all, ``draw`` takes the part that the committed rows are about. Output, as copies:
 
     source/CLASS/          what the student distils on; labels are not used
     val/train, val/test    folders of `movekd probe`, both out of train; settings are chosen here
@@ -9,7 +10,9 @@ Input: ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. Output, as copies:
 ``val/train`` and ``test/train`` are the same part of ``source``. ``val/test`` is no part of it.
 """
 
+import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,23 @@ class Sizes:
     test: int = 60
 
 
+WHOLE = {"train": 5000, "test": 1000}
+"""Images per class of CIFAR-10."""
+DRAWN = {"train": 1000, "test": 200}
+
+
+def draw(classes: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """Return the names of the images that stand for all: split and class -> names, in order."""
+    numbers = random.Random(0)
+    return {
+        (split, name): [
+            f"{number:04d}.jpg" for number in sorted(numbers.sample(range(WHOLE[split]), count))
+        ]
+        for split, count in DRAWN.items()
+        for name in classes
+    }
+
+
 def divide(images: Path, output: Path, sizes: Sizes) -> None:
     """Copy the images; what exists is written again.
 
@@ -46,10 +66,11 @@ def divide(images: Path, output: Path, sizes: Sizes) -> None:
             f"{images}/train and {images}/test have other classes; expected the same folders in "
             "both. Unpack the images again."
         )
+    drawn = draw(classes)
     for name in classes:
         train, test = (
-            _files(images / "train" / name, kept),
-            _files(images / "test" / name, sizes.test),
+            _files(images / split / name, count, drawn[split, name], WHOLE[split])
+            for split, count in (("train", kept), ("test", sizes.test))
         )
         parts = {
             "source": train[: sizes.distilled],
@@ -74,11 +95,11 @@ def _classes(images: Path, split: str) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def _files(folder: Path, count: int) -> list[Path]:
+def _files(folder: Path, count: int, drawn: Sequence[str], whole: int) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
     if len(files) < count:
         raise ConfigError(
             f"{shorten(str(folder), 200)} has {len(files)} images; expected {count} or more. "
             "Unpack the images again, or ask for fewer."
         )
-    return files
+    return [folder / name for name in drawn] if len(files) == whole else files

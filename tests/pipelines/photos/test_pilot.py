@@ -18,7 +18,7 @@ from movekd.cli.main import app
 from movekd.errors import ConfigError
 from pilot import TEACHERS, Pilot
 from pilot_arms import ARMS, FULL, TRIES, Arm
-from pilot_images import Sizes, divide
+from pilot_images import WHOLE, Sizes, divide, draw
 from study import results
 
 SIZES = Sizes(distilled=12, labelled=10, val=3, test=4)
@@ -202,6 +202,21 @@ def test_real_teachers_teach_the_experts(
     assert {path.name for path in model.glob("*.safetensors")} == {
         *("mole_encoder.safetensors", "encoder_adapter.safetensors"),
     }
+
+
+def test_of_the_whole_cifar_10_the_images_of_the_rows_are_taken(tmp_path: Path) -> None:
+    names = draw([*("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse")])
+    assert names["train", "airplane"][:6] == [f"{n:04d}.jpg" for n in (0, 1, 2, 9, 12, 15)]
+    assert names["train", "cat"][:5] == [f"{n:04d}.jpg" for n in (6, 9, 10, 11, 12)]
+    names = draw(["only"])
+    for split, count in WHOLE.items():
+        (tmp_path / split / "only").mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / split / "only" / f"{number:04d}.jpg").touch()
+    divide(tmp_path, tmp_path / "out", SIZES)
+    for part, split, at in (("source", "train", slice(12)), ("test/test", "test", slice(4))):
+        found = sorted(path.name for path in (tmp_path / "out" / part / "only").iterdir())
+        assert found == names[split, "only"][at]
 
 
 def test_names_of_arms_and_tries_are_unique() -> None:
