@@ -29,17 +29,16 @@ class Arm:
 
     name: str
     keys: tuple[str, ...] = ()
-    steps: int = 250
+    steps: int = 200
     cache: Literal["cache", "shuffled"] = "cache"
 
 
-FULL = full("2e-4")
+FULL = full("3e-4")
 ARMS: tuple[Arm, ...] = (
     Arm("full", FULL),
-    Arm("experts", experts("1e-3")),
+    Arm("experts", experts("2e-3")),
     Arm("shuffled", FULL, cache="shuffled"),
     Arm("full_mse", (*FULL, "distill.loss=mse", "distill.target_clip=0")),
-    Arm("full_mse_clip", (*FULL, "distill.loss=mse")),
 )
 TRIES: tuple[Arm, ...] = (
     Arm("try_full_2e-4", full("2e-4"), steps=60),
