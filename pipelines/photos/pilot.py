@@ -223,7 +223,7 @@ def main() -> None:
     )
     if given.final:
         spec = write_spec("efficientnet_lite0", output, weights)
-        replace(pilot, probed=[f"teacher:{spec}"]).final(ARMS)
+        replace(pilot, probed=[f"teacher:{spec}"]).final(chosen)
         print("\n".join(tables(pilot.rows)))
     else:
         pilot.train(chosen, is_try=given.tries)

@@ -41,6 +41,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("full_mse", (*FULL, "distill.loss=mse", "distill.target_clip=0")),
 )
 TRIES: tuple[Arm, ...] = (
+    Arm("try_full_5e-5", full("5e-5"), steps=60),
     Arm("try_full_2e-4", full("2e-4"), steps=60),
     Arm("try_experts_1e-3", experts("1e-3"), steps=60),
     Arm("try_full_5e-4", full("5e-4"), steps=60),

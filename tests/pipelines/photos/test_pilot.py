@@ -16,11 +16,13 @@ from demo_real import Steps
 from movekd.cache.reader import open_cache
 from movekd.cli.main import app
 from movekd.errors import ConfigError
-from pilot import TEACHERS, Pilot
+from pilot import RESULTS, TEACHERS, Pilot
 from pilot_arms import ARMS, FULL, TRIES, Arm
 from pilot_images import WHOLE, Sizes, divide, draw
+from pilot_rows import tables
 from study import results
 
+REPOSITORY = Path(__file__).parents[3]
 SIZES = Sizes(distilled=12, labelled=10, val=3, test=4)
 SMALL = (Arm("full", FULL, steps=2), Arm("shuffled", FULL, steps=2, cache="shuffled"))
 SAME = ("seconds", "date")
@@ -222,3 +224,10 @@ def test_of_the_whole_cifar_10_the_images_of_the_rows_are_taken(tmp_path: Path) 
 def test_names_of_arms_and_tries_are_unique() -> None:
     names = [arm.name for arm in (*ARMS, *TRIES)]
     assert len(set(names)) == len(names)
+
+
+def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
+    page = (REPOSITORY / "docs/photos.md").read_text(encoding="utf-8").splitlines()
+    lines = tables(RESULTS)
+    assert len(lines) > 3 * 4
+    assert [line for line in lines if line not in page] == []
