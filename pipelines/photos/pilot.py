@@ -7,14 +7,14 @@
     PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --final
 
 ``--tries`` makes short runs and probes validation images: settings are chosen from them. The second
-form trains the arms. ``--final`` reads the test images, once, with all arms. Every step is a
+form trains the arms. ``--final`` reads the test images with all arms. Every step is a
 `movekd` command in its own process. A row in benchmarks/results/pilot is done and stays:
 
     exploratory.jsonl  per try: keys, figures of the training, probe on validation images
     runs.jsonl         per arm: keys, figures of the training
     final.jsonl        per arm: probe on test images, minus the untrained tower and minus `full`
 
-The same command resumes. Only the control ``shuffled`` needs code outside of the commands.
+The same command resumes. Only the control ``experts_shuffled`` needs code outside of the commands.
 """
 
 import argparse

@@ -37,7 +37,7 @@ FULL = full("3e-4")
 ARMS: tuple[Arm, ...] = (
     Arm("full", FULL),
     Arm("experts", experts("2e-3")),
-    Arm("shuffled", FULL, cache="shuffled"),
+    Arm("experts_shuffled", experts("2e-3"), cache="shuffled"),
     Arm("full_mse", (*FULL, "distill.loss=mse", "distill.target_clip=0")),
 )
 TRIES: tuple[Arm, ...] = (
