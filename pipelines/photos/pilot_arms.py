@@ -42,8 +42,6 @@ ARMS: tuple[Arm, ...] = (
 )
 TRIES: tuple[Arm, ...] = (
     Arm("try_full_5e-5", full("5e-5"), steps=60),
-    Arm("try_full_2e-4", full("2e-4"), steps=60),
-    Arm("try_experts_1e-3", experts("1e-3"), steps=60),
-    Arm("try_full_5e-4", full("5e-4"), steps=60),
-    Arm("try_experts_3e-3", experts("3e-3"), steps=60),
+    Arm("try_full_1e-4_tokens", (*full("1e-4")[:2],)),
+    Arm("try_experts_1e-3_tokens", (*experts("1e-3")[:1],)),
 )
