@@ -22,11 +22,11 @@ from movekd.corpus.decode import decode_image
 from movekd.corpus.folder import list_folder, require_folder
 from movekd.corpus.transforms import Geometry, apply_geometry
 from movekd.errors import ConfigError, CorpusError, MovekdError
+from movekd.evaluate.encoder.image_list import SPLITS
 from movekd.evaluate.image_folder import Progress, read_from_folder
 
 IGNORED = 255
 """The byte of pixels that are neither learned nor scored, as in PASCAL VOC and ADE20K's tools."""
-_SPLITS = ("train", "test")
 _WHITE = (1.0, 1.0, 1.0)
 """Padding whose byte is ``IGNORED``."""
 
@@ -127,12 +127,12 @@ def read_mapped_images(images: Path, maps: Path, progress: Progress) -> MappedIm
     skipped = dict(found.skipped) | {f"{maps.name}/{name}": why for name, why in listed.skipped}
     read, read_map = read_from_folder(images), read_from_folder(maps)
     left, largest, learned = set(listed.files), 0, set[int]()
-    used: dict[str, list[MappedImage]] = {split: [] for split in _SPLITS}
+    used: dict[str, list[MappedImage]] = {split: [] for split in SPLITS}
     for done, name in enumerate(found.files, start=1):
         progress("check images", done, len(found.files))
         map_name = str(PurePosixPath(name).with_suffix(".png"))
         split = name.partition("/")[0]
-        if split not in _SPLITS:
+        if split not in SPLITS:
             skipped[name] = "it lies neither in train/ nor in test/"
             continue
         if map_name not in listed.files:
@@ -184,17 +184,16 @@ def decode_map(content: bytes, size: tuple[int, int] | None = None) -> Map:
                 f"its label map is a PNG of mode {image.mode}; expected grey or a palette with one "
                 "byte per pixel, which is the class."
             )
+        if size is not None and image.size != size:  # before its pixels take memory
+            raise CorpusError(
+                f"its label map has {image.size[0]} x {image.size[1]} pixels and the image "
+                f"{size[0]} x {size[1]}; expected equal sizes."
+            )
         labels: Map = np.asarray(image)
     except CorpusError:
         raise
     except Exception as error:  # Pillow's parsers raise anything
         raise CorpusError(f"its label map cannot be decoded: {error}; expected a PNG.") from None
-    if size is not None and labels.shape[::-1] != size:
-        found = " x ".join(map(str, labels.shape[::-1]))
-        raise CorpusError(
-            f"its label map has {found} pixels and the image {size[0]} x {size[1]}; expected equal "
-            "sizes."
-        )
     return labels
 
 

@@ -7,7 +7,7 @@ reasons.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from movekd.corpus.decode import decode_image
@@ -70,9 +70,7 @@ class LabelledImages:
         )
         skipped = left_out | self.skipped
         _require_usable(self.source, train, test, self.classes, skipped)
-        return LabelledImages(
-            train, test, self.classes, self.num_found, skipped, self.read, self.source
-        )
+        return replace(self, train=train, test=test, skipped=skipped)
 
 
 def read_labelled_images(source: Path, progress: Progress) -> LabelledImages:
