@@ -202,6 +202,7 @@ def load_teacher(
         WeightsError: the weights are missing, unreadable, or do not fit.
     """
     backbone = build_backbone(spec)
+    _own_weights(backbone.module)
     teacher = Teacher(backbone, spec, weights_sha256(backbone.module))
     rotary = {n: b for n, b in teacher.named_buffers() if n.endswith("inv_freq")}
     teacher = teacher.to(device=device, dtype=dtype)
@@ -210,6 +211,17 @@ def load_teacher(
         owner, _, own = name.rpartition(".")
         setattr(teacher.get_submodule(owner), own, frequencies.to(device))
     return teacher
+
+
+def _own_weights(module: nn.Module) -> None:
+    """Copy weights that may be views of a mapped file into memory of their own, one at a time.
+
+    A mapped file that is overwritten later changes its views, after they were hashed. And kernels
+    sum in another order where an address is not aligned, so the last bits would depend on where
+    in a file a tensor lies.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.clone()
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -126,7 +126,13 @@ def test_a_saved_teacher_loads_from_its_file(shipped: Teacher, tmp_path: Path, s
     # Another seed: weights that were not read would differ.
     loaded = load_teacher(shipped.spec.model_copy(update={"weights": str(path), "seed": 1}))
     assert loaded.weights_sha256 == shipped.weights_sha256
+    # A file that is written over in place must not change a teacher that was read from it.
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert weights_sha256(loaded.module) == shipped.weights_sha256
     assert equal(loaded(images(shipped.spec)), shipped(images(shipped.spec)))
+    # PyTorch's own allocations are aligned to 64 bytes; views of a mapped file to 8.
+    assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape"])
