@@ -91,6 +91,7 @@ class CodecTrial:
         Returns None and sets ``refusal`` if the codec cannot store the batch.
         """
         try:
+            stats = stats.for_codec(self._stored_by)
             stored = self._stored_by.encode(exact.tokens_BND, stats)
         except CacheError as error:
             self.refusal = str(error)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, open_catalog
-from movekd.cache.layout import CHANNEL_ARRAYS, TeacherLayout, grid_side
+from movekd.cache.layout import TeacherLayout, grid_side
 from movekd.cache.schema import Calibration, GroupMetadata, GroupRecord, ShardSeal
 from movekd.cache.seal import MAX_JSON_BYTES, checksum, entry, open_record, read_record
 from movekd.cache.spec import CacheSpec
@@ -99,6 +99,8 @@ class SealSums:
     limited_mean_S: npt.NDArray[np.float64]
     """Errors with values limited to 8 sigma; NaN in seals from before they were recorded."""
     limited_max_S: npt.NDArray[np.float64]
+    energy_S: npt.NDArray[np.float64]
+    """Energy error; NaN in seals from before it was recorded."""
     num_tokens_S: npt.NDArray[np.int64]
     """Number of tokens behind the errors."""
     calibration_S: npt.NDArray[np.bytes_]
@@ -115,14 +117,13 @@ class TeacherContents:
         spec: the spec that it was built from.
         calibration: what was settled before the first Zarr shard.
         layout: its arrays.
-        channel_mean: float32 (D,).
-        channel_std: float32 (D,).
+        group_arrays: the arrays without rows, see ``layout.group_arrays``.
     """
 
     def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
         self.storage, self.teacher, self.num_rows = storage, teacher, num_rows
-        spec, (self.channel_mean, self.channel_std) = _open_group(storage, teacher)
-        self.spec: CacheSpec = spec
+        group = _Group(storage, teacher)
+        self.spec: CacheSpec = group.spec
         calibration = read_calibration(storage, teacher)
         if calibration is None or calibration.spec_fingerprint != self.spec.fingerprint:
             raise CacheError(
@@ -130,6 +131,7 @@ class TeacherContents:
                 "the group's attributes hold; rebuild this teacher."
             )
         self.calibration: Calibration = calibration
+        self.group_arrays = group.arrays(calibration.width)
         self._require_statistics()
         self.layout: TeacherLayout = calibration.layout(self.spec)
         self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
@@ -145,6 +147,13 @@ class TeacherContents:
     def width(self) -> int:
         """Channels per token."""
         return self.layout.width
+
+    @property
+    def metadata_files(self) -> list[str]:
+        """Files of the group that belong to no Zarr shard, relative to the group."""
+        names = (*self.layout.arrays, *self.group_arrays)
+        constant = [layout.group_array_file(n, a.ndim) for n, a in self.group_arrays.items()]
+        return ["zarr.json", *(f"{name}/zarr.json" for name in names), *constant]
 
     @property
     def sealed_shards(self) -> list[int]:
@@ -179,13 +188,14 @@ class TeacherContents:
             sizes = tuple([-1 if file is None else file.size_bytes for file in listed])
             is_all = len(files) == len(sizes) and -1 not in sizes
             size_bytes = sum(sizes if is_all else (file.size_bytes for file in files.values()))
-            limited = [none if e is None else e for e in (made.limited_mean, made.limited_max)]
-            error = (made.mean, made.max, *limited, made.num_tokens)
+            newer = (made.limited_mean, made.limited_max, made.energy)
+            known = [none if error is None else error for error in newer]
+            error = (made.mean, made.max, *known, made.num_tokens)
             sealed = (seal.keys_xxh3_128, size_bytes, sizes, *error, seal.calibration)
             found.append((shard, seal.rows, *sealed))
             if seal.skipped:
                 skipped |= {int(row): reason for row, reason in seal.skipped.items()}
-        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, f8, f8, i8, S32"
+        kinds = f"i8, 2i8, S32, i8, ({len(arrays)},)i8, f8, f8, f8, f8, f8, i8, S32"
         columns: Any = np.array(found, kinds)
         return SealSums(skipped, *(columns[name] for name in columns.dtype.names))
 
@@ -248,22 +258,20 @@ class TeacherContents:
         )
 
     def _require_statistics(self) -> None:
-        """Raise CorruptCacheError unless the channel statistics are those of the calibration."""
-        statistics = (self.channel_mean, self.channel_std)
-        where = f"{self.storage.url}/{layout.group_name(self.teacher)}"
-        lengths = [len(part) for part in statistics]
-        sealed = self.calibration
-        if checksum(part.tobytes() for part in statistics) != sealed.channel_stats_xxh3_128:
+        """Raise CorruptCacheError unless the arrays without rows are those of the calibration."""
+        arrays = self.group_arrays
+        sealed = self.calibration.channel_stats_xxh3_128
+        if checksum(array.tobytes() for array in arrays.values()) != sealed:
             reason = "differ from the sealed calibration"
-        elif lengths != [sealed.width] * 2:
-            reason = f"have {lengths[0]} and {lengths[1]} values; expected {sealed.width} each"
-        elif not (np.isfinite(statistics).all() and (self.channel_std > 0).all()):
-            reason = "are not finite, or a deviation is not above 0"
+        elif not all(np.isfinite(array).all() for array in arrays.values()):
+            reason = "are not finite"
+        elif not (arrays["channel_std"].astype(np.float32) > 0).all():
+            reason = "have a deviation that is not above 0"
         else:
             return
         raise CorruptCacheError(
-            f"{where}: channel_mean or channel_std {reason}. Restore them from a copy, or "
-            "--overwrite the teacher."
+            f"{self.storage.url}/{layout.group_name(self.teacher)}: {', '.join(arrays)} {reason}. "
+            "Restore them from a copy, or --overwrite the teacher."
         )
 
 
@@ -271,42 +279,64 @@ def _first_ones(shards: Sequence[int]) -> str:
     return f"{', '.join(map(str, shards[:5]))}{'...' if len(shards) > 5 else ''}"
 
 
-def _open_group(storage: Storage, teacher: str) -> tuple[CacheSpec, list[npt.NDArray[np.float32]]]:
-    """Return the spec in the attributes of a teacher's group, and channel_mean and channel_std.
+class _Group:
+    """The small files of a teacher's group, each one checked against its seal.
 
-    The small files that hold them are read together and checked against their seal.
+    Attributes:
+        spec: the spec in the attributes.
     """
-    where = f"{storage.url}/{layout.group_name(teacher)}"
-    sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
-    statistics = [f"{array}/c/0" for array in CHANNEL_ARRAYS]  # one chunk each, float32 as it is
-    wanted = ["zarr.json", *(f"{array}/zarr.json" for array in CHANNEL_ARRAYS), *statistics]
-    names = [f"{layout.group_name(teacher)}/{name}" for name in wanted]
-    raw = storage.read_many(names, MAX_JSON_BYTES)
-    files = {name.partition("/")[2]: content for name, content in raw.items()}
-    for name in wanted:  # the names in the seal are not trusted
-        if name not in files or entry([files[name]]) != sealed.get(name):
-            raise CorruptCacheError(
-                f"{where}/{name} is not what its seal says; run `movekd cache verify`, and rebuild "
-                "this teacher."
+
+    def __init__(self, storage: Storage, teacher: str) -> None:
+        self._storage, self._group = storage, layout.group_name(teacher)
+        self._sealed = read_record(storage, layout.metadata_name(teacher), GroupRecord).files
+        where = f"{storage.url}/{self._group}"
+        raw = self._read(["zarr.json"])["zarr.json"]
+        attributes = _group_metadata(raw, f"{where}/zarr.json").attributes.movekd
+        if attributes.format_version != layout.FORMAT_VERSION:
+            raise CacheError(
+                f"{where} is of format {shorten(attributes.format_version)}; this movekd reads "
+                f"format {layout.FORMAT_VERSION}."
             )
-    attributes = _group_metadata(files["zarr.json"], f"{where}/zarr.json").attributes.movekd
-    if attributes.format_version != layout.FORMAT_VERSION:
-        raise CacheError(
-            f"{where} is of format {shorten(attributes.format_version)}; this movekd reads format "
-            f"{layout.FORMAT_VERSION}."
-        )
-    try:
-        spec = validate(CacheSpec, attributes.spec, f"attributes of {teacher}.zarr")
-    except ConfigError as error:
-        raise ConfigError(
-            f"{shorten(error, 1000)}; expected the spec of a teacher. Use the version of movekd "
-            "that built it, or rebuild this teacher."
-        ) from None
-    if any(len(files[name]) % 4 for name in statistics):
-        raise CorruptCacheError(
-            f"{where}: channel_mean or channel_std is cut; rebuild this teacher."
-        )
-    return spec, [np.frombuffer(files[name], "<f4").copy() for name in statistics]
+        try:
+            spec = validate(CacheSpec, attributes.spec, f"attributes of {teacher}.zarr")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{shorten(error, 1000)}; expected the spec of a teacher. Use the version of "
+                "movekd that built it, or rebuild this teacher."
+            ) from None
+        self.spec: CacheSpec = spec
+
+    def arrays(self, width: int) -> dict[str, npt.NDArray[np.generic]]:
+        """Return the arrays without rows; each is one chunk, uncompressed.
+
+        Raises:
+            CorruptCacheError: a file is not what its seal says, or has another size.
+        """
+        expected = layout.group_arrays(self.spec.codec, width)
+        files = {name: layout.group_array_file(name, a.ndim) for name, a in expected.items()}
+        read = self._read([*(f"{name}/zarr.json" for name in expected), *files.values()])
+        found = {}
+        for name, array in expected.items():
+            if len(read[files[name]]) != array.nbytes:
+                raise CorruptCacheError(
+                    f"{self._storage.url}/{self._group}: {name} has {len(read[files[name]])} "
+                    f"bytes; expected {array.nbytes}. Rebuild this teacher."
+                )
+            values = np.frombuffer(read[files[name]], array.dtype)
+            found[name] = values.reshape(array.shape).copy()
+        return found
+
+    def _read(self, files: Sequence[str]) -> dict[str, bytes]:
+        """Read files of the group together. The names in the seal are not trusted."""
+        raw = self._storage.read_many([f"{self._group}/{file}" for file in files], MAX_JSON_BYTES)
+        found = {name.partition("/")[2]: content for name, content in raw.items()}
+        for file in files:
+            if file not in found or entry([found[file]]) != self._sealed.get(file):
+                raise CorruptCacheError(
+                    f"{self._storage.url}/{self._group}/{file} is not what its seal says; run "
+                    "`movekd cache verify`, and rebuild this teacher."
+                )
+        return found
 
 
 def _group_metadata(raw: bytes, source: str) -> GroupMetadata:

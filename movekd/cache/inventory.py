@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from movekd.cache import layout
 from movekd.cache.codecs import ArrayLayout
 from movekd.cache.contents import TeacherContents
-from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.schema import GroupRecord, ShardSeal, SkippedSeal
 from movekd.cache.seal import read_record
 from movekd.errors import CacheError, CorruptCacheError
@@ -87,11 +86,8 @@ def _small_files(teacher: TeacherContents) -> Iterator[tuple[str, int | None]]:
     """Yield name and sealed size of the files beside the Zarr shards."""
     storage, name = teacher.storage, teacher.teacher
     sealed = read_record(storage, layout.metadata_name(name), GroupRecord).files
-    arrays = (*teacher.layout.arrays, *CHANNEL_ARRAYS)
-    for file in ("zarr.json", *(f"{array}/zarr.json" for array in arrays)):
+    for file in teacher.metadata_files:
         yield f"{layout.group_name(name)}/{file}", _size(sealed, file)
-    for array in CHANNEL_ARRAYS:
-        yield f"{layout.group_name(name)}/{array}/c/0", _size(sealed, f"{array}/c/0")
     seal, table = layout.skipped_seal_name(name), layout.skipped_name(name)
     if storage.exists(seal):  # the end of a build writes it; the first caches had none
         listed: Mapping[str, FileEntry] = {}

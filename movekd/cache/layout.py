@@ -15,6 +15,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from movekd.cache import codecs
 from movekd.cache.codecs import ArrayLayout
 from movekd.errors import CacheError
@@ -23,9 +26,6 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 128 * 2**20
 MAX_SHARD_ROWS = 1024
 """Appended images start at a multiple of it, which is one of every ``rows_per_shard``."""
-
-CHANNEL_ARRAYS = ("channel_mean", "channel_std")
-"""The arrays of a group without rows: statistics of the calibration."""
 
 CACHE_JSON = "cache.json"
 INDEX = "index.parquet"
@@ -122,6 +122,20 @@ def skipped_name(teacher: str) -> str:
 def skipped_seal_name(teacher: str) -> str:
     """Return the seal of that table."""
     return f"{teacher}.seals/skipped.json"
+
+
+def group_arrays(codec: str, width: int) -> dict[str, npt.NDArray[np.generic]]:
+    """Return the arrays of a group without rows, as they are before the calibration fills them.
+
+    First the channel statistics, then the codec's own arrays by name: the order of their checksum.
+    """
+    statistics = {name: np.zeros(width, "<f4") for name in ("channel_mean", "channel_std")}
+    return statistics | dict(sorted(codecs.codec(codec).group_arrays(width).items()))
+
+
+def group_array_file(name: str, num_dimensions: int) -> str:
+    """Return the only file of an array without rows, relative to the group."""
+    return f"{name}/c" + "/0" * num_dimensions
 
 
 def index_bytes(rows_per_shard: int) -> int:

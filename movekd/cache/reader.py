@@ -164,7 +164,7 @@ class TeacherCache(TeacherContents):
     ``cache["clip"]`` of a ``FeatureCache`` returns it.
 
     Attributes:
-        stats: channel_mean and channel_std as tensors, float32 (D,).
+        stats: the channel statistics, float32 (D,), and the codec's own arrays.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class TeacherCache(TeacherContents):
     ) -> None:
         """Open one teacher of the cache that the catalog belongs to."""
         super().__init__(storage, teacher, catalog.num_rows)
-        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
+        self.stats = ChannelStats.from_numpy(self.group_arrays)
         self._images = catalog.rows if catalog.has_gaps else None
         self._sealed_shards = SealedShards(self, catalog, verify)
         self._rows = self._open_rows()

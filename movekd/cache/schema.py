@@ -116,7 +116,8 @@ Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class EncodingError(FrozenModel):
     """``||decoded - exact|| / ||exact||`` of each token, in standardised channels.
 
-    ``limited_*``: the same of values limited to 8 sigma. Earlier seals have none.
+    ``limited_*``: the same of values limited to 8 sigma. ``energy``: the sum of
+    ``||decoded - exact||**2`` over the sum of ``||exact||**2``. Earlier seals have none of these.
     """
 
     model_config = ConfigDict(strict=True)
@@ -126,6 +127,7 @@ class EncodingError(FrozenModel):
     num_tokens: Count
     limited_mean: Finite | None = None
     limited_max: Finite | None = None
+    energy: Finite | None = None
 
 
 class ShardSeal(Record):

@@ -24,6 +24,8 @@ WEIGHTS_WORDS = ("hub", "random", "factory")
 """Values of ``weights`` that are not a path."""
 
 
+LIMITS = ("max_error", "max_energy_error")
+"""Keys that stop a build and change no byte."""
 DEFAULT_STD_FLOOR = 0.25
 """``std_floor`` of a new teacher in a cache whose spec does not say."""
 MAX_IMAGE_SIZE = 8_192
@@ -144,6 +146,14 @@ class CacheSpec(FrozenModel):
         description="The build stops if the relative error of a token, in standardised "
         "channels, exceeds this; null: never.",
     )
+    max_energy_error: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="The build stops if the energy error of a Zarr shard (squared error over "
+        "squared norm of its tokens, in standardised channels) exceeds this; null: never.",
+    )
     calibration_images: int = Field(
         default=512,
         gt=0,
@@ -224,19 +234,22 @@ class CacheSpec(FrozenModel):
         return [
             f"{key} is {own[key]!r} in the cache, {others[key]!r} {where}"
             for key in own
-            if own[key] != others[key] and key not in ("description", "max_error", "weights")
+            if own[key] != others[key] and key not in ("description", "weights", *LIMITS)
         ]
 
     def as_stored(self) -> dict[str, Any]:
         """Return the spec as the attributes of the teacher's group hold it.
 
         It says whether weights were given, not where they lie. Without a floor it has no
-        ``std_floor``, as caches from before there was one.
+        ``std_floor``, and without a limit of the energy error no such key, as caches from before
+        there were these.
         """
         content = self.model_dump(mode="json")
         content["weights"] = "random" if self.weights == "random" else "given"
         if not self.std_floor:
             del content["std_floor"]
+        if self.max_energy_error is None:
+            del content["max_energy_error"]
         return content
 
     def _with_its_floor(self) -> dict[str, Any]:
@@ -246,11 +259,11 @@ class CacheSpec(FrozenModel):
     def fingerprint(self) -> str:
         """SHA-256 of every key that changes the stored bytes.
 
-        It leaves out the description, ``max_error`` and the place of the weights, whose SHA-256
-        is recorded beside it.
+        It leaves out the description, the limits of errors, and the place of the weights, whose
+        SHA-256 is recorded beside it.
         """
-        content = self.as_stored()
-        del content["description"], content["max_error"]
+        left_out = ("description", *LIMITS)
+        content = {key: v for key, v in self.as_stored().items() if key not in left_out}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

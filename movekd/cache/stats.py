@@ -1,17 +1,19 @@
-"""Channel statistics of a teacher's features: mean and standard deviation.
+"""What encodes and decodes a teacher's features: channel statistics, and the codec's arrays.
 
 The calibration settles them before the first Zarr shard. Codecs standardise channels with them.
 
 Legend: B batch, N tokens, D channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from movekd.cache.codecs import Codec
 from movekd.errors import CacheError
 
 
@@ -21,21 +23,39 @@ class ChannelStats:
 
     With a floor, no deviation is below its share of the median deviation. A constant channel has
     the floor, and std 1 without one.
+
+    Attributes:
+        mean_D: means.
+        std_D: deviations.
+        codec_arrays: the codec's own arrays, see ``Codec.group_arrays``.
     """
 
     mean_D: Tensor
     std_D: Tensor
+    codec_arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_numpy(
-        cls, mean_D: npt.NDArray[np.float32], std_D: npt.NDArray[np.float32]
-    ) -> "ChannelStats":
-        """Return statistics that share the arrays' memory."""
-        return cls(torch.from_numpy(mean_D), torch.from_numpy(std_D))
+    def from_numpy(cls, arrays: Mapping[str, npt.NDArray[np.generic]]) -> "ChannelStats":
+        """Return statistics that share the memory of a group's arrays without rows."""
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return cls(tensors.pop("channel_mean"), tensors.pop("channel_std"), tensors)
+
+    def for_codec(self, codec: Codec) -> "ChannelStats":
+        """Return the same statistics with the arrays that a new group of this codec gets."""
+        arrays = codec.group_arrays(len(self.mean_D))
+        device = self.mean_D.device
+        tensors = {name: torch.from_numpy(a).to(device) for name, a in sorted(arrays.items())}
+        return replace(self, codec_arrays=tensors)
+
+    def group_arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return all arrays as they stand in the group, as ``layout.group_arrays`` orders them."""
+        tensors = {"channel_mean": self.mean_D, "channel_std": self.std_D, **self.codec_arrays}
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
     def to(self, device: torch.device) -> "ChannelStats":
         """Return the same statistics on ``device``."""
-        return ChannelStats(self.mean_D.to(device), self.std_D.to(device))
+        arrays = {name: array.to(device) for name, array in self.codec_arrays.items()}
+        return ChannelStats(self.mean_D.to(device), self.std_D.to(device), arrays)
 
     def standardise(self, tokens_BND: Tensor) -> Tensor:
         """Return ``(tokens - mean) / std`` in float32."""

@@ -17,9 +17,8 @@ import numpy as np
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog
 from movekd.cache.contents import CacheContents, TeacherContents, open_contents
-from movekd.cache.layout import CHANNEL_ARRAYS
 from movekd.cache.schema import CacheRecord, GroupRecord, ShardSeal, SkippedSeal
-from movekd.cache.seal import checksum, entry, read_record
+from movekd.cache.seal import entry, read_record
 from movekd.cache.storage import Storage, open_storage
 from movekd.errors import CacheError, CorruptCacheError, MovekdError
 from movekd.files.ownership import FileEntry
@@ -51,6 +50,8 @@ class TeacherStatus:
     error_limited_mean: float | None
     """Error with values limited to 8 sigma; None if an earlier movekd sealed a Zarr shard."""
     error_limited_max: float | None
+    error_energy: float | None
+    """Squared error over squared norm, weighted by tokens; None as above."""
     std_floor: float
     """Smallest deviation of a channel, as a share of the median; 0: no floor."""
     fingerprint: str
@@ -71,6 +72,7 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
     num_sealed, num_tokens = len(sums.shards_S), int(sums.num_tokens_S.sum())
     errors = float((sums.error_mean_S * sums.num_tokens_S).sum())
     limited = float((sums.limited_mean_S * sums.num_tokens_S).sum())  # NaN if one is unknown
+    energy = float((sums.energy_S * sums.num_tokens_S).sum())
     has_limited = num_tokens > 0 and not math.isnan(limited)
     return TeacherStatus(
         teacher=teacher.teacher,
@@ -88,6 +90,7 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
         error_max=float(sums.error_max_S.max()) if num_sealed else None,
         error_limited_mean=limited / num_tokens if has_limited else None,
         error_limited_max=float(sums.limited_max_S.max()) if has_limited else None,
+        error_energy=energy / num_tokens if num_tokens and not math.isnan(energy) else None,
         std_floor=teacher.spec.std_floor or 0.0,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
@@ -149,14 +152,7 @@ def _verify_teacher(
         "Run its `movekd cache build` again, which mends an array's metadata; else --overwrite it.",
     )
     teacher = cache.sealed(name)  # after the checksums: damaged metadata may not open
-    statistics = [part.tobytes() for part in (teacher.channel_mean, teacher.channel_std)]
-    if checksum(statistics) != teacher.calibration.channel_stats_xxh3_128:
-        yield (
-            f"{storage.url}/{group}: channel_mean or channel_std differ from the sealed "
-            "calibration."
-        )
-    arrays = {f"{array}/zarr.json" for array in (*teacher.layout.arrays, *CHANNEL_ARRAYS)}
-    expected = {"zarr.json", *arrays, *(f"{array}/c/0" for array in CHANNEL_ARRAYS)}
+    expected = set(teacher.metadata_files)
     if set(metadata) != expected or sealed.num_rows != teacher.num_rows:
         yield (
             f"{storage.url}/{layout.metadata_name(name)} covers {len(metadata)} files and "

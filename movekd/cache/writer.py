@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import zarr
 
 from movekd.cache import layout
@@ -57,10 +56,7 @@ PACKAGES = (
 
 def stats_checksum(stats: ChannelStats) -> str:
     """Return the checksum that ``Calibration.channel_stats_xxh3_128`` holds."""
-    return checksum(
-        np.ascontiguousarray(part.cpu().numpy(), "<f4").tobytes()
-        for part in (stats.mean_D, stats.std_D)
-    )
+    return checksum(array.tobytes() for array in stats.group_arrays().values())
 
 
 def create_group(
@@ -76,7 +72,8 @@ def create_group(
     machine.
     """
     attributes = _attributes(spec, calibration)
-    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, stats)
+    arrays = stats.group_arrays()
+    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, attributes, arrays)
     _write_group_files(storage, spec.name, num_rows, files, {})
     write_sealed(storage, layout.calibration_name(spec.name), calibration)
 
@@ -113,7 +110,7 @@ def resize_group(
     is_whole = all(entry([found.get(f"{group}/{n}", b"")]) == sealed.files.get(n) for n in arrays)
     if is_whole and sealed.num_rows >= num_rows:
         return
-    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, None)
+    files = _group_files(calibration.layout(spec), spec.compressor, num_rows, {}, {})
     # zarr.json of the group stays as the first build wrote it.
     files = {name: files[name] for name in arrays}
     _write_group_files(storage, spec.name, num_rows, files, sealed.files)
@@ -126,8 +123,9 @@ def _mend_group(
 
     It does unless the versions of libraries changed. The channel statistics need the teacher.
     """
-    group, width = layout.group_name(spec.name), calibration.width
-    arrays = (*calibration.layout(spec).arrays, *layout.CHANNEL_ARRAYS)
+    group = layout.group_name(spec.name)
+    constant = layout.group_arrays(spec.codec, calibration.width)
+    arrays = (*calibration.layout(spec).arrays, *constant)
     names = ["zarr.json", *(f"{array}/zarr.json" for array in arrays)]
     found = storage.read_many([f"{group}/{name}" for name in names])
     wrong = [n for n in names if entry([found.get(f"{group}/{n}", b"")]) != sealed.files.get(n)]
@@ -137,7 +135,7 @@ def _mend_group(
             spec.compressor,
             sealed.num_rows,
             _attributes(spec, calibration),
-            ChannelStats(torch.zeros(width), torch.ones(width)),
+            constant,
         )
         for name in wrong:
             if entry([made[name]]) == sealed.files.get(name):
@@ -164,9 +162,9 @@ def _group_files(
     compressor: str,
     num_rows: int,
     attributes: Mapping[str, Any],
-    stats: ChannelStats | None,
+    constant: Mapping[str, npt.NDArray[np.generic]],
 ) -> dict[str, bytes]:
-    """Return the files that zarr writes for an empty group, and for ``stats`` unless None."""
+    """Return the files that zarr writes for a group without rows: its arrays and ``constant``."""
     files: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(files), attributes=dict(attributes))
     for array in teacher.arrays.values():
@@ -180,19 +178,20 @@ def _group_files(
             fill_value=array.fill_value,
             dimension_names=array.dimension_names,
         )
-    if stats is not None:
-        for name, part in (("channel_mean", stats.mean_D), ("channel_std", stats.std_D)):
-            values = part.cpu().numpy()
-            created = group.create_array(
-                name,
-                shape=values.shape,
-                dtype="float32",
-                chunks=values.shape,
-                compressors=None,
-                fill_value=float("nan"),
-                dimension_names=("channel",),
-            )
-            created[:] = values
+    for name, values in constant.items():
+        is_per_channel = values.shape == (teacher.width,)
+        created = group.create_array(
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=values.shape,
+            compressors=None,
+            fill_value=float("nan") if values.dtype.kind == "f" else 0,
+            dimension_names=["channel"]
+            if is_per_channel
+            else [f"{name}_{axis}" for axis in range(values.ndim)],
+        )
+        created[...] = values
     return {name: content.to_bytes() for name, content in sorted(files.items())}
 
 
@@ -207,7 +206,7 @@ class TeacherWriter(TeacherContents):
     def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
         super().__init__(storage, teacher, num_rows)
         self.codec = codec(self.spec.codec)
-        self.stats = ChannelStats.from_numpy(self.channel_mean, self.channel_std)
+        self.stats = ChannelStats.from_numpy(self.group_arrays)
 
     def write_shard(
         self,

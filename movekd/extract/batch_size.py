@@ -75,8 +75,9 @@ def forward_and_encode(teacher: Teacher, batch_size: int, options: BuildOptions)
     output = teacher.forward(batch.pixels(options.device, options.dtype))
     kept = resize_output(output, spec)
     width = kept.tokens_BND.shape[-1]
-    stats = ChannelStats(torch.zeros(width), torch.ones(width)).to(torch.device(options.device))
     chosen = codec(spec.codec)
+    stats = ChannelStats(torch.zeros(width), torch.ones(width)).for_codec(chosen)
+    stats = stats.to(torch.device(options.device))
     chosen.error(kept.tokens_BND, chosen.encode(kept.tokens_BND, stats), stats)
     return output
 

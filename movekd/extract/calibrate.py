@@ -14,6 +14,7 @@ import torch
 
 from movekd.cache import layout
 from movekd.cache.catalog import read_cache_json
+from movekd.cache.codecs import codec
 from movekd.cache.contents import TeacherContents, read_calibration
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import DEFAULT_STD_FLOOR, CacheSpec
@@ -99,7 +100,7 @@ def read_other_calibration(
             "to take over. Build that teacher there first, or leave --channel-stats out."
         )
     sealed = TeacherContents(source, spec.name, 0)
-    return calibration, ChannelStats.from_numpy(sealed.channel_mean, sealed.channel_std)
+    return calibration, ChannelStats.from_numpy(sealed.group_arrays)
 
 
 def import_calibration(
@@ -169,7 +170,7 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
             features = features.resize(spec.grid)
         statistics.add(features.tokens_BND)
         variation.add(features.tokens_BND)
-    stats = statistics.result(spec.std_floor or 0.0)
+    stats = statistics.result(spec.std_floor or 0.0).for_codec(codec(spec.codec))
     assert features is not None  # result() raises when nothing was added
     if (share := variation.result()) < LEAST_VARIATION:
         context.tell(

@@ -47,10 +47,10 @@ class ShardBuffer:
     """The rows of one Zarr shard in memory; NaN until ``add`` fills them."""
 
     def __init__(
-        self, store: TeacherWriter, task: ShardTask, catalog: Catalog, max_error: float | None
+        self, store: TeacherWriter, task: ShardTask, catalog: Catalog, limits: CacheSpec
     ) -> None:
         self._store, self._task, self._catalog = store, task, catalog
-        self._max_error = max_error
+        self._max_error, self._max_energy = limits.max_error, limits.max_energy_error
         self._first = task.shard * store.layout.rows_per_shard
         length = int(task.rows[-1]) - self._first + 1 if len(task.rows) else 0
         self._arrays = {
@@ -61,6 +61,7 @@ class ShardBuffer:
         self._skipped: dict[int, str] = {}
         self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
         self._limited_sum, self._limited_max = 0.0, 0.0
+        self._squared_error, self._squared_norm = 0.0, 0.0
 
     def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
         """Encode a batch into its rows."""
@@ -78,6 +79,8 @@ class ShardBuffer:
         self._error_max = max(self._error_max, errors.max.item())
         self._limited_sum += errors.limited_sum.item()
         self._limited_max = max(self._limited_max, errors.limited_max.item())
+        self._squared_error += errors.squared_error.item()
+        self._squared_norm += errors.squared_norm.item()
         if self._max_error is not None and self._error_max > self._max_error:
             raise CacheError(
                 f"teacher '{self._store.teacher}', rows {self._first + rows[0]} to "
@@ -106,6 +109,14 @@ class ShardBuffer:
             CacheError: another build has replaced the teacher meanwhile.
         """
         store, shard = self._store, self._task.shard
+        energy = self._squared_error / max(self._squared_norm, 1e-30)
+        if self._max_energy is not None and energy > self._max_energy:
+            raise CacheError(
+                f"teacher '{store.teacher}', Zarr shard {shard}: the codec stores its tokens with "
+                f"an energy error of {energy:.3%}; the spec allows max_energy_error "
+                f"{self._max_energy:.3%}. Take a codec of more bytes, give more "
+                "--calibration-images, or raise max_energy_error."
+            )
         seal = layout.seal_name(store.teacher, shard)
         with sealing(storage, seal):
             is_sealed = storage.exists(seal)
@@ -129,6 +140,7 @@ class ShardBuffer:
                     num_tokens=self._num_tokens,
                     limited_mean=self._limited_sum / max(self._num_tokens, 1),
                     limited_max=self._limited_max,
+                    energy=energy,
                 ),
             )
 

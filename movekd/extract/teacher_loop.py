@@ -116,7 +116,7 @@ class TeacherBuild:
         """Run the teacher over some tasks; the threads encode, write and seal its features."""
         assert self._teacher is not None
         for task in tasks:
-            buffer = ShardBuffer(self.store, task, self._catalog, self.spec.max_error)
+            buffer = ShardBuffer(self.store, task, self._catalog, self.spec)
             size = self.store.calibration.batch_size
             for start in range(0, len(task.row_ids), size):
                 batch = loader.next_batch(task.row_ids[start : start + size], self.transform)

@@ -22,8 +22,9 @@ def test_what_is_sealed_is_what_the_reader_says(cache_dir) -> None:
     for name in sealed.teachers:
         teacher, store = sealed.sealed(name), cache[name]
         assert (teacher.spec, teacher.calibration) == (store.spec, store.calibration)
-        assert np.array_equal(teacher.channel_mean, store.stats.mean_D.numpy())
-        assert np.array_equal(teacher.channel_std, store.stats.std_D.numpy())
+        expected = store.stats.group_arrays()
+        assert list(teacher.group_arrays) == list(expected)
+        assert all(np.array_equal(teacher.group_arrays[name], expected[name]) for name in expected)
     with pytest.raises(CacheError, match=r"no teacher 'clap'.*Did you mean 'clip'"):
         sealed.sealed("clap")
 

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from movekd.cache.spec import CacheSpec, load_spec, shipped_specs
+from movekd.cache.spec import LIMITS, CacheSpec, load_spec, shipped_specs
 from movekd.errors import ConfigError
 
 
@@ -24,13 +24,14 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         "compressor": "zstd", "calibration_images": 9, "cls_source": "attention_pool",
         "std_floor": 0.1,
     }  # fmt: skip
-    assert {*changes, "description", "max_error", "factory"} == set(CacheSpec.model_fields)
+    assert {*changes, "description", "factory", *LIMITS} == set(CacheSpec.model_fields)
     fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}
     for factory in ("mine:one", "mine:two"):
         fingerprints.add(spec.with_changes(provider="python", factory=factory).fingerprint)
     assert len(fingerprints | {spec.fingerprint}) == len(changes) + 3
     assert spec.with_changes(description="for people").fingerprint == spec.fingerprint
-    assert spec.with_changes(max_error=0.1).fingerprint == spec.fingerprint
+    for limit in LIMITS:
+        assert spec.with_changes(**{limit: 0.1}).fingerprint == spec.fingerprint
     places = [spec.with_changes(weights=place).fingerprint for place in ("hub", "/a", "b.pth")]
     assert len(set(places)) == 1
 

@@ -56,3 +56,25 @@ def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_spe
     allowed = tiny_specs[0].with_changes(max_error=worst * 1.1)
     build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
     assert list(verify(tmp_path / "cache")) == []
+
+
+def test_an_energy_error_above_the_limit_stops_the_build(
+    tmp_path, corpus_dir, tiny_specs, cache_dir
+):
+    store = open_cache(cache_dir)["clip"]
+    seal = store.seals[0].error
+    # int8 against itself: the sealed figure is what its rows show against float16.
+    build(tmp_path / "half", corpus_dir, [tiny_specs[0].with_changes(codec="float16")])
+    half = open_cache(tmp_path / "half")["clip"]
+    rows = range(*store.seals[0].rows)
+    exact, stored = (some.read(rows).standardised_BND.double() for some in (half, store))
+    energy = ((stored - exact).square().sum() / exact.square().sum()).item()
+    assert seal.energy == pytest.approx(energy, rel=0.02)  # float16 rounds as well
+    strict = tiny_specs[0].with_changes(max_energy_error=seal.energy * 0.9)
+    sentence = r"'clip', Zarr shard 0: .*; the spec allows max_energy_error .*of more bytes"
+    with pytest.raises(CacheError, match=sentence):
+        build(tmp_path / "cache", corpus_dir, [strict])
+    assert open_cache(tmp_path / "cache")["clip"].missing_shards == [0]
+    allowed = tiny_specs[0].with_changes(max_energy_error=seal.energy * 1.1)
+    build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
+    assert list(verify(tmp_path / "cache")) == []

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from movekd.cache.stats import ChannelStats
@@ -45,6 +47,10 @@ class TokenErrors:
     max: "Tensor"
     limited_sum: "Tensor"
     limited_max: "Tensor"
+    squared_error: "Tensor"
+    """Sum of ``||z' - z||**2``; over ``squared_norm`` it is the energy error."""
+    squared_norm: "Tensor"
+    """Sum of ``||z||**2``."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,15 @@ class Codec(ABC):
         features must not look like one with features.
         """
 
+    def group_arrays(self, width: int) -> "dict[str, npt.NDArray[np.generic]]":
+        """Return what decoding needs beside the rows, such as levels and signs: name -> array.
+
+        The calibration writes them once into the teacher's group and seals them. ``encode`` and
+        ``decode`` get them back from there as ``stats.codec_arrays``, so that a cache decodes the
+        same for ever. Names, shapes and dtypes depend on the width only. Default: none.
+        """
+        return {}
+
     @abstractmethod
     def encode(self, tokens_BND: "Tensor", stats: "ChannelStats") -> "dict[str, Tensor]":
         """Return the values of ``arrays`` for a batch, on the device of the tokens.
@@ -113,15 +128,21 @@ class Codec(ABC):
         """
         exact = stats.standardise(exact_BND)
         decoded = self.decode_standardised(stored, stats)
-        error_BN = _relative_error(decoded, exact)
-        limited_BN = _relative_error(
-            decoded.clamp_(-ERROR_LIMIT, ERROR_LIMIT), exact.clamp_(-ERROR_LIMIT, ERROR_LIMIT)
+        difference_BN, norm_BN = (decoded - exact).norm(dim=-1), exact.norm(dim=-1)
+        error_BN = _relative(difference_BN, norm_BN)
+        decoded.clamp_(-ERROR_LIMIT, ERROR_LIMIT)
+        exact.clamp_(-ERROR_LIMIT, ERROR_LIMIT)
+        limited_BN = _relative((decoded - exact).norm(dim=-1), exact.norm(dim=-1))
+        return TokenErrors(
+            error_BN.sum(),
+            error_BN.max(),
+            limited_BN.sum(),
+            limited_BN.max(),
+            difference_BN.double().square().sum(),
+            norm_BN.double().square().sum(),
         )
-        return TokenErrors(error_BN.sum(), error_BN.max(), limited_BN.sum(), limited_BN.max())
 
 
-def _relative_error(decoded_BND: "Tensor", exact_BND: "Tensor") -> "Tensor":
-    difference_BN = (decoded_BND - exact_BND).norm(dim=-1)
-    norm_BN = exact_BND.norm(dim=-1)
+def _relative(difference_BN: "Tensor", norm_BN: "Tensor") -> "Tensor":
     error_BN: Tensor = difference_BN / norm_BN.clamp(min=1e-30)
     return error_BN.masked_fill_(~(norm_BN > 0), 0.0).double()
