@@ -122,8 +122,8 @@ def in_numpy(name: str, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.f
     packed = arrays["tokens"]
     scale = arrays["token_scale"].astype(np.float32)
     if name == "int4":
-        codes = np.concatenate([packed << 4, packed], axis=-1) >> 4
-        return np.asarray(codes.astype(np.float32) * scale.repeat(32, axis=-1), np.float32)
+        signed = np.concatenate([packed << 4, packed], axis=-1) >> 4
+        return np.asarray(signed.astype(np.float32) * scale.repeat(32, axis=-1), np.float32)
     bits = BITS[name]
     quarter = WIDTH // 4
     codes = _plane(packed[..., :quarter], 2) if bits == 3 else _plane(packed, bits)
@@ -132,7 +132,7 @@ def in_numpy(name: str, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.f
     return np.asarray(arrays["levels"][codes] * scale[..., :1], np.float32)
 
 
-def _plane(part: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+def _plane(part: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
     shifted = [part >> at & 2**bits - 1 for at in range(0, 8, bits)]
     return np.concatenate(shifted, axis=-1)
 
