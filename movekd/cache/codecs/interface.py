@@ -79,6 +79,8 @@ class Codec(ABC):
     """The value of ``CacheSpec.codec`` and ``--codec``."""
     decoding: ClassVar[str]
     """The formula in the group's attributes, for readers without movekd."""
+    rotates: ClassVar[bool] = False
+    """Whether ``rotate`` changes anything."""
 
     @abstractmethod
     def arrays(self, num_tokens: int, width: int) -> tuple[ArrayLayout, ...]:

@@ -51,6 +51,7 @@ class Lloyd(Codec):
     """Base of the three codecs. Widths without a Hadamard matrix are refused, see ``hadamard``."""
 
     bits: ClassVar[int]
+    rotates = True
     decoding = (
         "lloyd: channel_mean + channel_std * x. y = token_scale[0] * levels[codes], with the codes "
         "in 4-bit, 2-bit or 2-bit and 1-bit planes; x = rotation_signs * (rotation_left' Y "
