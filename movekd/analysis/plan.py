@@ -100,6 +100,8 @@ class CachePlan:
     random_weights: str
     """Teachers that were measured with random weights."""
     teachers: tuple[TeacherPlan, ...]
+    refused: Mapping[str, str]
+    """Teacher, codec and grid -> why the codec cannot store its tokens."""
 
 
 def plan_cache(
@@ -138,7 +140,7 @@ def plan_cache(
         progress: called before each teacher.
 
     Raises:
-        CacheError: the corpus is empty.
+        CacheError: the corpus is empty, or a spec's codec cannot store the teacher's tokens.
         ConfigError: a rate is assumed for a teacher that is not among the specs, or is not above 0.
     """
     runs, assumed = runs or Runs(), dict(assumed_rates or {})
@@ -149,7 +151,12 @@ def plan_cache(
     num_images = len(corpus) if num_images is None else num_images
     num_rows = round(rows_of_corpus * num_images / len(corpus))
     rates, shapes, random = _rates_and_shapes(specs, corpus, options, assumed, tell, progress)
-    stored = [o for spec in specs for o in _storage_options(spec, shapes[spec.name], student_grid)]
+    refused: dict[str, str] = {}
+    stored = [
+        option
+        for spec in specs
+        for option in _storage_options(spec, shapes[spec.name], student_grid, refused)
+    ]
     storage = open_storage(cache)
     disk = assumed_disk or DiskRates(None, None, "not asked for")
     if is_disk_measured and assumed_disk is None:
@@ -184,6 +191,7 @@ def plan_cache(
         held_bytes=HELD_BYTES * num_rows,
         random_weights=", ".join(random),
         teachers=tuple(plans),
+        refused=refused,
         **costs,
     )
 
@@ -302,7 +310,10 @@ def _rates_and_shapes(
     return rates, shapes, random
 
 
-def _storage_options(spec: CacheSpec, shape: OutputShape, student_grid: int) -> list[StorageOption]:
+def _storage_options(
+    spec: CacheSpec, shape: OutputShape, student_grid: int, refused: dict[str, str]
+) -> list[StorageOption]:
+    """Return the codecs and grids that can store a teacher; ``refused`` receives the others."""
     num_tokens, width, cls_width, num_heads = shape
     native = grid_side(num_tokens)
     asked = native if spec.grid == "native" else spec.grid
@@ -310,8 +321,14 @@ def _storage_options(spec: CacheSpec, shape: OutputShape, student_grid: int) -> 
     for grid, codec in itertools.product(
         dict.fromkeys((native, student_grid, asked)), codec_names()
     ):
-        arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
         is_spec = (grid, codec) == (asked, spec.codec)
+        try:
+            arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
+        except CacheError as error:
+            if is_spec:
+                raise
+            refused[f"{spec.name}: {codec} on {grid}x{grid}"] = str(error)
+            continue
         options.append(StorageOption(spec.name, codec, grid, arrays, is_spec))
     return options
 

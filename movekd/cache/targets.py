@@ -53,6 +53,15 @@ class TeacherTargets:
         return self.codec.decode_standardised(self.stored, self.stats)
 
     @property
+    def rotated_BND(self) -> Tensor:
+        """``standardised_BND`` in the codec's rotation, ``codec.rotate``; the fastest to decode."""
+        return self.codec.decode_rotated(self.stored, self.stats)
+
+    def rotate(self, standardised: Tensor) -> Tensor:
+        """Return standardised channels (..., D) in the rotation of ``rotated_BND``, float32."""
+        return self.codec.rotate(standardised, self.stats)
+
+    @property
     def scaled_BND(self) -> Tensor:
         """Tokens minus their channel means, over one number per teacher, float32 (B, N, D).
 

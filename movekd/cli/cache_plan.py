@@ -199,6 +199,8 @@ def _print_plan(planned: "CachePlan", cache: str) -> None:
     assumed = dict.fromkeys(p.teacher for p in planned.teachers if p.is_assumed)
     if assumed:
         say(f"images/s assumed, not measured: {', '.join(assumed)}")
+    for option, reason in planned.refused.items():
+        say(f"{option} cannot hold these features: {reason}")
     if planned.random_weights:
         say(
             "measured with random weights (a plan downloads none, the build needs the real ones): "

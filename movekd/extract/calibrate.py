@@ -168,6 +168,7 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
     ):
         if spec.grid != "native":
             features = features.resize(spec.grid)
+        codec(spec.codec).arrays(*features.tokens_BND.shape[1:])  # a width may be refused: at once
         statistics.add(features.tokens_BND)
         variation.add(features.tokens_BND)
     stats = statistics.result(spec.std_floor or 0.0).for_codec(codec(spec.codec))

@@ -8,6 +8,8 @@ Dimensions: B batch, M teacher tokens, N student tokens, T teacher channels, D s
 H hidden width.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,8 +66,20 @@ class StudentHead(nn.Module):
         self.hidden = nn.Linear(student_channels, hidden_channels)
         self.output = nn.Linear(hidden_channels, teacher_channels)
 
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Return a prediction (B, N, T) of the teacher's tokens on the student's grid."""
+    def forward(
+        self, tokens_BND: Tensor, rotate: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Return a prediction (B, N, T) of the teacher's tokens on the student's grid.
+
+        Args:
+            tokens_BND: the student's tokens.
+            rotate: return the prediction in this rotation of the teacher's channels. The last
+                layer is rotated, R (W x + b) = (R W) x + R b, which costs less than the tokens.
+        """
         hidden_BNH = F.gelu(self.hidden(self.norm(tokens_BND)))
+        if rotate is not None:
+            weight_TH, bias_T = rotate(self.output.weight.T).T, rotate(self.output.bias)
+            dtype = self.output.weight.dtype
+            return F.linear(hidden_BNH, weight_TH.to(dtype), bias_T.to(dtype))
         prediction_BNT: Tensor = self.output(hidden_BNH)
         return prediction_BNT

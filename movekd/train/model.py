@@ -23,7 +23,7 @@ from movekd.distill.config import DistillConfig
 from movekd.distill.loss_terms import StudentOutput, Terms
 from movekd.distill.objective import Objective
 from movekd.distill.summary import head_name, summary_target
-from movekd.distill.target_tokens import target_tokens
+from movekd.distill.target_tokens import may_rotate, target_tokens
 from movekd.errors import ConfigError
 from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
 from movekd.student.hidden_state import global_token, image_hidden_state, patch_tokens
@@ -132,10 +132,14 @@ class DistillModel(nn.Module):
         targets = {name: targets[name].to(student_IND.device) for name in distill.teachers}
         tokens_IND = student_IND.float()  # as heads and targets are, whatever the weights' dtype
         predictions, goals = [], []
+        rotates = may_rotate(distill) and not self.objective.extra_terms  # which may read channels
         for name in distill.teachers:
-            goal_IMD = target_tokens(targets[name], name, distill, self.side)
+            rotate = targets[name].rotate if rotates and targets[name].codec.rotates else None
+            goal_IMD = target_tokens(
+                targets[name], name, distill, self.side, is_rotated=rotate is not None
+            )
             if distill.adapters == "student":
-                predictions.append(self.adapters[name](tokens_IND))
+                predictions.append(self.adapters[name](tokens_IND, rotate))
                 goals.append(goal_IMD)
             else:  # the anchor has no adapter: its tokens are compared as they are
                 predictions.append(tokens_IND)

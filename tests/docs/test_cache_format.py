@@ -7,6 +7,7 @@ and Zarr shards that lie in the gap before them.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import xxhash
 import zarr
 
+import heavy_tails
 from builds import build
 from corpus_files import make_unreadable
 from movekd.cache.reader import open_cache
@@ -24,22 +26,24 @@ PAGE = Path(__file__).parents[2] / "docs" / "cache-format.md"
 ROWS_PER_SHARD, ALIGNMENT = 8, 32
 
 
-@pytest.fixture
-def cache(tmp_path, crops, tiny_specs, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, crops, tiny_specs) -> Iterator[Path]:
     """Rows 0 to 12 and 32 to 42; row 3 is skipped; Zarr shards 2 and 3 have no row."""
-    monkeypatch.setattr("movekd.cache.layout.MAX_SHARD_ROWS", ROWS_PER_SHARD)
-    monkeypatch.setattr("movekd.cache.catalog.MAX_SHARD_ROWS", ALIGNMENT)
     clip, conv = tiny_specs
     specs = [clip, conv, clip.with_changes(name="packed", compressor="zstd")]
-    images = tmp_path / "images"
+    folder = tmp_path_factory.mktemp("format")
+    images = folder / "images"
     images.mkdir()
-    for count in (13, 24):
-        for number, crop in enumerate(crops[:count]):
-            crop.save(images / f"{number:02d}.png")
-        pack_folder(images, tmp_path / "data", num_workers=1, overwrite=True, force=True)
-        make_unreadable(tmp_path / "data", 3)
-        build(tmp_path / "cache", tmp_path / "data", specs)
-    return tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("movekd.cache.layout.MAX_SHARD_ROWS", ROWS_PER_SHARD)
+        patch.setattr("movekd.cache.catalog.MAX_SHARD_ROWS", ALIGNMENT)
+        for count in (13, 24):
+            for number, crop in enumerate(crops[:count]):
+                crop.save(images / f"{number:02d}.png")
+            pack_folder(images, folder / "data", num_workers=1, overwrite=True, force=True)
+            make_unreadable(folder / "data", 3)
+            build(folder / "cache", folder / "data", specs)
+        yield folder / "cache"
 
 
 def xxh3(data: bytes) -> str:
@@ -137,11 +141,42 @@ def test_rows_without_features_read_as_the_table_says(cache):
         assert np.isnan(zarr.open_group(cache / "conv.zarr", mode="r")["tokens"][row]).all()
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def test_the_first_lines_of_the_page_read_what_movekd_reads(cache, monkeypatch, capsys):
-    code = re.search(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    code = python_blocks()
     monkeypatch.chdir(cache.parent)
     names: dict = {}
-    exec(code[1], names)
+    exec(code[0], names)
     assert capsys.readouterr().out == "(16, 144)\n"
     expected = open_cache(cache)["clip"].read([5]).tokens_BND[0].numpy()
     np.testing.assert_allclose(names["tokens"], expected, rtol=0, atol=1e-6)  # torch rounds once
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("small", "int4"), ("tiny", "lloyd4"), ("tiny", "lloyd3"), ("tiny", "lloyd2")],
+)
+def test_the_lines_for_a_codec_decode_what_movekd_decodes(
+    name, codec, tmp_path, corpus_dir, monkeypatch
+):
+    """Some tokens of this teacher have an outlier, others have none."""
+    (code,) = [block for block in python_blocks() if f"cache/{name}.zarr" in block]
+    spec = heavy_tails.spec(
+        name=name, codec=codec, model_args={"rate": 0.01}, calibration_images=12
+    )
+    build(tmp_path / "cache", corpus_dir, [spec])
+    targets = open_cache(tmp_path / "cache")[name].read([5])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    expected = targets.standardised_BND[0].numpy()
+    np.testing.assert_allclose(names["z"], expected, rtol=0, atol=1e-6 if name == "tiny" else 0)
+    if name == "tiny":
+        scales = targets.stored["token_scale"][0]
+        plain = (scales[:, 1] == 0).numpy()
+        assert 0 < plain.sum() < len(plain)
+        rotated = targets.rotated_BND[0].numpy()
+        assert np.array_equal(names["y"][plain], rotated[plain])  # to the bit

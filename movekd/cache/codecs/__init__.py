@@ -5,8 +5,10 @@ imports and in the last loop of this file. Code outside this package calls ``reg
 """
 
 from movekd.cache.codecs.float16 import Float16
+from movekd.cache.codecs.int4 import Int4
 from movekd.cache.codecs.int8 import Int8
 from movekd.cache.codecs.interface import ArrayLayout, Codec, TokenErrors
+from movekd.cache.codecs.lloyd import Lloyd2, Lloyd3, Lloyd4
 from movekd.errors import ConfigError, did_you_mean
 
 __all__ = ["ArrayLayout", "Codec", "TokenErrors", "codec", "codec_names", "register_codec"]
@@ -47,5 +49,5 @@ def codec(name: str) -> Codec:
     return _CODECS[name]
 
 
-for _shipped in (Float16(), Int8()):
+for _shipped in (Float16(), Int8(), Int4(), Lloyd4(), Lloyd3(), Lloyd2()):
     register_codec(_shipped)

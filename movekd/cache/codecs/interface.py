@@ -79,6 +79,8 @@ class Codec(ABC):
     """The value of ``CacheSpec.codec`` and ``--codec``."""
     decoding: ClassVar[str]
     """The formula in the group's attributes, for readers without movekd."""
+    rotates: ClassVar[bool] = False
+    """Whether ``rotate`` changes anything."""
 
     @abstractmethod
     def arrays(self, num_tokens: int, width: int) -> tuple[ArrayLayout, ...]:
@@ -113,6 +115,20 @@ class Codec(ABC):
 
         The result is a new tensor: ``decode`` writes over it.
         """
+
+    def rotate(self, standardised: "Tensor", stats: "ChannelStats") -> "Tensor":
+        """Return standardised channels (..., D) in the codec's rotation. Default: as they are.
+
+        A rotation changes no squared error, so a loss may compare rotated values.
+        """
+        return standardised
+
+    def decode_rotated(self, stored: "Mapping[str, Tensor]", stats: "ChannelStats") -> "Tensor":
+        """Return ``rotate`` of the standardised tokens, float32 (B, N, D), a new tensor.
+
+        A codec that stores rotated channels saves the way back. Default: it stores none.
+        """
+        return self.decode_standardised(stored, stats)
 
     def decode(self, stored: "Mapping[str, Tensor]", stats: "ChannelStats") -> "Tensor":
         """Return tokens (B, N, D) float32 in the teacher's units."""

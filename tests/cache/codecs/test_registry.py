@@ -94,7 +94,13 @@ def test_a_registered_codec_goes_through_the_whole_program(
     (chosen,) = [part for part in planned.teachers if part.is_spec]
     assert (chosen.codec, chosen.row_bytes) == ("test4", cache["clip"].layout.row_bytes)
     report = measure_fidelity(
-        spec, open_corpus(corpus_dir), geometry="crop", options=options, num_images=4
+        spec,
+        open_corpus(corpus_dir),
+        geometry="crop",
+        options=options,
+        num_images=4,
+        student_grid=4,
+        student_width=32,
     )
     assert {way.codec for way in report.ways} == set(codec_names()) >= {"int8", "test4"}
 
