@@ -308,7 +308,8 @@ def _storage_options(spec: CacheSpec, shape: OutputShape, student_grid: int) -> 
     asked = native if spec.grid == "native" else spec.grid
     options = []
     for grid, codec in itertools.product(
-        dict.fromkeys((native, student_grid, asked)), codec_names()
+        dict.fromkeys((native, student_grid, asked)),
+        dict.fromkeys((*codec_names(), spec.codec)),
     ):
         arrays = teacher_layout(codec, grid**2, width, cls_width=cls_width, num_heads=num_heads)
         is_spec = (grid, codec) == (asked, spec.codec)
