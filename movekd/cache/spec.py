@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from movekd.cache.codecs import codec_names
-from movekd.cache.codecs.lowrank import LOWRANK, lowrank
+from movekd.cache.codecs.lowrank import LOWRANK, lowrank_codec
 from movekd.cache.model_args import check_model_args
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry, Resample
@@ -178,7 +178,7 @@ class CacheSpec(FrozenModel):
     def _codec_is_known(cls, codec: str) -> str:
         known = codec_names()
         try:
-            is_known = codec in known or lowrank(codec) is not None
+            is_known = codec in known or lowrank_codec(codec) is not None
         except ConfigError as error:  # pydantic collects errors of values
             raise ValueError(error) from None
         if not is_known:

@@ -7,7 +7,7 @@ imports and in the last loop of this file. Code outside this package calls ``reg
 from movekd.cache.codecs.float16 import Float16
 from movekd.cache.codecs.int8 import Int8
 from movekd.cache.codecs.interface import ArrayLayout, Codec, TokenErrors
-from movekd.cache.codecs.lowrank import Lowrank, lowrank
+from movekd.cache.codecs.lowrank import Lowrank, lowrank_codec
 from movekd.errors import ConfigError, did_you_mean
 
 __all__ = ["ArrayLayout", "Codec", "TokenErrors", "codec", "codec_names", "register_codec"]
@@ -21,7 +21,7 @@ def register_codec(new: Codec) -> None:
     Raises:
         ConfigError: another codec has this name; caches of that codec would be decoded wrongly.
     """
-    known = _CODECS.get(new.name) or lowrank(new.name) or new
+    known = _CODECS.get(new.name) or lowrank_codec(new.name) or new
     if type(known) is not type(new):
         raise ConfigError(
             f"a codec '{new.name}' exists already ({type(known).__qualname__}), and "
@@ -44,7 +44,7 @@ def codec(name: str) -> Codec:
     Raises:
         ConfigError: the name is unknown. Names the nearest one.
     """
-    known = _CODECS.get(name) or lowrank(name)
+    known = _CODECS.get(name) or lowrank_codec(name)
     if known is None:
         raise ConfigError(
             f"no codec '{name}'.{did_you_mean(name, _CODECS)} Known: {', '.join(_CODECS)}; add "

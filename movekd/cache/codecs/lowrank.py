@@ -111,13 +111,16 @@ class Lowrank(Codec):
         self, stored: "Mapping[str, Tensor]", stats: "ChannelStats"
     ) -> "Tensor":
         """Return ``U diag(scale) V^T``."""
+        import torch
+
         scale_BK = stored["component_scale"].float()
         levels = stats.codec_arrays["levels"].to(scale_BK.device)
         u_BNK, v_BDK = (
             levels[_unpack(stored[name], scale_BK.shape[-1])]
             for name in ("tokens", "channel_codes")
         )
-        product: Tensor = (u_BNK * scale_BK[:, None]) @ v_BDK.mT
+        with torch.autocast(scale_BK.device.type, enabled=False):  # it would multiply in bfloat16
+            product: Tensor = (u_BNK * scale_BK[:, None]) @ v_BDK.mT
         return product
 
 
@@ -127,7 +130,7 @@ _UNFIT = (
 )
 
 
-def lowrank(name: str) -> Lowrank | None:
+def lowrank_codec(name: str) -> Lowrank | None:
     """Return the codec ``lowrank`` or ``lowrank48``; None if the name is of another kind.
 
     Without a rank it is the codec before its calibration, with the largest rank that this may

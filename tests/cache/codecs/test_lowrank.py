@@ -12,7 +12,7 @@ from movekd.cache.codecs.lowrank import (
     Lowrank,
     bit_counts,
     leading_components,
-    lowrank,
+    lowrank_codec,
     tree_levels,
 )
 from movekd.cache.stats import ChannelStats, StatsAccumulator
@@ -120,6 +120,15 @@ def test_the_sealed_levels_decode_and_not_the_formula() -> None:
     torch.testing.assert_close(Lowrank(8).decode_standardised(stored, stats), 4 * decoded)
 
 
+def test_mixed_precision_decodes_the_same() -> None:
+    """A training step decodes its targets inside of autocast."""
+    tokens, stats = smooth_tokens(36, 24), plain_stats(24)
+    stored = Lowrank(8).encode(tokens, stats)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = Lowrank(8).decode_standardised(stored, stats)
+    assert torch.equal(decoded, Lowrank(8).decode_standardised(stored, stats))
+
+
 def test_images_without_variety_survive() -> None:
     """All tokens equal, all zero, and one token that is not: fewer components than the rank."""
     tokens = torch.zeros(3, 25, 40)
@@ -173,7 +182,7 @@ def test_a_name_says_the_rank() -> None:
     open_rank = codec("lowrank")
     assert isinstance(open_rank, Lowrank)
     assert (open_rank.name, open_rank.rank) == ("lowrank", RANKS[-1])
-    assert lowrank("int8") is lowrank("lowrank-3") is lowrank("lowrank3x") is None
+    assert lowrank_codec("int8") is lowrank_codec("lowrank-3") is lowrank_codec("lowrank3x") is None
 
 
 @pytest.mark.parametrize("rank", ["0", "007", "1025", "9" * 5_000])
