@@ -108,7 +108,7 @@ def measure_fidelity(
     )
     trials = {
         (grid, codec): CodecTrial(codec, grid, grid == native, student_grid)
-        for grid, codec in itertools.product(stats, codec_names())
+        for grid, codec in itertools.product(stats, dict.fromkeys((*codec_names(), spec.codec)))
     }
     for features in live(images, "measure"):
         of_images = corpus.index.take("key", np.asarray(features.images)).to_pylist()

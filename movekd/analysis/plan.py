@@ -319,7 +319,8 @@ def _storage_options(
     asked = native if spec.grid == "native" else spec.grid
     options = []
     for grid, codec in itertools.product(
-        dict.fromkeys((native, student_grid, asked)), codec_names()
+        dict.fromkeys((native, student_grid, asked)),
+        dict.fromkeys((*codec_names(), spec.codec)),
     ):
         is_spec = (grid, codec) == (asked, spec.codec)
         try:

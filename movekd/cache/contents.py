@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog, open_catalog
+from movekd.cache.codecs.lowrank import LOWRANK
 from movekd.cache.layout import TeacherLayout, grid_side
 from movekd.cache.schema import Calibration, GroupMetadata, GroupRecord, ShardSeal
 from movekd.cache.seal import MAX_JSON_BYTES, checksum, entry, open_record, read_record
@@ -116,6 +117,7 @@ class TeacherContents:
         num_rows: length of its arrays.
         spec: the spec that it was built from.
         calibration: what was settled before the first Zarr shard.
+        codec_name: the codec of its tokens; of `codec: lowrank` the rank that was chosen too.
         layout: its arrays.
         group_arrays: the arrays without rows, see ``layout.group_arrays``.
     """
@@ -125,13 +127,18 @@ class TeacherContents:
         group = _Group(storage, teacher)
         self.spec: CacheSpec = group.spec
         calibration = read_calibration(storage, teacher)
-        if calibration is None or calibration.spec_fingerprint != self.spec.fingerprint:
+        if (
+            calibration is None
+            or calibration.spec_fingerprint != self.spec.fingerprint
+            or (calibration.codec is None) == (self.spec.codec == LOWRANK)
+        ):
             raise CacheError(
                 f"the calibration of '{teacher}' in {storage.url} was sealed for another spec than "
                 "the group's attributes hold; rebuild this teacher."
             )
         self.calibration: Calibration = calibration
-        self.group_arrays = group.arrays(calibration.width)
+        self.codec_name = calibration.codec_of(self.spec)
+        self.group_arrays = group.arrays(self.codec_name, calibration.width)
         self._require_statistics()
         self.layout: TeacherLayout = calibration.layout(self.spec)
         self._sealed = np.zeros(self.layout.num_shards(num_rows), bool)
@@ -306,13 +313,13 @@ class _Group:
             ) from None
         self.spec: CacheSpec = spec
 
-    def arrays(self, width: int) -> dict[str, npt.NDArray[np.generic]]:
+    def arrays(self, codec: str, width: int) -> dict[str, npt.NDArray[np.generic]]:
         """Return the arrays without rows; each is one chunk, uncompressed.
 
         Raises:
             CorruptCacheError: a file is not what its seal says, or has another size.
         """
-        expected = layout.group_arrays(self.spec.codec, width)
+        expected = layout.group_arrays(codec, width)
         files = {name: layout.group_array_file(name, a.ndim) for name, a in expected.items()}
         read = self._read([*(f"{name}/zarr.json" for name in expected), *files.values()])
         found = {}

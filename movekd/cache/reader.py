@@ -215,7 +215,7 @@ class TeacherCache(TeacherContents):
         else:
             into = require_buffers(out, self.layout.arrays, len(wanted))
         self._rows.read(wanted, into)
-        return TeacherTargets(stored, self.stats, codec(self.spec.codec))
+        return TeacherTargets(stored, self.stats, codec(self.codec_name))
 
     def empty(self, num_rows: int) -> dict[str, Tensor]:
         """Return uninitialised buffers for ``read(rows, out=...)``."""

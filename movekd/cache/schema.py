@@ -74,6 +74,8 @@ class Calibration(Record):
     num_heads: Extent | None
     channel_stats_xxh3_128: Checksum
     """Checksum of the mean and then the standard deviation, float32 little-endian."""
+    codec: Annotated[str, Field(pattern="^lowrank[1-9][0-9]{0,3}$")] | None = None
+    """What the calibration chose for ``codec: lowrank``. Without such a choice, no file has it."""
 
     @model_validator(mode="after")
     def _row_is_bounded(self) -> Self:
@@ -85,10 +87,14 @@ class Calibration(Record):
                 )
         return self
 
+    def codec_of(self, spec: CacheSpec) -> str:
+        """Return the name of the codec that stores the tokens: the spec's, or the chosen one."""
+        return self.codec or spec.codec
+
     def layout(self, spec: CacheSpec) -> TeacherLayout:
         """Return the arrays of this teacher."""
         return teacher_layout(
-            spec.codec,
+            self.codec_of(spec),
             self.num_tokens,
             self.width,
             cls_width=self.cls_width,
@@ -97,8 +103,9 @@ class Calibration(Record):
 
     @property
     def hash(self) -> str:
-        """Checksum over all fields; each seal of a Zarr shard names it."""
-        return xxhash.xxh3_128(repr(sorted(self.model_dump().items())).encode()).hexdigest()
+        """Checksum over all fields of the file; each seal of a Zarr shard names it."""
+        content = self.model_dump(exclude_defaults=True)
+        return xxhash.xxh3_128(repr(sorted(content.items())).encode()).hexdigest()
 
 
 class GroupRecord(Record):

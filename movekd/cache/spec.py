@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from movekd.cache.codecs import codec_names
+from movekd.cache.codecs.lowrank import LOWRANK, lowrank_codec
 from movekd.cache.model_args import check_model_args
 from movekd.config import FrozenModel, read_yaml, validate
 from movekd.corpus.transforms import Geometry, Resample
@@ -132,7 +133,9 @@ class CacheSpec(FrozenModel):
     )
     codec: str = Field(
         default="int8",
-        description="How tokens are stored: the name of a codec, for example float16 or int8.",
+        description="How tokens are stored: the name of a codec, for example float16, int8 or "
+        "lowrank32. lowrank: the calibration chooses the rank, the smallest one that keeps "
+        "max_energy_error.",
     )
     compressor: Literal["none", "zstd", "blosc"] = Field(
         default="none",
@@ -174,7 +177,11 @@ class CacheSpec(FrozenModel):
     @classmethod
     def _codec_is_known(cls, codec: str) -> str:
         known = codec_names()
-        if codec not in known:
+        try:
+            is_known = codec in known or lowrank_codec(codec) is not None
+        except ConfigError as error:  # pydantic collects errors of values
+            raise ValueError(error) from None
+        if not is_known:
             raise ValueError(f"expected one of {', '.join(known)}.{did_you_mean(codec, known)}")
         return codec
 
@@ -199,6 +206,11 @@ class CacheSpec(FrozenModel):
             raise ValueError(
                 "cls_attention is read in the block before the layer, and a neck is behind no "
                 "single one; set layer to an index or last"
+            )
+        if self.codec == LOWRANK and self.max_energy_error is None:
+            raise ValueError(
+                f"codec {LOWRANK} needs max_energy_error, for which the calibration chooses the "
+                f"rank; set it, for example to 0.05, or name a rank: {LOWRANK}32"
             )
         if self.provider == "python":
             if self.factory is None:

@@ -83,7 +83,7 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
         skipped=len(sums.skipped),
         grid=teacher.grid,
         width=teacher.width,
-        codec=teacher.spec.codec,
+        codec=teacher.codec_name,
         compressor=teacher.spec.compressor,
         size_bytes=int(sums.size_bytes_S.sum()),
         error_mean=errors / num_tokens if num_tokens else None,

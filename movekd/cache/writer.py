@@ -89,7 +89,7 @@ def _attributes(spec: CacheSpec, calibration: Calibration) -> dict[str, Any]:
             "spec_fingerprint": spec.fingerprint,
             "weights_sha256": calibration.weights_sha256,
             "versions": _versions(),
-            "decoding": codec(spec.codec).decoding,
+            "decoding": codec(calibration.codec_of(spec)).decoding,
         }
     }
 
@@ -124,7 +124,7 @@ def _mend_group(
     It does unless the versions of libraries changed. The channel statistics need the teacher.
     """
     group = layout.group_name(spec.name)
-    constant = layout.group_arrays(spec.codec, calibration.width)
+    constant = layout.group_arrays(calibration.codec_of(spec), calibration.width)
     arrays = (*calibration.layout(spec).arrays, *constant)
     names = ["zarr.json", *(f"{array}/zarr.json" for array in arrays)]
     found = storage.read_many([f"{group}/{name}" for name in names])
@@ -205,7 +205,7 @@ class TeacherWriter(TeacherContents):
 
     def __init__(self, storage: Storage, teacher: str, num_rows: int) -> None:
         super().__init__(storage, teacher, num_rows)
-        self.codec = codec(self.spec.codec)
+        self.codec = codec(self.codec_name)
         self.stats = ChannelStats.from_numpy(self.group_arrays)
 
     def write_shard(

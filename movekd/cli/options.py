@@ -56,7 +56,11 @@ Tiles = Annotated[
     ),
 ]
 CodecOption = Annotated[
-    str | None, typer.Option(help=f"{', '.join(codec_names())}. Default: the codec of the spec.")
+    str | None,
+    typer.Option(
+        help=f"{', '.join(codec_names())}, another rank of lowrank, or lowrank: its calibration "
+        "chooses the rank for max_energy_error of the spec. Default: the codec of the spec."
+    ),
 ]
 GridOption = Annotated[
     str | None,

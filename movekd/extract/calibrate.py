@@ -25,6 +25,7 @@ from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import Geometry
 from movekd.errors import CacheError
 from movekd.extract.batch_size import largest_batch_size
+from movekd.extract.choose_rank import CodecChoice
 from movekd.extract.locks import wait_for_writers
 from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.run_teacher import LiveFeatures, live_features
@@ -161,6 +162,7 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
     is_chosen = np.isin(catalog.images, chosen)
     images, views = catalog.images[is_chosen], catalog.views[is_chosen]
     statistics, variation = StatsAccumulator(), Variation()
+    choice = CodecChoice(spec, chosen)
     label = f"{spec.name}: calibrate"
     features: LiveFeatures | None = None
     for features in live_features(
@@ -171,7 +173,10 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
         codec(spec.codec).arrays(*features.tokens_BND.shape[1:])  # a width may be refused: at once
         statistics.add(features.tokens_BND)
         variation.add(features.tokens_BND)
-    stats = statistics.result(spec.std_floor or 0.0).for_codec(codec(spec.codec))
+        choice.keep(features)
+    stats = statistics.result(spec.std_floor or 0.0)
+    codec_name = choice.result(stats, options, context.progress)
+    stats = stats.for_codec(codec(codec_name))
     assert features is not None  # result() raises when nothing was added
     if (share := variation.result()) < LEAST_VARIATION:
         context.tell(
@@ -189,6 +194,7 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
         num_images=len(chosen),
         **features.shape._asdict(),
         channel_stats_xxh3_128=stats_checksum(stats),
+        codec=None if codec_name == spec.codec else codec_name,
     )
     create_group(context.storage, spec, calibration, stats, catalog.num_rows)
     return calibration

@@ -118,7 +118,8 @@ class FeatureViewer:
             reason = "not built yet"
         elif row in store.skipped:
             reason = store.skipped[row]
-        found = FeatureView(teacher, store.spec, store.grid, reason, picture, sealed)
+        spec = store.spec.with_changes(codec=store.codec_name)
+        found = FeatureView(teacher, spec, store.grid, reason, picture, sealed)
         if reason is not None:
             return found
         targets, side = store.read([row]), store.grid

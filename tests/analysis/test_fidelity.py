@@ -178,9 +178,8 @@ def test_what_a_teacher_or_grid_has_not_is_none(report, corpus_dir, tiny_specs) 
     silent = measure(corpus_dir, tiny_specs[0].with_changes(cls_attention=False))
     assert all(way.attention_l1 is None for way in silent.ways)
     same_grid = measure(corpus_dir, tiny_specs[0], student_grid=4)
-    assert [(way.grid, way.official_near is None) for way in same_grid.ways] == [(4, False)] * len(
-        codec_names()
-    )
+    found = [(way.grid, way.official_near is None) for way in same_grid.ways]
+    assert found == [(4, False)] * len(codec_names())
 
 
 def test_the_images_are_the_next_after_the_builds(corpus_dir) -> None:

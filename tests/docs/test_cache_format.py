@@ -180,3 +180,20 @@ def test_the_lines_for_a_codec_decode_what_movekd_decodes(
         assert 0 < plain.sum() < len(plain)
         rotated = targets.rotated_BND[0].numpy()
         assert np.array_equal(names["y"][plain], rotated[plain])  # to the bit
+
+
+def test_the_lines_of_the_page_decode_lowrank(tmp_path, corpus_dir, tiny_specs):
+    """In the sizes where bits fill their bytes, and where they do not."""
+    specs = [
+        tiny_specs[0].with_changes(name=f"rank{rank}", codec=f"lowrank{rank}", cls_attention=False)
+        for rank in (5, 16)
+    ]
+    build(tmp_path, corpus_dir, specs)
+    (lines,) = re.findall(r"^```python\n(def decode_lowrank.*?)^```", PAGE.read_text(), re.M | re.S)
+    page = {"np": np}
+    exec(lines, page)
+    for spec in specs:
+        group = zarr.open_group(tmp_path / f"{spec.name}.zarr", mode="r")
+        expected = open_cache(tmp_path)[spec.name].read([2, 0]).tokens_BND
+        decoded = np.stack([page["decode_lowrank"](group, row) for row in (2, 0)])
+        np.testing.assert_allclose(decoded, expected, rtol=1e-5, atol=1e-5)

@@ -75,7 +75,7 @@ class ArrayLayout:
 class Codec(ABC):
     """How tokens are stored. Rows have one fixed size, which depends on the shapes only."""
 
-    name: ClassVar[str]
+    name: str
     """The value of ``CacheSpec.codec`` and ``--codec``."""
     decoding: ClassVar[str]
     """The formula in the group's attributes, for readers without movekd."""
