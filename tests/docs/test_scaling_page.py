@@ -21,6 +21,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "scaling.md").read_text(encoding="utf-8")
 SIZES = ("558,000", "1,200,000", "12,000,000", "1,000,000,000")
 TEACHERS = ("clip", "eva02", "convnext", "sam")
+SHOWN = ("float16", "int8")
+"""Codecs whose bytes the page shows per teacher; of the others it shows the totals."""
 Plan = dict[str, Any]
 
 
@@ -65,7 +67,8 @@ def bytes_table(plans: list[Plan]) -> Iterator[list[str]]:
             what = {key: way[key] for key in ("teacher", "codec", "grid")}
             same = [p for plan in plans for p in plan["teachers"] if what.items() <= p.items()]
             cells = [way["row_bytes"] / 1e6, *(p["total_bytes"] / 1e12 for p in same)]
-            yield [f"{teacher}, {way['codec']}, {way['grid']}x{way['grid']}", *figures(cells)]
+            if way["codec"] in SHOWN:
+                yield [f"{teacher}, {way['codec']}, {way['grid']}x{way['grid']}", *figures(cells)]
             native = max(other["grid"] for other in ways)
             for grids in ("own grids",) * (way["grid"] == native) + ("24x24",) * (
                 way["grid"] == 24
