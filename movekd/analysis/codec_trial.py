@@ -41,6 +41,7 @@ class Fidelity:
 
         error        = ||z' - z|| / ||z||          mean and maximum over all tokens
         error_limited = error of z and z' limited to +-8; outliers hide nothing in it
+        energy_error = sum ||z' - z||^2 / sum ||z||^2   over all tokens
         token_cosine = z'.z / (||z'|| ||z||)       mean over all tokens
         attention_l1 = sum_n |a'[n] - a[n]|        mean over images and heads, of the [CLS] row
 
@@ -55,6 +56,7 @@ class Fidelity:
     error_max: float
     error_limited_mean: float
     error_limited_max: float
+    energy_error: float
     token_cosine: float
     attention_l1: float | None
     """None if the spec stores no attention."""
@@ -82,6 +84,7 @@ class CodecTrial:
         self._row_bytes = 0
         self._num_tokens, self._error_sum, self._error_max, self._cosine_sum = 0, 0.0, 0.0, 0.0
         self._limited_sum, self._limited_max = 0.0, 0.0
+        self._squared_error, self._squared_norm = 0.0, 0.0
         self._attention: list[float] = []
         self._gradients: dict[str, list[float]] = defaultdict(list)
 
@@ -101,6 +104,8 @@ class CodecTrial:
         self._error_max = max(self._error_max, errors.max.item())
         self._limited_sum += errors.limited_sum.item()
         self._limited_max = max(self._limited_max, errors.limited_max.item())
+        self._squared_error += errors.squared_error.item()
+        self._squared_norm += errors.squared_norm.item()
         attention = exact.cls_attention_BHN
         if attention is not None:
             stored["cls_attention"] = attention.half()
@@ -129,12 +134,16 @@ class CodecTrial:
             cosine_B = _cosine(found[name].flatten(1), gradient_BND.flatten(1))
             self._gradients[name] += cosine_B.tolist()
 
-    def result(self, is_spec: bool) -> Fidelity:
-        """Return the errors over all batches."""
-        cosines = {
+    def cosines(self) -> dict[str, GradientCosine]:
+        """Return the cosines of all gradients that were compared, by their names."""
+        return {
             name: GradientCosine(float(np.mean(values)), min(values))
             for name, values in self._gradients.items()
         }
+
+    def result(self, is_spec: bool) -> Fidelity:
+        """Return the errors over all batches."""
+        cosines = self.cosines()
         return Fidelity(
             codec=self._codec,
             grid=self._grid,
@@ -143,6 +152,7 @@ class CodecTrial:
             error_max=self._error_max,
             error_limited_mean=self._limited_sum / self._num_tokens,
             error_limited_max=self._limited_max,
+            energy_error=self._squared_error / max(self._squared_norm, 1e-30),
             token_cosine=self._cosine_sum / self._num_tokens,
             attention_l1=float(np.mean(self._attention)) if self._attention else None,
             revised_untrained=cosines["revised_untrained"],

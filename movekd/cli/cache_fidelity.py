@@ -96,7 +96,8 @@ def fidelity(
         "* as the spec says. Cosine between the KD gradients from decoded and from exact targets, "
         "per image:",
         "mean (worst). untrained: a random student; near: its residual is 10% of the target.",
-        "limited: error mean, with values limited to 8 sigma.",
+        "limited: error mean, with values limited to 8 sigma. energy: squared error over squared "
+        "norm.",
     )
 
 
@@ -116,6 +117,7 @@ def _print_fidelity(report: "FidelityReport") -> None:
             "error mean",
             "max",
             "limited",
+            "energy",
             "token cosine",
             "attention L1",
         ],
@@ -126,6 +128,7 @@ def _print_fidelity(report: "FidelityReport") -> None:
                 f"{way.error_mean:.3%}",
                 f"{way.error_max:.3%}",
                 f"{way.error_limited_mean:.3%}",
+                f"{way.energy_error:.3%}",
                 f"{way.token_cosine:.6f}",
                 "-" if way.attention_l1 is None else f"{way.attention_l1:.1e}",
             ]

@@ -54,7 +54,10 @@ def probe(
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep features in; the next probe reads them. Default: none."),
+        typer.Option(
+            help="Folder to keep features in; the next probe reads them. With --label-maps and "
+            "--cache it keeps all tokens: 4 bytes x tokens x channels per image. Default: none."
+        ),
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of kNN.")] = 20,
     linear: Annotated[
@@ -118,19 +121,20 @@ def probe(
         model: cached.get(model) or _loader(model, on, layer, image_size, geometry)
         for model in models
     }
+    if features is not None:
+        require_features_folder(features)
     if label_maps is not None:
-        require_dense(features, cache, k, linear)
+        require_dense(cache, k, linear)
         probe_dense(
             models,
             lambda model: _loaded(loaders[model]),
             list(cached.values()),
             images,
             label_maps,
+            features=features,
             json=json,
         )
         return
-    if features is not None:
-        require_features_folder(features)
     with progress_bar() as progress:
         found = read_labelled_images(images, progress)
         for teacher in cached.values():
@@ -138,7 +142,7 @@ def probe(
         fit = None
         if cache is not None:
             fit = _fit_images(cache, shards, found, fit_images or 500, list(cached.values()))
-        fits = None if fit is None else TeacherFits(fit, progress)
+        fits = None if fit is None else TeacherFits(fit, progress, features)
         scores = run_probe(
             models,
             lambda model: _loaded(loaders[model]),

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 _MAX_SHOWN = 10
 
 
-def require_dense(features: Path | None, cache: str | None, k: int, linear: bool) -> None:
+def require_dense(cache: str | None, k: int, linear: bool) -> None:
     """Refuse options of the other probes, which would act on nothing.
 
     Raises:
         ConfigError: names one.
     """
     given = {
-        "--features": features is not None,
         "--cache": cache is not None,
         "--k": k != 20,
         "--no-linear": not linear,
@@ -40,6 +39,7 @@ def probe_dense(
     images: Path,
     label_maps: Path,
     *,
+    features: Path | None,
     json: bool,
 ) -> None:
     """Run the dense linear probe on all models, and print its table."""
@@ -52,7 +52,7 @@ def probe_dense(
         found = read_mapped_images(images, label_maps, progress)
         for teacher in cached:
             found = found.without(teacher.missing([i.sha256 for i in (*found.train, *found.test)]))
-        scores = run_dense_probe(models, load, found, progress=progress)
+        scores = run_dense_probe(models, load, found, features=features, progress=progress)
     if json:
         counts = {"found": found.num_found, "train": len(found.train), "test": len(found.test)}
         print_json(

@@ -214,7 +214,7 @@ def load_teacher(
 
 
 def _own_weights(module: nn.Module) -> None:
-    """Copy weights that may be views of a mapped file into memory of their own, one at a time.
+    """Copy weights that may be views of a mapped file into new memory, one at a time.
 
     A mapped file that is overwritten later changes its views, after they were hashed. And kernels
     sum in another order where an address is not aligned, so the last bits would depend on where

@@ -129,7 +129,7 @@ def test_label_maps_segment_images_by_students_and_teachers(place, maps):
     assert all(score["miou"] > 0.8 for score in found["scores"])  # positions are in the tokens
 
 
-@pytest.mark.parametrize("more", [["--features", "kept"], ["--no-linear"], ["--k", "5"]])
+@pytest.mark.parametrize("more", [["--cache", "cache/"], ["--no-linear"], ["--k", "5"]])
 def test_options_of_other_probes_are_refused_with_label_maps(place, maps, no_model, more):
     with pytest.raises(MovekdError, match=f"{more[0]} is given with --label-maps"):
         ask(f"{place}/run", *maps, *more)

@@ -25,13 +25,15 @@ def test_two_ranks_equal_one(digits, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_two_ranks_equal_one_where_samples_do_not_fill_the_last_batch(digits, tmp_path, stage):
     """24 captions or 36 images in batches of 10: the second process sees 1 or none of the last."""
-    keys = ("training.num_train_epochs=1",)
+    keys = ("training.num_train_epochs=1", "distill.summary_weight=0.5")
     single = digits.train(tmp_path / "one", stage, *keys, "training.per_device_train_batch_size=10")
     config = digits.config(stage, *keys, "training.per_device_train_batch_size=5")
     logged = train_in_two_processes(config, tmp_path / "two", digits.cache)
     assert len(logged) == len(digits.logged(single))
     for one, two in zip(digits.logged(single), logged, strict=True):
-        for name in {"loss_text", "loss_kd", "loss_balance", "grad_norm"} & one.keys():
+        assert "loss_summary" in one
+        same = {"loss_text", "loss_kd", "loss_summary", "loss_balance", "grad_norm"}
+        for name in same & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
@@ -48,6 +50,7 @@ def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tm
     keys = (
         f"recipe={recipe}",
         "data.group_by_modality_length=false",
+        "distill.summary_weight=0.5",
         "student.mole.balance_weight=0",
         "training.gradient_checkpointing=true",
         "training.optim=sgd",

@@ -202,6 +202,7 @@ def test_two_processes_equal_one(digits, next_digits, tmp_path):
     keys = (
         "distill.grid=student",
         "distill.views=all",
+        "distill.summary_weight=0.5",
         "student.mole.balance_weight=0",  # taken a micro-batch
         "training.optim=sgd",
         "training.learning_rate=0.1",
@@ -212,7 +213,7 @@ def test_two_processes_equal_one(digits, next_digits, tmp_path):
     two = train_in_two_processes(halves, tmp_path / "two", cache, "--allow-random-teachers")
     assert single.steps == 4
     for expected, found in zip(digits.logged(single), two, strict=True):
-        for name in ("loss_text", "loss_kd", "loss_kd_conv", "grad_norm"):
+        for name in ("loss_text", "loss_kd", "loss_kd_conv", "loss_summary", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     expected, found = digits.weights(tmp_path / "one"), digits.weights(tmp_path / "two")
     assert expected.keys() == found.keys()

@@ -16,6 +16,7 @@ Source: arXiv 2304.07193 (DINOv2), section 7.4, linear.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from movekd.corpus.transforms import Geometry
 from movekd.evaluate.encoder.classify import require_sklearn
 from movekd.evaluate.encoder.features import BLOCK_IMAGES
 from movekd.evaluate.encoder.intervals import NUM_RESAMPLES, Interval, percentiles
+from movekd.evaluate.encoder.kept_tokens import keeping
 from movekd.evaluate.encoder.label_maps import IGNORED, MappedImage, MappedImages
 from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.image_folder import Progress
@@ -67,10 +69,13 @@ def run_dense_probe(
     load: Callable[[str], ProbedModel],
     images: MappedImages,
     *,
+    features: Path | None = None,
     progress: Progress,
     side: int = MAP_SIDE,
 ) -> list[DenseScore]:
     """Return the scores of all models, which are in memory one after the other.
+
+    Tokens are kept in the folder ``features``, if one is given.
 
     Raises:
         MovekdError: a model cannot be loaded, or scikit-learn is missing.
@@ -79,7 +84,7 @@ def run_dense_probe(
     scores: list[DenseScore] = []
     first: tuple[Geometry, float, npt.NDArray[np.float64]] | None = None
     for model in models:
-        loaded = load(model)
+        loaded = keeping(load(model), features)
         counts_NKK, strength = _confusion(loaded, images, side, model, progress)
         value, values_R = miou(counts_NKK.sum(0)), resampled_miou(counts_NKK)
         compared: tuple[float | None, Interval | None] = (None, None)

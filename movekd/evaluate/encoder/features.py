@@ -30,6 +30,8 @@ from movekd.files.reading import MIB, read_bytes
 BLOCK_IMAGES = 64
 """Images of a block, which is also a batch: features do not depend on what was kept before."""
 _SEAL_BYTES = 16
+_MAX_BLOCK_BYTES = 4096 * MIB
+"""64 images of 4,096 tokens of 3,072 channels have 3 GiB."""
 _SUFFIX = ".features"
 _OURS = re.compile(rf"\.?[0-9a-f]{{64}}\{_SUFFIX}(\.\d+\.tmp)?")
 """Names that a probe writes: kept blocks, and what it was writing when it was killed."""
@@ -55,14 +57,14 @@ def encode_images(
         block = images[start : start + BLOCK_IMAGES]
         path = None
         if folder is not None and encoder.identity is not None:
-            path = folder / f"{_name(encoder.identity, block)}{_SUFFIX}"
+            path = block_file(folder, encoder.identity, [image.sha256 for image in block])
         if path is not None and path.exists():
-            blocks.append(_read(path))
+            blocks.append(read_block(path))
         else:
             contents = (read(image.name) for image in block)
             blocks.append(pooled(encoder.encode([image.sha256 for image in block], contents)))
             if path is not None:
-                _write(path, blocks[-1])
+                write_block(path, blocks[-1])
         progress(label, start + len(block), len(images))
     names = sorted(blocks[0])  # those of a kept block may have another order
     return {name: torch.cat([block[name] for block in blocks]).numpy() for name in names}
@@ -91,12 +93,18 @@ def require_features_folder(folder: Path) -> None:
         )
 
 
-def _name(identity: str, block: Sequence[LabelledImage]) -> str:
-    text = " ".join([identity, *(image.sha256 for image in block)])
-    return hashlib.sha256(text.encode()).hexdigest()
+def block_file(folder: Path, identity: str, keys: Sequence[str]) -> Path:
+    """Return the file of a batch: a hash of what decides a feature and of the images' keys."""
+    text = " ".join([identity, *keys])
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()}{_SUFFIX}"
 
 
-def _write(path: Path, features: dict[str, Tensor]) -> None:
+def write_block(path: Path, features: dict[str, Tensor]) -> None:
+    """Write a batch's features with their checksum, whole or not at all.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     content = save(features)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +116,13 @@ def _write(path: Path, features: dict[str, Tensor]) -> None:
         ) from None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    raw = read_bytes(path, max_bytes=256 * MIB)
+def read_block(path: Path) -> dict[str, Tensor]:
+    """Return a batch's features.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    raw = read_bytes(path, max_bytes=_MAX_BLOCK_BYTES)
     seal, content = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
     try:
         if xxhash.xxh3_128_digest(content) == seal:

@@ -12,6 +12,7 @@ Legend: I images, N tokens per image, D channels of the model, T of the teacher,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from movekd.distill.token_loss import limit
 from movekd.errors import CacheError, ConfigError
 from movekd.evaluate.encoder.cached_teacher import CachedTeacher
 from movekd.evaluate.encoder.intervals import NUM_RESAMPLES, Interval, percentiles
+from movekd.evaluate.encoder.kept_tokens import keeping
 from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.encoder.token_fit import STRENGTHS, Moments, Prediction, linear_cka
 from movekd.evaluate.image_folder import Progress
@@ -135,21 +137,22 @@ class TeacherFits:
     Args:
         images: what to measure on.
         progress: called after each batch.
+        features: folder that keeps the models' tokens; None: they are not kept.
 
     Attributes:
         scores: of all models so far.
     """
 
-    def __init__(self, images: FitImages, progress: Progress) -> None:
+    def __init__(self, images: FitImages, progress: Progress, features: Path | None = None) -> None:
         self.scores: list[FitScore] = []
-        self._images, self._progress = images, progress
+        self._images, self._progress, self._features = images, progress, features
         self._first: dict[tuple[str, str], npt.NDArray[np.float64]] | None = None
         self._part = np.arange(len(images.keys)) % _FOLDS
         self._weights_RI = _resampled(int((self._part == _READ).sum()))
 
     def measure(self, name: str, model: ProbedModel) -> None:
         """Add the scores of a model."""
-        read_IND, moments = self._encode(name, model)
+        read_IND, moments = self._encode(name, keeping(model, self._features))
         read_keys = [k for k, p in zip(self._images.keys, self._part, strict=True) if p == _READ]
         values: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
         for teacher in self._images.teachers:
