@@ -35,12 +35,12 @@ from movekd.extract.calibrate import (
     import_calibration,
     read_other_calibration,
     sealed_calibration,
-    with_std_floor,
 )
 from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
 from movekd.extract.options import BuildContext, BuildOptions, Progress, Tell, print_error
 from movekd.extract.partition import WHOLE, Partition
+from movekd.extract.spec_defaults import with_defaults
 from movekd.extract.teacher_loop import TeacherJob
 from movekd.teachers.providers import find_provider
 
@@ -140,7 +140,7 @@ def build_cache(
         with locks.settling():
             source = None if channel_stats is None else open_storage(channel_stats)
             own, asked = None if replace else storage, specs
-            specs = [with_std_floor(spec, own=own, other=source) for spec in asked]
+            specs = [with_defaults(spec, own=own, other=source) for spec in asked]
             executor.begin(context, specs)
             imported: dict[str, Imported] = {}
             if source is not None:  # read it before anything is deleted

@@ -4,7 +4,8 @@ Input: teacher output, batch by batch, and channel statistics. Output: a sealed 
 ``extract.teacher_loop`` makes one buffer per task.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch
 from movekd.extract.locks import sealing
 from movekd.teachers import TeacherOutput
+
+OutputT = TypeVar("OutputT", bound=TeacherOutput)
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,21 @@ class ShardBuffer:
         return rows - self._first
 
 
-def resize_output(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
-    """Return the output resized to the grid that the spec stores."""
+def stored_output(output: OutputT, spec: CacheSpec) -> OutputT:
+    """Return what the spec stores of an output: on its grid, and of the attention its heads.
+
+    The mean over heads is taken in float32, before float16 rounds it.
+    """
+    output = mean_attention(output, spec)
     return output if spec.grid == "native" else output.resize(spec.grid)
+
+
+def mean_attention(output: OutputT, spec: CacheSpec) -> OutputT:
+    """Return the output with a head axis of length 1 if the spec stores the mean over heads."""
+    attention_BHN = output.cls_attention_BHN
+    if attention_BHN is None or spec.stored_heads == "all":
+        return output
+    return replace(output, cls_attention_BHN=attention_BHN.float().mean(dim=1, keepdim=True))
 
 
 def _half(values: Tensor, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from movekd.corpus.transforms import ImageTransform
 from movekd.extract.background_worker import BackgroundWorker
 from movekd.extract.image_loader import ImageLoader, PixelBatch, image_transform, square_key
 from movekd.extract.options import BuildContext, BuildOptions, Progress
-from movekd.extract.shard_buffer import ShardBuffer, ShardTask, resize_output
+from movekd.extract.shard_buffer import ShardBuffer, ShardTask, stored_output
 from movekd.teachers import Teacher, TeacherOutput
 
 WAITING_BYTES = 2 * 2**30
@@ -140,7 +140,7 @@ class TeacherBuild:
             buffer.skip(batch)
             return
         with self._side_stream.after(mark):
-            buffer.add(resize_output(output, self.spec), batch, self._stats)
+            buffer.add(stored_output(output, self.spec), batch, self._stats)
 
 
 Turn = list[tuple[TeacherBuild, list[ShardTask]]]
