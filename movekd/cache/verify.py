@@ -56,6 +56,8 @@ class TeacherStatus:
     """Smallest deviation of a channel, as a share of the median; 0: no floor."""
     fingerprint: str
     random_weights: bool
+    recoded_from: tuple[str, ...]
+    """Codecs that held the tokens before a recoding; the errors are then upper bounds."""
 
 
 def status(cache: CacheContents) -> list[TeacherStatus]:
@@ -94,6 +96,7 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
         std_floor=teacher.spec.std_floor or 0.0,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
+        recoded_from=tuple(source.codec for source in teacher.spec.recoded_from),
     )
 
 
