@@ -187,6 +187,7 @@ class CacheSpec(FrozenModel):
     )
     recoded_from: tuple[RecodedFrom, ...] = Field(
         default=(),
+        max_length=100,
         description="Codecs that held the tokens before, and the hashes of their calibrations. "
         "Only `movekd cache recode` sets it.",
     )

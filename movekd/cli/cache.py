@@ -110,11 +110,11 @@ def _print_teachers(
             say(f"{name}: {sentence}", err=True)
         if found[_SHOWN:]:
             say(f"{name}: {len(found) - _SHOWN} more files", err=True)
-        if found and name in {teacher.teacher for teacher in teachers}:
-            say(
-                f"{name}: run its `movekd cache build` again, which builds these Zarr shards anew",
-                err=True,
-            )
+        for t in teachers:
+            if found and name == t.teacher:
+                command = "recode" if t.recoded_from else "build"
+                again = f"run its `movekd cache {command}` again"
+                say(f"{name}: {again}, which makes these Zarr shards anew", err=True)
 
 
 def _state(teacher: "TeacherStatus", wrong: Sequence[str]) -> str:
