@@ -53,6 +53,14 @@ def recode(
             help="Stop if the energy error of a Zarr shard may exceed this. Default: never.",
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="First compare every sealed byte of --output, and make again what differs. "
+            "Default: only existence and size.",
+        ),
+    ] = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -82,6 +90,7 @@ def recode(
                 cls_attention_heads=cls_attention_heads,
                 max_error=max_error,
                 max_energy_error=max_energy_error,
+                is_verifying=verify,
                 device=build_options(device, "float32", 1, 0).device,
                 tell=lambda sentence: say(sentence, err=True),
                 progress=progress,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from movekd.cache import layout
+from movekd.cache.catalog import Catalog
 from movekd.cache.codecs import codec
 from movekd.cache.contents import read_calibration
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
@@ -28,7 +29,7 @@ from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec, RecodedFrom
 from movekd.cache.stats import ChannelStats
 from movekd.cache.storage import Storage, open_storage
-from movekd.cache.verify import TeacherStatus, teacher_status
+from movekd.cache.verify import TeacherStatus, shard_problems, teacher_status
 from movekd.cache.writer import TeacherWriter, create_group, resize_group, stats_checksum
 from movekd.errors import CacheError, ConfigError
 from movekd.extract.background_worker import BackgroundWorker
@@ -95,6 +96,7 @@ def recode_cache(
     cls_attention_heads: str | None = None,
     max_error: float | None = None,
     max_energy_error: float | None = None,
+    is_verifying: bool = False,
     device: str = "cpu",
     tell: Tell = print_error,
     progress: Progress = lambda what, done, total: None,
@@ -112,6 +114,8 @@ def recode_cache(
         cls_attention_heads: ``mean`` stores the mean over heads. Default: what the source has.
         max_error: the run stops if the bound of a token's error exceeds this. Default: never.
         max_energy_error: the same for the energy error of a Zarr shard.
+        is_verifying: compare every byte of what the output has first, and make again what differs.
+            Default: only existence and size.
         device: where tokens are decoded and encoded. The last bits may depend on it.
         tell: called with sentences that a user should know at once.
         progress: called after each batch.
@@ -139,6 +143,8 @@ def recode_cache(
                 delete_leftovers(into, locks, name)
                 _settle(into, recoding, catalog.num_rows)
                 store, wrong = open_sealed(into, catalog, name, tell)
+            if is_verifying:
+                wrong |= _damaged(store, catalog, wrong, tell)
             tasks = shard_tasks(catalog, store, sorted({*store.missing_shards, *wrong}))
             _recode_shards(recoding, store, tasks, opened, torch.device(device), progress)
             with locks.settling():
@@ -238,6 +244,15 @@ def _settle(into: Storage, recoding: _Recoding, num_rows: int) -> None:
             delete_teacher(into, name)  # what an interrupted creation left
             create_group(into, recoding.spec, recoding.calibration, recoding.stats, num_rows)
     resize_group(into, recoding.spec, recoding.calibration, num_rows)
+
+
+def _damaged(store: TeacherWriter, catalog: Catalog, known: set[int], tell: Tell) -> set[int]:
+    """Return the sealed Zarr shards of the output that differ from their seals, read in full."""
+    sealed = [shard for shard in store.sealed_shards if shard not in known]
+    problems = list(shard_problems(store, catalog, sealed))
+    for _, problem in problems:
+        tell(f"{store.teacher}: {problem}")
+    return {shard for shard, _ in problems}
 
 
 def _recode_shards(
