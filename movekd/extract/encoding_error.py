@@ -98,7 +98,8 @@ def with_recoding(source: EncodingError, measured: EncodingError) -> EncodingErr
 
     The mean over tokens of r a is at most max(r) mean(a), and at most mean(r) max(a). Limiting all
     three to 8 sigma changes nothing of this. Sums of squares obey the same inequality, with the
-    roots of the energy errors as a and r, because they are norms too.
+    roots of the energy errors as a and r, because they are norms too. A token of norm 0 counts as
+    without error, as in a build.
 
     Args:
         source: error of the source, or a bound of it.

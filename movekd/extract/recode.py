@@ -179,7 +179,8 @@ def _plan(
         raise CacheError(
             f"teacher '{name}' in {opened.url} lacks {len(source.missing_shards)} of "
             f"{source.layout.num_shards(source.num_rows)} Zarr shards; a recoded cache cannot be "
-            "finished with the teacher. Finish it with its `movekd cache build` first."
+            "finished with the teacher. Finish it with its `movekd cache build` first, or leave it "
+            "out with --teacher."
         )
     chosen = codec(to)
     if to == spec.codec:
