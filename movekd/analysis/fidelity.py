@@ -20,7 +20,7 @@ import torch
 from movekd.analysis.codec_trial import CodecTrial, Fidelity
 from movekd.analysis.kd_gradient import KDGradient
 from movekd.cache.codecs import codec_names
-from movekd.cache.spec import DEFAULT_STD_FLOOR, CacheSpec
+from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.index import Corpus
@@ -29,6 +29,8 @@ from movekd.errors import CacheError
 from movekd.extract.calibrate import by_key
 from movekd.extract.options import BuildOptions, Progress
 from movekd.extract.run_teacher import LiveFeatures, live_features
+from movekd.extract.shard_buffer import mean_attention
+from movekd.extract.spec_defaults import with_defaults
 from movekd.teachers import load_teacher
 
 
@@ -83,6 +85,7 @@ def measure_fidelity(
     """
     if not len(corpus):
         raise CacheError(f"{corpus.data_dir} holds no image to measure with; pack images first.")
+    spec = with_defaults(spec)
     calibration, images = draw_images(corpus, spec.calibration_images, num_images)
     teacher = load_teacher(spec, options.device, options.dtype)
     unreadable: dict[int, str] = {}
@@ -112,6 +115,7 @@ def measure_fidelity(
     }
     for features in live(images, "measure"):
         of_images = corpus.index.take("key", np.asarray(features.images)).to_pylist()
+        features = mean_attention(features, spec)
         keys = [  # they seed the student, so every view needs another one
             f"{key} {view}" if view else key
             for key, view in zip(of_images, features.views, strict=True)
@@ -170,8 +174,7 @@ def _calibrate(
             statistics.setdefault(grid, StatsAccumulator()).add(tokens_BND)
     if not statistics:
         raise CacheError("no image of the calibration could be read; check the corpus.")
-    floor = DEFAULT_STD_FLOOR if spec.std_floor is None else spec.std_floor
-    return native, {grid: found.result(floor) for grid, found in statistics.items()}
+    return native, {grid: found.result(spec.std_floor or 0.0) for grid, found in statistics.items()}
 
 
 def _measure(

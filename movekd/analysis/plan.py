@@ -37,6 +37,7 @@ from movekd.corpus.index import Corpus
 from movekd.errors import CacheError, ConfigError, MovekdError, WeightsError, did_you_mean
 from movekd.extract.image_loader import image_transform, pixel_batches
 from movekd.extract.options import BuildOptions, Progress
+from movekd.extract.spec_defaults import with_defaults
 from movekd.teachers import Teacher, load_teacher
 from movekd.teachers.backbone import OutputShape
 from movekd.teachers.providers import build_backbone
@@ -315,6 +316,8 @@ def _storage_options(
 ) -> list[StorageOption]:
     """Return the codecs and grids that can store a teacher; ``refused`` receives the others."""
     num_tokens, width, cls_width, num_heads = shape
+    if num_heads is not None and with_defaults(spec).stored_heads == "mean":
+        num_heads = 1
     native = grid_side(num_tokens)
     asked = native if spec.grid == "native" else spec.grid
     options = []

@@ -9,8 +9,8 @@ from movekd.cache.reader import TeacherCache
 from movekd.cache.spec import CacheSpec
 from movekd.errors import ConfigError
 
-_BUILD_KEYS = ("codec", "grid", "compressor", "calibration_images")
-"""Keys that flags of the build may change and that do not affect the network."""
+_BUILD_KEYS = ("codec", "grid", "compressor", "calibration_images", "recoded_from")
+"""Keys that flags of the build, or a recoding, may change and that do not affect the network."""
 
 
 def spec_to_run(store: TeacherCache, given: CacheSpec | None, weights: str | None) -> CacheSpec:
@@ -38,8 +38,9 @@ def spec_to_run(store: TeacherCache, given: CacheSpec | None, weights: str | Non
         return stored.with_changes(weights=weights or "hub")
     source = "random" if stored.weights == "random" else weights or given.weights
     kept = {key: getattr(stored, key) for key in _BUILD_KEYS}
-    if given.std_floor is None:  # the cache's, which a build settles
-        kept["std_floor"] = stored.std_floor
+    for key in ("std_floor", "cls_attention_heads"):
+        if getattr(given, key) is None:  # the cache's, which a build settles
+            kept[key] = getattr(stored, key)
     asked = given.with_changes(weights=source, **kept)
     if asked.fingerprint != stored.fingerprint:
         differs = stored.differences(asked, "in the file")

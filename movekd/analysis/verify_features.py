@@ -28,6 +28,7 @@ from movekd.corpus.index import Corpus, find_rows
 from movekd.errors import ConfigError, CorpusError, MovekdError, did_you_mean
 from movekd.extract.options import BuildOptions, Progress
 from movekd.extract.run_teacher import LiveFeatures, live_features
+from movekd.extract.shard_buffer import stored_output
 from movekd.teachers import load_teacher
 
 SLACK: Mapping[torch.dtype, float] = {
@@ -197,8 +198,7 @@ def _differences(
     store: TeacherCache, rows: Sequence[int], live: LiveFeatures, slack: float
 ) -> Iterator[tuple[int, str]]:
     """Yield each row that differs, with the differences."""
-    if live.grid != store.grid:
-        live = live.resize(store.grid)
+    live = stored_output(live, store.spec)
     stored = store.read(rows).to(live.tokens_BND.device)
     stats = store.stats.to(live.tokens_BND.device)
     exact_BND = stats.standardise(live.tokens_BND)

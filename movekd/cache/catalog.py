@@ -161,7 +161,7 @@ def update_catalog(
         CacheError: the cache has other views, another geometry or another corpus.
     """
     if not storage.exists(CACHE_JSON):
-        _refuse_orphans(storage)
+        refuse_orphans(storage)
         return _write(storage, corpus, geometry, views, [[0, len(corpus)]])
     old = read_cache_json(storage)
     if old.views != views:
@@ -219,7 +219,7 @@ def _compare(held: ParquetTable, parts: Iterator[pa.Table]) -> tuple[bool, bool]
     return is_same and start == len(held), is_moved or start < len(held)
 
 
-def _refuse_orphans(storage: Storage) -> None:
+def refuse_orphans(storage: Storage) -> None:
     """Refuse to assign new images to sealed features: nothing in the features would contradict."""
     teachers = [f.removesuffix(".seals") for f in storage.folders() if f.endswith(".seals")]
     sealed = [name for name in teachers if storage.exists(calibration_name(name))]

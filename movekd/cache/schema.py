@@ -125,6 +125,9 @@ class EncodingError(FrozenModel):
 
     ``limited_*``: the same of values limited to 8 sigma. ``energy``: the sum of
     ``||decoded - exact||**2`` over the sum of ``||exact||**2``. Earlier seals have none of these.
+
+    ``recoded_*``: the same against the decoded tokens of another cache, where these were encoded
+    again. Only then they are there, and all others are upper bounds.
     """
 
     model_config = ConfigDict(strict=True)
@@ -135,6 +138,9 @@ class EncodingError(FrozenModel):
     limited_mean: Finite | None = None
     limited_max: Finite | None = None
     energy: Finite | None = None
+    recoded_mean: Finite | None = None
+    recoded_max: Finite | None = None
+    recoded_energy: Finite | None = None
 
 
 class ShardSeal(Record):

@@ -29,6 +29,8 @@ LIMITS = ("max_error", "max_energy_error")
 """Keys that stop a build and change no byte."""
 DEFAULT_STD_FLOOR = 0.25
 """``std_floor`` of a new teacher in a cache whose spec does not say."""
+DEFAULT_CLS_ATTENTION_HEADS = "mean"
+"""The same for ``cls_attention_heads``."""
 MAX_IMAGE_SIZE = 8_192
 MAX_GRID = 1_024
 
@@ -54,6 +56,14 @@ def _inside(revision: str) -> str:
 Name = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
 Place = Annotated[str, Field(max_length=4_096), AfterValidator(_printable)]
 Colour = Annotated[tuple[float, float, float], AfterValidator(_in_0_to_1)]
+
+
+class RecodedFrom(FrozenModel):
+    """What held a teacher's tokens before `movekd cache recode` encoded them again."""
+
+    codec: Name
+    calibration: str = Field(pattern="^[0-9a-f]{32}$")
+    """``Calibration.hash`` of that cache."""
 
 
 class CacheSpec(FrozenModel):
@@ -122,6 +132,12 @@ class CacheSpec(FrozenModel):
         description="Store the attention row of [CLS] in the block before that layer; for `last`, "
         "in the last block.",
     )
+    cls_attention_heads: Literal["mean", "all"] | None = Field(
+        default=None,
+        description="Stored heads of that attention: their mean, which the losses use, or all. "
+        f"null: {DEFAULT_CLS_ATTENTION_HEADS} for a teacher that is new in a cache, otherwise what "
+        "the cache has.",
+    )
     cls_source: Literal["token", "attention_pool"] = Field(
         default="token",
         description="Source of [CLS]: its token, or for a model without one (SigLIP) the "
@@ -171,6 +187,12 @@ class CacheSpec(FrozenModel):
         description="Smallest standard deviation of a channel, as a share of the median over the "
         "channels, so that channels that rarely fire do not dominate the loss; 0: no floor. null: "
         f"{DEFAULT_STD_FLOOR} for a teacher that is new in a cache, otherwise what the cache has.",
+    )
+    recoded_from: tuple[RecodedFrom, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Codecs that held the tokens before, and the hashes of their calibrations. "
+        "Only `movekd cache recode` sets it.",
     )
 
     @field_validator("codec")
@@ -242,7 +264,7 @@ class CacheSpec(FrozenModel):
 
     def differences(self, other: "CacheSpec", where: str) -> list[str]:
         """Return the keys that decide bytes and differ; ``where`` says where ``other`` stands."""
-        own, others = self._with_its_floor(), other._with_its_floor()
+        own, others = self._settled(), other._settled()
         return [
             f"{key} is {own[key]!r} in the cache, {others[key]!r} {where}"
             for key in own
@@ -252,9 +274,9 @@ class CacheSpec(FrozenModel):
     def as_stored(self) -> dict[str, Any]:
         """Return the spec as the attributes of the teacher's group hold it.
 
-        It says whether weights were given, not where they lie. Without a floor it has no
-        ``std_floor``, and without a limit of the energy error no such key, as caches from before
-        there were these.
+        It says whether weights were given, not where they lie. Keys that came later are left out
+        where they say what caches without them have: no ``std_floor``, no limit of the energy
+        error, all heads of the attention, tokens of the teacher itself.
         """
         content = self.model_dump(mode="json")
         content["weights"] = "random" if self.weights == "random" else "given"
@@ -262,10 +284,20 @@ class CacheSpec(FrozenModel):
             del content["std_floor"]
         if self.max_energy_error is None:
             del content["max_energy_error"]
+        if self.stored_heads == "all":
+            del content["cls_attention_heads"]
+        if not self.recoded_from:
+            del content["recoded_from"]
         return content
 
-    def _with_its_floor(self) -> dict[str, Any]:
-        return self.model_dump() | {"std_floor": self.std_floor or 0.0}
+    def _settled(self) -> dict[str, Any]:
+        keys = {"std_floor": self.std_floor or 0.0, "cls_attention_heads": self.stored_heads}
+        return self.model_dump() | keys
+
+    @property
+    def stored_heads(self) -> Literal["mean", "all"]:
+        """``cls_attention_heads`` of a stored spec: without the key, all heads."""
+        return "mean" if self.cls_attention and self.cls_attention_heads == "mean" else "all"
 
     @property
     def fingerprint(self) -> str:
@@ -301,6 +333,11 @@ def load_spec(teacher: str) -> CacheSpec:
         )
     path = Path(teacher) if is_file else shipped[teacher]
     content = read_yaml(path)
+    if content.get("recoded_from"):
+        raise ConfigError(
+            f"{path}: recoded_from is a record of `movekd cache recode`, and features of a teacher "
+            "are recoded from none. Leave the key out."
+        )
     weights = content.get("weights")
     if isinstance(weights, str) and weights not in WEIGHTS_WORDS:
         content["weights"] = os.path.abspath(path.parent / weights)

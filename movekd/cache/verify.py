@@ -56,6 +56,8 @@ class TeacherStatus:
     """Smallest deviation of a channel, as a share of the median; 0: no floor."""
     fingerprint: str
     random_weights: bool
+    recoded_from: tuple[str, ...]
+    """Codecs that held the tokens before a recoding; the errors are then upper bounds."""
 
 
 def status(cache: CacheContents) -> list[TeacherStatus]:
@@ -94,6 +96,7 @@ def teacher_status(teacher: TeacherContents, catalog: Catalog) -> TeacherStatus:
         std_floor=teacher.spec.std_floor or 0.0,
         fingerprint=teacher.spec.fingerprint,
         random_weights=teacher.spec.weights == "random",
+        recoded_from=tuple(source.codec for source in teacher.spec.recoded_from),
     )
 
 
@@ -162,8 +165,8 @@ def _verify_teacher(
     missing = set(teacher.missing_shards)
     for shard in sorted(missing):
         yield (
-            f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache build` "
-            "again."
+            f"{storage.url}/{group}: Zarr shard {shard} is not built; run `movekd cache "
+            f"{_maker(teacher)}` again."
         )
     shards = [s for s in range(teacher.layout.num_shards(teacher.num_rows)) if s not in missing]
     for _, problem in shard_problems(teacher, cache.catalog, shards, progress):
@@ -199,6 +202,7 @@ def shard_problems(
         progress: called with the number of bytes of each file after it was read.
     """
     storage, group = teacher.storage, layout.group_name(teacher.teacher)
+    mend = _MEND.replace("build`", f"{_maker(teacher)}`")
     size, rows_of_images = teacher.layout.rows_per_shard, catalog.rows
     keys = catalog.keys_checksums((shard * size, (shard + 1) * size) for shard in shards)
     for shard, expected_keys in zip(shards, keys, strict=True):
@@ -211,7 +215,7 @@ def shard_problems(
         if seal.calibration != teacher.calibration.hash:
             yield (
                 shard,
-                f"{storage.url}/{seal_name} was sealed under another calibration. {_MEND}",
+                f"{storage.url}/{seal_name} was sealed under another calibration. {mend}",
             )
         first = shard * size
         low, high = np.searchsorted(rows_of_images, [first, first + size])
@@ -221,7 +225,7 @@ def shard_problems(
             yield (
                 shard,
                 f"{storage.url}/{seal_name} covers rows {seal.rows} and {len(seal.files)} "
-                f"files, its Zarr shard has {rows} and {len(files)}. {_MEND}",
+                f"files, its Zarr shard has {rows} and {len(files)}. {mend}",
             )
         if seal.rows == rows and seal.keys_xxh3_128 != expected_keys:
             yield (
@@ -229,8 +233,13 @@ def shard_problems(
                 f"{storage.url}/{seal_name} was made for other images than {layout.INDEX} lists; "
                 "one of the two comes from another cache. Restore it, or --overwrite the teacher.",
             )
-        for problem in _check_files(storage, group, seal.files, progress):
+        for problem in _check_files(storage, group, seal.files, progress, mend):
             yield shard, problem
+
+
+def _maker(teacher: TeacherContents) -> str:
+    """Return the command of `movekd cache` that makes the Zarr shards of a teacher."""
+    return "recode" if teacher.spec.recoded_from else "build"
 
 
 def _foreign_seals(teacher: TeacherContents) -> Iterator[str]:

@@ -9,6 +9,7 @@ from movekd.cli.aliases import Command
 from movekd.cli.cache_build import build
 from movekd.cli.cache_fidelity import fidelity
 from movekd.cli.cache_plan import plan
+from movekd.cli.cache_recode import recode
 from movekd.cli.cache_show import show
 from movekd.cli.cache_verify import verify
 from movekd.cli.options import Cache, Json, PositionalCache, one_cache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 app = typer.Typer(no_args_is_help=True)
-for command in (build, plan, fidelity, show, verify):
+for command in (build, plan, fidelity, recode, show, verify):
     app.command(cls=Command)(command)
 
 
@@ -101,16 +102,19 @@ def _print_teachers(
         ],
     )
 
+    for t in teachers:
+        if t.recoded_from:
+            say(f"{t.teacher}: recoded from {', '.join(t.recoded_from)}; errors are upper bounds")
     for name, found in wrong.items():
         for sentence in found[:_SHOWN]:
             say(f"{name}: {sentence}", err=True)
         if found[_SHOWN:]:
             say(f"{name}: {len(found) - _SHOWN} more files", err=True)
-        if found and name in {teacher.teacher for teacher in teachers}:
-            say(
-                f"{name}: run its `movekd cache build` again, which builds these Zarr shards anew",
-                err=True,
-            )
+        for t in teachers:
+            if found and name == t.teacher:
+                command = "recode" if t.recoded_from else "build"
+                again = f"run its `movekd cache {command}` again"
+                say(f"{name}: {again}, which makes these Zarr shards anew", err=True)
 
 
 def _state(teacher: "TeacherStatus", wrong: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import stat
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -174,17 +174,14 @@ class Corpus:
             CorpusError: a key is no SHA-256.
         """
         num_rows = len(self) if num_rows is None else min(num_rows, len(self))
-        link = hashlib.sha256(b"movekd corpus").digest()
-        for first in range(0, num_rows, PART_ROWS):
-            part = self.index.slice(first, min(PART_ROWS, num_rows - first), ["key"])
-            decode_keys(part["key"], first, str(self.data_dir / INDEX_FILE))
-            text, starts = lines(part["key"])
-            for start in range(0, len(part), _FINGERPRINT_BLOCK):
-                end = min(start + _FINGERPRINT_BLOCK, len(part))
-                block = hashlib.sha256(link)
-                block.update(text[starts[start] : starts[end] - 1])  # no newline after the last
-                link = block.digest()
-        return link.hex()
+
+        def parts() -> Iterator[pa.ChunkedArray]:
+            for first in range(0, num_rows, PART_ROWS):
+                part = self.index.slice(first, min(PART_ROWS, num_rows - first), ["key"])
+                decode_keys(part["key"], first, str(self.data_dir / INDEX_FILE))
+                yield part["key"]
+
+        return fingerprint_keys(parts())
 
     def shard_ends(self) -> NDArray[np.int64]:
         """Return the least size of each of ``shards`` in bytes."""
@@ -247,6 +244,19 @@ def open_corpus(data_dir: Path | str) -> Corpus:
         if found.st_size < end:
             raise _short_shard(path, found.st_size, end)
     return corpus
+
+
+def fingerprint_keys(parts: Iterable[pa.ChunkedArray]) -> str:
+    """Return ``Corpus.fingerprint`` of keys, of which each part but the last has ``PART_ROWS``."""
+    link = hashlib.sha256(b"movekd corpus").digest()
+    for part in parts:
+        text, starts = lines(part)
+        for start in range(0, len(part), _FINGERPRINT_BLOCK):
+            end = min(start + _FINGERPRINT_BLOCK, len(part))
+            block = hashlib.sha256(link)
+            block.update(text[starts[start] : starts[end] - 1])  # no newline after the last
+            link = block.digest()
+    return link.hex()
 
 
 def find_rows(

@@ -14,7 +14,7 @@ from movekd.cache.stats import ChannelStats
 from movekd.errors import CacheError
 from movekd.extract.image_loader import PixelBatch, image_transform
 from movekd.extract.options import CPU_BATCH_SIZE, BuildOptions
-from movekd.extract.shard_buffer import resize_output
+from movekd.extract.shard_buffer import stored_output
 from movekd.teachers import Teacher, TeacherOutput
 
 MEMORY_SHARE = 0.9
@@ -73,7 +73,7 @@ def forward_and_encode(teacher: Teacher, batch_size: int, options: BuildOptions)
     images = list(range(batch_size))
     batch = PixelBatch(images, levels_BHWC, [(size, size)] * batch_size, {}, transform)
     output = teacher.forward(batch.pixels(options.device, options.dtype))
-    kept = resize_output(output, spec)
+    kept = stored_output(output, spec)
     width = kept.tokens_BND.shape[-1]
     chosen = codec(spec.codec)
     stats = ChannelStats(torch.zeros(width), torch.ones(width)).for_codec(chosen)

@@ -17,7 +17,7 @@ from movekd.cache.catalog import read_cache_json
 from movekd.cache.codecs import codec
 from movekd.cache.contents import TeacherContents, read_calibration
 from movekd.cache.schema import Calibration
-from movekd.cache.spec import DEFAULT_STD_FLOOR, CacheSpec
+from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.cache.storage import Storage
 from movekd.cache.writer import create_group, stats_checksum
@@ -29,6 +29,8 @@ from movekd.extract.choose_rank import CodecChoice
 from movekd.extract.locks import wait_for_writers
 from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.run_teacher import LiveFeatures, live_features
+from movekd.extract.shard_buffer import stored_output
+from movekd.extract.spec_defaults import with_defaults
 from movekd.teachers import Teacher
 
 LEAST_VARIATION = 0.02
@@ -53,32 +55,6 @@ def delete_teacher(storage: Storage, teacher: str) -> None:
     storage.delete_folder(layout.group_name(teacher))
 
 
-def with_std_floor(
-    spec: CacheSpec, *, own: Storage | None, other: Storage | None = None
-) -> CacheSpec:
-    """Return the spec with a ``std_floor``: its own, a sealed one, or the default.
-
-    Args:
-        spec: the teacher. A floor that it names stays.
-        own: the cache, unless the teacher in it will be deleted. A sealed calibration keeps its
-            floor, so caches from before there was one can be resumed and appended to.
-        other: the cache of ``--channel-stats``.
-    """
-    if spec.std_floor is not None:
-        return spec
-    for storage in (own, other):
-        calibration = None if storage is None else read_calibration(storage, spec.name)
-        if storage is None or calibration is None:
-            continue
-        for floor in (0.0, DEFAULT_STD_FLOOR):  # needs no file that the build may have to mend
-            settled = spec.with_changes(std_floor=floor)
-            if settled.fingerprint == calibration.spec_fingerprint:
-                return settled
-        sealed = TeacherContents(storage, spec.name, 0).spec
-        return spec.with_changes(std_floor=sealed.std_floor or 0.0)
-    return spec.with_changes(std_floor=DEFAULT_STD_FLOOR)
-
-
 def read_other_calibration(
     source: Storage, spec: CacheSpec, geometry: Geometry
 ) -> tuple[Calibration, ChannelStats]:
@@ -94,7 +70,7 @@ def read_other_calibration(
             f"statistics depend on the geometry. Give --resize-mode {held}, or leave "
             "--channel-stats out."
         )
-    calibration = sealed_calibration(source, with_std_floor(spec, own=source))
+    calibration = sealed_calibration(source, with_defaults(spec, own=source))
     if calibration is None:
         raise CacheError(
             f"{source.url} holds no calibration of '{spec.name}', so it has no channel statistics "
@@ -168,8 +144,7 @@ def calibrate(context: BuildContext, spec: CacheSpec, teacher: Teacher) -> Calib
     for features in live_features(
         teacher, corpus, catalog.geometry, images, views, options, {}, context.progress, label
     ):
-        if spec.grid != "native":
-            features = features.resize(spec.grid)
+        features = stored_output(features, spec)
         codec(spec.codec).arrays(*features.tokens_BND.shape[1:])  # a width may be refused: at once
         statistics.add(features.tokens_BND)
         variation.add(features.tokens_BND)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from movekd.cache import layout
-from movekd.cache.catalog import Catalog, update_catalog
-from movekd.cache.inventory import damaged_seals, describe, wrong_files
+from movekd.cache.catalog import update_catalog
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
 from movekd.cache.stats import ChannelStats
@@ -35,12 +33,18 @@ from movekd.extract.calibrate import (
     import_calibration,
     read_other_calibration,
     sealed_calibration,
-    with_std_floor,
 )
 from movekd.extract.executor import Executor, JobResult, LocalExecutor
 from movekd.extract.locks import BuildLocks, build_lock
 from movekd.extract.options import BuildContext, BuildOptions, Progress, Tell, print_error
 from movekd.extract.partition import WHOLE, Partition
+from movekd.extract.sealed_teacher import (
+    count_shards,
+    delete_leftovers,
+    open_sealed,
+    skipped_table,
+)
+from movekd.extract.spec_defaults import with_defaults
 from movekd.extract.teacher_loop import TeacherJob
 from movekd.teachers.providers import find_provider
 
@@ -140,7 +144,7 @@ def build_cache(
         with locks.settling():
             source = None if channel_stats is None else open_storage(channel_stats)
             own, asked = None if replace else storage, specs
-            specs = [with_std_floor(spec, own=own, other=source) for spec in asked]
+            specs = [with_defaults(spec, own=own, other=source) for spec in asked]
             executor.begin(context, specs)
             imported: dict[str, Imported] = {}
             if source is not None:  # read it before anything is deleted
@@ -149,11 +153,11 @@ def build_cache(
                 _replace(context, executor, specs, imported, deletes)
             jobs, calibration_seconds = [], []
             for spec in specs:
-                _delete_leftovers(storage, locks, spec)
+                delete_leftovers(storage, locks, spec.name)
                 started = time.perf_counter()
                 _settle_calibration(context, executor, spec, imported.get(spec.name), tell)
                 calibration_seconds.append(time.perf_counter() - started)
-                store, wrong = _open_sealed(context, spec, tell)
+                store, wrong = open_sealed(storage, catalog, spec.name, tell)
                 if is_verifying:
                     wrong |= _verified(context, store, wrong, partition, tell)
                 size = store.layout.rows_per_shard
@@ -163,7 +167,7 @@ def build_cache(
         results = executor.build(context, jobs)
         with locks.settling():
             for spec in specs:  # of workers that were killed meanwhile
-                _delete_leftovers(storage, locks, spec)
+                delete_leftovers(storage, locks, spec.name)
                 locks.remove_dead(spec.name)
             summaries = [
                 _summary(context, *each)
@@ -191,14 +195,6 @@ def _replace(
         delete_teacher(context.storage, spec.name)
 
 
-def _delete_leftovers(storage: Storage, locks: BuildLocks, spec: CacheSpec) -> None:
-    """Delete temporary files of killed builds, unless another part may be writing them."""
-    if storage.local_dir is None or not locks.is_only_part(spec.name):
-        return  # the last part deletes them; an object store has no temporary files
-    for folder in (layout.group_name(spec.name), layout.seals_name(spec.name)):
-        storage.delete_leftovers(folder)
-
-
 def _settle_calibration(
     context: BuildContext,
     executor: Executor,
@@ -220,28 +216,6 @@ def _settle_calibration(
     if calibration is None:
         calibration = executor.calibrate(context, spec)
     resize_group(context.storage, spec, calibration, context.catalog.num_rows)
-
-
-def _open_sealed(
-    context: BuildContext, spec: CacheSpec, tell: Tell
-) -> tuple[TeacherWriter, set[int]]:
-    """Return a teacher, and its Zarr shards with files that are gone or have another size.
-
-    Seals that cannot be read are deleted: they prove nothing, so their Zarr shards are not sealed.
-    The others stay until their Zarr shards can be written again, see ``ShardBuffer.write``.
-    """
-    storage, num_rows = context.storage, context.catalog.num_rows
-    store = TeacherWriter(storage, spec.name, num_rows)
-    for shard, problem in damaged_seals(store).items():
-        tell(f"{spec.name}: {problem} Zarr shard {shard} is built again.")
-        storage.delete(layout.seal_name(spec.name, shard))
-        store = TeacherWriter(storage, spec.name, num_rows)
-    store.require_images(context.catalog)
-    files = wrong_files(store)
-    wrong = {file.shard for file in files if file.shard is not None}
-    if wrong:
-        tell(f"{spec.name}: {describe(files)}. {_count(len(wrong))} built again.")
-    return store, wrong
 
 
 def _verified(
@@ -271,19 +245,15 @@ def _verified(
     wrong = {shard for shard, _ in problems}
     if wrong:
         first = f"{problems[0][1]} " + (f"{len(problems) - 1} more. " if problems[1:] else "")
-        tell(f"{store.teacher}: {first}{_count(len(wrong))} built again.")
+        tell(f"{store.teacher}: {first}{count_shards(len(wrong))} built again.")
     return wrong
-
-
-def _count(num_shards: int) -> str:
-    return "1 Zarr shard is" if num_shards == 1 else f"{num_shards} Zarr shards are"
 
 
 def _summary(
     context: BuildContext, spec: CacheSpec, result: JobResult, calibration_seconds: float
 ) -> BuildSummary:
     store = TeacherWriter(context.storage, spec.name, context.catalog.num_rows)
-    skipped = _skipped_table(context.catalog, store.skipped)
+    skipped = skipped_table(context.catalog, store.skipped)
     store.write_skipped(skipped)
     return BuildSummary(
         status=teacher_status(store, context.catalog),
@@ -292,11 +262,3 @@ def _summary(
         seconds=result.seconds,
         calibration_seconds=calibration_seconds,
     )
-
-
-def _skipped_table(catalog: Catalog, skipped: Mapping[int, str]) -> pa.Table:
-    """Return a table of row, key and reason for the images without features, in row order."""
-    rows = np.array(sorted(skipped), np.int64)
-    keys = catalog.index.take("key", np.searchsorted(catalog.rows, rows))
-    reasons = pa.array([skipped[row] for row in rows.tolist()], pa.string())
-    return pa.table({"row": pa.array(rows), "key": keys, "reason": reasons})

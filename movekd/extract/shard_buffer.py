@@ -4,7 +4,9 @@ Input: teacher output, batch by batch, and channel statistics. Output: a sealed 
 ``extract.teacher_loop`` makes one buffer per task.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +23,23 @@ from movekd.cache.storage import Storage
 from movekd.cache.verify import shard_problems
 from movekd.cache.writer import TeacherWriter
 from movekd.errors import CacheError
-from movekd.extract.image_loader import PixelBatch
+from movekd.extract.encoding_error import ErrorSums, with_recoding
 from movekd.extract.locks import sealing
 from movekd.teachers import TeacherOutput
+
+OutputT = TypeVar("OutputT", bound=TeacherOutput)
+
+
+class RowBatch(Protocol):
+    """What the buffer needs to know of a batch: a ``PixelBatch``, or rows of another cache."""
+
+    @property
+    def images(self) -> Sequence[int]:
+        """Position of each image, one per row."""
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Position in the batch -> why the row has no features."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,36 @@ class ShardTask:
     keys_xxh3_128: str
 
 
+def shard_tasks(catalog: Catalog, store: TeacherWriter, shards: Sequence[int]) -> list[ShardTask]:
+    """Return the tasks of some Zarr shards; a Zarr shard wholly in a gap has no rows."""
+    rows, size = catalog.rows, store.layout.rows_per_shard
+    spans = [(shard * size, (shard + 1) * size) for shard in shards]
+    tasks = []
+    for shard, span, keys in zip(shards, spans, catalog.keys_checksums(spans), strict=True):
+        low, high = np.searchsorted(rows, span)
+        tasks.append(ShardTask(shard, rows[low:high], np.arange(low, high), keys))
+    return tasks
+
+
 class ShardBuffer:
-    """The rows of one Zarr shard in memory; NaN until ``add`` fills them."""
+    """The rows of one Zarr shard in memory; NaN until ``add`` fills them.
+
+    Args:
+        store: the teacher in the cache.
+        task: the Zarr shard.
+        catalog: of the cache.
+        limits: spec with the limits of errors.
+        source: error of the features that ``add`` gets, if they are not the teacher's own output
+            but decoded from another cache.
+    """
 
     def __init__(
-        self, store: TeacherWriter, task: ShardTask, catalog: Catalog, limits: CacheSpec
+        self,
+        store: TeacherWriter,
+        task: ShardTask,
+        catalog: Catalog,
+        limits: CacheSpec,
+        source: EncodingError | None = None,
     ) -> None:
         self._store, self._task, self._catalog = store, task, catalog
         self._max_error, self._max_energy = limits.max_error, limits.max_energy_error
@@ -59,11 +100,9 @@ class ShardBuffer:
         }
         self._filled = 0
         self._skipped: dict[int, str] = {}
-        self._error_sum, self._error_max, self._num_tokens = 0.0, 0.0, 0
-        self._limited_sum, self._limited_max = 0.0, 0.0
-        self._squared_error, self._squared_norm = 0.0, 0.0
+        self._errors, self._source = ErrorSums(), source
 
-    def add(self, output: TeacherOutput, batch: PixelBatch, stats: ChannelStats) -> None:
+    def add(self, output: TeacherOutput, batch: RowBatch, stats: ChannelStats) -> None:
         """Encode a batch into its rows."""
         rows = self._next_rows(batch)
         readable = [i for i in range(len(batch.images)) if i not in batch.unreadable]
@@ -75,20 +114,15 @@ class ShardBuffer:
         except CacheError as error:
             raise CacheError(f"teacher '{self._store.teacher}': {error}") from None
         errors = self._store.codec.error(tokens_BND, stored, stats)
-        self._error_sum += errors.sum.item()
-        self._error_max = max(self._error_max, errors.max.item())
-        self._limited_sum += errors.limited_sum.item()
-        self._limited_max = max(self._limited_max, errors.limited_max.item())
-        self._squared_error += errors.squared_error.item()
-        self._squared_norm += errors.squared_norm.item()
-        if self._max_error is not None and self._error_max > self._max_error:
+        self._errors.add(errors, tokens_BND.shape[0] * tokens_BND.shape[1])
+        error_max = self._error().max
+        if self._max_error is not None and error_max > self._max_error:
             raise CacheError(
                 f"teacher '{self._store.teacher}', rows {self._first + rows[0]} to "
                 f"{self._first + rows[-1]}: the codec stores a token with a relative error of "
-                f"{self._error_max:.2%}; the spec allows max_error {self._max_error:.2%}. Store "
-                "float16 (--codec float16), give more --calibration-images, or raise max_error."
+                f"{error_max:.2%}; the spec allows max_error {self._max_error:.2%}. "
+                f"{self._remedy('Store float16 (--codec float16)')} max_error."
             )
-        self._num_tokens += tokens_BND.shape[0] * tokens_BND.shape[1]
         if output.cls_BD is not None:
             stored["cls"] = _half(output.cls_BD, "[CLS] embedding")
         if output.cls_attention_BHN is not None:
@@ -96,7 +130,7 @@ class ShardBuffer:
         for name, values in stored.items():
             self._arrays[name][rows[readable]] = values.cpu().numpy()
 
-    def skip(self, batch: PixelBatch) -> None:
+    def skip(self, batch: RowBatch) -> None:
         """Leave out a batch without a readable image."""
         self._next_rows(batch)
 
@@ -109,13 +143,14 @@ class ShardBuffer:
             CacheError: another build has replaced the teacher meanwhile.
         """
         store, shard = self._store, self._task.shard
-        energy = self._squared_error / max(self._squared_norm, 1e-30)
-        if self._max_energy is not None and energy > self._max_energy:
+        error = self._error()
+        energy = error.energy
+        if self._max_energy is not None and energy is not None and energy > self._max_energy:
             raise CacheError(
                 f"teacher '{store.teacher}', Zarr shard {shard}: the codec stores its tokens with "
                 f"an energy error of {energy:.3%}; the spec allows max_energy_error "
-                f"{self._max_energy:.3%}. Take a codec of more bytes, give more "
-                "--calibration-images, or raise max_energy_error."
+                f"{self._max_energy:.3%}. {self._remedy('Take a codec of more bytes')} "
+                "max_energy_error."
             )
         seal = layout.seal_name(store.teacher, shard)
         with sealing(storage, seal):
@@ -134,17 +169,20 @@ class ShardBuffer:
                 self._arrays,
                 keys_xxh3_128=self._task.keys_xxh3_128,
                 skipped=self._skipped,
-                error=EncodingError(
-                    mean=self._error_sum / max(self._num_tokens, 1),
-                    max=self._error_max,
-                    num_tokens=self._num_tokens,
-                    limited_mean=self._limited_sum / max(self._num_tokens, 1),
-                    limited_max=self._limited_max,
-                    energy=energy,
-                ),
+                error=error,
             )
 
-    def _next_rows(self, batch: PixelBatch) -> npt.NDArray[np.int64]:
+    def _remedy(self, other_codec: str) -> str:
+        if self._source is None:
+            return f"{other_codec}, give more --calibration-images, or raise"
+        return "The error of the source is part of it. Name a codec of more bytes, or raise"
+
+    def _error(self) -> EncodingError:
+        """Return the error so far of the stored tokens against the teacher's."""
+        measured = self._errors.result()
+        return measured if self._source is None else with_recoding(self._source, measured)
+
+    def _next_rows(self, batch: RowBatch) -> npt.NDArray[np.int64]:
         """Return the batch's rows, relative to the Zarr shard, and note the unreadable images."""
         end = self._filled + len(batch.images)
         rows = self._task.rows[self._filled : end]
@@ -154,9 +192,21 @@ class ShardBuffer:
         return rows - self._first
 
 
-def resize_output(output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
-    """Return the output resized to the grid that the spec stores."""
+def stored_output(output: OutputT, spec: CacheSpec) -> OutputT:
+    """Return what the spec stores of an output: on its grid, and of the attention its heads.
+
+    The mean over heads is taken in float32, before float16 rounds it.
+    """
+    output = mean_attention(output, spec)
     return output if spec.grid == "native" else output.resize(spec.grid)
+
+
+def mean_attention(output: OutputT, spec: CacheSpec) -> OutputT:
+    """Return the output with a head axis of length 1 if the spec stores the mean over heads."""
+    attention_BHN = output.cls_attention_BHN
+    if attention_BHN is None or spec.stored_heads == "all":
+        return output
+    return replace(output, cls_attention_BHN=attention_BHN.float().mean(dim=1, keepdim=True))
 
 
 def _half(values: Tensor, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from movekd.corpus.transforms import ImageTransform
 from movekd.extract.background_worker import BackgroundWorker
 from movekd.extract.image_loader import ImageLoader, PixelBatch, image_transform, square_key
 from movekd.extract.options import BuildContext, BuildOptions, Progress
-from movekd.extract.shard_buffer import ShardBuffer, ShardTask, resize_output
+from movekd.extract.shard_buffer import ShardBuffer, ShardTask, shard_tasks, stored_output
 from movekd.teachers import Teacher, TeacherOutput
 
 WAITING_BYTES = 2 * 2**30
@@ -94,7 +94,7 @@ class TeacherBuild:
         self.spec, self.store, self._catalog = job.spec, job.store, catalog
         self._teacher, self._options = teacher, options
         self.transform = image_transform(job.spec, catalog.geometry)
-        self.tasks = _tasks(catalog, job)
+        self.tasks = shard_tasks(catalog, job.store, job.shards)
         self.num_rows = sum(len(task.row_ids) for task in self.tasks)
         self.seconds, self.num_done = 0.0, 0
         self._stats = job.store.stats.to(torch.device(options.device))
@@ -140,7 +140,7 @@ class TeacherBuild:
             buffer.skip(batch)
             return
         with self._side_stream.after(mark):
-            buffer.add(resize_output(output, self.spec), batch, self._stats)
+            buffer.add(stored_output(output, self.spec), batch, self._stats)
 
 
 Turn = list[tuple[TeacherBuild, list[ShardTask]]]
@@ -173,17 +173,6 @@ def run_teachers(builds: Sequence[TeacherBuild], context: BuildContext) -> None:
                     encoder.wait()
                     writer.wait()
                 build.seconds += time.perf_counter() - started
-
-
-def _tasks(catalog: Catalog, job: TeacherJob) -> list[ShardTask]:
-    """Return the tasks of a job; a Zarr shard wholly in a gap has no rows."""
-    rows, size = catalog.rows, job.store.layout.rows_per_shard
-    spans = [(shard * size, (shard + 1) * size) for shard in job.shards]
-    tasks = []
-    for shard, span, keys in zip(job.shards, spans, catalog.keys_checksums(spans), strict=True):
-        low, high = np.searchsorted(rows, span)
-        tasks.append(ShardTask(shard, rows[low:high], np.arange(low, high), keys))
-    return tasks
 
 
 def _turns(builds: Sequence[TeacherBuild]) -> list[Turn]:

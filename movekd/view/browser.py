@@ -31,7 +31,7 @@ class TokenPanel:
 
     Attributes:
         features: picture, colours and attention.
-        heads: number of stored heads of attention.
+        heads: number of stored heads of attention; 1 if their mean is stored.
         head: head whose attention ``features`` holds; None for the mean of all heads.
         nearest_NK: for each token the nearest other tokens of the image; None without features.
         cosine_NK: their cosines, of standardised tokens.
@@ -133,7 +133,7 @@ class Browser:
         attention, heads = targets.cls_attention_BHN, 0
         if attention is not None:
             heads = attention.shape[1]
-            head = head if head is not None and head < heads else None
+            head = head if head is not None and head < heads > 1 else None
             if head is not None:
                 chosen = attention[0, head].view(store.grid, store.grid).numpy()
                 features = replace(features, attention_GG=np.asarray(chosen, np.float32))

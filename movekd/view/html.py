@@ -180,7 +180,7 @@ def _teacher(panel: TokenPanel) -> str:
         under = "" if features.picture_SSC is None else _image(features.picture_SSC)
         most = features.attention_GG.max()
         over = _image(_heat(features.attention_GG), "over")
-        of = f"mean of {panel.heads} heads"
+        of = f"mean of {panel.heads} heads" if panel.heads > 1 else "mean of the heads"
         if panel.head is not None:
             of = f"head {panel.head} of 0-{panel.heads - 1}"
         panes.append(_pane(under + over, side, f"[CLS] attention, {of}, largest {most:.1%}"))

@@ -55,7 +55,8 @@ def live(corpus_dir, tiny_specs):
     statistics.add(run(calibration).tokens_BND)
     output = run(images)
     keys = [corpus.index["key"][int(image)].as_py() for image in images]
-    return keys, output.tokens_BND.clone(), output.cls_attention_BHN.clone(), statistics.result()
+    attention_B1N = output.cls_attention_BHN.mean(1, keepdim=True)
+    return keys, output.tokens_BND.clone(), attention_B1N, statistics.result()
 
 
 def test_every_codec_and_grid_stands_side_by_side(report, corpus_dir, tiny_specs) -> None:
@@ -66,7 +67,7 @@ def test_every_codec_and_grid_stands_side_by_side(report, corpus_dir, tiny_specs
     assert (report.calibration_images, report.shared_images) == (12, 0)
     assert (dict(report.skipped), dict(report.refused)) == ({}, {})
     for name, grid in ways:
-        layout = teacher_layout(name, grid**2, 144, cls_width=144, num_heads=4)
+        layout = teacher_layout(name, grid**2, 144, cls_width=144, num_heads=1)
         assert by_way(report)[name, grid].row_bytes == layout.row_bytes
     conv = measure(corpus_dir, tiny_specs[1])
     assert list(by_way(conv)) == [(n, grid) for grid in (1, 3, 2) for n in codec_names()]

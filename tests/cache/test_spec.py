@@ -22,7 +22,8 @@ def test_the_fingerprint_changes_with_every_key_that_changes_what_is_stored(tiny
         "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3), "fill": (0.0, 0.0, 0.0), "layer": -1,
         "cls": False, "cls_attention": False, "grid": 2, "codec": "float16",
         "compressor": "zstd", "calibration_images": 9, "cls_source": "attention_pool",
-        "std_floor": 0.1,
+        "std_floor": 0.1, "cls_attention_heads": "mean",
+        "recoded_from": [{"codec": "float16", "calibration": "0" * 32}],
     }  # fmt: skip
     assert {*changes, "description", "factory", *LIMITS} == set(CacheSpec.model_fields)
     fingerprints = {spec.with_changes(**{key: value}).fingerprint for key, value in changes.items()}

@@ -40,7 +40,8 @@ def test_what_is_stored_is_what_the_teacher_says(cache_dir, corpus_dir, tiny_spe
             error = (stored.standardised_BND - exact).norm(dim=-1) / exact.norm(dim=-1)
             assert error.max().item() <= store.seals[0].error.max * 1.01
             assert torch.allclose(stored.cls_BD, output.cls_BD, atol=5e-3)
-            assert torch.allclose(stored.cls_attention_BHN, output.cls_attention_BHN, atol=1e-3)
+            mean_B1N = output.cls_attention_BHN.mean(1, keepdim=True)
+            torch.testing.assert_close(stored.cls_attention_BHN, mean_B1N, rtol=1e-3, atol=1e-7)
         assert store.calibration.weights_sha256 == teacher.weights_sha256
 
 

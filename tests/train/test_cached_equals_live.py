@@ -49,7 +49,8 @@ def live_targets(spec, corpus, images, stats):
         tokens_IND = resize_tokens(tokens_IND, spec.grid)
     stored = {"tokens": tokens_IND}
     if output.cls_attention_BHN is not None:
-        stored |= {"cls": output.cls_BD, "cls_attention": output.cls_attention_BHN}
+        attention_I1N = output.cls_attention_BHN.mean(1, keepdim=True)
+        stored |= {"cls": output.cls_BD, "cls_attention": attention_I1N}
     return TeacherTargets(stored, stats, codec_of("float16"))
 
 

@@ -22,6 +22,14 @@ def browser(cache_dir, corpus_dir):
     return Browser(str(cache_dir), open_corpus(corpus_dir))
 
 
+@pytest.fixture(scope="module")
+def all_heads(tmp_path_factory, corpus_dir, tiny_specs):
+    """Of a cache that stores the attention of every head."""
+    out = tmp_path_factory.mktemp("heads") / "cache"
+    build(out, corpus_dir, [tiny_specs[0].with_changes(cls_attention_heads="all")])
+    return Browser(str(out), open_corpus(corpus_dir))
+
+
 def test_search_finds_names_and_keys(browser):
     assert browser.search("photos/0") == [f"photos/{n:02d}.png" for n in range(10)]
     key = browser.draw()
@@ -44,21 +52,27 @@ def test_nearest_tokens_are_those_of_the_largest_cosine(browser):
         assert panel.shard_error[0] <= panel.shard_error[1]
 
 
-def test_a_head_of_attention_is_that_head(browser):
+def test_a_head_of_attention_is_that_head(all_heads):
     name = "photos/05.png"
-    stored = browser.cache["clip"].read(browser.cache.rows([name])).cls_attention_BHN[0]
+    stored = all_heads.cache["clip"].read(all_heads.cache.rows([name])).cls_attention_BHN[0]
+    assert len(stored) == 4
     for head in range(stored.shape[0]):
-        (panel,) = browser.panels(name, ["clip"], head=head)
+        (panel,) = all_heads.panels(name, ["clip"], head=head)
         assert (panel.heads, panel.head) == (stored.shape[0], head)
         assert torch.equal(torch.from_numpy(panel.features.attention_GG).flatten(), stored[head])
 
 
-def test_a_head_that_there_is_not_is_their_mean(browser):
+def test_a_head_that_there_is_not_is_their_mean(all_heads, browser):
     name = "photos/05.png"
-    mean, missing = (browser.panels(name, ["clip"], head=head)[0] for head in (None, 4))
+    mean, missing = (all_heads.panels(name, ["clip"], head=head)[0] for head in (None, 4))
     assert missing.head is None
     np.testing.assert_array_equal(missing.features.attention_GG, mean.features.attention_GG)
     assert "mean of 4 heads" in teachers_html([missing], name)
+    stored, missing = (browser.panels(name, ["clip"], head=head)[0] for head in (None, 0))
+    assert (missing.heads, missing.head) == (1, None)
+    np.testing.assert_array_equal(missing.features.attention_GG, stored.features.attention_GG)
+    np.testing.assert_allclose(stored.features.attention_GG, mean.features.attention_GG, atol=1e-4)
+    assert "mean of the heads" in teachers_html([missing], name)
 
 
 def test_missing_keys_and_paths_are_sentences(browser):
