@@ -23,6 +23,7 @@ import torch
 from movekd.cache import layout
 from movekd.cache.catalog import Catalog
 from movekd.cache.codecs import codec
+from movekd.cache.codecs.lowrank import LOWRANK
 from movekd.cache.contents import read_calibration
 from movekd.cache.reader import FeatureCache, TeacherCache, open_cache
 from movekd.cache.schema import Calibration
@@ -182,8 +183,13 @@ def _plan(
             "finished with the teacher. Finish it with its `movekd cache build` first, or leave it "
             "out with --teacher."
         )
-    chosen = codec(to)
-    if to == spec.codec:
+    chosen, stored_as = codec(to), old.codec_of(spec)
+    if to == LOWRANK:
+        raise ConfigError(
+            f"--to {LOWRANK} leaves the rank to a calibration, and recoding runs none; name a "
+            f"rank, such as {LOWRANK}32."
+        )
+    if to == stored_as:
         raise ConfigError(
             f"teacher '{name}' in {opened.url} is stored as {to} already; name another codec with "
             "--to, or leave this teacher out with --teacher."
@@ -197,10 +203,10 @@ def _plan(
         found = getattr(spec, key)
         if found is not None and limit is None:
             tell(
-                f"{name}: {key} {found} of its spec was a limit for codec {spec.codec} and is not "
+                f"{name}: {key} {found} of its spec was a limit for codec {stored_as} and is not "
                 f"compared; give --{key.replace('_', '-')} to set one for {to}."
             )
-    origin = RecodedFrom(codec=spec.codec, calibration=old.hash)
+    origin = RecodedFrom(codec=stored_as, calibration=old.hash)
     changes = {"codec": to, "recoded_from": (*spec.recoded_from, origin), **limits}
     if heads is not None and spec.cls_attention:
         changes["cls_attention_heads"] = heads
@@ -212,13 +218,14 @@ def _plan(
             "spec_fingerprint": spec.fingerprint,
             "num_heads": num_heads,
             "channel_stats_xxh3_128": stats_checksum(stats),
+            "codec": None,  # of the source: the spec of the output names its codec
         }
     )
     row_bytes = calibration.layout(spec).row_bytes
     if row_bytes >= source.layout.row_bytes:
         raise ConfigError(
             f"a row of '{name}' takes {source.layout.row_bytes:,} bytes as "
-            f"{source.spec.codec} and {row_bytes:,} as {to}; recoding loses accuracy and saves "
+            f"{stored_as} and {row_bytes:,} as {to}; recoding loses accuracy and saves "
             "nothing. Name a smaller codec with --to."
         )
     return _Recoding(source, spec, calibration, stats)

@@ -250,6 +250,31 @@ def test_a_codec_with_its_arrays_and_another_length_of_zarr_shards(
     assert found.error_max >= largest
 
 
+@pytest.mark.parametrize("to", ["int4", "lloyd2", "lowrank2"])
+def test_a_chosen_rank_and_float16_become_any_codec_of_few_bits(
+    tmp_path, corpora, tiny_specs, sources, to
+) -> None:
+    spec = tiny_specs[0].with_changes(codec="lowrank", max_energy_error=0.3, cls_attention=False)
+    build(tmp_path / "chosen", corpora[0], [spec])
+    assert open_cache(tmp_path / "chosen")["clip"].calibration.codec == "lowrank8"
+    for number, source in enumerate((sources[0], tmp_path / "chosen")):
+        out = tmp_path / f"out{number}"
+        old = open_cache(source)["clip"]
+        if to != "lowrank2" and number == 1:  # a few tokens of lowrank8 take fewer bytes
+            with pytest.raises(ConfigError, match=rf"bytes as lowrank8 and .* as {to}; recoding"):
+                recode(source, out, to, teachers=["clip"])
+            continue
+        recode(source, out, to, teachers=["clip"])
+        assert list(verify(out)) == []
+        new = open_cache(out)["clip"]
+        assert (new.spec.codec, new.calibration.codec) == (to, None)
+        assert new.spec.recoded_from[0].codec == ("float16", "lowrank8")[number]
+        rows = [row for row in range(old.num_rows) if row != SKIPPED]
+        stats = old.stats.for_codec(codec(to))
+        expected = codec(to).encode(old.read(rows).tokens_BND, stats)
+        assert all(torch.equal(new.read(rows).stored[name], expected[name]) for name in expected)
+
+
 def test_all_heads_become_their_mean(tmp_path, sources) -> None:
     recode(sources[0], tmp_path / "out", teachers=["clip"], cls_attention_heads="mean")
     before, after = (
@@ -373,6 +398,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     for to, sentence in (
         ("float16", r"is stored as float16 already; name another codec"),
         ("int9", r"no codec 'int9'\. Did you mean 'int8'"),
+        ("lowrank", r"--to lowrank leaves the rank .* name a rank, such as lowrank32"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             recode(source, out, to)
