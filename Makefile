@@ -83,6 +83,10 @@ bench-train: install
 bench-%: install
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
 
+# Codecs on real features: bits against error. Needs the weights of `make demo-real`.
+curve: install
+	PYTHONPATH=pipelines/photos:pipelines/digits $(BIN)/python benchmarks/curve.py
+
 # docs/study.md; after an interruption the same command resumes. Two processes, one thread each.
 STUDY := OMP_NUM_THREADS=1 PYTHONPATH=pipelines/digits $(BIN)/python -m study
 

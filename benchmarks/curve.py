@@ -10,6 +10,7 @@ gradient is taken at the student's tokens, through the head that predicts this t
 
 Half of the images settle the channel statistics, as a calibration does; the others are measured.
 
+    make curve      # photographs that installed packages carry, teachers of pipelines/photos
     python benchmarks/curve.py --shards data/ --teacher vit_s.yaml --run half=runs/a end=runs/b
 
 results/curve.json has a row for each teacher and codec. Rows are written as they come; one that is
@@ -20,6 +21,7 @@ Legend: B images, N student tokens, S channels of the student, T channels of the
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +33,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from demo_real import write_spec
 from movekd.analysis.codec_trial import CodecTrial
 from movekd.analysis.fidelity import draw_images
 from movekd.analysis.kd_gradient import KDGradient, LossTargets
@@ -41,6 +44,7 @@ from movekd.cache.stats import ChannelStats, StatsAccumulator
 from movekd.cli.output import print_table, progress_bar
 from movekd.config import read_yaml
 from movekd.corpus.index import Corpus, open_corpus
+from movekd.corpus.pack import pack_folder
 from movekd.distill import kd_loss
 from movekd.distill.token_loss import limit
 from movekd.errors import ConfigError
@@ -50,7 +54,11 @@ from movekd.extract.run_teacher import LiveFeatures, live_features
 from movekd.student.adapters import StudentHead
 from movekd.student.checkpoint import ADAPTERS_FILE
 from movekd.teachers import Teacher, load_teacher
+from photographs import write_jpegs
 from report import RESULTS, machine
+from weights import make_weights
+
+TEACHERS = ("vit_s", "efficientnet_lite0", "efficientnet_lite2", "hed")
 
 Row = dict[str, Any]
 
@@ -202,8 +210,9 @@ def _errors(
 def main() -> None:
     """Parse the command line and measure what has no row yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shards", type=Path, required=True, help="Corpus of photographs.")
-    parser.add_argument("--teacher", nargs="+", required=True, help="Specs.")
+    parser.add_argument("--shards", type=Path, help="Corpus. Default: photographs of packages.")
+    parser.add_argument("--teacher", nargs="+", help="Specs. Default: those of pipelines/photos.")
+    parser.add_argument("--weights", type=Path, default=Path("demo-real/weights"))
     parser.add_argument("--codec", nargs="+", help="Default: all that are registered.")
     parser.add_argument("--run", nargs="*", default=[], help="NAME=FOLDER of trained students.")
     parser.add_argument("--images", type=int, default=80, help="Half of them are measured.")
@@ -211,8 +220,20 @@ def main() -> None:
     parser.add_argument("--student-width", type=int, default=384)
     parser.add_argument("--results", type=Path, default=RESULTS / "curve.json")
     given = parser.parse_args()
-    corpus = open_corpus(given.shards)
-    half = given.images // 2
+    with tempfile.TemporaryDirectory() as folder:
+        _run(given, Path(folder))
+
+
+def _run(given: argparse.Namespace, folder: Path) -> None:
+    if given.teacher is None:
+        make_weights(given.weights.resolve(), TEACHERS)
+        made = [write_spec(name, folder, given.weights.resolve()) for name in TEACHERS]
+        given.teacher = [str(path) for path in made]
+    if given.shards is None:
+        write_jpegs(folder / "images", given.images)
+        pack_folder(folder / "images", folder / "data")
+        given.shards = folder / "data"
+    corpus, half = open_corpus(given.shards), given.images // 2
     calibrate, images = (part.tolist() for part in draw_images(corpus, half, half))
     runs = [
         Run.load(name, Path(folder), corpus, images)
@@ -238,6 +259,7 @@ def main() -> None:
                 progress=progress,
             ):
                 rows[row["teacher"], row["codec"]] = row | {"date": time.strftime("%Y-%m-%d")}
+                rows[row["teacher"], row["codec"]]["corpus"] = corpus.fingerprint()
                 text = json.dumps({"machine": machine(), "rows": list(rows.values())}, indent=1)
                 given.results.write_text(text + "\n")
     _show(list(rows.values()))
