@@ -183,7 +183,7 @@ def _plan(
             "finished with the teacher. Finish it with its `movekd cache build` first, or leave it "
             "out with --teacher."
         )
-    chosen, stored_as = codec(to), old.codec_of(spec)
+    chosen, stored_as = codec(to), source.codec_name
     if to == LOWRANK:
         raise ConfigError(
             f"--to {LOWRANK} leaves the rank to a calibration, and recoding runs none; name a "
