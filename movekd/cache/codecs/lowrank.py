@@ -23,12 +23,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from movekd.cache.codecs.interface import ArrayLayout, Codec
 from movekd.errors import CacheError, ConfigError, shorten
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
     from torch import Tensor
 
@@ -166,6 +165,8 @@ def tree_levels() -> "npt.NDArray[np.float32]":
     density of Laplace, which factors of convolutional networks have, and 1% of a component's
     energy worse than the best ones for normal values.
     """
+    import numpy as np
+
     nodes = np.arange(2 ** (MAX_BITS + 1))
     width = 2 ** np.floor(np.log2(np.maximum(nodes, 1)))
     t = (2 * (nodes - width) + 1) / width - 1
@@ -202,6 +203,8 @@ def leading_components(z_BSL: "Tensor", rank: int) -> "Tensor":
 
 def _signs(size: int, count: int) -> "npt.NDArray[np.float32]":
     """Return signs (size, count); no library's random stream could change them."""
+    import numpy as np
+
     stream = hashlib.shake_256(b"movekd lowrank").digest(size * count // 8 + 1)
     bits = np.unpackbits(np.frombuffer(stream, np.uint8), count=size * count)
     return (bits.reshape(size, count) * 2.0 - 1).astype(np.float32)
