@@ -2,17 +2,15 @@
 
     divide the images -> pack -> cache three teachers -> train each arm -> probe
 
-    PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --tries
     PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10
     PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --final
 
-``--tries`` makes short runs and probes validation images: settings are chosen from them. The second
-form trains the arms. ``--final`` reads the test images with all arms. Every step is a
-`movekd` command in its own process. A row in benchmarks/results/pilot is done and stays:
+The first form trains every arm and probes validation images: settings are chosen from them.
+``--final`` reads the test images, with the arms that are marked for it. Every step is a `movekd`
+command in its own process. A row in benchmarks/results/pilot is done and stays:
 
-    exploratory.jsonl  per try: keys, figures of the training, probe on validation images
-    runs.jsonl         per arm: keys, figures of the training
-    final.jsonl        per arm: probe on test images, minus the untrained tower and minus `full`
+    runs.jsonl   per arm: keys, figures of the training, probe on validation images
+    final.jsonl  per arm: probe on test images, minus the untrained tower and minus `full`
 
 The same command resumes. Only the control ``experts_shuffled`` needs code outside of the commands.
 """
@@ -32,7 +30,7 @@ from demo_real import HERE, Steps, write_spec
 from movekd.config import read_yaml
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
-from pilot_arms import ARMS, TRIES, Arm
+from pilot_arms import ARMS, TEACHERS, Arm
 from pilot_images import Sizes, divide
 from pilot_rows import Row, scores, tables, training_figures
 from study import results
@@ -41,7 +39,6 @@ from weights import make_weights
 
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "pilot"
 YAML = HERE / "distill.yaml"
-TEACHERS = ("vit_s", "efficientnet_lite0", "hed")
 
 
 @dataclass
@@ -55,7 +52,6 @@ class Pilot:
         weights: folder of converted weights.
         rows: folder of the rows; committed.
         sizes: images per class.
-        teachers: specs in ``teachers/``; the first one is the anchor.
         seed: of all trainings.
         probed: further models that the final pass probes.
         extra: further words of each training.
@@ -67,33 +63,30 @@ class Pilot:
     weights: Path
     rows: Path = RESULTS
     sizes: Sizes = field(default_factory=Sizes)
-    teachers: Sequence[str] = TEACHERS
     seed: int = 0
     probed: Sequence[str] = ()
     extra: Sequence[str] = ()
 
-    def train(self, arms: Sequence[Arm], *, is_try: bool = False) -> None:
-        """Train the arms that have no row yet, and add their rows; probe each one if it is a try.
+    def train(self, arms: Sequence[Arm]) -> None:
+        """Train the arms that have no row yet, probe validation images, and add their rows.
 
         Raises:
             ConfigError: a row was made with other settings.
         """
-        file: results.Name = "exploratory" if is_try else "runs"
-        todo = [arm for arm in arms if not self._has(file, arm)]
+        todo = [arm for arm in arms if not self._has(arm)]
         if not todo:
             return
-        self._prepare(needs_shuffled=any(arm.cache == "shuffled" for arm in todo))
+        self._prepare(todo)
         for arm in todo:
-            run = self.output / ("tries" if is_try else "runs") / arm.name
+            run = self.output / "runs" / arm.name
             started = time.perf_counter()
             self._train_arm(arm, run)
-            row = {"arm": arm.name, **self._settings(arm), **training_figures(run, self.teachers)}
+            row = {"arm": arm.name, **self._settings(arm), **training_figures(run, arm.teachers)}
             row |= {"seconds": round(time.perf_counter() - started, 1)}
-            if is_try:
-                row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
+            row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
             row["corpus"] = open_corpus(self.output / "data").fingerprint()
             row |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-            results.append(self.rows, file, row)
+            results.append(self.rows, "runs", row)
 
     def final(self, arms: Sequence[Arm]) -> None:
         """Probe the test images with the untrained tower and all arms, and add the rows.
@@ -101,7 +94,7 @@ class Pilot:
         Raises:
             ConfigError: an arm has no row yet, or one with other settings.
         """
-        missing = [arm.name for arm in arms if not self._has("runs", arm)]
+        missing = [arm.name for arm in arms if not self._has(arm)]
         if missing:
             raise ConfigError(
                 f"{self.rows}/runs.jsonl lacks {', '.join(missing)}; expected all arms, because "
@@ -125,14 +118,14 @@ class Pilot:
                 }
             results.append(self.rows, "final", row | {"date": time.strftime("%Y-%m-%d")})
 
-    def _has(self, file: results.Name, arm: Arm) -> bool:
-        for row in results.read(self.rows, file):
+    def _has(self, arm: Arm) -> bool:
+        for row in results.read(self.rows, "runs"):
             if row["arm"] == arm.name:
                 wanted = self._settings(arm)
                 found = {key: row.get(key) for key in wanted}
                 if found != wanted:
                     raise ConfigError(
-                        f"the row '{arm.name}' of {self.rows / file}.jsonl was made with {found}"
+                        f"the row '{arm.name}' of {self.rows}/runs.jsonl was made with {found}"
                         f"; asked for {wanted}. Give the arm another name, or remove the line."
                     )
                 return True
@@ -140,6 +133,7 @@ class Pilot:
 
     def _settings(self, arm: Arm) -> Row:
         return {
+            "teachers": list(arm.teachers),
             "keys": list(arm.keys),
             "yaml": hashlib.sha256(json.dumps(read_yaml(YAML)).encode()).hexdigest()[:16],
             "steps": arm.steps,
@@ -148,8 +142,8 @@ class Pilot:
             "sizes": asdict(self.sizes),
         }
 
-    def _prepare(self, *, needs_shuffled: bool) -> None:
-        """Divide and pack the images, and cache the teachers."""
+    def _prepare(self, arms: Sequence[Arm]) -> None:
+        """Divide and pack the images, and cache the teachers of the arms."""
         steps, output = self.steps, self.output
         steps.do("images", lambda: divide(self.images, output, self.sizes))
         data, cache = output / "data", output / "cache"
@@ -157,17 +151,18 @@ class Pilot:
             *("pack", "shards", "pack", "--images", output / "source", "--output", data),
             "--overwrite",
         )
-        specs = [write_spec(teacher, output, self.weights) for teacher in self.teachers]
-        named = [word for spec in specs for word in ("--teacher", spec)]
-        steps.movekd("cache", "cache", "build", *named, "--shards", data, "--cache", cache)
-        if needs_shuffled:
+        for teacher in dict.fromkeys(name for arm in arms for name in arm.teachers):
+            spec = write_spec(teacher, output, self.weights)
+            words = ("--teacher", spec, "--shards", data, "--cache", cache)
+            steps.movekd(f"cache {teacher}", "cache", "build", *words)
+        if any(arm.cache == "shuffled" for arm in arms):
             shuffle_cache(cache, output / "shuffled", self.seed)
 
     def _train_arm(self, arm: Arm, run: Path) -> None:
         keys = [
             f"data.shards={self.output / 'data'}",
             f"student.vision_tower={self.weights / 'vit_s'}",
-            f"distill.teachers=[{', '.join(self.teachers)}]",
+            f"distill.teachers=[{', '.join(arm.teachers)}]",
             f"training.max_steps={arm.steps}",
             f"training.seed={self.seed}",
             *arm.keys,
@@ -176,7 +171,7 @@ class Pilot:
         words += [word for key in keys for word in ("--set", key)]
         words += ["--cache", self.output / arm.cache, *self.extra]
         words += ["--resume"] if run.exists() else []
-        name = " ".join(["train", run.parent.name, arm.name, arm.cache, str(arm.steps), *arm.keys])
+        name = " ".join(["train", arm.name, arm.cache, str(arm.steps), *arm.teachers, *arm.keys])
         self.steps.movekd(name, *words)
 
     def _probe(self, name: str, part: str, models: Sequence[Any]) -> dict[str, Row]:
@@ -194,20 +189,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("pilot"), help="Folder to write.")
     parser.add_argument("--weights", type=Path, default=Path("demo-real/weights"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
-    parser.add_argument("--only", nargs="+", help="Names of arms or tries. Default: all.")
+    parser.add_argument("--only", nargs="+", help="Names of arms. Default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of all trainings.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tries", action="store_true", help="Short runs, probed on validation.")
-    what.add_argument("--final", action="store_true", help="Read the test images with all arms.")
+    parser.add_argument("--final", action="store_true", help="Read the test images.")
     given = parser.parse_args()
-    chosen = TRIES if given.tries else ARMS
-    unknown = set(given.only or ()) - {arm.name for arm in chosen}
+    unknown = set(given.only or ()) - {arm.name for arm in ARMS}
     if unknown:
         raise ConfigError(
             f"--only names {', '.join(sorted(unknown))}; expected of "
-            f"{', '.join(arm.name for arm in chosen)}."
+            f"{', '.join(arm.name for arm in ARMS)}."
         )
-    chosen = tuple(arm for arm in chosen if given.only is None or arm.name in given.only)
+    chosen = tuple(arm for arm in ARMS if given.only is None or arm.name in given.only)
     output, weights = given.output.resolve(), given.weights.resolve()
     make_weights(weights, TEACHERS)
     sizes = Sizes()
@@ -223,10 +215,11 @@ def main() -> None:
     )
     if given.final:
         spec = write_spec("efficientnet_lite0", output, weights)
-        replace(pilot, probed=[f"teacher:{spec}"]).final(chosen)
+        marked = [arm for arm in chosen if arm.is_final]
+        replace(pilot, probed=[f"teacher:{spec}"]).final(marked)
         print("\n".join(tables(pilot.rows)))
     else:
-        pilot.train(chosen, is_try=given.tries)
+        pilot.train(chosen)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ class Sizes:
         test: images of test.
     """
 
-    distilled: int = 200
-    labelled: int = 100
-    val: int = 50
+    distilled: int = 400
+    labelled: int = 150
+    val: int = 100
     test: int = 60
 
 

@@ -53,7 +53,7 @@ def _rounded(value: Any) -> Any:
 
 
 def tables(folder: Path) -> list[str]:
-    """Return the lines of the tables: test images, each arm minus the first one, trainings."""
+    """Return the lines of the tables: test images, arms minus the first, validation, losses."""
     final, runs = results.read(folder, "final"), results.read(folder, "runs")
     lines = [HEADER, "|---|---|---|---|---|"]
     lines += [
@@ -67,11 +67,17 @@ def tables(folder: Path) -> list[str]:
             for row in final
             if key in row
         ]
-    teachers = list(runs[0]["kd_loss_max_over_median"])
+    lines += ["", HEADER, "|---|---|---|---|---|"]
+    for name, found in [("base", runs[0]), *((row["arm"], row) for row in runs)]:
+        lines.append(_line(name, [_accuracy(found["val"][name].get(probe)) for probe in PROBES]))
+    teachers = list({name: 0 for row in runs for name in row["kd_loss_max_over_median"]})
     lines += ["", "| arm | " + " | ".join(teachers) + " |", "|---|" + "---|" * len(teachers)]
     for row in runs:
         cells = []
         for teacher in teachers:
+            if teacher not in row["kd_loss_max_over_median"]:
+                cells.append("-")
+                continue
             before, after = row["first_last"][f"loss_kd_{teacher}"]
             largest = row["kd_loss_max_over_median"][teacher]
             cells.append(f"{largest:.2f} ({before:.3f} to {after:.3f})")

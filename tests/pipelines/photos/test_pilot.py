@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from demo_real import Steps
 from movekd.cache.reader import open_cache
 from movekd.cli.main import app
 from movekd.errors import ConfigError
-from pilot import RESULTS, TEACHERS, Pilot
-from pilot_arms import ARMS, FULL, TRIES, Arm
+from pilot import RESULTS, Pilot
+from pilot_arms import ARMS, FULL, TEACHERS, Arm
 from pilot_images import WHOLE, Sizes, divide, draw
 from pilot_rows import tables
 from study import results
 
 REPOSITORY = Path(__file__).parents[3]
 SIZES = Sizes(distilled=12, labelled=10, val=3, test=4)
-SMALL = (Arm("full", FULL, steps=2), Arm("shuffled", FULL, steps=2, cache="shuffled"))
+ONE = ("vit_s",)
+SMALL = (
+    Arm("full", FULL, ONE, steps=2),
+    Arm("shuffled", FULL, ONE, steps=2, cache="shuffled"),
+)
 SAME = ("seconds", "date")
 
 
@@ -88,7 +93,6 @@ def pilot(images: Path, weights: Path, tmp_path: Path) -> Callable[..., Pilot]:
             weights,
             tmp_path / name / "rows",
             sizes=sizes,
-            teachers=["vit_s"],
             extra=extra,
         )
 
@@ -113,9 +117,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_test_is_read_once(
     with pytest.raises(ConfigError, match=r"lacks full, shuffled; expected all arms"):
         whole.final(SMALL)
     whole.train(SMALL)
-    assert not (tmp_path / "once/features").exists()  # no image of test was looked at
+    done = (tmp_path / "once/steps.json").read_text()
+    assert "probe full" in done
+    assert "test of" not in done  # no image of test was looked at
     whole.final(SMALL)
-    for left in (2, 1, 2):  # pack and cache; full; shuffled and half of the final pass
+    for left in (2, 2, 2, 1):  # pack, cache; full and its probe; shuffled; half of the final pass
         stopped = pilot("again", left=left)
         with pytest.raises(KeyboardInterrupt):
             everything(stopped)
@@ -133,14 +139,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_test_is_read_once(
         }
     )
     with pytest.raises(ConfigError, match=r"row 'full' of .* was made with .*'steps': 2"):
-        idle.train([Arm("full", FULL, steps=3)])
+        idle.train([Arm("full", FULL, ONE, steps=3)])
 
 
 def test_every_image_of_the_shuffled_cache_has_the_features_of_another(
     pilot: Callable[..., Pilot], tmp_path: Path
 ) -> None:
     made = pilot()
-    made._prepare(needs_shuffled=True)
+    made._prepare(SMALL)
     own, other = (open_cache(tmp_path / "once" / n)["vit_s"] for n in ("cache", "shuffled"))
     rows = range(own.num_rows)
     own_RD, other_RD = (cache.read(rows).tokens_BND.mean(1) for cache in (own, other))
@@ -195,12 +201,12 @@ def test_real_teachers_teach_the_experts(
         tmp_path / "rows",
         sizes=SIZES,
     )
-    made.train([Arm("experts", steps=2)], is_try=True)
-    (row,) = results.read(made.rows, "exploratory")
+    made.train([Arm("experts", (), TEACHERS, steps=2)])
+    (row,) = results.read(made.rows, "runs")
     assert set(row["kd_loss_max_over_median"]) == set(TEACHERS)
     assert set(row["val"]) == {"base", "experts"}
     assert row["val"]["experts"]["knn patches"]["accuracy"] > 0.8  # a cat is no coffee
-    model = tmp_path / "pilot/tries/experts/model"
+    model = tmp_path / "pilot/runs/experts/model"
     assert {path.name for path in model.glob("*.safetensors")} == {
         *("mole_encoder.safetensors", "encoder_adapter.safetensors"),
     }
@@ -221,9 +227,18 @@ def test_of_the_whole_cifar_10_the_images_of_the_rows_are_taken(tmp_path: Path) 
         assert found == names[split, "only"][at]
 
 
-def test_names_of_arms_and_tries_are_unique() -> None:
-    names = [arm.name for arm in (*ARMS, *TRIES)]
-    assert len(set(names)) == len(names)
+def test_the_rows_are_those_of_the_arms_as_they_stand() -> None:
+    arms = {arm.name: arm for arm in ARMS}
+    assert len(arms) == len(ARMS)
+    runs = results.read(RESULTS, "runs")
+    assert [row["arm"] for row in runs] == list(arms)
+    for row in runs:
+        arm = arms[row["arm"]]
+        assert (tuple(row["keys"]), tuple(row["teachers"])) == (arm.keys, arm.teachers)
+        assert (row["steps"], row["cache"]) == (arm.steps, arm.cache)
+        assert row["sizes"] == asdict(Sizes())
+    final = {row["arm"] for row in results.read(RESULTS, "final")}
+    assert final == {"base", "efficientnet_lite0", *(a.name for a in ARMS if a.is_final)}
 
 
 def test_the_tables_of_the_page_are_those_of_the_rows() -> None:
