@@ -1,7 +1,7 @@
 """Codecs by name: how the tokens of a teacher are stored.
 
 A new codec is one file in this folder, with a class after ``interface.Codec``, and its class in the
-imports and in the last loop of this file. Code outside this package calls ``register_codec``.
+imports and in `_SHIPPED` below. Code outside this package calls ``register_codec``.
 """
 
 from movekd.cache.codecs.float16 import Float16
