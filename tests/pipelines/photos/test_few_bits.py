@@ -17,7 +17,9 @@ TEACHERS = Path(__file__).parents[3] / "pipelines" / "photos" / "teachers"
 MEAN_ERROR = {"lloyd4": 0.10, "lloyd3": 0.19, "lloyd2": 0.35}
 
 
-@pytest.mark.parametrize("name", ["vit_s", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_lite0", pytest.param("vit_s", marks=pytest.mark.slow)]
+)
 def test_the_error_is_that_of_normal_values(
     name: str, real_weights: Callable[[str], Path], photographs: Path
 ) -> None:
