@@ -162,14 +162,6 @@ class RayCluster:
             return max(len(nodes), 1)
         return max(sum(int(_has(node, "GPU") / self.num_gpus + 1e-6) for node in nodes), 1)
 
-    def num_free(self) -> int:
-        """Return for how many more workers the cluster has room now."""
-        free = self.ray.available_resources()
-        places = [free.get("CPU", 0) / WORKER_CPUS]
-        if self.num_gpus:
-            places.append(free.get("GPU", 0) / self.num_gpus)
-        return int(min(places) + 1e-6)
-
     def require_alike(self, expected: NodeEnvironment) -> None:
         """Check every node; the workers of a node that joins later check it themselves."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -8,7 +8,6 @@ what is not sealed. The number of workers follows the nodes that are alive.
 """
 
 import contextlib
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,13 +20,6 @@ LIVES = 5
 """Workers that may die over one item, or while loading per running worker, until a build fails."""
 LOOK_S = 10.0
 """Seconds between checks for nodes that have joined."""
-
-LATE_S = 60.0
-"""Seconds after which a worker that still loads is doubted, if the cluster has room for another.
-
-Ray 2.50 was seen to forget a worker that it was asked for while nodes died: it stayed pending
-beside a free CPU, and the build waited for ever.
-"""
 
 Awaited = tuple[Any, int | None]
 """A worker, and the number of its item; None while it loads."""
@@ -53,7 +45,6 @@ class WorkerPool:
         self._awaited: dict[Any, Awaited] = {}
         self._workers: list[Any] = []
         self._idle: list[Any] = []
-        self._asked_at: dict[Any, float] = {}
         self._deaths: Counter[int | None] = Counter()
 
     def work_through(self, items: Sequence[Item]) -> Iterator[tuple[Item, Report]]:
@@ -73,7 +64,6 @@ class WorkerPool:
                 answers = list(self._awaited)
                 for answer in self._ray.wait(answers, num_returns=1, timeout=LOOK_S)[0]:
                     worker, number = self._awaited.pop(answer)
-                    self._asked_at.pop(answer, None)
                     report = self._answer(answer, worker, number)
                     if report is not None:
                         self._idle.append(worker)
@@ -89,24 +79,10 @@ class WorkerPool:
         """Start the workers that nodes and items call for; Ray queues those without room."""
         num_busy = sum(number is not None for _, number in self._awaited.values())
         wanted = min(self._cluster.num_workers(), num_waiting + num_busy)
-        for _ in range(max(0, wanted - len(self._workers)) + self._num_doubted()):
+        for _ in range(wanted - len(self._workers)):
             worker = self._worker.remote(self._assignment)
             self._workers.append(worker)
-            answer = worker.loaded.remote()
-            self._awaited[answer], self._asked_at[answer] = (worker, None), time.monotonic()
-
-    def _num_doubted(self) -> int:
-        """Return for how many workers that still load another one is started; each once a minute.
-
-        They are not stopped: one that only loads slowly gets its items later.
-        """
-        now = time.monotonic()
-        late = [answer for answer, asked in self._asked_at.items() if now - asked > LATE_S]
-        if not late:
-            return 0
-        doubted = late[: self._cluster.num_free()]
-        self._asked_at.update(dict.fromkeys(doubted, now))
-        return len(doubted)
+            self._awaited[worker.loaded.remote()] = worker, None
 
     def _answer(self, answer: Any, worker: Any, number: int | None) -> Report | None:
         """Return a worker's report, or None if it has died."""

@@ -16,7 +16,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from movekd.cache.verify import verify
 from movekd.errors import CacheError
 from movekd.extract.ray.cluster import RayCluster
 from movekd.extract.ray.executor import RayExecutor
-from movekd.extract.ray.worker_pool import WorkerPool
 from s3 import s3_server
 
 SITE = Path(__file__).parents[2] / "helpers" / "ray_site"
@@ -176,34 +174,6 @@ def test_other_versions_are_refused_and_who_is_killed_costs_time_alone(
     assert not list(nodes.faults.iterdir())
     assert everything(place) == expected
     assert list(verify(place)) == []
-
-
-@pytest.mark.slow
-def test_a_worker_that_ray_never_places_is_replaced(
-    executor, monkeypatch, tmp_path, corpus_dir, tiny_specs, small_shards
-) -> None:
-    """The first worker asks for what no node has, so it stays pending beside free CPUs."""
-    spec, asked, begin_pool = tiny_specs[0], [], WorkerPool.__init__
-
-    def forgetful(pool, *arguments):
-        begin_pool(pool, *arguments)
-        actual = pool._worker
-
-        def remote(assignment):
-            asked.append(assignment)
-            wants = {"nowhere": 1} if len(asked) == 1 else {}
-            return actual.options(resources=wants).remote(assignment)
-
-        pool._worker = SimpleNamespace(remote=remote)
-
-    monkeypatch.setattr(WorkerPool, "__init__", forgetful)
-    monkeypatch.setattr("movekd.extract.ray.worker_pool.LATE_S", 3.0)
-    monkeypatch.setattr("movekd.extract.ray.worker_pool.LOOK_S", 1.0)
-    monkeypatch.setattr(executor._cluster, "num_workers", lambda: 1)
-    build(tmp_path / "alone", corpus_dir, [spec])
-    build(tmp_path / "cache", corpus_dir, [spec], executor=executor)
-    assert 2 <= len(asked) <= 3  # two CPUs are free, and a slow start is doubted as well
-    assert everything(tmp_path / "cache") == everything(tmp_path / "alone")
 
 
 def other_versions(folder: Path, **versions: str) -> Path:

@@ -37,8 +37,7 @@ class Ray:
         OutOfMemoryError=Died,
     )
 
-    def __init__(self, fates, places, forgotten=()):
-        self.forgotten, self.room, self.num_hired = set(forgotten), 1, 0
+    def __init__(self, fates, places):
         self.numbers, self.fates, self.places = iter(range(10**6)), iter(fates), iter(places)
         self.living, self.most = 0, 0
 
@@ -48,13 +47,10 @@ class Ray:
     def hire(self, _):
         self.living += 1
         self.most = max(self.most, self.living)
-        self.num_hired += 1
-        kind = "never" if self.num_hired - 1 in self.forgotten else "load"
-        return SimpleNamespace(loaded=Call(self, kind), build=Call(self, "build"))
+        return SimpleNamespace(loaded=Call(self, "load"), build=Call(self, "build"))
 
     def wait(self, answers, num_returns, timeout):
-        due = [answer for answer in answers if answer[1] != "never"]
-        return due[-1:], [answer for answer in answers if answer not in due[-1:]]
+        return answers[-1:], answers[:-1]
 
     def get(self, answer):
         fate = next(self.fates, None)
@@ -66,14 +62,9 @@ class Ray:
         self.living -= 1
 
 
-def pool(fates, places=(), asked=3, forgotten=()):
-    ray = Ray(fates, places, forgotten)
-    cluster = SimpleNamespace(
-        ray=ray,
-        num_gpus=0,
-        num_workers=lambda: next(ray.places, asked),
-        num_free=lambda: max(0, asked - (ray.living - len(ray.forgotten))),
-    )
+def pool(fates, places=(), asked=3):
+    ray = Ray(fates, places)
+    cluster = SimpleNamespace(ray=ray, num_gpus=0, num_workers=lambda: next(ray.places, asked))
     return WorkerPool(cluster, None), ray
 
 
@@ -115,15 +106,3 @@ def test_a_workers_error_ends_all() -> None:
     with pytest.raises(ConfigError, match=r"^its sentence\b"):
         list(workers.work_through(ITEMS))
     assert ray.living == 0
-
-
-@pytest.mark.parametrize("asked", [1, 3])
-@pytest.mark.parametrize("forgotten", [{0}, {0, 1}])
-def test_a_worker_that_ray_forgets_is_replaced_where_room_is_free(
-    monkeypatch, asked, forgotten
-) -> None:
-    monkeypatch.setattr("movekd.extract.ray.worker_pool.LATE_S", -1.0)
-    workers, ray = pool([], asked=asked, forgotten=forgotten)
-    assert sorted((item for item, _ in workers.work_through(ITEMS)), key=str) == ITEMS
-    assert ray.living == 0
-    assert ray.most <= asked + len(forgotten)
