@@ -265,6 +265,10 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
     _show(list(rows.values()))
 
 
+def _mean(cosine: Row | None) -> str:
+    return "-" if cosine is None else f"{cosine['mean']:.4f}"
+
+
 def _show(rows: Sequence[Row]) -> None:
     whole = [row for row in rows if "refused" not in row]
     names = list(dict.fromkeys(name for row in whole for name in row["gradient_cosine"]))
@@ -279,7 +283,7 @@ def _show(rows: Sequence[Row]) -> None:
                 f"{row['over_float16']:.3f}",
                 f"{row['energy_error']:.3%}",
                 f"{row['token_error']:.2%}",
-                *(f"{row['gradient_cosine'][n]['mean']:.4f}" for n in names),
+                *(_mean(row["gradient_cosine"].get(name)) for name in names),
             ]
             for row in whole
         ],
