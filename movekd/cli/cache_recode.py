@@ -20,7 +20,12 @@ from movekd.errors import ConfigError
 
 
 def recode(
-    to: Annotated[str, typer.Option("--to", help=f"Codec: {', '.join(codec_names())}.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help=f"Codec: {', '.join(codec_names())}, or another rank of lowrank."
+        ),
+    ],
     output: Annotated[
         str, typer.Option(help="Cache to make or to continue: a folder, or s3://bucket/prefix.")
     ],
@@ -74,7 +79,6 @@ def recode(
     """
     from movekd.extract.recode import recode_cache
 
-    check_one_of("--to", to, codec_names())
     if cls_attention_heads is not None:
         check_one_of("--cls-attention-heads", cls_attention_heads, ("mean", "all"))
     for option, limit in (("--max-error", max_error), ("--max-energy-error", max_energy_error)):

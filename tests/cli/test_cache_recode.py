@@ -7,6 +7,9 @@ import pytest
 
 from builds import build
 from command import invoke
+from movekd.cache.codecs import codec_names
+from movekd.cache.contents import open_contents
+from movekd.cache.verify import status
 from movekd.cli.cache import app
 from movekd.errors import ConfigError
 
@@ -61,7 +64,8 @@ def test_the_features_are_recomputed_against_the_teacher(tmp_path, source, corpu
 def test_wrong_values_are_refused_by_name(tmp_path, source) -> None:
     out = tmp_path / "small"
     for more, sentence in (
-        (("--to", "int9"), r"--to is 'int9'; expected one of .*Did you mean 'int8'"),
+        (("--to", "int9"), r"no codec 'int9'\. Did you mean 'int8'.* Known: .*int4"),
+        (("--to", "lowrank0"), r"no codec 'lowrank0': the rank must be from 1 to"),
         (("--to", "int8", "--cls-attention-heads", "first"), "--cls-attention-heads is 'first'"),
         (("--to", "int8", "--max-error", 0), r"--max-error is 0\.0; expected a number above 0"),
         (("--to", "int8", "--teacher", "clop"), "holds no teacher 'clop'"),
@@ -74,3 +78,9 @@ def test_wrong_values_are_refused_by_name(tmp_path, source) -> None:
         run("recode", source, "--cache", out, "--to", "int8", "--output", out)
     shutil.rmtree(out, ignore_errors=True)
     assert run("recode", source, "--output", out).exit_code == 2  # --to is missing
+
+
+def test_a_rank_that_no_list_names_is_taken(tmp_path, source) -> None:
+    assert "lowrank3" not in codec_names()
+    run("recode", source, "--to", "lowrank3", "--output", tmp_path / "out")
+    assert {teacher.codec for teacher in status(open_contents(tmp_path / "out"))} == {"lowrank3"}

@@ -11,6 +11,7 @@ Legend: B batch, N tokens, D channels, G groups of channels.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from movekd.cache.codecs.channel_groups import in_groups, scale_groups_
 from movekd.cache.codecs.interface import ArrayLayout, Codec
 from movekd.errors import CacheError
 
@@ -52,9 +53,7 @@ class Int4(Codec):
         import torch
 
         width = tokens_BND.shape[-1]
-        padding = (0, -width % GROUP_CHANNELS)
-        padded = torch.nn.functional.pad(stats.standardise(tokens_BND), padding)
-        grouped = padded.reshape(*tokens_BND.shape[:-1], -1, GROUP_CHANNELS)
+        grouped = in_groups(stats.standardise(tokens_BND), GROUP_CHANNELS)
         largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
         scale = (largest / -8).half().float()
         if not bool(torch.isfinite(scale).all()):
@@ -76,13 +75,7 @@ class Int4(Codec):
         packed, scale_BNG = stored["tokens"], stored["token_scale"].float()
         width = len(stats.mean_D)
         codes = torch.cat([packed << 4, packed], -1).bitwise_right_shift_(4)[..., :width]
-        values_BND = codes.float()
-        whole = width // GROUP_CHANNELS  # full groups are scaled in one operation
-        end = whole * GROUP_CHANNELS
-        grouped = values_BND[..., :end].view(*packed.shape[:-1], whole, GROUP_CHANNELS)
-        grouped.mul_(scale_BNG[..., :whole, None])
-        values_BND[..., end:].mul_(scale_BNG[..., whole:])
-        return values_BND
+        return scale_groups_(codes.float(), scale_BNG, GROUP_CHANNELS)
 
 
 def _halves(codes_BND: "Tensor") -> "tuple[Tensor, Tensor]":

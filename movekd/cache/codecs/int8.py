@@ -8,6 +8,7 @@ Legend: B batch, N tokens, D channels, G groups of channels.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from movekd.cache.codecs.channel_groups import in_groups, scale_groups_
 from movekd.cache.codecs.interface import SHIPPED_DECODING, ArrayLayout, Codec
 from movekd.errors import CacheError
 
@@ -43,9 +44,7 @@ class Int8(Codec):
         import torch
 
         width = tokens_BND.shape[-1]
-        padding = (0, -width % GROUP_CHANNELS)
-        padded = torch.nn.functional.pad(stats.standardise(tokens_BND), padding)
-        grouped = padded.reshape(*tokens_BND.shape[:-1], -1, GROUP_CHANNELS)
+        grouped = in_groups(stats.standardise(tokens_BND), GROUP_CHANNELS)
         scale_BNG = (grouped.abs().amax(-1) / 127).half()
         if not bool(torch.isfinite(scale_BNG).all()):
             raise CacheError(
@@ -60,11 +59,5 @@ class Int8(Codec):
         self, stored: "Mapping[str, Tensor]", stats: "ChannelStats"
     ) -> "Tensor":
         """Return ``scale * q``: what the revised loss compares with."""
-        tokens, scale_BNG = stored["tokens"], stored["token_scale"].float()
-        values_BND = tokens.float()
-        whole = tokens.shape[-1] // GROUP_CHANNELS  # full groups are scaled in one operation
-        end = whole * GROUP_CHANNELS
-        grouped = values_BND[..., :end].view(*tokens.shape[:-1], whole, GROUP_CHANNELS)
-        grouped.mul_(scale_BNG[..., :whole, None])
-        values_BND[..., end:].mul_(scale_BNG[..., whole:])
-        return values_BND
+        scale_BNG = stored["token_scale"].float()
+        return scale_groups_(stored["tokens"].float(), scale_BNG, GROUP_CHANNELS)

@@ -19,8 +19,12 @@ class KeptTokens:
     """
 
     def __init__(self, model: ProbedModel, identity: str, folder: Path) -> None:
-        self._model, self._folder = model, folder
-        self.identity: str | None = identity
+        self._model, self._identity, self._folder = model, identity, folder
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that decides a feature."""
+        return self._identity
 
     @property
     def geometry(self) -> Geometry:
@@ -33,8 +37,7 @@ class KeptTokens:
         Raises:
             ConfigError: the kept file is damaged, or the folder cannot be written.
         """
-        assert self.identity is not None
-        path = block_file(self._folder, f"{self.identity} tokens", keys)
+        path = block_file(self._folder, f"{self._identity} tokens", keys)
         if path.exists():
             kept = read_block(path)
             return EncoderTokens(kept["tokens"], kept.get("cls"))
