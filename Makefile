@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
-.PHONY: clean study study-full study-final
+.PHONY: clean study study-full study-final study-codecs
 .PHONY: demo-real
 
 demo: install
@@ -100,6 +100,12 @@ study-full: install
 study-final: install
 	$(STUDY) final $(ARMS)
 	$(STUDY) report --final
+
+# Do few bits cost accuracy? docs/study.md, "Codecs"; results in docs/codecs.md.
+study-codecs: install
+	$(STUDY) run --codecs
+	$(STUDY) final --codecs
+	$(STUDY) report --codecs
 
 # The page of all keys of student.yaml, from the code.
 keys: install

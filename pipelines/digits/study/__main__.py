@@ -4,7 +4,15 @@ import argparse
 import os
 from pathlib import Path
 
-from study.plan import FIRST_EXPLORATORY_SEED, FULL_SIZE, SMOKE, WORLDS, arms, find_arm
+from study.plan import (
+    CODEC_ARMS,
+    FIRST_EXPLORATORY_SEED,
+    FULL_SIZE,
+    SMOKE,
+    WORLDS,
+    arms,
+    find_arm,
+)
 
 
 def main() -> None:
@@ -27,6 +35,9 @@ def main() -> None:
         command.add_argument("--jobs", type=int, default=2, help="processes at a time")
         command.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
         command.add_argument("--everything", action="store_true", help="the arms of study-full")
+        command.add_argument(
+            "--codecs", action="store_true", help="the comparison of codecs, with its own rows"
+        )
         command.add_argument("--arms", nargs="*", default=[], help="only these arms, all seeds")
         if name == "report":
             command.add_argument("--final", action="store_true")
@@ -42,21 +53,26 @@ def main() -> None:
             command.add_argument("--seeds", nargs="*", type=int, default=[FIRST_EXPLORATORY_SEED])
     arguments = parser.parse_args()
 
-    from study import explore, page, queue, results  # they load torch, which --help need not
+    # they load torch, which --help need not
+    from study import codec_report, explore, page, queue, results
 
     sizes = SMOKE if arguments.smoke else FULL_SIZE
-    where = arguments.results or (arguments.work / "results" if arguments.smoke else None)
-    place = queue.Place(arguments.work, where or results.RESULTS, sizes, arguments.jobs)
+    committed = results.CODEC_RESULTS if arguments.codecs else results.RESULTS
+    where = arguments.results or (arguments.work / "results" if arguments.smoke else committed)
+    place = queue.Place(arguments.work, where, sizes, arguments.jobs)
     named = tuple(find_arm(name) for name in arguments.arms)
-    chosen = named or arms(arguments.everything)
+    chosen = named or (CODEC_ARMS if arguments.codecs else arms(arguments.everything))
     if arguments.command == "prepare":
         queue.prepare(place, chosen)
     elif arguments.command == "run":
         queue.run_all(place, chosen)
-        print(page.write_report(place, is_final=False))
+        if not arguments.codecs:
+            print(page.write_report(place, is_final=False))
     elif arguments.command == "final":
         queue.run_final(place, chosen)
         print("python -m study report --final writes it into docs/study.md")
+    elif arguments.command == "report" and arguments.codecs:
+        print(codec_report.write_report(place))
     elif arguments.command == "report":
         print(page.write_report(place, arguments.final))
     else:

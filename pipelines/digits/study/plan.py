@@ -47,7 +47,7 @@ class Arm:
     Attributes:
         name: name in rows, figures and tables.
         what: a short description.
-        cache: which of ``CACHES`` it distils from; None without distillation.
+        cache: which of ``CACHES`` or ``DERIVED`` it distils from; None without distillation.
         keys: changes in both stages, as ``a.b=c``.
         pretrain: changes in stage 1 only.
         matches_time_of: this arm trains as long as that one.
@@ -68,13 +68,16 @@ class Arm:
         return "student.mole=null" not in self.keys
 
 
+CODECS = ("int8", "int4", "lloyd4", "lloyd3", "lloyd2", "lowrank16", "lowrank8", "lowrank4")
+"""Codecs that are compared with float16, from the largest rows to the smallest."""
 CACHES: dict[str, dict[str, str]] = {
     "pooled_int8": {},
     "native_int8": {"grid": "native"},
     "pooled_float16": {"codec": "float16"},
-    "shuffled": {},
 }
-"""Changes of the teachers' specs per cache. ``shuffled``: images have features of others."""
+"""Changes of the teachers' specs per cache that is built."""
+DERIVED = {"shuffled": "pooled_int8"} | {f"recoded_{codec}": "pooled_float16" for codec in CODECS}
+"""Caches that are made from another one. ``shuffled``: images have features of others."""
 
 FULL = {"keys": ("student.mole=null",), "pretrain": ("trained=[vision_tower, projector]",)}
 """Full fine-tuning: no experts; the tower's weights learn in both stages."""
@@ -154,6 +157,13 @@ MORE = (
 )
 """The arms that `make study-full` adds. They remove or change a part of `revised_mole`."""
 
+CODEC_SEEDS = tuple(range(8))
+CODEC_ARMS = (
+    Arm("codec_float16", "float16", cache="pooled_float16", seeds=CODEC_SEEDS),
+    *(Arm(f"codec_{c}", c, cache=f"recoded_{c}", seeds=CODEC_SEEDS) for c in CODECS),
+)
+"""`revised_mole` from caches in each codec: a comparison with rows of its own (docs/codecs.md)."""
+
 TIME_BASE = {"revised_mole": "none_mole", "revised_full": "none_full"}
 """The arm without KD that gets more steps until it takes as long."""
 
@@ -178,6 +188,10 @@ class Contrast:
         return f"{self.first} - {self.second}"
 
 
+CODEC_CONTRASTS = tuple(
+    Contrast(arm.name, CODEC_ARMS[0].name, margin=0.01) for arm in CODEC_ARMS[1:]
+)
+"""Tested in this order, each at 5%; the first that fails ends the claims."""
 PRIMARY = Contrast("revised_mole", "none_mole")
 SECONDARY = (
     Contrast("revised_full", "none_full"),
@@ -215,10 +229,11 @@ def find_arm(name: str) -> Arm:
     Raises:
         SystemExit: the name is unknown.
     """
-    for arm in arms(everything=True):
+    every = (*arms(everything=True), *CODEC_ARMS)
+    for arm in every:
         if arm.name == name:
             return arm
-    known = ", ".join(arm.name for arm in arms(everything=True))
+    known = ", ".join(arm.name for arm in every)
     raise SystemExit(f"study: no arm is named '{name}'; known are {known}.")
 
 

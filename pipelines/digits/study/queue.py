@@ -22,7 +22,7 @@ import torch
 
 from demo import TEACHERS
 from study import results, worlds
-from study.plan import TIME_BASE, WORLDS, Arm, RunId, Sizes, find_arm, runs
+from study.plan import DERIVED, TIME_BASE, WORLDS, Arm, RunId, Sizes, find_arm, runs
 from study.results import Row
 from study.run import Task, execute, final, settings
 from study.worlds import World
@@ -59,10 +59,10 @@ def prepare(place: Place, chosen: Sequence[Arm]) -> list[World]:
             worlds.collect_weights(world)
         _all(pool, worlds.write_scenes, [(world,) for world in made])
         names = {arm.cache for arm in chosen if arm.cache}
-        plain = sorted((names - {"shuffled"}) | ({"pooled_int8"} if "shuffled" in names else set()))
-        _all(pool, worlds.build, [(world, name) for name in plain for world in made])
-        if "shuffled" in names:
-            _all(pool, worlds.build, [(world, "shuffled") for world in made])
+        built = sorted({DERIVED.get(name, name) for name in names})
+        derived = sorted(names & DERIVED.keys())
+        for part in (built, derived):
+            _all(pool, worlds.build, [(world, name) for name in part for world in made])
     return [place.world(number) for number in WORLDS]
 
 

@@ -22,6 +22,8 @@ Row = dict[str, Any]
 Name = Literal["runs", "curves", "final", "exploratory"]
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "study"
+CODEC_RESULTS = RESULTS.with_name("codecs")
+"""Rows of the comparison of codecs."""
 
 
 def read(folder: Path, name: Name) -> list[Row]:

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 import scenes
+from movekd.cache import open_cache
+from movekd.cache.layout import teacher_layout
+from movekd.cache.verify import status
 from movekd.config import read_yaml
 from movekd.corpus.conversations import load_conversations
 from movekd.evaluate.exact_match import exact_match, split_questions
@@ -108,6 +111,8 @@ def execute(task: Task) -> tuple[Row, Row]:
     }
     name = {key: row[key] for key in ("arm", "world", "seed")}
     curves = {**name, **{stage: _curves(logs[stage]) for stage in STAGES}}
+    if task.arm.cache is not None:
+        row["cache"] = cache_figures(task.world.cache(task.arm.cache))
     if task.arm.has_experts:
         row["routing"], counts = routing_by_content(trained, task.world)
         if task.run.seed == 0:  # a figure shows one run
@@ -146,6 +151,26 @@ def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
     config = load_config(world.folder / f"{stage}.yaml", overrides)
     cache = None if arm.cache is None else world.cache(arm.cache)
     return train(config, task.folder / stage, cache).log
+
+
+def cache_figures(folder: Path) -> dict[str, dict[str, float]]:
+    """Return, per teacher, bytes per image, those of its tokens, and the sealed errors.
+
+    The errors of a recoded cache are upper bounds: they include that of its source.
+    """
+    cache = open_cache(folder)
+    figures = {}
+    for found in status(cache):
+        layout = cache[found.teacher].layout
+        size = (layout.num_tokens, layout.width)
+        tokens = teacher_layout(found.codec, *size, cls_width=None, num_heads=None)
+        errors = {"error_mean": found.error_mean, "error_energy": found.error_energy}
+        figures[found.teacher] = {
+            "row_bytes": layout.row_bytes,
+            "token_bytes": tokens.row_bytes,
+            **{name: float(f"{error:.4g}") for name, error in errors.items() if error is not None},
+        }
+    return figures
 
 
 def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[int]]:

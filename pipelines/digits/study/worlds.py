@@ -5,7 +5,7 @@
       teachers/ *.yaml the pipeline's files, beside the weights
       source/          pretrain.json, finetune.json, val.json, images/; no test scenes
       data/            the packed corpus
-      caches/NAME/     pooled_int8, native_int8, pooled_float16, shuffled
+      caches/NAME/     those of plan.CACHES and plan.DERIVED that arms need
       test/            test scenes; only the final pass draws them
 
 Everything is made once and kept. All worlds share the language model. It has seen no image, only
@@ -32,8 +32,9 @@ from movekd.cache.writer import TeacherWriter, create_group
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.extract.options import BuildOptions
+from movekd.extract.recode import recode_cache
 from movekd.extract.run import build_cache
-from study.plan import CACHES, Sizes
+from study.plan import CACHES, DERIVED, Sizes
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -157,10 +158,14 @@ def write_test_scenes(world: World) -> Path:
 
 
 def build(world: World, name: str) -> None:
-    """Build a cache of a world, or resume its build."""
+    """Build a cache of a world, or resume its build; one that is derived needs its source."""
     if name == "shuffled":
-        build(world, "pooled_int8")
-        shuffle_cache(world.cache("pooled_int8"), world.cache(name), world.number)
+        shuffle_cache(world.cache(DERIVED[name]), world.cache(name), world.number)
+        return
+    if name in DERIVED:
+        source, codec = world.cache(DERIVED[name]), name.removeprefix("recoded_")
+        for _ in recode_cache(str(source), str(world.cache(name)), codec):
+            pass
         return
     paths = [world.folder / "teachers" / f"{teacher}.yaml" for teacher in TEACHERS]
     specs = [load_spec(str(path)).with_changes(**CACHES[name]) for path in paths]

@@ -1,5 +1,6 @@
 """`movekd train` accepts every arm of the plan, and every contrast is between such arms."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import demo
 from movekd.train.config import load_config
 from study.plan import (
     CACHES,
+    CODEC_ARMS,
+    CODEC_CONTRASTS,
+    CODECS,
+    DERIVED,
     PRIMARY,
     SECONDARY,
     SECONDARY_MORE,
@@ -29,7 +34,7 @@ def test_an_arm_resolves(arm, stage):
     config = load_config(demo.HERE / f"{stage}.yaml", changes)
     assert (config.distill is None) is (arm.cache is None)
     assert (config.student.mole is not None) is arm.has_experts
-    assert arm.cache is None or arm.cache in CACHES
+    assert arm.cache is None or arm.cache in {*CACHES, *DERIVED}
     assert config.trained is not None
     assert "projector" in config.trained
     if not arm.has_experts:  # full fine-tuning: the tower learns in both stages
@@ -46,6 +51,18 @@ def test_arms_differ_from_what_they_are_compared_with():
             assert key not in seen, (arm.name, seen.get(key))
             seen[key] = arm.name
     assert load_config(demo.HERE / "finetune.yaml", list(find_arm("revised_mole").keys)) == shipped
+
+
+def test_codecs_differ_in_the_cache_only_and_are_in_the_plan():
+    for arm in CODEC_ARMS:
+        assert (arm.keys, arm.pretrain, arm.seeds) == ((), (), tuple(range(8)))
+    assert find_arm("revised_mole").keys == ()
+    assert [arm.what for arm in CODEC_ARMS] == ["float16", *CODECS]
+    assert [c.first for c in CODEC_CONTRASTS] == [f"codec_{codec}" for codec in CODECS]
+    assert {(c.second, c.margin) for c in CODEC_CONTRASTS} == {("codec_float16", 0.01)}
+    named = PAGE[PAGE.index("## Codecs") :].split("**Runs**")[0]
+    assert [c for c in re.findall(r"`(\w+)`", named) if c in CODECS] == list(CODECS)
+    assert len(runs(CODEC_ARMS)) == 216
 
 
 def test_contrasts_are_of_arms_and_the_study_has_its_own():

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import demo
 import study.plan
 import study.queue
 from study import explore, page, results
-from study.plan import SMOKE, RunId, arms, find_arm
+from study.plan import CODEC_ARMS, CODECS, SMOKE, RunId, arms, find_arm
 from study.queue import Place, run_all, run_final, time_factor
-from study.run import CURVES, Task, execute, mutual_information
+from study.run import CURVES, Task, cache_figures, execute, mutual_information
 from study.worlds import World, build, collect_weights, write_scenes
+
+EVERY_ARM = (*arms(everything=True), *CODEC_ARMS)
 
 
 def test_mutual_information_by_hand():
@@ -48,13 +52,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     made = World(0, tmp_path_factory.mktemp("study"), SMOKE)
     collect_weights(made)
     write_scenes(made)
-    for name in study.plan.CACHES:
+    for name in (*study.plan.CACHES, *study.plan.DERIVED):
         build(made, name)
     return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", arms(everything=True), ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", EVERY_ARM, ids=lambda arm: arm.name)
 def test_an_arm_runs(world, arm):
     row, curves = execute(Task(RunId(0, 0, arm.name), arm, world))
     assert row["val"]["all"][1] == SMOKE.num_val
@@ -72,6 +76,21 @@ def test_an_arm_runs(world, arm):
     steps = len(curves["finetune"]["step"])
     assert steps == 2
     assert all(len(curves["finetune"].get(name, [0] * steps)) == steps for name in CURVES)
+
+
+@pytest.mark.slow
+def test_rows_become_smaller_codec_by_codec(world):
+    sizes, energies = [], []
+    for codec in CODECS:
+        figures = cache_figures(world.cache(f"recoded_{codec}"))
+        assert set(figures) == set(demo.TEACHERS)
+        assert all(found["row_bytes"] >= found["token_bytes"] for found in figures.values())
+        sizes.append(sum(found["token_bytes"] for found in figures.values()))
+        energies.append({name: found["error_energy"] for name, found in figures.items()})
+    assert sizes == sorted(sizes, reverse=True)
+    for family in ("lloyd", "lowrank"):
+        own = [e for codec, e in zip(CODECS, energies, strict=True) if codec.startswith(family)]
+        assert all(a[name] < b[name] for a, b in pairwise(own) for name in a)
 
 
 @pytest.mark.slow
