@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cache_codec import codec_figures
+from cache_codec import codec_figures, few_bits_figures
 from cache_data import BenchData, make_data
 from cache_peers import peer_figures
 from cache_reading import cold_figures, loader_figures, warm_figures, write_shard_figures
@@ -31,7 +31,7 @@ READING: dict[str, Callable[[BenchData], list[Figure]]] = {
 }
 OTHERS: dict[str, Callable[[Path], list[Figure]]] = {
     "write": lambda folder: write_shard_figures(folder, 21),
-    "codec": lambda _: codec_figures(),
+    "codec": lambda _: [*codec_figures(), *few_bits_figures()],
     "memory": memory_figures,
     "flips": flip_figures,
     "kills": kill_figures,

@@ -1,7 +1,8 @@
 """Other libraries that keep and read samples, side by side with movekd.
 
-Those that movekd does not depend on run in a separate environment, behind
-``peers/worker.py``; it is created when it is missing.
+Those that movekd does not depend on run in two separate environments, behind ``peers/worker.py``;
+they are created when they are missing. One is pinned to old numpy by its packages, so the newest
+zarr-python, zarrs and Lance have another one.
 
 Every reader copies its batch into buffers that are reused. Those with random access read the rows
 that they are told; the streaming ones shuffle as they do.
@@ -32,7 +33,9 @@ from movekd.cache.layout import group_name
 from report import Figure, interleaved_ratio
 
 PEERS = Path(__file__).resolve().parent / "peers"
-PYTHON = PEERS / ".venv" / "bin" / "python"
+ENVIRONMENTS = {"requirements.txt": ".venv", "requirements-newest.txt": ".venv-newest"}
+"""Files of pinned packages, and the environments that hold them."""
+PINNED, NEWEST = (PEERS / folder / "bin" / "python" for folder in ENVIRONMENTS.values())
 WARM_BATCHES = 70
 """Read before the first measurement: about one epoch, so that the page cache holds every file."""
 Rows = npt.NDArray[np.int64]
@@ -43,7 +46,8 @@ Read = Callable[[Rows], float]
 
 def peer_figures(data: BenchData, pairs: int) -> list[Figure]:
     """Return movekd's rate over each peer's, and over the best."""
-    _create_environment()
+    for requirements, folder in ENVIRONMENTS.items():
+        _create_environment(PEERS / requirements, PEERS / folder)
     (out, _), batches, store = data.buffers(), data.random_batches(seed=3), data.open_warm()
     figures = []
     for name, (what, reader) in PEER_READERS.items():
@@ -149,11 +153,16 @@ def _zarr(data: BenchData) -> AbstractContextManager[Read]:
 
 
 @contextmanager
-def _worker(data: BenchData, kind: str) -> Iterator[Read]:
-    """Yield a reader that runs in the peers' environment, after a check of its bytes."""
-    folder = data.folder / kind
+def _worker(
+    data: BenchData, kind: str, python: Path = PINNED, folder: Path | None = None
+) -> Iterator[Read]:
+    """Yield a reader that runs in a peers' environment, after a check of its bytes.
+
+    It writes the rows into a folder of its own, or reads those of ``folder``.
+    """
+    own = data.folder / kind
     with subprocess.Popen(
-        [PYTHON, PEERS / "worker.py"],
+        [python, PEERS / "worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=(data.folder / f"{kind}.log").open("w"),
@@ -172,7 +181,7 @@ def _worker(data: BenchData, kind: str) -> Iterator[Read]:
                 raise SystemExit(f"{kind} failed:\n{log[-2000:]}")
             return answer
 
-        ask(f"prepare {data.source} {folder} {kind}")
+        ask(f"prepare {data.source} {folder or own} {kind}")
         maps = data.memmaps()
         for row, digest in json.loads(ask("check")).items():
             content = b"".join(maps[name][int(row)].tobytes() for name in sorted(maps))
@@ -186,7 +195,11 @@ def _worker(data: BenchData, kind: str) -> Iterator[Read]:
         yield read
         process.stdin.close()
         process.kill()  # some of them keep threads that never end
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def _stock_zarr(data: BenchData, kind: str) -> AbstractContextManager[Read]:
+    return _worker(data, kind, NEWEST, data.cache / group_name("clip"))
 
 
 PEER_READERS: dict[str, tuple[str, Callable[[BenchData], AbstractContextManager[Read]]]] = {
@@ -194,26 +207,23 @@ PEER_READERS: dict[str, tuple[str, Callable[[BenchData], AbstractContextManager[
     "torch_load": ("torch.load, one file per sample", _torch_load),
     "zarr": ("zarr-python on the same cache, row by row", _zarr),
     "webdataset": ("webdataset, .npy in tar, shuffle(128)", lambda d: _worker(d, "webdataset")),
+    "zarr_fancy": ("zarr-python on the same cache, oindex", lambda d: _stock_zarr(d, "zarr_fancy")),
+    "zarrs": ("zarr-python with zarrs, row by row", lambda d: _stock_zarr(d, "zarrs")),
+    "lance": ("Lance, take of a batch", lambda d: _worker(d, "lance", NEWEST)),
+    "theia": ("safetensors in tar, shuffle(128)", lambda d: _worker(d, "theia")),
     "litdata": ("LitData, StreamingDataset shuffled", lambda d: _worker(d, "litdata")),
     "mosaicml": ("MosaicML Streaming, shuffled", lambda d: _worker(d, "mosaicml")),
 }
 
 
-def _create_environment() -> None:
-    """Install the peers that movekd does not depend on, once."""
-    requirements = PEERS / "requirements.txt"
-    marker = PEERS / ".venv" / ".installed"
+def _create_environment(requirements: Path, folder: Path) -> None:
+    """Install peers that movekd does not depend on, once."""
+    marker = folder / ".installed"
     if marker.exists() and marker.read_text() == requirements.read_text():
         return
-    print(f"installing {requirements} into {PYTHON.parent.parent}, once: minutes and 7 GB")
-    venv.create(PYTHON.parent.parent, with_pip=True)
-    pip: list[str | Path] = [
-        PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    subprocess.run([*pip, "-r", requirements], check=True)
+    print(f"installing {requirements} into {folder}, once: minutes, and up to 7 GB")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    quiet = ("--quiet", "--disable-pip-version-check")
+    subprocess.run([python, "-m", "pip", "install", *quiet, "-r", requirements], check=True)
     marker.write_text(requirements.read_text())

@@ -1,6 +1,7 @@
 """Another library's reader, in an environment of its own: answers a line for each line it gets.
 
-    prepare SOURCE FOLDER KIND      write SOURCE's rows into FOLDER as KIND keeps them
+    prepare SOURCE FOLDER KIND      write SOURCE's rows into FOLDER as KIND keeps them; FOLDER of a
+                                    Zarr kind has them already
     batch                           read a shuffled batch -> its seconds and bytes
     check                           read one, untimed -> JSON {row: SHA-256 of its bytes}
 
@@ -10,6 +11,7 @@ are here. It knows nothing of movekd.
 
 import hashlib
 import io
+import itertools
 import json
 import sys
 import tarfile
@@ -97,6 +99,111 @@ def webdataset(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sa
     return samples
 
 
+def theia(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sample]]:
+    """Read tars of one .safetensors member per sample, as Theia publishes its features."""
+    import webdataset as wds
+    from safetensors.numpy import load, save
+
+    folder.mkdir(parents=True)
+    for first in range(0, _rows(arrays), ROWS_PER_TAR):
+        with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
+            for row in range(first, min(first + ROWS_PER_TAR, _rows(arrays))):
+                content = save({name: np.array(values[row]) for name, values in arrays.items()})
+                member = tarfile.TarInfo(f"{row:06d}.safetensors")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset = wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(128)
+
+    def samples() -> Iterator[Sample]:
+        for sample in dataset:
+            yield load(sample["safetensors"]) | {"row": int(sample["__key__"])}
+
+    return samples
+
+
+def lance(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sample]]:
+    """Take random rows of a Lance dataset, a batch per call; a row is bytes of fixed size."""
+    import lance as pylance  # type: ignore[import-not-found]
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        for first in range(0, _rows(arrays), ROWS_PER_TAR):
+            columns = {}
+            for name, values in arrays.items():
+                part = np.ascontiguousarray(values[first : first + ROWS_PER_TAR])
+                size = part[0].nbytes
+                columns[name] = pa.FixedSizeBinaryArray.from_buffers(
+                    pa.binary(size), len(part), [None, pa.py_buffer(part)]
+                )
+            yield pa.record_batch(columns)
+
+    made = iter(batches())
+    first = next(made)
+    reader = pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], made))
+    dataset = pylance.write_dataset(reader, str(folder))
+
+    def samples() -> Iterator[Sample]:
+        for rows in _random_rows(_rows(arrays)):
+            table = dataset.take(rows.tolist()).combine_chunks()
+            columns = {}
+            for name, values in arrays.items():
+                chunk = table[name].chunk(0)
+                whole = np.frombuffer(chunk.buffers()[1], values.dtype)
+                start = chunk.offset * values[0].size
+                columns[name] = whole[start : start + len(rows) * values[0].size].reshape(
+                    len(rows), *values.shape[1:]
+                )
+            yield from _split(columns, rows)
+
+    return samples
+
+
+def zarr_fancy(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sample]]:
+    """Read random rows of a Zarr group with zarr-python, a batch per call (``oindex``)."""
+    import zarr
+
+    group = zarr.open_group(folder, mode="r")
+    stored = {name: group[name] for name in arrays}
+
+    def samples() -> Iterator[Sample]:
+        for rows in _random_rows(_rows(arrays)):
+            columns = {name: array.oindex[rows] for name, array in stored.items()}
+            yield from _split(columns, rows)
+
+    return samples
+
+
+def zarrs(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sample]]:
+    """Read random rows one by one through zarrs, which is written in Rust.
+
+    It hands an index of several rows that are no slice back to zarr-python.
+    """
+    import zarr
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    group = zarr.open_group(folder, mode="r")
+    stored = {name: group[name] for name in arrays}
+
+    def samples() -> Iterator[Sample]:
+        for rows in _random_rows(_rows(arrays)):
+            for row in rows.tolist():
+                yield {name: array[row] for name, array in stored.items()} | {"row": row}
+
+    return samples
+
+
+def _random_rows(num_rows: int) -> Iterator[Any]:
+    random = np.random.default_rng(0)
+    while True:
+        yield np.sort(random.choice(num_rows, BATCH, replace=False))
+
+
+def _split(columns: dict[str, Any], rows: Any) -> Iterator[Sample]:
+    for position, row in enumerate(rows.tolist()):
+        yield {name: values[position] for name, values in columns.items()} | {"row": row}
+
+
 def litdata(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Sample]]:
     """Read LitData's chunks through a shuffled StreamingDataset."""
     from litdata import StreamingDataset  # type: ignore[import-not-found]
@@ -129,7 +236,15 @@ def mosaicml(arrays: dict[str, Any], folder: Path) -> Callable[[], Iterator[Samp
     return lambda: iter(dataset)
 
 
-READERS = {"webdataset": webdataset, "litdata": litdata, "mosaicml": mosaicml}
+READERS = {
+    "webdataset": webdataset,
+    "theia": theia,
+    "litdata": litdata,
+    "mosaicml": mosaicml,
+    "lance": lance,
+    "zarr_fancy": zarr_fancy,
+    "zarrs": zarrs,
+}
 
 if __name__ == "__main__":
     main()

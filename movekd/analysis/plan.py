@@ -156,7 +156,7 @@ def plan_cache(
     stored = [
         option
         for spec in specs
-        for option in _storage_options(spec, shapes[spec.name], student_grid, refused)
+        for option in storage_options(spec, shapes[spec.name], student_grid, refused)
     ]
     storage = open_storage(cache)
     disk = assumed_disk or DiskRates(None, None, "not asked for")
@@ -311,10 +311,22 @@ def _rates_and_shapes(
     return rates, shapes, random
 
 
-def _storage_options(
+def storage_options(
     spec: CacheSpec, shape: OutputShape, student_grid: int, refused: dict[str, str]
 ) -> list[StorageOption]:
-    """Return the codecs and grids that can store a teacher; ``refused`` receives the others."""
+    """Return the codecs and grids that can store a teacher; ``refused`` receives the others.
+
+    The spec's own codec and grid are among them.
+
+    Args:
+        spec: the teacher.
+        shape: of its output, as ``output_shape`` returns it.
+        student_grid: side of the student's grid, tried beside the teacher's own.
+        refused: receives ``TEACHER: CODEC on GRID`` and the reason.
+
+    Raises:
+        CacheError: the spec's own codec can't store its features.
+    """
     num_tokens, width, cls_width, num_heads = shape
     if num_heads is not None and with_defaults(spec).stored_heads == "mean":
         num_heads = 1
