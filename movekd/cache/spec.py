@@ -171,7 +171,8 @@ class CacheSpec(FrozenModel):
         le=1,
         allow_inf_nan=False,
         description="The build stops if the energy error of a Zarr shard (squared error over "
-        "squared norm of its tokens, in standardised channels) exceeds this; null: never.",
+        "squared norm of its tokens, in standardised channels) exceeds this; a last one of fewer "
+        "than 32 images only gives a warning; null: never.",
     )
     calibration_images: int = Field(
         default=512,

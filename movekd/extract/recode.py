@@ -114,7 +114,8 @@ def recode_cache(
         teachers: which teachers. Default: all.
         cls_attention_heads: ``mean`` stores the mean over heads. Default: what the source has.
         max_error: the run stops if the bound of a token's error exceeds this. Default: never.
-        max_energy_error: the same for the energy error of a Zarr shard.
+        max_energy_error: the same for the energy error of a Zarr shard; the last one of fewer than
+            32 images only gives a warning.
         is_verifying: compare every byte of what the output has first, and make again what differs.
             Default: only existence and size.
         device: where tokens are decoded and encoded. The last bits may depend on it.

@@ -1,5 +1,7 @@
 """One Zarr shard in memory: what it refuses, what it leaves out."""
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_an_error_above_the_limit_stops_the_build(tmp_path, corpus_dir, tiny_spe
 
 
 def test_an_energy_error_above_the_limit_stops_the_build(
-    tmp_path, corpus_dir, tiny_specs, cache_dir
+    tmp_path, corpus_dir, tiny_specs, cache_dir, monkeypatch
 ):
     store = open_cache(cache_dir)["clip"]
     seal = store.seals[0].error
@@ -70,6 +72,8 @@ def test_an_energy_error_above_the_limit_stops_the_build(
     exact, stored = (some.read(rows).standardised_BND.double() for some in (half, store))
     energy = ((stored - exact).square().sum() / exact.square().sum()).item()
     assert seal.energy == pytest.approx(energy, rel=0.02)  # float16 rounds as well
+    for module in ("layout", "catalog"):  # a Zarr shard that is full is judged, however small
+        monkeypatch.setattr(f"movekd.cache.{module}.MAX_SHARD_ROWS", 24)
     strict = tiny_specs[0].with_changes(max_energy_error=seal.energy * 0.9)
     sentence = r"'clip', Zarr shard 0: .*; the spec allows max_energy_error .*of more bytes"
     with pytest.raises(CacheError, match=sentence):
@@ -78,3 +82,13 @@ def test_an_energy_error_above_the_limit_stops_the_build(
     allowed = tiny_specs[0].with_changes(max_energy_error=seal.energy * 1.1)
     build(tmp_path / "cache", corpus_dir, [allowed])  # not another spec: nothing stored differs
     assert list(verify(tmp_path / "cache")) == []
+
+
+def test_a_rest_of_few_images_above_the_limit_is_told_and_stops_nothing(
+    tmp_path, corpus_dir, tiny_specs, cache_dir, capsys
+):
+    sealed = open_cache(cache_dir)["clip"].seals[0].error.energy
+    build(tmp_path / "cache", corpus_dir, [tiny_specs[0].with_changes(max_energy_error=sealed / 2)])
+    said = capsys.readouterr().err
+    assert re.search(r"'clip', Zarr shard 0: .* max_energy_error .* few images \(24\)", said)
+    assert open_cache(tmp_path / "cache")["clip"].seals[0].error.energy == sealed
