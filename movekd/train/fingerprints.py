@@ -20,6 +20,8 @@ from movekd.train.held_out import SPLIT
 INPUTS_FILE = "inputs.json"
 GROUPED_ORDER = "grouped per step"
 """Name of the order in which grouped samples train; another name is another order."""
+PACKED_ORDER = "packed, best-fit decreasing"
+"""The same for rows of packed samples."""
 
 
 def input_fingerprints(
@@ -36,6 +38,8 @@ def input_fingerprints(
     }
     if config.data.group_by_modality_length:
         inputs["order"] = GROUPED_ORDER
+    if config.data.packing:
+        inputs["order"] = PACKED_ORDER
     if config.data.val_size is not None:
         inputs["split"] = SPLIT
     if config.data.eval_conversations:
