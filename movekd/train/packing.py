@@ -61,7 +61,8 @@ def pack_rows(lengths: Sequence[int], max_length: int, seed: int) -> list[list[i
                 with_room[left] = []
                 insort(rooms, left)
             with_room[left].append(row)
-    return [[row[at] for at in random.permutation(len(row))] for row in rows]
+    place = random.permutation(len(tokens)).tolist()
+    return [sorted(row, key=place.__getitem__) for row in rows]
 
 
 def row_lengths(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -4,9 +4,15 @@ The models are transformers' own classes, small and random. What is packed is wh
 gives: positions that start again in each sample, no mask, no label on a first token.
 """
 
+from functools import wraps
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     MinistralConfig,
     MinistralForCausalLM,
     MixtralConfig,
@@ -18,6 +24,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 from movekd.student.tokenization import IGNORED
 from movekd.train.data import Collator, Sample
@@ -25,6 +34,7 @@ from movekd.train.packed_data import join
 from movekd.train.packing_keys import PACKABLE
 from small_language_model import KINDS, SIZES
 
+CPU = "flash_attention_of_the_tests"
 VOCABULARY = 64
 EXPERTS = {"num_experts_per_tok": 2}
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -119,6 +129,73 @@ def test_packed_loss_and_gradients_are_those_of_single_samples(name, attention):
     mixed = packed | {"position_ids": torch.arange(packed["input_ids"].shape[1])[None]}
     other, _, _ = loss_and_gradients(model, [mixed])
     assert abs(other - expected) > 1e-3  # samples that see each other are another loss
+
+
+def flash(query, key, value, softmax_scale=None, causal=True, window_size=(-1, -1), **kwargs):
+    """Return what flash-attn's function of this name does, for (batch, token, head, channel)."""
+    groups = query.shape[2] // key.shape[2]
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    at = torch.arange(query.shape[2])
+    seen = at[:, None] >= at
+    if window_size[0] >= 0:
+        seen &= at[:, None] - at <= window_size[0]
+    scaled = {"attn_mask": seen, "scale": softmax_scale}
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, **scaled).transpose(
+        1, 2
+    )
+
+
+def flash_varlen(query, key, value, cu_seqlens_q, softmax_scale, window_size=(-1, -1), **kwargs):
+    """Return the same for sequences that follow one another, (token, head, channel)."""
+    parts = [
+        flash(
+            *(part[None, start:end] for part in (query, key, value)),
+            softmax_scale,
+            True,
+            window_size,
+        )
+        for start, end in pairwise(cu_seqlens_q.tolist())
+    ]
+    return torch.cat(parts, dim=1)[0]
+
+
+@pytest.fixture
+def flash_on_cpu(monkeypatch):
+    """Register transformers' flash attention under another name, with a kernel for CPUs."""
+    calls = []
+
+    @wraps(flash_varlen)  # transformers looks at its arguments
+    def varlen(*tensors, **keys):
+        calls.append(keys["cu_seqlens_q"].tolist())
+        return flash_varlen(*tensors, **keys)
+
+    def functions(*args, **kwargs):
+        return flash, varlen, None, flash_utils._pad_input, flash_utils._unpad_input
+
+    monkeypatch.setattr(flash_utils, "_lazy_imports", functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    AttentionInterface.register(CPU, flash_attention_forward)
+    AttentionMaskInterface.register(CPU, flash_attention_mask)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
+def test_flash_attention_is_given_where_each_sample_of_a_row_starts(flash_on_cpu, name):
+    """transformers' way to the kernel is real; the kernel is PyTorch's, as no GPU is here."""
+    model, single = build(name, "sdpa"), samples()
+    expected = loss_and_gradients(model, one_by_one(single))
+    model.set_attn_implementation(CPU)
+    rows = [collated([join([single[at] for at in row])]) for row in ROWS]
+    found = loss_and_gradients(model, rows)
+    starts = [[0, *np.cumsum([LENGTHS[at] for at in row]).tolist()] for row in ROWS]
+    num_layers = model.config.num_hidden_layers
+    assert flash_on_cpu == [start for start in starts for _ in range(num_layers)]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for parameter, gradient in found[2].items():
+        assert (gradient - expected[2][parameter]).abs().max() <= 1e-5, parameter
 
 
 def test_every_kind_that_may_be_packed_is_compared_here():
