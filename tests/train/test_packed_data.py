@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from movekd.distill.objective import padding_statistic
 from movekd.errors import ConfigError
@@ -99,6 +100,22 @@ def test_a_row_is_its_samples_one_after_another():
         [30, 31, 10, 10],
         (3, 2, 2),
     )
+
+
+def test_a_row_is_what_transformers_own_collator_makes_of_its_samples(digits):
+    _, _, dataset, collator = digits.parts(digits.config("finetune", *PACKED))
+    rows = packed(dataset)
+    flatten = DataCollatorWithFlattening()
+    for number, row in enumerate(rows.rows):
+        samples = [dataset[position] for position in row]
+        expected = flatten([{"input_ids": s.input_ids, "labels": s.labels} for s in samples])
+        found = collator([rows[number]])
+        if len(row) == 1:  # as without packing
+            assert found["position_ids"] is None
+            continue
+        assert set(expected) == {"input_ids", "labels", "position_ids"}
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
 
 
 def test_positions_start_again_in_each_conversation_and_in_the_padding(digits):
