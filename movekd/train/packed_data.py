@@ -5,6 +5,7 @@ which ``data.Collator`` turns into a batch like any other, with positions that s
 each sample. Used by ``run`` and by `movekd train --dry-run`.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,6 +54,11 @@ class PackedDataset(Dataset[Sample]):
         if row == EMPTY:
             return self.conversations[EMPTY]
         return join([self.conversations[position] for position in self.rows[row]])
+
+    def fingerprint(self) -> str:
+        """Return a checksum of which samples stand in which row."""
+        numbers = [number for row in self.rows for number in (len(row), *row)]
+        return hashlib.sha256(np.array(numbers, "<i8").tobytes()).hexdigest()
 
     def describe(self, batch_size: int, step_size: int) -> str:
         """Return how full the rows are, as one line.

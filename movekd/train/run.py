@@ -40,6 +40,7 @@ from movekd.train.datasets import RunData, read_data
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.evaluation import EvaluateInLastStep
 from movekd.train.fingerprints import (
+    PACKED_ROWS,
     input_fingerprints,
     require_same_inputs,
     require_unchanged_inputs,
@@ -197,6 +198,10 @@ def train(
     else:
         arguments.eval_on_start = False  # it was measured when the run began
     trained = _packed(config, data.trained, arguments, progress, notify)
+    if isinstance(trained, PackedDataset):
+        inputs[PACKED_ROWS] = trained.fingerprint()
+        if start.checkpoint is not None:
+            broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     try:
         trainer = DistillTrainer(
             config,

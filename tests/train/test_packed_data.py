@@ -1,5 +1,7 @@
 """Tests of movekd.train.packed_data: packed rows train as their conversations do one by one."""
 
+import json
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening
@@ -174,6 +176,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_says_its_padding(
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert digits.logged(parts) == digits.logged(whole)
     assert all(0 <= entry["padding_share"] < 0.5 for entry in digits.logged(whole))
+    inputs = tmp_path / "parts" / "inputs.json"
+    changed = json.loads(inputs.read_text()) | {"packed rows": "of another tokenizer"}
+    inputs.write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="was begun with other packed rows"):
+        digits.train(tmp_path / "parts", "finetune", *keys, *saving, resume=True)
     assert said == [describe_packing(digits.config("finetune", *keys))]
     assert said[0].startswith("16 conversations are packed into ")
 
