@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorWithFlattening
 
 from movekd.distill.objective import padding_statistic
@@ -12,7 +14,7 @@ from movekd.student.tokenization import IGNORED
 from movekd.train.data import Sample
 from movekd.train.packed_data import describe_packing, join
 from movekd.train.sampler import EMPTY
-from same_step import assert_same_step, one_by_one, packed
+from same_step import assert_same_step, one_by_one, packed, step
 from small_language_model import KINDS, write_language_model
 from torchrun import train_in_two_processes
 
@@ -183,6 +185,41 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_says_its_padding(
         digits.train(tmp_path / "parts", "finetune", *keys, *saving, resume=True)
     assert said == [describe_packing(digits.config("finetune", *keys))]
     assert said[0].startswith("16 conversations are packed into ")
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_from_rows_also_where_fsdp_shards_the_model(digits, tmp_path):
+    """PEFT's LoRA on the language model, as a whole model and with FSDP2 on one gloo process."""
+    lora = "student.language_model_lora={r: 4, lora_alpha: 8}"
+    trained = "trained=[mole, projector, language_model]"
+    config = digits.config("finetune", lora, trained, *EXACT, *PACKED)
+    model, _, dataset, collator = digits.parts(config)
+    model.has_experts = False  # the balance loss is one of a batch
+    rows = packed(dataset)
+    batch = collator([rows[row] for row in range(len(rows))])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero, so that lora_A would get no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    singles = [collator([sample]) for sample in one_by_one(rows)]
+    assert_same_step(model.eval(), [batch], singles)
+    _, _, expected = step(model, [batch])
+    learned = [name for name in expected if "lora_" in name]
+    assert len(learned) > 8
+    assert all(expected[name].abs().sum() > 0 for name in learned)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        for layer in model.vlm.model.language_model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        _, _, found = step(model, [batch])
+        found = {name: gradient.full_tensor() for name, gradient in found.items()}
+    finally:
+        distributed.destroy_process_group()
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
