@@ -76,6 +76,7 @@ def train(
             _say_held_out(resolved)
             if model is not None and Path(model).is_dir():
                 _count_samples(resolved)  # of a hub's id it would download the tokenizer
+                _say_packing(resolved)
         return
     quiet_libraries()
     if show_samples is not None:
@@ -138,6 +139,16 @@ def _say_held_out(config: "TrainConfig") -> None:
     from movekd.train.held_out import describe_split
 
     if distributed.is_main_process() and (said := describe_split(config)) is not None:
+        say(f"movekd: {said}", err=True)
+
+
+def _say_packing(config: "TrainConfig") -> None:
+    """Print on standard error how full the rows of packed samples are."""
+    from movekd.train.packed_data import describe_packing
+
+    if config.data.packing and distributed.is_main_process():
+        with progress_bar() as progress:
+            said = describe_packing(config, progress)
         say(f"movekd: {said}", err=True)
 
 

@@ -172,6 +172,12 @@ def count_units(batch: Mapping[str, Any]) -> Tensor:
     )
 
 
+def padding_statistic(batch: Mapping[str, Any]) -> Statistic:
+    """Return the share of the positions of a collated batch that are padding."""
+    attention_mask = batch["attention_mask"]
+    return Statistic("padding_share", 1 - attention_mask.float().mean(), attention_mask.numel())
+
+
 def step_loss(terms: Terms, counts: Tensor, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a micro-batch's part of the step's loss, and each term's part before its weight.
 

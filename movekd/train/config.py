@@ -28,6 +28,7 @@ from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
 from movekd.train.evaluation_keys import evaluation_keys
 from movekd.train.language_model_keys import check_language_model_keys
+from movekd.train.packing_keys import check_packing_keys
 from movekd.train.training_keys import (
     LearningRates,
     check_learning_rates,
@@ -132,7 +133,13 @@ class DataConfig(FrozenModel):
     group_by_modality_length: bool | None = Field(
         default=None,
         description="A step holds only samples with images or only text, and its micro-batches "
-        "have about equal numbers of words, as in LLaVA. Null: true in finetune.",
+        "have about equal numbers of words, as in LLaVA. Null: true in finetune, false with "
+        "`packing`.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several conversations into one row of up to `model_max_length` tokens; "
+        "each sees only itself. `training.per_device_train_batch_size` then counts rows.",
     )
     model_max_length: Integer = Field(
         default=2048, gt=0, le=2**24, description="Cut longer samples, in tokens."
@@ -199,7 +206,8 @@ class TrainConfig(FrozenModel):
         if self.stage == "distill":
             student = student.model_copy(update={"language_model": None})
         geometry = "stretch" if student.architecture == "llava_next" else "crop"
-        data = fill(self.data, {"geometry": geometry, "group_by_modality_length": is_finetune})
+        is_grouped = is_finetune and not self.data.packing
+        data = fill(self.data, {"geometry": geometry, "group_by_modality_length": is_grouped})
         trained = self.trained
         if trained is None:
             trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
@@ -254,6 +262,7 @@ def _check(config: TrainConfig) -> None:
             "directory there. Only stage: distill needs none."
         )
     check_language_model_keys(config)
+    check_packing_keys(config)
     if "mole" in (config.trained or []) and student.mole is None:
         raise ConfigError(
             "trained names 'mole', but student.mole is null; set student.mole, or take 'mole' out "

@@ -47,6 +47,8 @@ class Sample:
     """Positions in the corpus."""
     rows: list[int]
     """Rows of the cache, image after image; empty without distillation."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each conversation, where several are packed into one row (``packed_data``)."""
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -206,7 +208,8 @@ class Collator:
         Keys: input_ids, labels, attention_mask int64 (B, L); keys (for error messages);
         pixel_values float32 (V, C, H, W) or None; image_sizes: height and width of each image, or
         None where an image is one view; targets: teacher -> TeacherTargets of I rows, or None;
-        target_views: int64 (I,), which of the V views these are, or None for all.
+        target_views: int64 (I,), which of the V views these are, or None for all; position_ids
+        int64 (B, L) if a row holds several conversations, otherwise None.
         """
         input_ids = [torch.tensor(sample.input_ids) for sample in samples]
         labels = [torch.tensor(sample.labels) for sample in samples]
@@ -216,7 +219,11 @@ class Collator:
         targets = None
         if self.cache is not None and rows:
             targets = {teacher: self.cache[teacher].read(rows) for teacher in self.teachers}
+        position_ids = None
+        if any(len(sample.lengths) > 1 for sample in samples):
+            position_ids = _restarting_positions(samples)
         return {
+            "position_ids": position_ids,
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "attention_mask": pad_sequence(attention, batch_first=True),
@@ -241,6 +248,21 @@ class Collator:
             counts = torch.tensor([len(image.pixels_VCHW) for image in seen])
             inputs["target_views"] = counts.cumsum(0) - counts  # position of each base view
         return inputs
+
+
+def _restarting_positions(samples: Sequence[Sample]) -> torch.Tensor:
+    """Return positions (B, L) that count from 0 in every conversation, and in the padding.
+
+    transformers takes a position that does not follow the one before as the start of another
+    sequence, and gives each layer type its mask (full, sliding) inside of it.
+    """
+    width = max(len(sample.input_ids) for sample in samples)
+    rows = []
+    for sample in samples:
+        lengths = sample.lengths or (len(sample.input_ids),)
+        parts = [*lengths, width - len(sample.input_ids)]
+        rows.append(torch.cat([torch.arange(length) for length in parts]))
+    return torch.stack(rows)
 
 
 def read_conversations(data: DataConfig, corpus: Corpus) -> list[Conversation]:

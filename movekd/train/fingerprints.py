@@ -20,6 +20,10 @@ from movekd.train.held_out import SPLIT
 INPUTS_FILE = "inputs.json"
 GROUPED_ORDER = "grouped per step"
 """Name of the order in which grouped samples train; another name is another order."""
+PACKED_ORDER = "packed, best-fit decreasing"
+"""The same for rows of packed samples."""
+PACKED_ROWS = "packed rows"
+"""Checksum of which samples stand in which row; known only after the tokenizer has been loaded."""
 
 
 def input_fingerprints(
@@ -36,6 +40,8 @@ def input_fingerprints(
     }
     if config.data.group_by_modality_length:
         inputs["order"] = GROUPED_ORDER
+    if config.data.packing:
+        inputs["order"] = PACKED_ORDER
     if config.data.val_size is not None:
         inputs["split"] = SPLIT
     if config.data.eval_conversations:
@@ -83,13 +89,16 @@ def require_same_inputs(inputs: Sequence[dict[str, Any]]) -> None:
 def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
     """Refuse to resume a run with other data than it was started with.
 
+    Without `packed rows` among the inputs, those are not compared yet.
+
     Raises:
         ConfigError: says what differs.
     """
     old = read_inputs(output_dir)
     if old is None:  # a run of an older version
         return
-    changed = sorted(k for k in old.keys() | inputs.keys() if old.get(k) != inputs.get(k))
+    keys = (old.keys() | inputs.keys()) - ({PACKED_ROWS} - inputs.keys())
+    changed = sorted(k for k in keys if old.get(k) != inputs.get(k))
     if "global_batch_size" in changed:
         raise ConfigError(
             f"{output_dir} was begun with {old.get('global_batch_size')} samples per step, and "
@@ -102,6 +111,13 @@ def require_unchanged_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
             f"{output_dir} was begun with another order of samples "
             f"({order}; now: {inputs.get('order')}), and a "
             "resume would see some samples twice and others never. Start again in another --output."
+        )
+    if changed == [PACKED_ROWS]:
+        raise ConfigError(
+            f"{output_dir} was begun with other packed rows, because some conversations had "
+            "another number of tokens, as another version of the tokenizer gives; a resume would "
+            "see some samples twice and others never. Resume with the former version, or start "
+            "again in another --output."
         )
     if changed:
         raise ConfigError(

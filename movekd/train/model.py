@@ -74,8 +74,13 @@ class DistillModel(nn.Module):
         attention_mask: Tensor | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         target_views: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Terms:
-        """Return the terms of a batch; without images the student sees a black one."""
+        """Return the terms of a batch; without images the student sees a black one.
+
+        ``position_ids`` that start again tell conversations of one row apart. transformers reads
+        them so only without a mask and without a cache; padding is then one more sequence.
+        """
         clear_routing(self.vlm)
         has_images = pixel_values is not None
         if pixel_values is None:  # every rank needs a gradient for every parameter, in each step
@@ -92,7 +97,8 @@ class DistillModel(nn.Module):
             assert input_ids is not None
             text = self.vlm(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask if position_ids is None else None,
+                position_ids=position_ids,
                 labels=labels,
                 mm_encoder_outputs={"image": features} if has_images else None,
                 num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean

@@ -40,6 +40,7 @@ from movekd.train.datasets import RunData, read_data
 from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.evaluation import EvaluateInLastStep
 from movekd.train.fingerprints import (
+    PACKED_ROWS,
     input_fingerprints,
     require_same_inputs,
     require_unchanged_inputs,
@@ -49,6 +50,8 @@ from movekd.train.init_from import check_init_from, load_init_from
 from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
 from movekd.train.model import DistillModel, check_targets
+from movekd.train.packed_data import PackedDataset, pack
+from movekd.train.packing_keys import require_packable
 from movekd.train.run_dir import plan_start, prepare_run, write_run_files
 from movekd.train.run_record import (
     LOG_FILE,
@@ -165,6 +168,8 @@ def train(
     arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
     refuse_sharding_in_4bit(config, arguments)
+    if config.data.packing:
+        broadcast_decision(lambda: require_packable(config))
     launches = gather(launch_id())
     start = broadcast_decision(
         lambda: plan_start(
@@ -192,11 +197,16 @@ def train(
         _count_all_samples(data, arguments, progress, notify)
     else:
         arguments.eval_on_start = False  # it was measured when the run began
+    trained = _packed(config, data.trained, arguments, progress, notify)
+    if isinstance(trained, PackedDataset):
+        inputs[PACKED_ROWS] = trained.fingerprint()
+        if start.checkpoint is not None:
+            broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     try:
         trainer = DistillTrainer(
             config,
             model,
-            data.trained,
+            trained,
             data.collator,
             KnnProbe.of(probe_images, student, config.data),
             args=arguments,
@@ -252,6 +262,23 @@ def _count_all_samples(
     for dataset, what in ((data.trained, ""), (data.held_out, "held-out ")):
         if isinstance(dataset, ConversationDataset):
             _count_samples(dataset, f"{what}conversations", arguments, progress, tell)
+
+
+def _packed(
+    config: TrainConfig,
+    dataset: ConversationDataset | EncoderDataset,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> ConversationDataset | PackedDataset | EncoderDataset:
+    """Return the samples as `data.packing` asks for, and say how much of a row is padding."""
+    if not config.data.packing or isinstance(dataset, EncoderDataset):
+        return dataset
+    rank, num_ranks = arguments.process_index, arguments.world_size
+    rows = pack(dataset, config, rank, num_ranks, progress)
+    if notify is not None and rank == 0:
+        notify(rows.describe(arguments.train_batch_size, global_batch_size(arguments)))
+    return rows
 
 
 def _count_samples(
@@ -337,7 +364,7 @@ def _open_targets(
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
 ) -> tuple[ConversationDataset | EncoderDataset, Collator | EncoderCollator]:
-    """Return the samples that a run learns from, and their collator."""
+    """Return the samples that a run learns from, before any packing, and their collator."""
     data = read_data(config, corpus, cache, student)
     return data.trained, data.collator
 

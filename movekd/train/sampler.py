@@ -29,6 +29,8 @@ class GlobalOrderSampler(Sampler[int]):
         micro_batch_size: samples per rank and forward pass. With ``lengths``, the micro-batches
             of a step hold about equally many words. Default: the whole step.
         multiple_of: samples of a micro-batch over all ranks.
+        row_lengths: tokens of packed rows. The rows of a step are then ordered from the longest to
+            the shortest, so that a micro-batch has little padding. A step keeps its rows.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class GlobalOrderSampler(Sampler[int]):
         lengths: Sequence[int] | None = None,
         micro_batch_size: int | None = None,
         multiple_of: int = 1,
+        row_lengths: Order | None = None,
     ) -> None:
         self._num_missing = -num_samples % multiple_of
         self._num_samples, self._seed, self._epoch = num_samples, seed, 0
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size or global_batch_size
         self._lengths = None if lengths is None else np.asarray(lengths, np.int64)
+        self._row_lengths = row_lengths
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -58,6 +62,8 @@ class GlobalOrderSampler(Sampler[int]):
         random = np.random.default_rng([self._seed, self._epoch])
         if self._lengths is None:
             order = random.permutation(self._num_samples)
+            if self._row_lengths is not None:
+                order = _longest_first(order, self._row_lengths, self._global_batch_size)
         else:
             order = modality_length_order(
                 self._lengths, self._global_batch_size, self._micro_batch_size, random
@@ -97,6 +103,12 @@ def modality_length_order(
         return np.concatenate([*steps, *last]) if last else np.empty(0, np.int64)
     order = [steps[at] for at in random.permutation(len(steps))]
     return np.concatenate([*order, np.sort(np.concatenate(last))])
+
+
+def _longest_first(order: Order, lengths: Order, batch_size: int) -> Order:
+    """Return the order with the rows of each step from the longest to the shortest."""
+    steps = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    return np.concatenate([step[np.argsort(-lengths[step], kind="stable")] for step in steps])
 
 
 def _balance(step: Order, lengths: Order, micro_batch_size: int, batch_size: int) -> Order:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerControl
 
 from movekd.corpus.worker_process import end_with_parent
 from movekd.distill.loss_terms import Unit
-from movekd.distill.objective import LossLog, count_units, step_loss
+from movekd.distill.objective import LossLog, count_units, padding_statistic, step_loss
 from movekd.distributed import sum_over_ranks
 from movekd.errors import TrainingError, shorten
 from movekd.student.checkpoint import load_exact, part_of
@@ -42,6 +42,7 @@ from movekd.train.encoder_data import EncoderCollator, EncoderDataset
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.knn_probe import KnnProbe
 from movekd.train.model import DistillModel
+from movekd.train.packed_data import PackedDataset
 from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.step_losses import STATE_KEY, StepLosses
@@ -54,7 +55,7 @@ class DistillTrainer(Trainer):
     Args:
         config: the resolved run.
         model: the model; parameters that do not learn have ``requires_grad`` off.
-        dataset: the conversations, or in stage distill the images.
+        dataset: the conversations, or rows of them, or in stage distill the images.
         collator: reads images and targets.
         probe: measures the encoder in every evaluation.
         kwargs: further arguments of transformers.Trainer, ``args`` included.
@@ -64,7 +65,7 @@ class DistillTrainer(Trainer):
         self,
         config: TrainConfig,
         model: DistillModel,
-        dataset: ConversationDataset | EncoderDataset,
+        dataset: ConversationDataset | PackedDataset | EncoderDataset,
         collator: Collator | EncoderCollator,
         probe: KnnProbe | None = None,
         **kwargs: Any,
@@ -118,6 +119,7 @@ class DistillTrainer(Trainer):
             lengths=lengths,
             micro_batch_size=args.train_batch_size,
             multiple_of=args.train_batch_size * args.world_size,
+            row_lengths=dataset.lengths if isinstance(dataset, PackedDataset) else None,
         )
         return self._sampler
 
@@ -134,6 +136,8 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the counts of the whole step (see ``count_units``)."""
         self._log.num_steps += 1
+        if isinstance(self.train_dataset, PackedDataset):
+            self._log.add({}, [padding_statistic(batch) for batch in batch_samples])
         counts = torch.stack([count_units(batch) for batch in batch_samples]).sum(0)
         return sum_over_ranks(counts.to(device))
 
@@ -199,6 +203,7 @@ class DistillTrainer(Trainer):
         figures = {"memory_peak_gib": peak / 2**30}
         if began is not None:
             num_samples = self._log.num_steps * global_batch_size(args)
+            num_samples *= getattr(self.train_dataset, "samples_per_row", 1)
             seconds = now - began - self._evaluation_s
             figures["samples_per_second"] = num_samples / max(seconds, 1e-6)
         self._evaluation_s = 0.0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_dry_run_says_how_many_are_held_out(trained):
         assert first == "movekd: 2 conversations are held out, 6 are trained on."
         assert second.startswith("movekd: 0 of 6 conversations cut at")
         assert third.startswith("movekd: 0 of 2 held-out conversations cut at")
+
+
+def test_dry_run_says_how_full_packed_rows_are(trained):
+    words = [*training("finetune", trained, "data.packing=true"), "--dry-run"]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0
+    assert re.fullmatch(
+        r"movekd: 8 conversations are packed into 1 row of at most 2,048 tokens, 8\.00 per row; "
+        r"0\.0% of the positions are padding in batches of \d+, and \d\d\.\d% would be if .*",
+        done.stderr.splitlines()[-1],
+    )
 
 
 def test_samples_are_shown_and_nothing_is_written(trained):

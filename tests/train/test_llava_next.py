@@ -21,6 +21,7 @@ from movekd.train.datasets import read_data
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.run import build_model, train
 from movekd.train.training_args import training_arguments
+from same_step import assert_same_step, one_by_one, packed
 from torchrun import train_in_two_processes
 
 NUM_VIEWS = [3, 5, 4, 4, 3, 3, 5]
@@ -219,6 +220,17 @@ def test_two_processes_equal_one(digits, next_digits, tmp_path):
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("views", ["base", "all"])
+def test_packed_rows_with_tiles_are_the_step_of_their_conversations(digits, next_digits, views):
+    keys = ("data.packing=true", "student.mole=null", "trained=[projector, language_model]")
+    model, _, dataset, collator = parts(digits, next_digits, views, *keys, "distill.grid=student")
+    rows = packed(dataset)
+    assert len(rows) < len(dataset) / 2
+    batch = collator([rows[row] for row in range(len(rows))])
+    assert len(batch["image_sizes"]) == 7
+    assert_same_step(model, [batch], [collator([sample]) for sample in one_by_one(rows)])
 
 
 @pytest.mark.parametrize("views", ["base", "all"])

@@ -162,7 +162,7 @@ CODEC_ARMS = (
     Arm("codec_float16", "float16", cache="pooled_float16", seeds=CODEC_SEEDS),
     *(Arm(f"codec_{c}", c, cache=f"recoded_{c}", seeds=CODEC_SEEDS) for c in CODECS),
 )
-"""`revised_mole` from caches in each codec: a comparison with rows of its own (docs/codecs.md)."""
+"""`revised_mole` from caches in each codec: a comparison with its own rows (docs/codecs.md)."""
 
 TIME_BASE = {"revised_mole": "none_mole", "revised_full": "none_full"}
 """The arm without KD that gets more steps until it takes as long."""

@@ -1,0 +1,160 @@
+"""Rows of packed samples as a data set, in place of the conversations that they hold.
+
+Input: a ``ConversationDataset`` and the length of each sample. Output: one ``Sample`` per row,
+which ``data.Collator`` turns into a batch like any other, with positions that start again at 0 in
+each sample. Used by ``run`` and by `movekd train --dry-run`.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from movekd.distributed import gather
+from movekd.student.tokenization import IGNORED
+from movekd.train.config import TrainConfig
+from movekd.train.data import ConversationDataset, Sample
+from movekd.train.packing import pack_rows, padding_share, row_lengths
+from movekd.train.packing_keys import require_packable
+from movekd.train.sampler import EMPTY, GlobalOrderSampler
+from movekd.train.show_samples import open_conversations
+
+Progress = Callable[[str, int, int], None]
+
+
+class PackedDataset(Dataset[Sample]):
+    """Rows of conversations, each row one sample of the batch.
+
+    Args:
+        conversations: the samples.
+        lengths: tokens of each, from ``count_lengths``.
+        seed: decides which samples stand in a row together.
+    """
+
+    def __init__(
+        self, conversations: ConversationDataset, lengths: Sequence[int], seed: int
+    ) -> None:
+        self.conversations = conversations
+        self.rows = pack_rows(lengths, conversations.max_length, seed)
+        self.lengths = row_lengths(self.rows, lengths)
+        """Tokens of each row, (R,)."""
+        self._seed = seed
+
+    @property
+    def samples_per_row(self) -> float:
+        """Mean number of conversations per row."""
+        return len(self.conversations) / len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        if row == EMPTY:
+            return self.conversations[EMPTY]
+        return join([self.conversations[position] for position in self.rows[row]])
+
+    def fingerprint(self) -> str:
+        """Return a checksum of which samples stand in which row."""
+        numbers = [number for row in self.rows for number in (len(row), *row)]
+        return hashlib.sha256(np.array(numbers, "<i8").tobytes()).hexdigest()
+
+    def describe(self, batch_size: int, step_size: int) -> str:
+        """Return how full the rows are, as one line.
+
+        Args:
+            batch_size: rows per forward pass of a rank.
+            step_size: rows per optimizer step.
+        """
+        sampler = GlobalOrderSampler(
+            len(self), self._seed, global_batch_size=step_size, row_lengths=self.lengths
+        )
+        tokens, longest = self.lengths[list(sampler)], self.conversations.max_length
+        unused = 1 - tokens.sum() / (len(tokens) * longest)
+        rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
+        return (
+            f"{len(self.conversations):,} conversations are packed into {rows} of at most "
+            f"{longest:,} tokens, {self.samples_per_row:.2f} per row; "
+            f"{padding_share(tokens, batch_size):.1%} of the positions are padding in batches of "
+            f"{batch_size:,}, and {unused:.1%} would be if each row had {longest:,}."
+        )
+
+
+def join(samples: Sequence[Sample]) -> Sample:
+    """Return several samples as one row; the first token of each has no label.
+
+    No token predicts the first one of a sample that stands by itself. In a row, the last token of
+    the sample before would.
+    """
+    labels: list[int] = []
+    for sample in samples:
+        labels += [IGNORED, *sample.labels[1:]]
+    return Sample(
+        ", ".join(sample.key for sample in samples),
+        [token for sample in samples for token in sample.input_ids],
+        labels,
+        [image for sample in samples for image in sample.images],
+        [row for sample in samples for row in sample.rows],
+        tuple(len(sample.input_ids) for sample in samples),
+    )
+
+
+def count_lengths(
+    dataset: ConversationDataset,
+    rank: int = 0,
+    num_ranks: int = 1,
+    progress: Progress | None = None,
+) -> list[int]:
+    """Return the tokens of every sample as it trains; every rank must call this.
+
+    Each rank tokenises every ``num_ranks``-th sample.
+
+    Raises:
+        ConfigError: a conversation cannot be tokenised.
+    """
+    positions = range(rank, len(dataset), num_ranks)
+    found: list[int] = []
+    for position in positions:
+        found.append(len(dataset.tokenize(position, dataset.max_length).input_ids))
+        if progress is not None and len(found) % 1000 == 0:
+            progress("measure samples", len(found), len(positions))
+    lengths: NDArray[np.int64] = np.zeros(len(dataset), np.int64)
+    for share, counted in enumerate(gather(found) if num_ranks > 1 else [found]):
+        lengths[share::num_ranks] = counted
+    return list(lengths.tolist())
+
+
+def pack(
+    dataset: ConversationDataset,
+    config: TrainConfig,
+    rank: int = 0,
+    num_ranks: int = 1,
+    progress: Progress | None = None,
+) -> PackedDataset:
+    """Return the rows of a run; every rank must call this.
+
+    Raises:
+        ConfigError: a conversation cannot be tokenised.
+    """
+    lengths = count_lengths(dataset, rank, num_ranks, progress if rank == 0 else None)
+    seed = config.training.get("data_seed")
+    seed = config.training.get("seed", _SEED) if seed is None else seed
+    return PackedDataset(dataset, lengths, seed)
+
+
+def describe_packing(config: TrainConfig, progress: Progress | None = None) -> str:
+    """Return how full the rows of a run in one process are, as one line; no weights are loaded.
+
+    Raises:
+        MovekdError: the samples cannot be packed or tokenised.
+    """
+    require_packable(config)
+    conversations, _ = open_conversations(config)
+    batch_size = config.training.get("per_device_train_batch_size", _BATCH_SIZE)
+    steps = config.training.get("gradient_accumulation_steps", 1)
+    return pack(conversations, config, progress=progress).describe(batch_size, batch_size * steps)
+
+
+_SEED, _BATCH_SIZE = 42, 8
+"""Defaults of transformers.TrainingArguments."""
