@@ -7,7 +7,7 @@ SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
 .PHONY: clean study study-full study-final study-codecs
-.PHONY: demo-real
+.PHONY: demo-real gpu-check gpu-wheels
 
 demo: install
 	$(BIN)/movekd demo
@@ -82,6 +82,14 @@ bench-train: install
 
 bench-%: install
 	$(BIN)/python benchmarks/$(subst -,_,$*).py
+
+# What only a GPU can show, in eight minutes of one H200 (docs/benchmarks.md). For a machine without a network:
+# `make gpu-wheels` here, and there `python3 benchmarks/gpu/wheelhouse.py install` first.
+gpu-wheels: install
+	$(BIN)/python benchmarks/gpu/wheelhouse.py fetch
+
+gpu-check:
+	cd benchmarks && PYTHONPATH=$(CURDIR):$(CURDIR)/.wheels-site $(PYTHON) -m gpu.check
 
 # Codecs on real features: bits against error. Needs the weights of `make demo-real`.
 curve: install

@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that one torchrun command started, on all nodes.
+
+    Attributes:
+        index: its rank; 0 is the main process.
+        world_size: the number of ranks.
+        local_index: its rank among those of this node.
+        local_world_size: the number of ranks of this node.
+        max_restarts: how often torchrun starts the ranks again after one failed.
+    """
+
+    index: int
+    world_size: int
+    local_index: int
+    local_world_size: int
+    max_restarts: int
+
+    def __str__(self) -> str:
+        return f"rank {self.index} on {socket.gethostname()}"
+
+
+def torchrun_rank() -> Rank | None:
+    """Return this process's rank; None without torchrun.
+
+    Schedulers also set RANK and WORLD_SIZE, for jobs that know nothing of each other.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    return Rank(*(int(os.environ[name]) for name in names))
 
 
 def is_main_process() -> bool:

@@ -57,6 +57,18 @@ def test_a_launch_stays_the_same_over_its_restarts_and_processes(be):
     assert len(names) == 2
 
 
+def test_only_torchrun_makes_ranks(monkeypatch):
+    """Schedulers set RANK and WORLD_SIZE for jobs that know nothing of each other."""
+    numbers = {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8}
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert distributed.torchrun_rank() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert distributed.torchrun_rank() == distributed.Rank(9, 16, 1, 8, 3)
+
+
 def test_wrong_words_are_shown_once(be, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["movekd", "train", "--confg", "x"])
     for local_rank in (1, 0):

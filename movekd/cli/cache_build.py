@@ -29,8 +29,10 @@ from movekd.cli.options import (
     check_tiles,
     finite,
     read_specs,
+    resolve_device,
 )
 from movekd.cli.output import is_verbose, percent, print_json, print_table, progress_bar, say, size
+from movekd.distributed import torchrun_rank
 from movekd.errors import ConfigError
 
 
@@ -55,8 +57,9 @@ def build(
         typer.Option(
             min=0,
             max=MAX_PROCESSES,
-            help="Local: processes that decode images. Default: all cores but one. Ray: workers "
-            "that hold the teachers. Default: one per GPU (one per node without GPUs).",
+            help="Local: processes that decode images. Default: all cores but one (torchrun: of "
+            "the rank's share). Ray: workers that hold the teachers. Default: one per GPU (one per "
+            "node without GPUs).",
         ),
     ] = None,
     num_threads: Annotated[
@@ -148,10 +151,21 @@ def build(
 
     Example: sbatch --array=0-15 --wrap 'movekd cache build --teacher clip --shards /shared/data
     --cache /shared/cache --partition $SLURM_ARRAY_TASK_ID/16'
+
+    Example: torchrun --nproc-per-node 8 -m movekd cache build --teacher clip --shards data/ --cache
+    cache/
     """
     from movekd.corpus.index import open_corpus
+    from movekd.extract.executor import Executor
     from movekd.extract.partition import parse_partition
+    from movekd.extract.rank_store import RankStore
     from movekd.extract.run import build_cache
+    from movekd.extract.torchrun import (
+        TorchrunExecutor,
+        build_share,
+        rank_resources,
+        require_torchrun_options,
+    )
 
     specs = read_specs(
         teacher,
@@ -165,7 +179,11 @@ def build(
     part = None if partition is None else parse_partition(partition)
     corpus = open_corpus(shards)
     check_one_of("--engine", engine, ("local", "ray"))
-    place: AbstractContextManager[Any] = nullcontext()
+    rank = torchrun_rank()
+    if rank is not None:
+        require_torchrun_options(rank, partition=partition, engine=engine, overwrite=overwrite)
+        rank = None if rank.world_size == 1 else rank
+    place: AbstractContextManager[Any] = nullcontext() if rank is None else RankStore(rank)
     if engine == "local":
         of_ray = {
             "--address": address,
@@ -195,17 +213,26 @@ def build(
             device=device,
             is_verbose=is_verbose(),
         )
-    with place as cluster, progress_bar() as progress:
+    with place as entered, progress_bar() as progress:
+        executor: Executor | None = None
+        if engine == "ray":
+            device, executor = entered.device, RayExecutor(entered)
+        elif rank is not None:
+            device, num_workers = rank_resources(resolve_device(device), num_workers, rank)
+            executor = TorchrunExecutor(entered)
         options = build_options(
-            device if cluster is None else cluster.device,
+            device,
             dtype,
             batch_size,
             num_workers,
             num_threads=num_threads,
             compile=compile,
             concurrent=concurrent,
-            is_here=cluster is None,
+            is_here=engine == "local",
         )
+        if rank is not None and rank.index > 0:
+            build_share(entered, options)
+            return
         summaries = list(
             build_cache(
                 cache,
@@ -214,7 +241,7 @@ def build(
                 geometry=check_resize_mode(resize_mode, tiles),
                 views=check_tiles(tiles),
                 options=options,
-                executor=None if cluster is None else RayExecutor(cluster),
+                executor=executor,
                 partition=part,
                 replace=overwrite,
                 is_verifying=verify,

@@ -1,16 +1,22 @@
 """Check that a node of a cluster has the driver's versions, cache and corpus.
 
 Input: what the driver has. Output: nothing, or an error that names what differs.
-``extract.ray.cluster`` checks every node at the start, ``extract.ray.worker`` its own node.
+``extract.ray.cluster`` checks every node at the start, ``extract.ray.worker`` its own node. Ranks
+of torchrun are checked alike; nothing here needs Ray.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from movekd.cache import layout
+from movekd.cache.spec import CacheSpec
 from movekd.cache.storage import open_storage
 from movekd.cache.writer import PACKAGES
 from movekd.corpus.index import open_corpus
-from movekd.errors import CacheError
+from movekd.errors import CacheError, ConfigError
+from movekd.extract.locks import part_lock
+from movekd.extract.options import BuildContext
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,33 @@ class NodeEnvironment:
     marks: Mapping[str, bytes]
     corpus_fingerprint: str
     num_images: int
+
+
+def driver_environment(context: BuildContext, specs: Sequence[CacheSpec]) -> NodeEnvironment:
+    """Return what this process has, which holds the locks of the build.
+
+    Raises:
+        ConfigError: no other process can see the cache.
+    """
+    storage = context.storage
+    if storage.url.startswith("memory:"):
+        raise ConfigError(
+            f"{storage.url} is in the memory of one process; workers cannot see it. Give a folder "
+            "or an object store as --cache."
+        )
+    if storage.local_dir is None:
+        marks, url = [layout.CACHE_JSON], storage.url
+    else:  # the content of the locks names this process and host
+        marks = [part_lock(spec.name) for spec in specs]
+        url = str(storage.local_dir.absolute())
+    return NodeEnvironment(
+        cache_url=url,
+        data_dir=str(Path(context.corpus.data_dir).absolute()),
+        versions=installed_versions(),
+        marks=storage.read_many(marks),
+        corpus_fingerprint=context.catalog.corpus_fingerprint,
+        num_images=context.catalog.num_images,
+    )
 
 
 def version_reader() -> Callable[[Sequence[str]], dict[str, str | None]]:

@@ -10,7 +10,6 @@ needs no GPU, and holds the locks of the build.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,12 @@ import torch
 from movekd.cache import layout
 from movekd.cache.schema import Calibration
 from movekd.cache.spec import CacheSpec
-from movekd.errors import ConfigError
 from movekd.extract.calibrate import sealed_calibration
 from movekd.extract.executor import JobResult
-from movekd.extract.locks import part_lock
 from movekd.extract.options import BuildContext, BuildOptions
 from movekd.extract.ray import worker
 from movekd.extract.ray.cluster import WORKER_CPUS, RayCluster
-from movekd.extract.ray.environment import NodeEnvironment, installed_versions
+from movekd.extract.ray.environment import NodeEnvironment, driver_environment
 from movekd.extract.ray.worker import Assignment, Item, Report
 from movekd.extract.ray.worker_pool import WorkerPool
 from movekd.extract.teacher_loop import TeacherJob
@@ -43,26 +40,7 @@ class RayExecutor:
 
     def begin(self, context: BuildContext, specs: Sequence[CacheSpec]) -> None:
         """Refuse nodes with other versions than the driver, or that do not see its cache."""
-        storage = context.storage
-        if storage.url.startswith("memory:"):
-            raise ConfigError(
-                f"{storage.url} is in the memory of one process; workers cannot see it. Give a "
-                "folder or an object store as --cache."
-            )
-        if storage.local_dir is None:
-            marks, url = [layout.CACHE_JSON], storage.url
-        else:  # the content of the locks names this process and host
-            marks = [part_lock(spec.name) for spec in specs]
-            url = str(storage.local_dir.absolute())
-        catalog = context.catalog
-        self._environment = NodeEnvironment(
-            cache_url=url,
-            data_dir=str(Path(context.corpus.data_dir).absolute()),
-            versions=installed_versions(),
-            marks=storage.read_many(marks),
-            corpus_fingerprint=catalog.corpus_fingerprint,
-            num_images=catalog.num_images,
-        )
+        self._environment = driver_environment(context, specs)
         with self._cluster.errors_as_messages():
             self._cluster.require_alike(self._environment)
 

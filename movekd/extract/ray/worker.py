@@ -79,7 +79,7 @@ class Worker:
         self._executor = LocalExecutor()
         self._failure: Report | None = None
         try:
-            self._context = _context(assignment, self._executor)
+            self._context = open_context(assignment, self._executor)
             self._stores = {
                 spec.name: TeacherWriter(
                     self._context.storage, spec.name, self._context.catalog.num_rows
@@ -127,7 +127,7 @@ def calibrate(assignment: Assignment) -> Report:
     sentences: list[str] = []
     try:
         executor = LocalExecutor()
-        context = replace(_context(assignment, executor), tell=sentences.append)
+        context = replace(open_context(assignment, executor), tell=sentences.append)
         executor.calibrate(context, assignment.specs[0])
     except Exception as error:
         return _failed(error)
@@ -138,14 +138,14 @@ def require_loadable(assignment: Assignment) -> Report:
     """Check that the only teacher of an assignment can be loaded."""
     try:
         executor = LocalExecutor()
-        _context(assignment, executor)
+        open_context(assignment, executor)
         executor.require_loadable(assignment.specs[0], assignment.options)
     except Exception as error:
         return _failed(error, is_of_node=True)
     return Report()
 
 
-def _context(assignment: Assignment, executor: LocalExecutor) -> BuildContext:
+def open_context(assignment: Assignment, executor: LocalExecutor) -> BuildContext:
     """Open the driver's cache and corpus, after checking that this node sees the same ones."""
     expected = assignment.environment
     require_versions(installed_versions(), expected.versions)
