@@ -6,8 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
-.PHONY: clean study study-full study-final study-codecs
-.PHONY: demo-real gpu-check gpu-wheels
+.PHONY: clean codecs study study-full study-final study-codecs demo-real gpu-check gpu-wheels
 
 demo: install
 	$(BIN)/movekd demo
@@ -114,6 +113,11 @@ study-codecs: install
 	$(STUDY) run --codecs
 	$(STUDY) final --codecs
 	$(STUDY) report --codecs
+	$(BIN)/python docs/hooks/codecs_page.py
+
+# Tables and figure of docs/codecs.md, from the committed figures.
+codecs: install
+	$(BIN)/python docs/hooks/codecs_page.py
 
 # The page of all keys of student.yaml, from the code.
 keys: install

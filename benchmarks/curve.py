@@ -13,8 +13,8 @@ Half of the images settle the channel statistics, as a calibration does; the oth
     make curve      # photographs that installed packages carry, teachers of pipelines/photos
     python benchmarks/curve.py --shards data/ --teacher vit_s.yaml --run half=runs/a end=runs/b
 
-results/curve.json has a row for each teacher and codec. Rows are written as they come; one that is
-there already is not measured again.
+results/curve.json has a row for each kind of images, teacher and codec. Rows are written as they
+come; one that is there already is not measured again.
 
 Legend: B images, N student tokens, S channels of the student, T channels of the teacher.
 """
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("demo-real/weights"))
     parser.add_argument("--codec", nargs="+", help="Default: all that are registered.")
     parser.add_argument("--run", nargs="*", default=[], help="NAME=FOLDER of trained students.")
+    parser.add_argument("--what", default="photographs", help="Kind of images, for the rows.")
     parser.add_argument("--images", type=int, default=80, help="Half of them are measured.")
     parser.add_argument("--student-grid", type=int, default=8)
     parser.add_argument("--student-width", type=int, default=384)
@@ -240,10 +241,11 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
         for name, _, folder in (word.partition("=") for word in given.run)
     ]
     written = json.loads(given.results.read_text())["rows"] if given.results.exists() else []
-    rows = {(row["teacher"], row["codec"]): row for row in written}
+    rows = {(row["what"], row["teacher"], row["codec"]): row for row in written}
     for name in given.teacher:
         spec = load_spec(name)
-        todo = [c for c in given.codec or codec_names() if (spec.name, c) not in rows]
+        wanted = given.codec or codec_names()
+        todo = [c for c in wanted if (given.what, spec.name, c) not in rows]
         if not todo:
             continue
         with progress_bar() as progress:
@@ -258,8 +260,8 @@ def _run(given: argparse.Namespace, folder: Path) -> None:
                 student_width=given.student_width,
                 progress=progress,
             ):
-                rows[row["teacher"], row["codec"]] = row | {"date": time.strftime("%Y-%m-%d")}
-                rows[row["teacher"], row["codec"]]["corpus"] = corpus.fingerprint()
+                when = {"date": time.strftime("%Y-%m-%d"), "corpus": corpus.fingerprint()}
+                rows[given.what, spec.name, row["codec"]] = {"what": given.what} | row | when
                 text = json.dumps({"machine": machine(), "rows": list(rows.values())}, indent=1)
                 given.results.write_text(text + "\n")
     _show(list(rows.values()))
@@ -274,9 +276,10 @@ def _show(rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(name for row in whole for name in row["gradient_cosine"]))
     print_table(
         "Bits against error",
-        ["teacher", "codec", "KB per image", "of float16", "energy", "token", *names],
+        ["images", "teacher", "codec", "KB per image", "of float16", "energy", "token", *names],
         [
             [
+                row["what"],
                 row["teacher"],
                 row["codec"],
                 f"{row['row_bytes'] / 1e3:.1f}",

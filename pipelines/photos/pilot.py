@@ -109,14 +109,22 @@ class Pilot:
         minus_base = self._probe(
             f"test of base, {listed}", "test", [f"base:{runs[0]}", *runs, *self.probed]
         )
-        minus_first = self._probe(f"test of {listed}", "test", runs)
+        minus = {first: self._minus(first, arms) for first in names}
         for name in [name for name in minus_base if name not in done]:
             row: Row = {"arm": name, "test": minus_base[name], "sizes": asdict(self.sizes)}
-            if name in names[1:]:
-                row[f"minus_{names[0]}"] = {
-                    probe: score["minus"] for probe, score in minus_first[name].items()
-                }
+            for first, found in minus.items():
+                if name in found:
+                    row[f"minus_{first}"] = {k: score["minus"] for k, score in found[name].items()}
             results.append(self.rows, "final", row | {"date": time.strftime("%Y-%m-%d")})
+
+    def _minus(self, first: str, arms: Sequence[Arm]) -> dict[str, Row]:
+        """Return the scores on test images of the arms that are compared with another one."""
+        names = [arm.name for arm in arms if first in arm.compared_with and arm.name != first]
+        if not names:
+            return {}
+        runs = [self.output / "runs" / name for name in (first, *names)]
+        found = self._probe(f"test of {', '.join((first, *names))}", "test", runs)
+        return {name: found[name] for name in names}
 
     def _has(self, arm: Arm) -> bool:
         for row in results.read(self.rows, "runs"):
@@ -157,6 +165,9 @@ class Pilot:
             steps.movekd(f"cache {teacher}", "cache", "build", *words)
         if any(arm.cache == "shuffled" for arm in arms):
             shuffle_cache(cache, output / "shuffled", self.seed)
+        for codec in {arm.cache for arm in arms} - {"cache", "shuffled"}:
+            recode = ("--cache", cache, "--to", codec, "--output", output / codec)
+            steps.movekd(f"recode {codec}", "cache", "recode", *recode)
 
     def _train_arm(self, arm: Arm, run: Path) -> None:
         keys = [

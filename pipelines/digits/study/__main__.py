@@ -70,7 +70,8 @@ def main() -> None:
             print(page.write_report(place, is_final=False))
     elif arguments.command == "final":
         queue.run_final(place, chosen)
-        print("python -m study report --final writes it into docs/study.md")
+        if not arguments.codecs:
+            print("python -m study report --final writes it into docs/study.md")
     elif arguments.command == "report" and arguments.codecs:
         print(codec_report.write_report(place))
     elif arguments.command == "report":
