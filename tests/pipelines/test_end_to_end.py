@@ -41,6 +41,20 @@ def test_both_stages(run: Any, pipeline: str, teachers: list[str]) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_the_official_recipe_in_llava_next_as_the_readme_says(run: Any) -> None:
+    for command in commands("llava_next")[:6]:
+        words = list(command)
+        if "build" in words:  # the teachers' own grids
+            at = words.index("--grid")
+            del words[at : at + 2]
+        run([*words, "--set", "recipe=official"] if "train" in words else words)
+    for stage in ("pretrain", "finetune"):
+        check_run(Path("runs") / stage, ["clip", "eva02", "convnext"], has_text=True)
+        config = yaml.safe_load(Path(f"runs/{stage}/config.yaml").read_text())
+        assert config["recipe"] == "official"
+        assert config["distill"]["adapters"] == "teacher"
+
+
 def test_tiles_are_distilled_as_the_readme_says(run: Any) -> None:
     pack, build, train = commands("llava_next")[:3]
     at = build.index("--resize-mode")
