@@ -118,7 +118,11 @@ def read_pilot() -> tuple[Found, dict[str, Found]]:
 
 def pilot_share(codec: str) -> float:
     """Return the bytes of the tokens of the pilot's teachers in a codec, over float16."""
-    sizes = {(row["teacher"], row["codec"]): row.get("row_bytes", 0) for row in read_curve()}
+    sizes = {
+        (row["teacher"], row["codec"]): row["row_bytes"]
+        for row in read_curve()
+        if row["what"] == "photographs" and "refused" not in row
+    }
     own, float16 = (sum(sizes[t, c] for t in PILOT_TEACHERS) for c in (codec, "float16"))
     return float(own / float16)
 

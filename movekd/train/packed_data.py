@@ -11,15 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from movekd.distributed import gather
 from movekd.student.tokenization import IGNORED
 from movekd.train.config import TrainConfig
 from movekd.train.data import ConversationDataset, Sample
+from movekd.train.encoder_data import EncoderDataset
 from movekd.train.packing import pack_rows, padding_share, row_lengths
 from movekd.train.packing_keys import require_packable
 from movekd.train.sampler import EMPTY, GlobalOrderSampler
 from movekd.train.show_samples import open_conversations
+from movekd.train.training_args import global_batch_size
 
 Progress = Callable[[str, int, int], None]
 
@@ -141,6 +144,28 @@ def pack(
     seed = config.training.get("data_seed")
     seed = config.training.get("seed", _SEED) if seed is None else seed
     return PackedDataset(dataset, lengths, seed)
+
+
+def packed_rows(
+    config: TrainConfig,
+    dataset: ConversationDataset | EncoderDataset,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> ConversationDataset | PackedDataset | EncoderDataset:
+    """Return the samples as `data.packing` asks for, and say how much of a row is padding.
+
+    Every rank must call this; rank 0 says it.
+
+    Raises:
+        ConfigError: a conversation cannot be tokenised.
+    """
+    if not config.data.packing or isinstance(dataset, EncoderDataset):
+        return dataset
+    rows = pack(dataset, config, arguments.process_index, arguments.world_size, progress)
+    if notify is not None and arguments.process_index == 0:
+        notify(rows.describe(arguments.train_batch_size, global_batch_size(arguments)))
+    return rows
 
 
 def describe_packing(config: TrainConfig, progress: Progress | None = None) -> str:

@@ -50,7 +50,7 @@ from movekd.train.init_from import check_init_from, load_init_from
 from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
 from movekd.train.model import DistillModel, check_targets
-from movekd.train.packed_data import PackedDataset, pack
+from movekd.train.packed_data import PackedDataset, packed_rows
 from movekd.train.packing_keys import require_packable
 from movekd.train.run_dir import plan_start, prepare_run, write_run_files
 from movekd.train.run_record import (
@@ -197,7 +197,7 @@ def train(
         _count_all_samples(data, arguments, progress, notify)
     else:
         arguments.eval_on_start = False  # it was measured when the run began
-    trained = _packed(config, data.trained, arguments, progress, notify)
+    trained = packed_rows(config, data.trained, arguments, progress, notify)
     if isinstance(trained, PackedDataset):
         inputs[PACKED_ROWS] = trained.fingerprint()
         if start.checkpoint is not None:
@@ -262,23 +262,6 @@ def _count_all_samples(
     for dataset, what in ((data.trained, ""), (data.held_out, "held-out ")):
         if isinstance(dataset, ConversationDataset):
             _count_samples(dataset, f"{what}conversations", arguments, progress, tell)
-
-
-def _packed(
-    config: TrainConfig,
-    dataset: ConversationDataset | EncoderDataset,
-    arguments: TrainingArguments,
-    progress: Progress | None,
-    notify: Callable[[str], None] | None,
-) -> ConversationDataset | PackedDataset | EncoderDataset:
-    """Return the samples as `data.packing` asks for, and say how much of a row is padding."""
-    if not config.data.packing or isinstance(dataset, EncoderDataset):
-        return dataset
-    rank, num_ranks = arguments.process_index, arguments.world_size
-    rows = pack(dataset, config, rank, num_ranks, progress)
-    if notify is not None and rank == 0:
-        notify(rows.describe(arguments.train_batch_size, global_batch_size(arguments)))
-    return rows
 
 
 def _count_samples(

@@ -1,6 +1,6 @@
 """Distil on photographs and probe before and after: a pilot with one seed per arm.
 
-    divide the images -> pack -> cache three teachers -> train each arm -> probe
+    divide the images -> pack -> cache the teachers -> train each arm -> probe
 
     PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10
     PYTHONPATH=pipelines/digits python pipelines/photos/pilot.py --images cifar10 --final
@@ -10,9 +10,9 @@ The first form trains every arm and probes validation images: settings are chose
 command in its own process. A row in benchmarks/results/pilot is done and stays:
 
     runs.jsonl   per arm: keys, figures of the training, probe on validation images
-    final.jsonl  per arm: probe on test images, minus the untrained tower and minus `full`
+    final.jsonl  per arm: probe on test images, minus the untrained tower and minus other arms
 
-The same command resumes. Only the control ``experts_shuffled`` needs code outside of the commands.
+The same command resumes. Only the control ``full_shuffled`` needs code outside of the commands.
 """
 
 import argparse

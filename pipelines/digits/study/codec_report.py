@@ -15,7 +15,7 @@ from study.plan import CODEC_ARMS, CODEC_CONTRASTS, CODEC_SEEDS, WORLDS, Arm, Ru
 from study.queue import Place
 from study.results import Row
 from study.statistics import accuracies, compare, over_worlds
-from study.summary import Summary, contrast_figures, write
+from study.summary import Summary, contrast_figures, interval_figures, write
 
 SIZES = ("row_bytes", "token_bytes")
 
@@ -54,11 +54,7 @@ def _figures(rows: Sequence[Row], part: str) -> Summary:
                 "runs": len(mine),
                 **_sizes(mine, arm),
                 "energy_error": _energy(mine),
-                "accuracy": {
-                    "mean": round(accuracy.mean, 6),
-                    "low": round(accuracy.low, 6),
-                    "high": round(accuracy.high, 6),
-                },
+                "accuracy": interval_figures(accuracy),
             }
         )
     contrasts, is_open = [], part == "test"

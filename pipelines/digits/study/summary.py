@@ -136,7 +136,7 @@ def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
         "runs": len(rows),
         "worlds": sorted({row["world"] for row in rows}),
         "kinds": {kind: _rounded(found[kind].mean) for kind in KINDS},
-        "accuracy": _interval(found["all"]),
+        "accuracy": interval_figures(found["all"]),
         "seconds": _mean(seconds),
         "token_std": _mean([row["token_std"][1] for row in rows]),
         "token_rank": _mean([row["token_rank"][1] for row in rows]),
@@ -193,11 +193,12 @@ def write(summary: Summary, folder: Path) -> Path:
 
 
 def _test(test: TTest) -> Summary:
-    interval = _interval(test.interval)
+    interval = interval_figures(test.interval)
     return {"difference": interval.pop("mean"), **interval, "p": _significant(test.p)}
 
 
-def _interval(interval: Interval) -> Summary:
+def interval_figures(interval: Interval) -> Summary:
+    """Return an interval as JSON; bounds that are infinite are null."""
     is_finite = np.isfinite(interval.low)
     return {
         "mean": _rounded(interval.mean),
