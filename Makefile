@@ -111,7 +111,6 @@ study-final: install
 # Do few bits cost accuracy? docs/study.md, "Codecs"; results in docs/codecs.md.
 study-codecs: install
 	$(STUDY) run --codecs
-	$(STUDY) final --codecs
 	$(STUDY) report --codecs
 	$(BIN)/python docs/hooks/codecs_page.py
 

@@ -65,8 +65,10 @@ def main() -> None:
     if arguments.command == "prepare":
         queue.prepare(place, chosen)
     elif arguments.command == "run":
-        queue.run_all(place, chosen)
-        if not arguments.codecs:
+        if arguments.codecs:
+            queue.run_and_test_all(place, chosen)
+        else:
+            queue.run_all(place, chosen)
             print(page.write_report(place, is_final=False))
     elif arguments.command == "final":
         queue.run_final(place, chosen)

@@ -24,7 +24,7 @@ from demo import TEACHERS
 from study import results, worlds
 from study.plan import DERIVED, TIME_BASE, WORLDS, Arm, RunId, Sizes, find_arm, runs
 from study.results import Row
-from study.run import Task, execute, final, settings
+from study.run import Task, execute, execute_and_test, final, settings
 from study.worlds import World
 
 
@@ -92,6 +92,39 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
                 return row
 
             _go_through(place.jobs, execute, tasks, note, "val")
+
+
+def run_and_test_all(place: Place, chosen: Sequence[Arm]) -> None:
+    """Train, evaluate and test every run that lacks a row of ``runs`` or of ``final``.
+
+    For a plan in which nothing is chosen between the runs and the test: a student that answers at
+    once need not be kept, so the runs can be spread over several machines of one kind. The test
+    rows are for the report, which shows them when all runs have one; nothing prints them before.
+
+    Raises:
+        SystemExit: rows have other settings, or runs failed (raised after all others).
+    """
+    with _lock(place.work):
+        made = prepare(place, chosen)
+        _refuse_other_settings(place, chosen, made)
+        for world in made:
+            worlds.write_test_scenes(world)
+        have = results.by_run(results.read(place.results, "runs"))
+        seen = results.by_run(results.read(place.results, "final"))
+        left = [run for run in runs(tuple(chosen)) if run not in seen]
+        left.sort(key=lambda run: run in have)  # those without any row first
+        tasks = [Task(run, find_arm(run.arm), made[run.world], row=have.get(run)) for run in left]
+
+        def note(outcome: tuple[Row, Row, Row]) -> Row:
+            row, curves, tested = outcome
+            if results.run_id(row) not in have:
+                row["commit"] = _commit()
+                results.append(place.results, "curves", curves)
+                results.append(place.results, "runs", row)
+            results.append(place.results, "final", tested)
+            return row
+
+        _go_through(place.jobs, execute_and_test, tasks, note, "val")
 
 
 def run_final(place: Place, chosen: Sequence[Arm]) -> None:

@@ -1,7 +1,7 @@
 """Run the two training stages of an arm through ``movekd.train``, then answer questions.
 
 Input: an arm, a world, a seed. Output: a row, the curves, and the routers' choices. The trained
-student stays on disk for the final pass; only that pass draws and reads test scenes.
+student stays on disk, to answer the test scenes.
 
 Legend: B images, N tokens with [CLS], L layers, E experts, C labels or places.
 """
@@ -81,7 +81,11 @@ def settings(arm: Arm, world: World) -> str:
 
 
 def execute(task: Task) -> tuple[Row, Row]:
-    """Train and evaluate; return the row and the curves."""
+    """Train and evaluate; return the row and the curves.
+
+    Raises:
+        RuntimeError: the task has a row, and the student differs from it on validation scenes.
+    """
     quiet_libraries()
     shutil.rmtree(task.folder, ignore_errors=True)
     logs: dict[str, list[dict[str, float]]] = {}
@@ -117,7 +121,26 @@ def execute(task: Task) -> tuple[Row, Row]:
         row["routing"], counts = routing_by_content(trained, task.world)
         if task.run.seed == 0:  # a figure shows one run
             curves["routing"] = counts
+    _refuse_difference(task, row)
     return row, curves
+
+
+def _refuse_difference(task: Task, again: Row) -> None:
+    row = task.row or again
+    for key in REPEATED:
+        if again[key] != row[key]:
+            shutil.rmtree(task.folder)
+            raise RuntimeError(
+                f"trained again, its {key} is {again[key]}, and was {row[key]}: another "
+                "kind of processor or of library computes here. Take its line out of "
+                "runs.jsonl and run the study again."
+            )
+
+
+def execute_and_test(task: Task) -> tuple[Row, Row, Row]:
+    """Train, evaluate and answer the test questions; return ``execute``'s rows and ``final``'s."""
+    row, curves = execute(task)
+    return row, curves, final(task)
 
 
 @contextmanager
@@ -199,16 +222,7 @@ def final(task: Task) -> Row:
     """
     quiet_libraries()
     if not (task.folder / "finetune/model").exists():
-        again, _ = execute(task)
-        row = task.row or again
-        for key in REPEATED:
-            if again[key] != row[key]:
-                shutil.rmtree(task.folder)
-                raise RuntimeError(
-                    f"trained again, its {key} is {again[key]}, and was {row[key]}: another "
-                    "kind of processor or of library computes here. Take its line out of "
-                    "runs.jsonl and run the study again."
-                )
+        execute(task)
     folder = task.world.folder / "test"
     trained = load_student(task.folder / "finetune")
     name = {"arm": task.run.arm, "world": task.run.world, "seed": task.run.seed}

@@ -13,7 +13,7 @@ import study.plan
 import study.queue
 from study import explore, page, results
 from study.plan import CODEC_ARMS, CODECS, SMOKE, RunId, arms, find_arm
-from study.queue import Place, run_all, run_final, time_factor
+from study.queue import Place, run_all, run_and_test_all, run_final, time_factor
 from study.run import CURVES, Task, cache_figures, execute, mutual_information
 from study.worlds import World, build, collect_weights, write_scenes
 
@@ -177,3 +177,32 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
     assert "earlier pass" not in text
     assert "(study/accuracy.png)" in text
     assert page.write_report(place, is_final=True).read_text() == text
+
+
+@pytest.mark.slow
+def test_runs_that_answer_at_once_equal_runs_and_a_final_pass(tmp_path, monkeypatch, capsys):
+    for module in (study.plan, study.queue):
+        monkeypatch.setattr(module, "WORLDS", (0,))
+    chosen = (find_arm("none_mole"),)
+    apart = Place(tmp_path / "work", tmp_path / "apart", SMOKE, jobs=1)
+    run_all(apart, chosen)
+    run_final(apart, chosen)
+    rows = [results.by_run(results.read(apart.results, name)) for name in ("runs", "final")]
+
+    # another machine has two of the rows, and no student
+    shutil.rmtree(apart.work / "runs")
+    at_once = Place(apart.work, tmp_path / "at_once", SMOKE, jobs=1)
+    for row in list(rows[0].values())[:2]:
+        results.append(at_once.results, "runs", row)
+    capsys.readouterr()
+    run_and_test_all(at_once, chosen)
+    assert capsys.readouterr().out.count("none_mole world 0") == 4
+    again = [results.read(at_once.results, name) for name in ("runs", "final")]
+    assert len(again[0]) == len(again[1]) == 4
+    for before, after in zip(rows, map(results.by_run, again), strict=True):
+        for run, row in before.items():
+            for key in ("settings", "val", "token_std", "test"):
+                assert after[run].get(key) == row.get(key)
+    written = (at_once.results / "final.jsonl").stat().st_mtime_ns
+    run_and_test_all(at_once, chosen)
+    assert (at_once.results / "final.jsonl").stat().st_mtime_ns == written
