@@ -101,7 +101,7 @@ def train_figures(output: Path, figures: dict[str, float], notes: dict[str, str]
     overrides.append(f"data.conversations=[{output / 'source' / 'finetune.json'}]")
     config = load_config(DIGITS / "finetune.yaml", overrides)
     assert config.distill is not None
-    cache, corpus = open_cache(output / "cache"), open_corpus(config.data.shards)
+    cache, corpus = open_cache(output / "cache"), open_corpus(output / "data")
     model, student = build_model(config, cache)
     model.train()
     dataset: Any

@@ -216,7 +216,11 @@ def _default(field: FieldInfo) -> str:
     """Return the default in YAML's form."""
     if field.is_required():
         return "*needed*"
-    if _inner(field) is not None and field.default is not None:
+    if (
+        _inner(field) is not None
+        and field.default is not None
+        and field.default_factory is not list
+    ):
         return "its defaults"
     return _code(field.get_default(call_default_factory=True))
 

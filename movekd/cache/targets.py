@@ -57,6 +57,11 @@ class TeacherTargets:
         """``standardised_BND`` in the codec's rotation, ``codec.rotate``; the fastest to decode."""
         return self.codec.decode_rotated(self.stored, self.stats)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether ``rotated_BND`` is another basis than ``standardised_BND``."""
+        return self.codec.rotates
+
     def rotate(self, standardised: Tensor) -> Tensor:
         """Return standardised channels (..., D) in the rotation of ``rotated_BND``, float32."""
         return self.codec.rotate(standardised, self.stats)

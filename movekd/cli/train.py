@@ -72,7 +72,7 @@ def train(
         elif distributed.is_main_process():
             say(*resolved.to_yaml().split("\n"))
         model = resolved.student.language_model
-        if resolved.data.shards.exists():
+        if all(source.shards.exists() for source in resolved.data.all_sources()):
             _say_held_out(resolved)
             if model is not None and Path(model).is_dir():
                 _count_samples(resolved)  # of a hub's id it would download the tokenizer
@@ -149,7 +149,7 @@ def _say_packing(config: "TrainConfig") -> None:
     if config.data.packing and distributed.is_main_process():
         with progress_bar() as progress:
             said = describe_packing(config, progress)
-        say(f"movekd: {said}", err=True)
+        say(*(f"movekd: {line}" for line in said), err=True)
 
 
 def _count_samples(config: "TrainConfig") -> None:
@@ -161,10 +161,10 @@ def _count_samples(config: "TrainConfig") -> None:
         return
     quiet_libraries()
     trained, held_out = open_conversations(config)
-    for dataset, what in ((trained, "conversations"), (held_out, "held-out conversations")):
-        if dataset is None:
-            continue
-        with progress_bar() as progress:
-            count = replace(count_samples(dataset, progress=progress), what=what)
-        count.require_samples(dataset.max_length)
-        say(f"movekd: {count.sentence(dataset.max_length)}", err=True)
+    for datasets, what in ((trained, "conversations"), (held_out, "held-out conversations")):
+        for dataset in datasets:
+            of = f" of {dataset.corpus.data_dir}" if len(datasets) > 1 else ""
+            with progress_bar() as progress:
+                count = replace(count_samples(dataset, progress=progress), what=what + of)
+            count.require_samples(dataset.max_length)
+            say(f"movekd: {count.sentence(dataset.max_length)}", err=True)

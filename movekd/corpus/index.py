@@ -108,6 +108,10 @@ class Corpus:
         """Return the key of the image in one row."""
         return self._keys.digest(row).hex()
 
+    def describe(self, row: int) -> str:
+        """Return the key of an image and its folder, for messages."""
+        return f"{self.key(row)} of {self.data_dir}"
+
     def read_image(self, row: int) -> bytes:
         """Return the bytes of the image file in one row; they have the SHA-256 of its key.
 
@@ -131,7 +135,7 @@ class Corpus:
         found = hashlib.sha256(data).digest()
         if found != self._keys.digest(row) and found != self._keys.digest(row, anew=True):
             raise CorpusError(
-                f"image {self.key(row)} of {self.data_dir}: the {size:,} bytes at {offset:,} of "
+                f"image {self.describe(row)}: the {size:,} bytes at {offset:,} of "
                 f"{printable(shard)} have SHA-256 {found.hex()[:16]}..., not that of the key; the "
                 "shard is damaged or was replaced. Restore it, or pack the corpus again with "
                 "--overwrite."

@@ -7,13 +7,12 @@ written beside the results. ``recipe`` sets the defaults of the keys in which th
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from movekd.config import FilePath, FrozenModel, Integer, Number, Text, read_yaml, validate
-from movekd.corpus.transforms import Geometry
+from movekd.config import FilePath, FrozenModel, Text, read_yaml, validate
 from movekd.distill.config import (
     WITH_ANCHOR_SHARE,
     DistillConfig,
@@ -26,6 +25,7 @@ from movekd.distill.weighting import ANCHOR_SHARE
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
+from movekd.train.data_keys import DataConfig
 from movekd.train.evaluation_keys import evaluation_keys
 from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.packing_keys import check_packing_keys
@@ -89,61 +89,6 @@ TRAINED: dict[Stage, tuple[Part, ...]] = {
 
 ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 """The parts of a student without a language model."""
-
-
-def _whole_from_one(size: float) -> float:
-    if size >= 1 and not float(size).is_integer():
-        raise ValueError("expected a share below 1, or a whole number")
-    return int(size) if size >= 1 else size
-
-
-HeldOutSize = Annotated[Number, Field(gt=0, lt=2**31), AfterValidator(_whole_from_one)]
-
-
-class DataConfig(FrozenModel):
-    """Images and conversations."""
-
-    shards: FilePath = Field(description="Folder that `movekd shards pack` wrote.")
-    conversations: list[FilePath] = Field(
-        default_factory=list,
-        description="LLaVA JSON files; empty: those packed with the images. Stage distill takes "
-        "none: it sees every image of the corpus.",
-    )
-    eval_conversations: list[FilePath] = Field(
-        default_factory=list,
-        description="LLaVA JSON files of held-out conversations, whose loss `training.eval_steps` "
-        "measures; their images are in `shards`, too. Stage distill holds out their images.",
-    )
-    val_size: HeldOutSize | None = Field(
-        default=None,
-        description="Hold out a share of the conversations (below 1) or a number of them, of "
-        "images in stage distill. Conversations that share an image stay together.",
-    )
-    probe_images: FilePath | None = Field(
-        default=None,
-        description="Folder with `train/CLASS/` and `test/CLASS/` of image files, or a CSV file as "
-        "`movekd probe` reads it: its kNN on the encoder's features, every `training.eval_steps` "
-        "and at the end.",
-    )
-    geometry: Geometry | None = Field(
-        default=None,
-        description="Must be the cache's, so that student and teachers see the same pixels. Null: "
-        "crop; for llava_next stretch.",
-    )
-    group_by_modality_length: bool | None = Field(
-        default=None,
-        description="A step holds only samples with images or only text, and its micro-batches "
-        "have about equal numbers of words, as in LLaVA. Null: true in finetune, false with "
-        "`packing`.",
-    )
-    packing: bool = Field(
-        default=False,
-        description="Put several conversations into one row of up to `model_max_length` tokens; "
-        "each sees only itself. `training.per_device_train_batch_size` then counts rows.",
-    )
-    model_max_length: Integer = Field(
-        default=2048, gt=0, le=2**24, description="Cut longer samples, in tokens."
-    )
 
 
 class TrainConfig(FrozenModel):
@@ -304,7 +249,7 @@ def _check_encoder_only(config: TrainConfig) -> None:
             f"trained names {', '.join(others)}, which stage: distill does not have; it trains "
             f"{' and '.join(ENCODER_PARTS)}."
         )
-    if config.data.conversations:
+    if any(source.conversations for source in config.data.all_sources()):
         raise ConfigError(
             "data.conversations is given, but stage: distill takes every image of data.shards and "
             "reads no text; leave it out, or pack those images into other shards."
@@ -352,6 +297,8 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
             return [resolve(item) for item in value]
+        if isinstance(value, dict):  # one of data.sources; its weight is no text
+            return {key: resolve(item) for key, item in value.items()}
         if isinstance(value, str):
             for path in (folder / value, Path(value)):
                 if path.exists():
@@ -360,7 +307,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
 
     for section, keys in (
         ("student", ("vision_tower", "language_model")),
-        ("data", ("shards", "conversations", "eval_conversations", "probe_images")),
+        ("data", ("shards", "conversations", "eval_conversations", "sources", "probe_images")),
     ):
         part = content.get(section)
         if isinstance(part, dict):

@@ -9,7 +9,7 @@ views with targets, C H W the pixels of a view.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,9 @@ from movekd.student.tokenization import (
     TokenizedConversation,
     tokenize_conversation,
 )
-from movekd.train.config import DataConfig
+from movekd.train.data_keys import SourceConfig
 from movekd.train.encoder_data import name_bad_image
+from movekd.train.joined_inputs import JoinedCaches, JoinedCorpora
 from movekd.train.sampler import EMPTY
 
 
@@ -49,6 +50,11 @@ class Sample:
     """Rows of the cache, image after image; empty without distillation."""
     lengths: tuple[int, ...] = ()
     """Tokens of each conversation, where several are packed into one row (``packed_data``)."""
+
+    def shifted(self, image_start: int, row_start: int) -> "Sample":
+        """Return the same sample with its images and rows counted from other starts."""
+        images = [image + image_start for image in self.images]
+        return replace(self, images=images, rows=[row + row_start for row in self.rows])
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -91,7 +97,7 @@ class ConversationDataset(Dataset[Sample]):
                 f"{corpus.data_dir} holds no conversation to train on; give data.conversations a "
                 "LLaVA JSON file, or pack one with the images."
             )
-        self.conversations = conversations
+        self.conversations, self.corpus = conversations, corpus
         self.tokenizer, self.prompt, self.recipe = tokenizer, prompt, recipe
         self.max_length = max_length
         names = [name for conversation in conversations for name in conversation.images]
@@ -192,9 +198,9 @@ class ConversationDataset(Dataset[Sample]):
 class Collator:
     """Turn samples into one batch of model input, with targets as the cache stores them."""
 
-    corpus: Corpus
+    corpus: Corpus | JoinedCorpora
     transform: ImageTransform
-    cache: FeatureCache | None
+    cache: FeatureCache | JoinedCaches | None
     teachers: tuple[str, ...]
     pad_token_id: int
     views: Views = "base"
@@ -265,18 +271,18 @@ def _restarting_positions(samples: Sequence[Sample]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def read_conversations(data: DataConfig, corpus: Corpus) -> list[Conversation]:
+def read_conversations(source: SourceConfig, corpus: Corpus) -> list[Conversation]:
     """Return the conversations of the given files, or those packed with the images.
 
     Raises:
         ConfigError: the corpus has none, or a file is malformed.
     """
-    paths = list(data.conversations)
+    paths = list(source.conversations)
     if not paths and corpus.conversations_path is not None:
         paths = [corpus.conversations_path]
     if not paths:
         raise ConfigError(
-            f"{data.shards} was packed without conversations; give data.conversations a LLaVA "
+            f"{source.shards} was packed without conversations; give data.conversations a LLaVA "
             "JSON file."
         )
     return [conversation for path in paths for conversation in load_conversations(path)]

@@ -21,6 +21,7 @@ from movekd.corpus.anyres import Views, list_views
 from movekd.corpus.index import Corpus
 from movekd.corpus.transforms import ImageTransform
 from movekd.errors import CacheError, UnreadableImageError
+from movekd.train.joined_inputs import JoinedCaches, JoinedCorpora
 from movekd.train.sampler import EMPTY
 
 
@@ -34,6 +35,10 @@ class EncoderSample(NamedTuple):
     """0 is the whole image."""
     row: int
     """Row of the cache."""
+
+    def shifted(self, image_start: int, row_start: int) -> "EncoderSample":
+        """Return the same sample with its image and its row counted from other starts."""
+        return self._replace(image=self.image + image_start, row=self.row + row_start)
 
 
 class EncoderDataset(Dataset[EncoderSample]):
@@ -99,9 +104,9 @@ class EncoderDataset(Dataset[EncoderSample]):
 class EncoderCollator:
     """Turn samples into one batch of model input, with targets as the cache stores them."""
 
-    corpus: Corpus
+    corpus: Corpus | JoinedCorpora
     transform: ImageTransform
-    cache: FeatureCache
+    cache: FeatureCache | JoinedCaches
     teachers: tuple[str, ...]
 
     def __call__(self, samples: Sequence[EncoderSample]) -> dict[str, Any]:
@@ -126,10 +131,9 @@ class EncoderCollator:
 
 
 @contextmanager
-def name_bad_image(corpus: Corpus, image: int) -> Iterator[None]:
+def name_bad_image(corpus: Corpus | JoinedCorpora, image: int) -> Iterator[None]:
     """Add the image's key and its corpus to the error of an image that cannot be decoded."""
     try:
         yield
     except UnreadableImageError as error:
-        key = corpus.key(image)
-        raise UnreadableImageError(f"image {key} of {corpus.data_dir}: {error}") from None
+        raise UnreadableImageError(f"image {corpus.describe(image)}: {error}") from None

@@ -31,7 +31,7 @@ def evaluation_keys(config: "TrainConfig") -> dict[str, Any]:
     if training.get("eval_strategy") is False:  # YAML 1.1 reads `no` as false
         training["eval_strategy"] = "no"
     strategy, steps = training.get("eval_strategy"), training.get("eval_steps")
-    has_held_out = data.val_size is not None or bool(data.eval_conversations)
+    has_held_out = data.val_size is not None or data.has_held_out_files
     if not has_held_out and data.probe_images is None:
         asking = [key for key in _ASKING if training.get(key) not in (None, False, "no")]
         if asking and not (asking == ["eval_steps"] and strategy == "no"):
@@ -42,7 +42,7 @@ def evaluation_keys(config: "TrainConfig") -> dict[str, Any]:
                 "the result."
             )
         return training
-    if data.val_size is not None and data.eval_conversations:
+    if data.val_size is not None and data.has_held_out_files:
         raise ConfigError(
             "data.val_size and data.eval_conversations are both given; expected one of them. The "
             "first takes held-out samples from data.conversations, the second reads other files."
@@ -56,7 +56,7 @@ def evaluation_keys(config: "TrainConfig") -> dict[str, Any]:
         )
     if strategy is None and not steps:
         raise ConfigError(
-            f"data.{'eval_conversations' if data.eval_conversations else 'val_size'} holds samples "
+            f"data.{'eval_conversations' if data.has_held_out_files else 'val_size'} holds samples "
             "out, but nothing says when to measure their loss; set training.eval_steps, for "
             "example 500, or training.eval_strategy: epoch. With training.eval_strategy: no they "
             "are held out and not measured."

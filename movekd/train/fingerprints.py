@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from movekd.cache.reader import FeatureCache
-from movekd.corpus.index import Corpus
 from movekd.errors import ConfigError, shorten
 from movekd.files.reading import read_json
 from movekd.train.config import TrainConfig
 from movekd.train.held_out import SPLIT
+from movekd.train.sources import Source
 
 INPUTS_FILE = "inputs.json"
 GROUPED_ORDER = "grouped per step"
@@ -27,26 +26,42 @@ PACKED_ROWS = "packed rows"
 
 
 def input_fingerprints(
-    config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, global_batch_size: int
+    config: TrainConfig, sources: Sequence[Source], global_batch_size: int
 ) -> dict[str, Any]:
-    """Return checksums of a run's input; the same input elsewhere has the same ones."""
-    paths = list(config.data.conversations)
-    if not paths and corpus.conversations_path is not None and config.stage != "distill":
-        paths = [corpus.conversations_path]
-    inputs: dict[str, Any] = {
-        "corpus": corpus.fingerprint(),
-        "conversations": [_sha256(path) for path in paths if path.exists()],
-        "global_batch_size": global_batch_size,
-    }
+    """Return checksums of a run's input; the same input elsewhere has the same ones.
+
+    Of several sources, what each has its own of is a list.
+    """
+    each = [_of_source(config, source) for source in sources]
+    inputs: dict[str, Any] = {key: [found[key] for found in each] for key in each[0]}
+    if len(sources) == 1:
+        inputs = each[0]
+    inputs["global_batch_size"] = global_batch_size
+    if config.data.sources:
+        inputs["weights"] = [source.keys.weight for source in sources]
     if config.data.group_by_modality_length:
         inputs["order"] = GROUPED_ORDER
     if config.data.packing:
         inputs["order"] = PACKED_ORDER
     if config.data.val_size is not None:
         inputs["split"] = SPLIT
-    if config.data.eval_conversations:
-        files = config.data.eval_conversations
-        inputs["held-out conversations"] = [_sha256(path) for path in files if path.exists()]
+    if not config.data.has_held_out_files:
+        inputs.pop("held-out conversations", None)
+    return inputs
+
+
+def _of_source(config: TrainConfig, source: Source) -> dict[str, Any]:
+    """Return the checksums of one source."""
+    corpus, cache = source.corpus, source.cache
+    paths = list(source.keys.conversations)
+    if not paths and corpus.conversations_path is not None and config.stage != "distill":
+        paths = [corpus.conversations_path]
+    held_out = source.keys.eval_conversations
+    inputs: dict[str, Any] = {
+        "corpus": corpus.fingerprint(),
+        "conversations": [_sha256(path) for path in paths if path.exists()],
+        "held-out conversations": [_sha256(path) for path in held_out if path.exists()],
+    }
     if cache is not None and config.distill is not None:
         inputs["geometry"] = cache.geometry
         for name in config.distill.teachers:

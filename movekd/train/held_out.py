@@ -15,60 +15,80 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from movekd.corpus.conversations import Conversation, load_conversations
-from movekd.corpus.index import Corpus, open_corpus
+from movekd.corpus.index import Corpus
 from movekd.errors import ConfigError
-from movekd.train.config import DataConfig, TrainConfig
+from movekd.train.config import TrainConfig
 from movekd.train.data import read_conversations
+from movekd.train.data_keys import DataConfig
+from movekd.train.sources import image_starts, open_corpora
 
 SPLIT = "sha256 of image keys"
 """Name of the rule that splits; another name is another split (see ``fingerprints``)."""
 
 
 def split_conversations(
-    data: DataConfig, corpus: Corpus
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the conversations to learn from, and the held-out ones.
+    data: DataConfig, corpora: Sequence[Corpus]
+) -> list[tuple[list[Conversation], list[Conversation]]]:
+    """Return the conversations to learn from and the held-out ones, per source.
+
+    Args:
+        data: says which are held out.
+        corpora: of each source; sources of one corpus have one object.
 
     Raises:
         ConfigError: a part would be empty, or a file is malformed.
         UnknownKeyError: an image is missing from the corpus.
     """
-    conversations = read_conversations(data, corpus)
-    if data.eval_conversations:
-        return conversations, _read_held_out(data)
+    sources = data.all_sources()
+    found = [read_conversations(s, corpus) for s, corpus in zip(sources, corpora, strict=True)]
+    if data.has_held_out_files:
+        return list(zip(found, _read_held_out(data), strict=True))
     if data.val_size is None:
-        return conversations, []
-    is_held = choose(_groups(conversations, corpus), data.val_size, "conversations")
-    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for conversation, part in zip(conversations, is_held.tolist(), strict=True):
-        parts[part].append(conversation)
+        return [(conversations, []) for conversations in found]
+    groups = _groups_of_sources(found, corpora)
+    is_held = choose(np.concatenate(groups), data.val_size, "conversations")
+    parts: list[tuple[list[Conversation], list[Conversation]]] = []
+    ends = np.cumsum([len(conversations) for conversations in found])[:-1]
+    for conversations, is_part_held in zip(found, np.split(is_held, ends), strict=True):
+        part: tuple[list[Conversation], list[Conversation]] = ([], [])
+        for conversation, which in zip(conversations, is_part_held.tolist(), strict=True):
+            part[which].append(conversation)
+        parts.append(part)
     return parts
 
 
-def split_images(data: DataConfig, corpus: Corpus) -> NDArray[np.bool_] | None:
-    """Return which images of a corpus stage distill holds out; None: none.
+def split_images(data: DataConfig, corpora: Sequence[Corpus]) -> list[NDArray[np.bool_]] | None:
+    """Return which images of each source's corpus stage distill holds out; None: none.
 
     Raises:
         ConfigError: a part would be empty, or a file is malformed.
         UnknownKeyError: an image of ``data.eval_conversations`` is missing from the corpus.
     """
+    sizes = [len(corpus) for corpus in corpora]
     if data.val_size is not None:
-        chunks = corpus.index["key"].chunks
-        hashes = (_hash("image", key) for chunk in chunks for key in chunk.to_pylist())
-        return choose(np.fromiter(hashes, np.uint64, len(corpus)), data.val_size, "images")
-    if not data.eval_conversations:
-        return None
-    names = [name for conversation in _read_held_out(data) for name in conversation.images]
-    is_held = np.zeros(len(corpus), np.bool_)
-    if names:
-        is_held[corpus.rows(names)] = True
-    if not is_held.any() or is_held.all():
-        raise ConfigError(
-            f"data.eval_conversations name {is_held.sum():,} of the {len(corpus):,} images of "
-            f"{corpus.data_dir}, which stage distill holds out; expected some and not all. Give "
-            "other files, or data.val_size."
+        hashes = (
+            _hash("image", key)
+            for corpus in corpora
+            for chunk in corpus.index["key"].chunks
+            for key in chunk.to_pylist()
         )
-    return is_held
+        is_held = choose(np.fromiter(hashes, np.uint64, sum(sizes)), data.val_size, "images")
+        return np.split(is_held, np.cumsum(sizes)[:-1])
+    if not data.has_held_out_files:
+        return None
+    found = []
+    for corpus, held in zip(corpora, _read_held_out(data), strict=True):
+        is_held = np.zeros(len(corpus), np.bool_)
+        is_held[_rows(held, corpus)] = True
+        found.append(is_held)
+    num_held = sum(int(is_held.sum()) for is_held in found)
+    if num_held in (0, sum(sizes)):
+        raise ConfigError(
+            f"data.eval_conversations name {num_held:,} of the {sum(sizes):,} images of "
+            f"{', '.join(str(corpus.data_dir) for corpus in corpora)}, which stage distill holds "
+            "out; expected some and not all. Give other files, or data.val_size."
+        )
+    return found
 
 
 def choose(groups: NDArray[np.uint64], size: float, unit: str) -> NDArray[np.bool_]:
@@ -127,32 +147,58 @@ def count_shared(trained: NDArray[np.int64], held: NDArray[np.int64]) -> int:
 
 
 def describe_split(config: TrainConfig) -> str | None:
-    """Return how many samples are held out, from the corpus only; None if none are.
+    """Return how many samples are held out, from the corpora only; None if none are.
 
     Raises:
         MovekdError: the split cannot be made.
     """
     data = config.data
-    if data.val_size is None and not data.eval_conversations:
+    if data.val_size is None and not data.has_held_out_files:
         return None
-    corpus = open_corpus(data.shards)
+    corpora = open_corpora(data)
     if config.stage == "distill":
-        is_held = split_images(data, corpus)
-        assert is_held is not None
+        masks = split_images(data, corpora)
+        assert masks is not None
+        is_held = np.concatenate(masks)
         return describe(int((~is_held).sum()), int(is_held.sum()), "images")
-    trained, held = split_conversations(data, corpus)
-    shared = count_shared(_rows(trained, corpus), _rows(held, corpus))
-    return describe(len(trained), len(held), "conversations", shared)
+    starts = image_starts(corpora)
+    split = split_conversations(data, corpora)
+    rows = [
+        np.concatenate(
+            [_rows(parts[i], c) + at for parts, c, at in zip(split, corpora, starts, strict=True)]
+        )
+        for i in (0, 1)
+    ]
+    trained, held = (sum(len(parts[i]) for parts in split) for i in (0, 1))
+    return describe(trained, held, "conversations", count_shared(rows[0], rows[1]))
 
 
-def _read_held_out(data: DataConfig) -> list[Conversation]:
-    found = [c for path in data.eval_conversations for c in load_conversations(path)]
-    if not found:
+def _read_held_out(data: DataConfig) -> list[list[Conversation]]:
+    """Return the held-out conversations of each source."""
+    found = [
+        [c for path in source.eval_conversations for c in load_conversations(path)]
+        for source in data.all_sources()
+    ]
+    if not any(found):
         raise ConfigError(
             "data.eval_conversations hold no conversation; expected some to measure the loss on. "
             "Give other files, or data.val_size."
         )
     return found
+
+
+def _groups_of_sources(
+    found: Sequence[Sequence[Conversation]], corpora: Sequence[Corpus]
+) -> list[NDArray[np.uint64]]:
+    """Return the group of each conversation, per source; sources of one corpus share images."""
+    groups: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)] * len(found)
+    for corpus in dict.fromkeys(corpora):
+        mine = [number for number, other in enumerate(corpora) if other is corpus]
+        joined = [conversation for number in mine for conversation in found[number]]
+        ends = np.cumsum([len(found[number]) for number in mine])[:-1]
+        for number, part in zip(mine, np.split(_groups(joined, corpus), ends), strict=True):
+            groups[number] = part
+    return groups
 
 
 def _rows(conversations: Sequence[Conversation], corpus: Corpus) -> NDArray[np.int64]:

@@ -32,7 +32,7 @@ from movekd.evaluate.encoder.labelled_images import (
 )
 from movekd.evaluate.image_folder import Progress, list_problems
 from movekd.student.vlm import Student
-from movekd.train.config import DataConfig
+from movekd.train.data_keys import DataConfig
 from movekd.train.evaluation import measuring
 from movekd.train.fsdp import is_fsdp_asked_for
 

@@ -140,7 +140,7 @@ class DistillModel(nn.Module):
         predictions, goals = [], []
         rotates = may_rotate(distill) and not self.objective.extra_terms  # which may read channels
         for name in distill.teachers:
-            rotate = targets[name].rotate if rotates and targets[name].codec.rotates else None
+            rotate = targets[name].rotate if rotates and targets[name].rotates else None
             goal_IMD = target_tokens(
                 targets[name], name, distill, self.side, is_rotated=rotate is not None
             )

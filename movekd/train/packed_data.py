@@ -168,17 +168,20 @@ def packed_rows(
     return rows
 
 
-def describe_packing(config: TrainConfig, progress: Progress | None = None) -> str:
-    """Return how full the rows of a run in one process are, as one line; no weights are loaded.
+def describe_packing(config: TrainConfig, progress: Progress | None = None) -> list[str]:
+    """Return how full the rows of a run in one process are, a line per source, without weights.
 
     Raises:
         MovekdError: the samples cannot be packed or tokenised.
     """
     require_packable(config)
-    conversations, _ = open_conversations(config)
+    sources, _ = open_conversations(config)
     batch_size = config.training.get("per_device_train_batch_size", _BATCH_SIZE)
     steps = config.training.get("gradient_accumulation_steps", 1)
-    return pack(conversations, config, progress=progress).describe(batch_size, batch_size * steps)
+    return [
+        pack(conversations, config, progress=progress).describe(batch_size, batch_size * steps)
+        for conversations in sources
+    ]
 
 
 _SEED, _BATCH_SIZE = 42, 8

@@ -9,16 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from movekd.cache.inventory import require_whole
-from movekd.cache.reader import FeatureCache, open_cache
+from movekd.cache.reader import FeatureCache
 from movekd.cache.verify import teacher_status
-from movekd.corpus.index import Corpus, open_corpus
+from movekd.corpus.index import Corpus
 from movekd.corpus.record import require_as_packed
 from movekd.distill.loss_terms import read_loss_terms
 from movekd.distill.objective import Objective
@@ -29,7 +28,7 @@ from movekd.distributed import (
     is_main_process,
     launch_id,
 )
-from movekd.errors import CacheError, ConfigError, MovekdError, TrainingError
+from movekd.errors import ConfigError, MovekdError, TrainingError
 from movekd.student.checkpoint import CONFIG_FILE, save_adapters, save_parts
 from movekd.student.tokenizer import forget_calls
 from movekd.student.vlm import Student, build_encoder, build_vlm
@@ -49,6 +48,7 @@ from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsd
 from movekd.train.init_from import check_init_from, load_init_from
 from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
+from movekd.train.mixture import Mixture, Part, join, parts_of
 from movekd.train.model import DistillModel, check_targets
 from movekd.train.packed_data import PackedDataset, packed_rows
 from movekd.train.packing_keys import require_packable
@@ -63,6 +63,7 @@ from movekd.train.run_record import (
     write_recorded,
 )
 from movekd.train.sample_count import SampleCount, count_samples
+from movekd.train.sources import Source, open_sources
 from movekd.train.trained_parts import parts_to_save, set_trained
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
@@ -178,10 +179,15 @@ def train(
     )
     if start.samples not in (None, global_batch_size(arguments)):
         arguments = training_arguments(divide_step(config, arguments, start.samples), output_dir)
-    corpus = open_corpus(config.data.shards)
-    broadcast_decision(lambda: require_as_packed(corpus.data_dir))
-    cache = _open_targets(config, cache_url, allow_random_teachers, verify_cache)
-    inputs = input_fingerprints(config, corpus, cache, global_batch_size(arguments))
+    sources = open_sources(
+        config,
+        cache_url,
+        allow_random_teachers=allow_random_teachers,
+        verify_cache=verify_cache,
+    )
+    for corpus in dict.fromkeys(source.corpus for source in sources):
+        broadcast_decision(partial(require_as_packed, corpus.data_dir))
+    inputs = input_fingerprints(config, sources, global_batch_size(arguments))
     probe_images = read_probe_images(config.data, arguments, progress)
     if probe_images is not None:
         inputs["probe images"] = probe_images.fingerprint()
@@ -191,15 +197,23 @@ def train(
     if start.checkpoint is not None:
         broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     set_seed(arguments.seed)
-    model, student = build_model(config, cache)
-    data = read_data(config, corpus, cache, student)
+    model, student = build_model(config, sources[0].cache)
+    data = read_data(config, sources, student)
     if start.checkpoint is None:
         _count_all_samples(data, arguments, progress, notify)
     else:
         arguments.eval_on_start = False  # it was measured when the run began
-    trained = packed_rows(config, data.trained, arguments, progress, notify)
-    if isinstance(trained, PackedDataset):
-        inputs[PACKED_ROWS] = trained.fingerprint()
+    parts = [
+        Part(part.source, packed_rows(config, part.dataset, arguments, progress, notify))
+        for part in data.trained
+    ]
+    trained = join(parts)
+    if isinstance(trained, Mixture) and notify is not None and is_main_process():
+        for line in trained.describe():
+            notify(line)
+    packed = [p.dataset.fingerprint() for p in parts if isinstance(p.dataset, PackedDataset)]
+    if packed:
+        inputs[PACKED_ROWS] = packed[0] if len(packed) == 1 else packed
         if start.checkpoint is not None:
             broadcast_decision(lambda: require_unchanged_inputs(output_dir, inputs))
     try:
@@ -223,7 +237,8 @@ def train(
             for line in lines:
                 notify(line)
         names = config.distill.teachers if config.distill is not None else ()
-        teachers = [] if cache is None else [teacher_status(cache[n], cache.catalog) for n in names]
+        caches = dict.fromkeys(s.cache for s in sources if s.cache is not None)
+        teachers = [teacher_status(cache[n], cache.catalog) for cache in caches for n in names]
         write_run_files(output_dir, config, inputs, launches, teachers)
     trainer.remove_callback(PrinterCallback)
     if progress is not None and trainer.is_world_process_zero():
@@ -259,9 +274,14 @@ def _count_all_samples(
     tell = notify if notify is not None and arguments.process_index == 0 else None
     if tell is not None and (said := data.describe()) is not None:
         tell(said)
-    for dataset, what in ((data.trained, ""), (data.held_out, "held-out ")):
-        if isinstance(dataset, ConversationDataset):
-            _count_samples(dataset, f"{what}conversations", arguments, progress, tell)
+    for datasets, what in (
+        ([part.dataset for part in data.trained], ""),
+        (parts_of(data.held_out), "held-out "),
+    ):
+        for dataset in datasets:
+            if isinstance(dataset, ConversationDataset):
+                of = f" of {dataset.corpus.data_dir}" if len(datasets) > 1 else ""
+                _count_samples(dataset, f"{what}conversations{of}", arguments, progress, tell)
 
 
 def _count_samples(
@@ -303,53 +323,13 @@ class _RecordCurves(TrainerCallback):
         record_curves(self._output_dir, self._before)
 
 
-def _open_targets(
-    config: TrainConfig,
-    cache_url: str | Path | None,
-    allow_random_teachers: bool,
-    verify_cache: bool,
-) -> FeatureCache | None:
-    """Return the cache that a run distils from, after checking it against the config."""
-    if config.distill is None:
-        return None
-    if cache_url is None:
-        raise ConfigError(
-            "the config distils, but no cache was given; add --cache DIR, or set distill: null."
-        )
-    cache = open_cache(cache_url, verify="checksum" if verify_cache else "size")
-    if cache.geometry != config.data.geometry:
-        raise ConfigError(
-            f"{cache.url} holds features of geometry '{cache.geometry}'; the config asks for "
-            f"data.geometry '{config.data.geometry}'. Set data.geometry: {cache.geometry}, or "
-            f"build a cache with --resize-mode {config.data.geometry}."
-        )
-    if config.distill.views == "all" and cache.views == "base":
-        raise ConfigError(
-            f"distill.views is 'all', but {cache.url} holds base views only. Build a cache with "
-            "--tiles anyres, or set distill.views: base."
-        )
-    for name in config.distill.teachers:
-        teacher = cache[name]
-        if not teacher.is_complete:
-            raise CacheError(
-                f"teacher '{name}' in {cache.url} lacks {len(teacher.missing_shards)} Zarr shards; "
-                f"finish it with `movekd cache build --teacher {name}` before training."
-            )
-        require_whole(teacher)
-        if teacher.spec.weights == "random" and not allow_random_teachers:
-            raise CacheError(
-                f"teacher '{name}' in {cache.url} was built from random weights, which teach "
-                "nothing; build it from real ones, or give --allow-random-teachers for a test."
-            )
-    return cache
-
-
 def build_data(
     config: TrainConfig, corpus: Corpus, cache: FeatureCache | None, student: Student
 ) -> tuple[ConversationDataset | EncoderDataset, Collator | EncoderCollator]:
-    """Return the samples that a run learns from, before any packing, and their collator."""
-    data = read_data(config, corpus, cache, student)
-    return data.trained, data.collator
+    """Return the samples that a run of one corpus learns from, before any packing."""
+    (keys,) = config.data.all_sources()
+    data = read_data(config, [Source(keys, corpus, cache)], student)
+    return data.trained[0].dataset, data.collator
 
 
 def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[DistillModel, Student]:

@@ -4,7 +4,7 @@ A sampler yields positions in the data set. The samples of a step depend only on
 and the samples per step, so a run can resume with another number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ Order = npt.NDArray[np.int64]
 
 
 class GlobalOrderSampler(Sampler[int]):
-    """Yield every sample once per epoch, shuffled, then ``EMPTY`` until all batches are full.
+    """Yield every sample that an epoch takes, shuffled, then ``EMPTY`` until all batches are full.
 
     Without it accelerate repeats samples to fill the last batches, and some count twice.
 
@@ -31,6 +31,7 @@ class GlobalOrderSampler(Sampler[int]):
         multiple_of: samples of a micro-batch over all ranks.
         row_lengths: tokens of packed rows. The rows of a step are then ordered from the longest to
             the shortest, so that a micro-batch has little padding. A step keeps its rows.
+        draw: seed, epoch -> the samples that an epoch takes; always as many. Default: each once.
     """
 
     def __init__(
@@ -43,9 +44,12 @@ class GlobalOrderSampler(Sampler[int]):
         micro_batch_size: int | None = None,
         multiple_of: int = 1,
         row_lengths: Order | None = None,
+        draw: Callable[[int, int], Order] | None = None,
     ) -> None:
-        self._num_missing = -num_samples % multiple_of
-        self._num_samples, self._seed, self._epoch = num_samples, seed, 0
+        self._draw = draw or (lambda seed, epoch: np.arange(num_samples))
+        self._seed, self._epoch = seed, 0
+        self._num_drawn = num_samples if draw is None else len(draw(seed, 0))
+        self._num_missing = -self._num_drawn % multiple_of
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size or global_batch_size
         self._lengths = None if lengths is None else np.asarray(lengths, np.int64)
@@ -56,19 +60,21 @@ class GlobalOrderSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_samples + self._num_missing
+        return self._num_drawn + self._num_missing
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self._seed, self._epoch])
+        drawn = self._draw(self._seed, self._epoch)
         if self._lengths is None:
-            order = random.permutation(self._num_samples)
+            order = random.permutation(len(drawn))
             if self._row_lengths is not None:
-                order = _longest_first(order, self._row_lengths, self._global_batch_size)
+                lengths = self._row_lengths[drawn]
+                order = _longest_first(order, lengths, self._global_batch_size)
         else:
             order = modality_length_order(
-                self._lengths, self._global_batch_size, self._micro_batch_size, random
+                self._lengths[drawn], self._global_batch_size, self._micro_batch_size, random
             )
-        return iter(order.tolist() + [EMPTY] * self._num_missing)
+        return iter(drawn[order].tolist() + [EMPTY] * self._num_missing)
 
 
 def modality_length_order(

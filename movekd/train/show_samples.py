@@ -7,7 +7,6 @@ the tokenizer and the vision tower's config, but no weights.
 from dataclasses import dataclass
 from itertools import groupby
 
-from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
 from movekd.student.tokenization import IGNORED
 from movekd.student.tokenizer import IMAGE_TOKEN, load_tokenizer
@@ -15,6 +14,7 @@ from movekd.student.vlm import image_token_counter
 from movekd.train.config import TrainConfig
 from movekd.train.data import ConversationDataset
 from movekd.train.held_out import split_conversations
+from movekd.train.sources import open_corpora
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
         ConfigError: the run reads no text, or a conversation cannot be tokenised.
         WeightsError: the tokenizer or the tower's config cannot be found.
     """
-    dataset, _ = open_conversations(config)
+    datasets, _ = open_conversations(config)
+    everything = [(dataset, at) for dataset in datasets for at in range(len(dataset))]
     shown = []
-    for at in range(min(number, len(dataset))):
-        position = at * len(dataset) // min(number, len(dataset))
+    for at in range(min(number, len(everything))):
+        dataset, position = everything[at * len(everything) // min(number, len(everything))]
         sample = dataset[position]
         shown.append(
             ShownSample(
@@ -76,7 +77,7 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
                 sample.input_ids,
                 sample.labels,
                 dataset.tokenizer.convert_ids_to_tokens(sample.input_ids),
-                len(dataset),
+                len(everything),
             )
         )
     return shown
@@ -84,8 +85,8 @@ def show_samples(config: TrainConfig, number: int) -> list[ShownSample]:
 
 def open_conversations(
     config: TrainConfig,
-) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """Return the samples of a run and the held-out ones, without targets; no weights are loaded.
+) -> tuple[list[ConversationDataset], list[ConversationDataset]]:
+    """Return the samples of each source and the held-out ones, without targets or weights.
 
     Raises:
         ConfigError, WeightsError: as ``show_samples``.
@@ -95,10 +96,8 @@ def open_conversations(
             "stage: distill reads no text, so it has no samples of tokens to show; give the "
             "config of a pretrain or a finetune."
         )
-    corpus = open_corpus(config.data.shards)
-    trained, held_out = split_conversations(config.data, corpus)
+    corpora = open_corpora(config.data)
     rest = (
-        corpus,
         None,
         (),
         load_tokenizer(config.student.language_model, key="student.language_model"),
@@ -107,5 +106,7 @@ def open_conversations(
         config.recipe,
         config.data.model_max_length,
     )
-    measured = ConversationDataset(held_out, *rest) if held_out else None
-    return ConversationDataset(trained, *rest), measured
+    parts = list(zip(split_conversations(config.data, corpora), corpora, strict=True))
+    trained = [ConversationDataset(learned, corpus, *rest) for (learned, _), corpus in parts]
+    held_out = [ConversationDataset(held, corpus, *rest) for (_, held), corpus in parts if held]
+    return trained, held_out

@@ -37,12 +37,12 @@ from movekd.train.checkpoints import (
     writing,
 )
 from movekd.train.config import TrainConfig
-from movekd.train.data import Collator, ConversationDataset
-from movekd.train.encoder_data import EncoderCollator, EncoderDataset
+from movekd.train.data import Collator
+from movekd.train.encoder_data import EncoderCollator
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.knn_probe import KnnProbe
+from movekd.train.mixture import Mixture, Trained, row_lengths
 from movekd.train.model import DistillModel
-from movekd.train.packed_data import PackedDataset
 from movekd.train.parameter_groups import RateLog, divide_groups
 from movekd.train.sampler import GlobalOrderSampler
 from movekd.train.step_losses import STATE_KEY, StepLosses
@@ -55,7 +55,7 @@ class DistillTrainer(Trainer):
     Args:
         config: the resolved run.
         model: the model; parameters that do not learn have ``requires_grad`` off.
-        dataset: the conversations, or rows of them, or in stage distill the images.
+        dataset: the conversations, or rows of them, or in stage distill the images; or a mixture.
         collator: reads images and targets.
         probe: measures the encoder in every evaluation.
         kwargs: further arguments of transformers.Trainer, ``args`` included.
@@ -65,7 +65,7 @@ class DistillTrainer(Trainer):
         self,
         config: TrainConfig,
         model: DistillModel,
-        dataset: ConversationDataset | PackedDataset | EncoderDataset,
+        dataset: Trained | Mixture,
         collator: Collator | EncoderCollator,
         probe: KnnProbe | None = None,
         **kwargs: Any,
@@ -119,7 +119,8 @@ class DistillTrainer(Trainer):
             lengths=lengths,
             micro_batch_size=args.train_batch_size,
             multiple_of=args.train_batch_size * args.world_size,
-            row_lengths=dataset.lengths if isinstance(dataset, PackedDataset) else None,
+            row_lengths=row_lengths(dataset),
+            draw=dataset.draw if isinstance(dataset, Mixture) else None,
         )
         return self._sampler
 
@@ -136,7 +137,7 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the counts of the whole step (see ``count_units``)."""
         self._log.num_steps += 1
-        if isinstance(self.train_dataset, PackedDataset):
+        if self.config.data.packing:
             self._log.add({}, [padding_statistic(batch) for batch in batch_samples])
         counts = torch.stack([count_units(batch) for batch in batch_samples]).sum(0)
         return sum_over_ranks(counts.to(device))

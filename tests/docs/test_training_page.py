@@ -50,6 +50,8 @@ def student_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def merged(content: Any, changes: Any) -> Any:
     """Return a mapping of YAML with the values of another one put in."""
+    if isinstance(content, list) and isinstance(changes, list) and len(content) == len(changes):
+        return [merged(*pair) for pair in zip(content, changes, strict=True)]
     if not isinstance(content, dict) or not isinstance(changes, dict):
         return changes
     return content | {key: merged(content.get(key), value) for key, value in changes.items()}

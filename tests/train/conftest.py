@@ -134,17 +134,22 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def digits(source):
-    """The packed corpus and its cache; sam keeps its native 12x12 grid, the student's is 6x6."""
+def digit_specs():
+    """Specs of two real teachers; sam keeps its native 12x12 grid, the student's is 6x6."""
+    specs = [load_spec(str(PIPELINE / "teachers" / f"{name}.yaml")) for name in TEACHERS]
+    return [specs[0], specs[1].with_changes(grid="native")]
+
+
+@pytest.fixture(scope="session")
+def digits(source, digit_specs):
+    """The packed corpus and its cache."""
     files = [source / "pretrain.json", source / "finetune.json"]
     pack_llava(files, source / "images", source / "data", num_workers=1)
-    specs = [load_spec(str(PIPELINE / "teachers" / f"{name}.yaml")) for name in TEACHERS]
-    specs[1] = specs[1].with_changes(grid="native")
     list(
         build_cache(
             source / "cache",
             open_corpus(source / "data"),
-            specs,
+            digit_specs,
             geometry="crop",
             options=BuildOptions(num_workers=0),
         )

@@ -74,16 +74,26 @@ def contents() -> dict[str, dict[str, Any]]:
     optional += ["data.val_size=0.1", "training.eval_steps=5", "student.image_size=48"]
     optional += ["data.probe_images=photos"]
     tuned = load_config(resource_dir("pipelines") / "digits" / "finetune.yaml", optional)
-    return found | {"every key": full, "every optional section": tuned.model_dump(mode="json")}
+    source = "{shards: a, cache: b, conversations: [c], eval_conversations: [d], weight: 2}"
+    several = [f"data.sources=[{source}]", "data.shards=null", "data.conversations=[]"]
+    several.append("training.eval_steps=5")
+    mixed = load_config(resource_dir("pipelines") / "digits" / "pretrain.yaml", several)
+    return found | {
+        "every key": full,
+        "every optional section": tuned.model_dump(mode="json"),
+        "several corpora": mixed.model_dump(mode="json"),
+    }
 
 
-def keys_of(schema: dict[str, Any], part: dict[str, Any]) -> set[tuple[str, ...]]:
+def keys_of(schema: dict[str, Any], part: dict[str, Any]) -> set[tuple[Any, ...]]:
     """Return the path of every key in a part of a JSON schema."""
     if "$ref" in part:
         part = schema["$defs"][part["$ref"].rpartition("/")[2]]
     found = set()
     for key, inner in part.get("properties", {}).items():
         found |= {(key, *below) for below in keys_of(schema, inner)} | {(key,)}
+    if "$ref" in part.get("items", {}):
+        found |= {(0, *below) for below in keys_of(schema, part["items"])}
     return found.union(*(keys_of(schema, option) for option in part.get("anyOf", ())))
 
 
@@ -127,6 +137,9 @@ def load_config_text(folder: Path, text: str) -> TrainConfig:
 @example(("every key", ("distill", "kd_weight")), 1e30)
 @example(("every key", ("student", "projector_hidden_act")), "abc")
 @example(("every key", ("data", "shards")), "a\0b")
+@example(("several corpora", ("data", "sources", 0, "weight")), 1e30)
+@example(("several corpora", ("data", "sources", 0, "cache")), "a\0b")
+@example(("several corpora", ("data", "sources")), {"a": {"b": 1}})
 def test_a_strange_value_is_refused_in_a_line_or_in_range(tmp_path_factory, where, value):
     check(tmp_path_factory.mktemp("config"), *where, value)
 
@@ -147,7 +160,12 @@ def _is_huge_or_nan(value: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("every key", "pretrain"), ("every optional section", "finetune")]
+    ("name", "stage"),
+    [
+        ("every key", "pretrain"),
+        ("every optional section", "finetune"),
+        ("several corpora", "pretrain"),
+    ],
 )
 def test_the_config_with_every_key_is_accepted(tmp_path, name, stage):
     assert check(tmp_path, name, ("stage",), stage) is not None

@@ -20,6 +20,7 @@ from movekd.train.checkpoints import require_checkpoint
 from movekd.train.datasets import read_data
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.run import build_model
+from movekd.train.sources import Source
 from torchrun import train_in_two_processes
 
 HELD = ("data.val_size=5", "training.per_device_eval_batch_size=2")
@@ -46,7 +47,9 @@ def built(digits, stage, *overrides):
     cache = None if config.distill is None else open_cache(digits.cache)
     torch.manual_seed(0)
     model, student = build_model(config, cache)
-    return model, read_data(config, open_corpus(config.data.shards), cache, student)
+    (keys,) = config.data.all_sources()
+    source = Source(keys, open_corpus(config.data.shards), cache)
+    return model, read_data(config, [source], student)
 
 
 def measured(model, data, **how):

@@ -14,7 +14,7 @@ from movekd.config import validate
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError, UnknownKeyError
-from movekd.train.config import DataConfig
+from movekd.train.data_keys import DataConfig
 from movekd.train.held_out import choose, describe_split, split_conversations, split_images
 
 
@@ -53,7 +53,7 @@ def test_no_image_is_in_both_parts_and_the_order_of_the_file_means_nothing(
     data = data_of(digits, val_size=size, conversations=[write(path, every)])
     trained, held = [], []
     with contextlib.suppress(ConfigError):
-        trained, held = split_conversations(data, corpus)
+        ((trained, held),) = split_conversations(data, [corpus])
     if not held:  # refused; see the next tests
         return
     assert sorted([*trained, *held], key=lambda c: int(c.id[1:])) == every
@@ -66,8 +66,20 @@ def test_no_image_is_in_both_parts_and_the_order_of_the_file_means_nothing(
     assert not texts[0] & texts[1]
     random.shuffle(every)
     write(path, every)
-    again = split_conversations(data, corpus)[1]
+    again = split_conversations(data, [corpus])[0][1]
     assert {c.id for c in again} == {c.id for c in held}
+
+    # two sources of one corpus hold out what one source of both files does
+    cut = random.randrange(len(every) + 1)
+    sources = [
+        {"shards": str(digits.data), "conversations": [str(write(path.with_name(name), part))]}
+        for name, part in (("a.json", every[:cut]), ("b.json", every[cut:]))
+    ]
+    of_both = validate(DataConfig, {"sources": sources, "val_size": size}, "data")
+    parts = split_conversations(of_both, [corpus, corpus])
+    assert {c.id for _, found in parts for c in found} == {c.id for c in held}
+    for (learned, kept_out), part in zip(parts, (every[:cut], every[cut:]), strict=True):
+        assert sorted(c.id for c in (*learned, *kept_out)) == sorted(c.id for c in part)
 
 
 def test_a_share_holds_out_what_it_says_and_a_larger_one_more_of_the_same():
@@ -96,8 +108,9 @@ def test_the_stages_hold_out_the_same_images(digits, tmp_path):
     corpus = open_corpus(digits.data)
     keys = corpus.index["key"].to_pylist()
     path = write(tmp_path / "all.json", [conversation(f"c{n}", [k]) for n, k in enumerate(keys)])
-    is_held = split_images(data_of(digits, val_size=0.25), corpus)
-    _, held = split_conversations(data_of(digits, val_size=0.25, conversations=[path]), corpus)
+    (is_held,) = split_images(data_of(digits, val_size=0.25), [corpus])
+    data = data_of(digits, val_size=0.25, conversations=[path])
+    ((_, held),) = split_conversations(data, [corpus])
     assert [c.images[0] for c in held] == [k for k, is_ in zip(keys, is_held, strict=True) if is_]
 
 
@@ -106,7 +119,7 @@ def test_stage_distill_holds_out_the_images_of_conversations(digits, tmp_path):
     keys = corpus.index["key"].to_pylist()
     path = write(tmp_path / "some.json", [conversation("c", keys[2:4]), conversation("text", [])])
     data = data_of(digits, eval_conversations=[path])
-    assert split_images(data, corpus).nonzero()[0].tolist() == [2, 3]
+    assert split_images(data, [corpus])[0].nonzero()[0].tolist() == [2, 3]
     config = digits.config("distill", f"data.eval_conversations=[{path}]", "training.eval_steps=1")
     _, _, dataset, _ = digits.parts(config)
     assert sorted(dataset[at].key for at in range(len(dataset))) == sorted(keys[:2] + keys[4:])
@@ -114,7 +127,7 @@ def test_stage_distill_holds_out_the_images_of_conversations(digits, tmp_path):
     with pytest.raises(
         ConfigError, match=r"name 33 of the 33 images .*; expected some and not all"
     ):
-        split_images(data_of(digits, eval_conversations=[everything]), corpus)
+        split_images(data_of(digits, eval_conversations=[everything]), [corpus])
 
 
 def test_a_held_out_image_that_is_not_in_the_corpus_is_named(digits, tmp_path):

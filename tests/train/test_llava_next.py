@@ -20,6 +20,7 @@ from movekd.student.vlm import image_features
 from movekd.train.datasets import read_data
 from movekd.train.evaluation import held_out_loader, held_out_losses
 from movekd.train.run import build_model, train
+from movekd.train.sources import Source
 from movekd.train.training_args import training_arguments
 from same_step import assert_same_step, one_by_one, packed
 from torchrun import train_in_two_processes
@@ -240,7 +241,8 @@ def test_held_out_losses_are_means_over_the_views_with_targets(digits, next_digi
     run = config("finetune", *keys, "training.eval_steps=1")
     cache = open_cache(folder / "anyres")
     model, student = build_model(run, cache)
-    data = read_data(run, open_corpus(run.data.shards), cache, student)
+    (keys,) = run.data.all_sources()
+    data = read_data(run, [Source(keys, open_corpus(run.data.shards), cache)], student)
     arguments = training_arguments(run, folder)
     loader = held_out_loader(data.held_out, data.collator, arguments)
     found = held_out_losses(model, loader, lambda batch: batch, arguments)

@@ -183,7 +183,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_says_its_padding(
     inputs.write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match="was begun with other packed rows"):
         digits.train(tmp_path / "parts", "finetune", *keys, *saving, resume=True)
-    assert said == [describe_packing(digits.config("finetune", *keys))]
+    assert said == describe_packing(digits.config("finetune", *keys))
     assert said[0].startswith("16 conversations are packed into ")
 
 
