@@ -73,7 +73,7 @@ def train(
             say(*resolved.to_yaml().split("\n"))
         model = resolved.student.language_model
         if all(source.shards.exists() for source in resolved.data.all_sources()):
-            _say_held_out(resolved)
+            _say_data(resolved)
             if model is not None and Path(model).is_dir():
                 _count_samples(resolved)  # of a hub's id it would download the tokenizer
                 _say_packing(resolved)
@@ -81,7 +81,7 @@ def train(
     quiet_libraries()
     if show_samples is not None:
         _show_samples(resolved, show_samples, json)
-        _say_held_out(resolved)
+        _say_data(resolved)
         _count_samples(resolved)
         return
     from movekd.train.checkpoints import continue_hint
@@ -134,12 +134,15 @@ def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:
     )
 
 
-def _say_held_out(config: "TrainConfig") -> None:
-    """Print on standard error how many samples the run does not learn from, if any."""
-    from movekd.train.held_out import describe_split
+def _say_data(config: "TrainConfig") -> None:
+    """Print on standard error what a run learns from each source, and what it holds out, if any."""
+    from movekd.train.held_out import describe_sources, describe_split
 
-    if distributed.is_main_process() and (said := describe_split(config)) is not None:
-        say(f"movekd: {said}", err=True)
+    if not distributed.is_main_process():
+        return
+    held_out = describe_split(config)
+    for line in (*describe_sources(config), *([] if held_out is None else [held_out])):
+        say(f"movekd: {line}", err=True)
 
 
 def _say_packing(config: "TrainConfig") -> None:

@@ -45,6 +45,12 @@ class SourceConfig(FrozenModel):
         "the next quarter in the next epoch.",
     )
 
+    @property
+    def name(self) -> str:
+        """What messages call it: the folder, and the conversations where it names some."""
+        files = ", ".join(path.name for path in self.conversations)
+        return f"{self.shards} ({files})" if files else str(self.shards)
+
 
 class DataConfig(FrozenModel):
     """Images and conversations."""

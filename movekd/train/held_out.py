@@ -20,7 +20,7 @@ from movekd.errors import ConfigError
 from movekd.train.config import TrainConfig
 from movekd.train.data import read_conversations
 from movekd.train.data_keys import DataConfig
-from movekd.train.sources import image_starts, open_corpora
+from movekd.train.sources import describe_shares, image_starts, open_corpora
 
 SPLIT = "sha256 of image keys"
 """Name of the rule that splits; another name is another split (see ``fingerprints``)."""
@@ -171,6 +171,28 @@ def describe_split(config: TrainConfig) -> str | None:
     ]
     trained, held = (sum(len(parts[i]) for parts in split) for i in (0, 1))
     return describe(trained, held, "conversations", count_shared(rows[0], rows[1]))
+
+
+def describe_sources(config: TrainConfig) -> list[str]:
+    """Return what an epoch takes of each of several sources, from the corpora only.
+
+    Raises:
+        MovekdError: the samples cannot be read.
+    """
+    data, keys = config.data, config.data.all_sources()
+    if not data.sources:
+        return []
+    corpora = open_corpora(data)
+    if config.stage == "distill":
+        masks = split_images(data, corpora)
+        sizes = [len(corpus) for corpus in corpora]
+        if masks is not None:
+            sizes = [int((~is_held).sum()) for is_held in masks]
+        unit = "images"
+    else:
+        sizes = [len(trained) for trained, _ in split_conversations(data, corpora)]
+        unit = "conversations"
+    return describe_shares([k.name for k in keys], sizes, [k.weight for k in keys], unit)
 
 
 def _read_held_out(data: DataConfig) -> list[list[Conversation]]:

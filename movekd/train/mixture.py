@@ -17,7 +17,7 @@ from movekd.train.data import ConversationDataset, Sample
 from movekd.train.encoder_data import EncoderDataset, EncoderSample
 from movekd.train.packed_data import PackedDataset
 from movekd.train.sampler import EMPTY
-from movekd.train.sources import Source
+from movekd.train.sources import Source, describe_shares, num_drawn
 
 Trained = ConversationDataset | PackedDataset | EncoderDataset
 """What one source of a run is read as."""
@@ -39,7 +39,7 @@ class Part(Generic[PartT]):
     @property
     def num_drawn(self) -> int:
         """Samples per epoch; at least one."""
-        return max(1, round(self.source.keys.weight * len(self.dataset)))
+        return num_drawn(len(self.dataset), self.source.keys.weight)
 
 
 class Mixture(Dataset[Sample | EncoderSample]):
@@ -104,13 +104,10 @@ class Mixture(Dataset[Sample | EncoderSample]):
 
     def describe(self) -> list[str]:
         """Return what an epoch takes of each source, one line each."""
+        keys = [part.source.keys for part in self.parts]
+        sizes = [len(part.dataset) for part in self.parts]
         unit = "samples" if row_lengths(self) is None else "rows"
-        return [
-            f"{part.source.name}: {part.num_drawn:,} of {self.num_drawn:,} {unit} per epoch "
-            f"({part.num_drawn / self.num_drawn:.1%}), from {len(part.dataset):,} with weight "
-            f"{part.source.keys.weight:g}."
-            for part in self.parts
-        ]
+        return describe_shares([k.name for k in keys], sizes, [k.weight for k in keys], unit)
 
 
 def join(parts: Sequence[Part[PartT]]) -> "PartT | Mixture":

@@ -44,11 +44,22 @@ class Source:
     image_start: int = 0
     row_start: int = 0
 
-    @property
-    def name(self) -> str:
-        """What messages call it: the folder, and the conversations where it names some."""
-        files = ", ".join(path.name for path in self.keys.conversations)
-        return f"{self.corpus.data_dir} ({files})" if files else str(self.corpus.data_dir)
+
+def num_drawn(num_samples: int, weight: float) -> int:
+    """Return how many samples an epoch takes of a source; at least one."""
+    return max(1, round(weight * num_samples))
+
+
+def describe_shares(
+    names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], unit: str
+) -> list[str]:
+    """Return what an epoch takes of each source, one line each."""
+    drawn = [num_drawn(*each) for each in zip(sizes, weights, strict=True)]
+    return [
+        f"{name}: {taken:,} of {sum(drawn):,} {unit} per epoch ({taken / sum(drawn):.1%}), from "
+        f"{size:,} with weight {weight:g}."
+        for name, size, weight, taken in zip(names, sizes, weights, drawn, strict=True)
+    ]
 
 
 def open_corpora(data: DataConfig) -> list[Corpus]:

@@ -1,15 +1,18 @@
 """Tests of runs that read several corpora: joined inputs, scales of targets, exact resume."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from movekd.cache.codecs import codec
 from movekd.cache.targets import TeacherTargets
+from movekd.cli.main import app
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.errors import CacheError, ConfigError
@@ -304,3 +307,20 @@ def test_sources_of_one_corpus_share_it(digits, source):
     assert opened[0].corpus is opened[1].corpus
     assert opened[0].cache is opened[1].cache
     assert [(s.image_start, s.row_start) for s in opened] == [(0, 0), (0, 0)]
+
+
+def test_a_dry_run_says_what_an_epoch_takes(digits, halves, tmp_path):
+    keys = (*halves.keys(halves.apart, (0.5, 2)), "data.val_size=4", "training.eval_steps=2")
+    (tmp_path / "student.yaml").write_text(digits.config("finetune", *keys).to_yaml())
+    command = ["train", "--config", str(tmp_path / "student.yaml"), "--dry-run"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    lines = [line for line in result.stderr.splitlines() if "per epoch" in line]
+    assert [line.partition(" (")[0] for line in lines] == [f"movekd: {p}" for p in halves.data]
+    said = [re.search(r"from (\d+) with weight", line) for line in lines]
+    sizes = [int(found[1]) for found in said if found]
+    assert sum(sizes) + 4 == 24 + 16  # kept and held out
+    drawn = [round(sizes[0] / 2), 2 * sizes[1]]
+    for line, number in zip(lines, drawn, strict=True):
+        assert f"{number} of {sum(drawn)} conversations per epoch" in line
+    assert "4 conversations are held out" in result.stderr
