@@ -168,7 +168,65 @@ def timed_figures(
         ratio, low, high = interleaved_ratio(*pair, pairs)
         what = f"the same in CPU seconds; median of {pairs} pairs"
         figures.append(Figure("mole_over_plain_cpu_seconds", ratio, what, (low, high)))
+        figures.append(_products_figure(images * NUM_TOKENS, pairs))
     return figures
+
+
+def _products_figure(num_tokens: int, pairs: int) -> Figure:
+    """Time the matrix products of a step and nothing else: the floor of ``mole_over_plain``.
+
+    What is above it are passes over memory: masks, sums of gradients, a copy of the base's output.
+    """
+    plain, mole = (_products(num_tokens, has_experts) for has_experts in (False, True))
+    flops = [sum(2 * a.numel() * b.shape[1] for a, b, _ in each) for each in (plain, mole)]
+
+    def run_of(products: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], None]:
+        def run() -> None:
+            for a, b, out in products:
+                torch.mm(a, b, out=out)
+
+        run()
+        return run
+
+    timed = _cpu_seconds(run_of(mole)), _cpu_seconds(run_of(plain))
+    ratio, low, high = interleaved_ratio(*timed, pairs)
+    return Figure(
+        "mole_products_over_plain_cpu_seconds",
+        ratio,
+        f"only the matrix products of both, whose FLOPs are {flops[1] / flops[0]:.3f}; CPU seconds, "
+        f"median of {pairs} pairs",
+        (low, high),
+    )
+
+
+def _products(num_tokens: int, has_experts: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the factors and the place of each product of a step, forward and backward."""
+    config = MoleConfig()
+    experts, rank = config.num_experts, config.num_experts * config.r
+    found = []
+
+    def add(rows: int, inner: int, columns: int) -> None:
+        found.append(
+            (torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns))
+        )
+
+    width, hidden = VIT_L.hidden_size, VIT_L.intermediate_size
+    for fan_in, fan_out in ((width, hidden), (hidden, width)):
+        add(num_tokens, fan_in, fan_out)
+        add(num_tokens, fan_out, fan_in)  # gradient of the input; the base is frozen
+        if has_experts:
+            wide = rank + experts
+            add(num_tokens, fan_in, rank)
+            add(num_tokens, wide, fan_out)
+            add(num_tokens, fan_out, wide)  # gradients: of the masked product, of B, input, A
+            add(wide, num_tokens, fan_out)
+            add(num_tokens, rank, fan_in)
+            add(rank, num_tokens, fan_in)
+    if has_experts:  # the router and its two gradients
+        add(num_tokens, width, experts)
+        add(num_tokens, experts, width)
+        add(experts, num_tokens, width)
+    return found
 
 
 def counted_figures() -> list[Figure]:
