@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from cli_page import escaped
 from movekd.cache.spec import CacheSpec
-from movekd.train.config import RECIPES, TRAINED, TrainConfig
+from movekd.train.config import TRAINED, TrainConfig
+from movekd.train.recipes import PLACES, RECIPES
 from movekd.train.training_args import _DEFAULTS
 from movekd.train.training_keys import TrainingKeys
 
@@ -52,9 +53,6 @@ _MINIMAL = {
     "data": {"shards": "data"},
 }
 """The needed keys, for a look at what a stage fills in."""
-
-_PLACES = {"mole": "student.mole", "distill": "distill"}
-"""Section of ``RECIPES`` -> path of its keys in student.yaml."""
 
 _WORDS = {
     "integer": "integer",
@@ -96,7 +94,7 @@ def recipe_values() -> dict[str, list[str]]:
         for section, defaults in recipe.items():
             for name, value in defaults.items():
                 shown = "`r`" if value is None else _code(value)  # lora_alpha, see RECIPES
-                values.setdefault(_join(_PLACES[section], name), []).append(shown)
+                values.setdefault(".".join((*PLACES[section], name)), []).append(shown)
     return values
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,7 +65,13 @@ def train(
     """
     from movekd.train.config import load_config
 
-    resolved = load_config(config, override)
+    is_main = distributed.is_main_process()
+    resolved = load_config(
+        config,
+        override,
+        begun=_begun(output) if resume else None,
+        notify=lambda line: say(f"movekd: {line}", err=True) if is_main else None,
+    )
     if dry_run:
         if distributed.is_main_process() and json:
             print_json(resolved.model_dump(mode="json"))
@@ -115,6 +121,14 @@ def train(
         return
     say(f"{summary.steps} steps in {summary.seconds:.0f} s; model in {output / 'model'}")
     say(f"curves: tensorboard --logdir {output}")
+
+
+def _begun(output: Path) -> dict[str, Any] | None:
+    """Return the config of the run in a folder; None if it holds none yet."""
+    from movekd.student.checkpoint import CONFIG_FILE, read_run_config
+
+    path = output / CONFIG_FILE
+    return read_run_config(path) if path.exists() else None
 
 
 def _show_samples(config: "TrainConfig", number: int, json: bool) -> None:

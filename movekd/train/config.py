@@ -6,6 +6,7 @@ written beside the results. ``recipe`` sets the defaults of the keys in which th
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from movekd.train.data_keys import DataConfig
 from movekd.train.evaluation_keys import evaluation_keys
 from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.packing_keys import check_packing_keys
+from movekd.train.recipes import RECIPES, keep_values
 from movekd.train.training_keys import (
     LearningRates,
     check_learning_rates,
@@ -37,48 +39,6 @@ from movekd.train.training_keys import (
 
 Stage = Literal["distill", "pretrain", "finetune"]
 Part = Literal["mole", "projector", "vision_tower", "language_model"]
-
-RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
-    "official": {
-        "mole": {
-            "lora_alpha": 1.0,
-            "use_gate": False,
-            "init_lora_weights": "kaiming",
-            "layers_to_transform": "all",
-            "balance": "sample",
-        },
-        "distill": {
-            "kd_weight": 0.5,
-            "adapters": "teacher",
-            "targets": "raw",
-            "loss": "mse",
-            "target_clip": 0.0,  # none
-            "grid": "native",
-            "token_weighting": "softmax",
-            "teacher_weighting": "anchor",
-        },
-    },
-    "revised": {
-        "mole": {
-            "lora_alpha": None,  # r, so that the scale is 1
-            "use_gate": True,
-            "init_lora_weights": "zero",
-            "layers_to_transform": "read",
-            "balance": "batch",
-        },
-        "distill": {
-            "kd_weight": 2.0,
-            "adapters": "student",
-            "targets": "standardised",
-            "loss": "mse",
-            "target_clip": 0.0,  # none
-            "grid": "student",
-            "token_weighting": "blend",
-            "teacher_weighting": "equal",
-        },
-    },
-}
-"""Defaults that `recipe` sets; a key in student.yaml overrides its default."""
 
 TRAINED: dict[Stage, tuple[Part, ...]] = {
     "distill": ("mole",),
@@ -172,11 +132,23 @@ class TrainConfig(FrozenModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+def load_config(
+    path: Path,
+    overrides: list[str] | None = None,
+    *,
+    begun: dict[str, Any] | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> TrainConfig:
     """Return the resolved run of a YAML file and ``a.b=c`` overrides.
 
     A relative path may start beside the YAML file or in the working directory; hub ids stay as
     they are.
+
+    Args:
+        path: the YAML file.
+        overrides: what `--set` gives.
+        begun: config.yaml of the run that is resumed; its values stand where the recipe sets one.
+        notify: called with a line per value that the recipe sets differently today.
 
     Raises:
         ConfigError: a wrong key or value, named with the nearest right one.
@@ -186,6 +158,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         _override(content, override)
     validate(TrainConfig, content, str(path))  # so that what is looked for on the disk is a path
     _resolve_paths(content, path.parent)
+    for line in keep_values(content, begun or {}):
+        notify(line)
     config = validate(TrainConfig, content, str(path)).resolved()
     _check(config)
     return config

@@ -14,7 +14,8 @@ from cli_page import cli_page, commands
 from config_page import PAGE, config_page, stage_values
 from movekd.cache.spec import CacheSpec
 from movekd.cli.main import app
-from movekd.train.config import RECIPES, TRAINED, load_config
+from movekd.train.config import TRAINED, load_config
+from movekd.train.recipes import RECIPES
 from movekd.train.training_keys import TrainingKeys, check_training_keys
 from reference import ROOMS, pages
 

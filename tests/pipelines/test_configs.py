@@ -6,7 +6,8 @@ import pytest
 
 from movekd.config import read_yaml
 from movekd.resources import resource_dir
-from movekd.train.config import RECIPES, TrainConfig, load_config
+from movekd.train.config import TrainConfig, load_config
+from movekd.train.recipes import RECIPES
 
 CONFIGS = sorted(
     path

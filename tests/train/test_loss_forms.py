@@ -5,7 +5,7 @@ import torch
 
 from movekd.cache.grid import resize_tokens
 from movekd.errors import ConfigError
-from movekd.train import config as train_config
+from movekd.train.recipes import RECIPES
 from movekd.train.run_dir import plan_start, write_run_files
 
 ROBUST = ("distill.loss=cosine+smooth_l1", "distill.target_clip=1.5")
@@ -98,7 +98,7 @@ def test_a_later_default_does_not_reach_a_run_that_is_older_than_the_key(
         return plan_start(digits.config("pretrain", *keys), tmp_path, resume=True, overwrite=False)
 
     assert resume().checkpoint is None
-    later = train_config.RECIPES["revised"]["distill"]
+    later = RECIPES["revised"]["distill"]
     monkeypatch.setitem(later, "loss", "cosine+smooth_l1")
     monkeypatch.setitem(later, "target_clip", 8.0)
     with pytest.raises(ConfigError, match=r"distill\.loss, distill\.target_clip differ"):

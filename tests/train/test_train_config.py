@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from movekd.errors import ConfigError
-from movekd.train.config import RECIPES, TrainConfig, load_config
+from movekd.train.config import TrainConfig, load_config
+from movekd.train.recipes import RECIPES
 
 MINIMAL = {
     "recipe": "revised",
