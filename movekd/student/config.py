@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from movekd.config import FrozenModel, Integer, Number, Text
 
-Recipe = Literal["official", "revised"]
-"""official: as the released code. revised: without its defects."""
+Recipe = Literal["official", "revised", "revised_2026_11"]
+"""official: as the released code. revised: without its defects. Another one is a former revised."""
 
 PromptFormat = Literal["plain", "v1", "chat_template"]
 """plain: image, then caption (LLaVA's stage 1). v1: Vicuna's chat (LLaVA's stage 2).

@@ -4,6 +4,7 @@ A recipe of this project may change with a new version of movekd. A run that is 
 values that it began with (``keep_values``): a model half trained by each would be neither.
 """
 
+import copy
 from typing import Any
 
 from movekd.distill.config import NEWER_KEYS
@@ -49,7 +50,11 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""Defaults that `recipe` sets; a key in student.yaml overrides its default."""
+RECIPES["revised_2026_11"] = copy.deepcopy(RECIPES["revised"])
+"""Defaults that `recipe` sets; a key in student.yaml overrides its default.
+
+A recipe with a month is `revised` as it was then, for runs that are to be repeated.
+"""
 
 PLACES = {"mole": ("student", "mole"), "distill": ("distill",)}
 """Section of ``RECIPES`` -> path of its keys in student.yaml."""
