@@ -85,7 +85,7 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
         ("recip=official", r"unknown key 'recip'.*Did you mean 'recipe'"),
         (
             "recipe=offical",
-            r"'official', 'revised' or 'revised_2026_11' \(found 'offical'\)\. Did you mean 'official'",
+            r"'revised' or 'revised_2026_11' \(found 'offical'\)\. Did you mean 'official'",
         ),
         ("stage=null", r"stage: "),
         ("data.geometry=round", r"data\.geometry: .*found 'round'"),
