@@ -18,9 +18,9 @@ from movekd.errors import ConfigError, CorpusError, WeightsError
 from movekd.evaluate.encoder.classify import STRENGTHS, knn, linear_probe
 from movekd.evaluate.encoder.encoders import Encoder, load_encoder
 from movekd.evaluate.encoder.features import BLOCK_IMAGES, encode_images
-from movekd.evaluate.encoder.intervals import bootstrap_interval
 from movekd.evaluate.encoder.labelled_images import LabelledImages, read_labelled_images
 from movekd.evaluate.encoder.run import run_probe
+from movekd.evaluate.intervals import bootstrap_interval
 from movekd.student.checkpoint import ABOUT_FILE, PART_FILES, load_student
 from movekd.student.export.formats import export
 from movekd.student.export.model_card import Format
