@@ -160,7 +160,9 @@ def test_the_same_model_twice_differs_by_nothing(images: LabelledImages, encoder
     )
     assert [(s.model, s.feature) for s in scores[:2]] == [("a", "cls"), ("a", "patches")]
     assert all(s.difference is None for s in scores[:2])
+    assert all(s.p is None for s in scores[:2])
     assert all(s.difference == 0 and s.difference_interval == (0, 0) for s in scores[2:])
+    assert all(s.p == 1 for s in scores[2:])
 
 
 def test_too_many_neighbours_and_missing_classes_are_refused(
