@@ -1,4 +1,4 @@
-"""95% intervals and paired tests of figures, over the images that they were measured on.
+"""Compute 95% intervals and paired tests of figures, over the images that were measured.
 
 An interval says how much other test images of the same kind would change a figure. It says nothing
 about other training seeds. Whole images are drawn: the questions about one image are not

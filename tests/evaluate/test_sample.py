@@ -64,6 +64,7 @@ def test_rows_are_means_and_a_category_is_read_on_the_same_draws():
         (random_right(4), None, MCNEMAR),
         (random_right(4) * 0.3, None, PERMUTATION),
         (random_right(4), np.repeat(np.arange(30), 2), PERMUTATION),
+        (random_right(4) * np.tile([0, 1], 30), np.repeat(np.arange(30), 2), PERMUTATION),
     ],
 )
 def test_the_test_fits_what_an_image_has(scores, images, test):
