@@ -24,7 +24,8 @@ def print_report(title: str, report: "Report") -> None:
     for name, row in report.rows.items():
         cells = [name, *(_cell(row.get(column)) for column in report.columns)]
         if sample is not None:
-            cells.append(_range(sample.intervals[name][sample.headline[1]]))
+            interval = sample.intervals.get(name, {}).get(sample.headline[1])
+            cells.append("-" if interval is None else _range(interval))
         rows.append(cells)
     print_table(title, columns, rows)
     if sample is None:
