@@ -6,6 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from movekd.cli.evaluate_table import (
+    comparison_json,
+    comparison_lines,
+    intervals_json,
+    print_report,
+)
 from movekd.cli.options import Device, Json, Run, load_run
 from movekd.cli.output import print_json, print_table, progress_bar, say
 from movekd.errors import ConfigError
@@ -40,6 +46,14 @@ def evaluate(
             "resumes it. Default: none; with --benchmark, RUN/answers/QUESTIONS.jsonl."
         ),
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answers file of a second model to the same questions, such as "
+            "OTHER_RUN/answers/QUESTIONS.jsonl: print the difference with its 95% interval and a "
+            "paired test."
+        ),
+    ] = None,
     submission: Annotated[
         Path | None, typer.Option(help="Write the file for the benchmark's server.")
     ] = None,
@@ -66,12 +80,14 @@ def evaluate(
 ) -> None:
     """Answer the questions of a file; print exact match, or a benchmark's figures.
 
+    Intervals are over test images.
+
     Examples:
 
     movekd evaluate runs/finetune --questions test.json --images images/
 
     movekd evaluate runs/finetune --benchmark pope --questions llava_pope_test.jsonl --images
-    val2014/ --annotations coco/
+    val2014/ --annotations coco/ --baseline runs/base/answers/llava_pope_test.jsonl
     """
     from movekd.evaluate.benchmarks.answers import Part
     from movekd.evaluate.benchmarks.run import MAX_NEW_TOKENS, BenchmarkRun
@@ -92,7 +108,7 @@ def evaluate(
         if images is None:
             raise ConfigError("--images is missing; give the folder of the questions' images.")
         tokens = max_new_tokens or 32
-        whole = ExactMatchRun(run, questions, images, answers, batch_size, tokens)
+        whole = ExactMatchRun(run, questions, images, answers, batch_size, tokens, baseline)
         _exact_match(whole, device, is_json=json)
         return
     if part is not None and partition is not None:
@@ -112,6 +128,7 @@ def evaluate(
         part=chosen,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+        baseline=baseline,
     )
     _benchmark(todo, device, is_json=json)
 
@@ -128,6 +145,8 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
                 "benchmark": todo.benchmark,
                 "figure": report and {"name": report.figure, "value": report.value},
                 "rows": report and report.rows,
+                "intervals": report and report.sample and intervals_json(report.sample),
+                "comparison": comparison_json(outcome.comparison, outcome.baseline),
                 "answers": outcome.answers,
                 "questions": outcome.num_questions,
                 "asked": outcome.num_asked,
@@ -136,47 +155,44 @@ def _benchmark(todo: "BenchmarkRun", device: str, *, is_json: bool) -> None:
         )
         return
     if report is not None:
-        print_table(
-            f"{todo.run}: {todo.benchmark}, {report.figure} {report.value:.2f}",
-            ["", *(name.replace("_", " ") for name in report.columns)],
-            [
-                [name, *(_cell(row.get(column)) for column in report.columns)]
-                for name, row in report.rows.items()
-            ],
-        )
+        print_report(f"{todo.run}: {todo.benchmark}, {report.figure}", report)
+    for line in comparison_lines(outcome.comparison, outcome.baseline):
+        say(line)
     say(_stored(outcome.num_questions, outcome.num_asked, outcome.answers))
     if outcome.missing is not None:
-        say(f"not scored; {outcome.missing}")
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
+        say(f"not scored; {outcome.missing}", "no interval: nothing is scored here")
 
 
 def _exact_match(todo: "ExactMatchRun", device: str, *, is_json: bool) -> None:
     from movekd.evaluate.exact_match_run import run_exact_match
+    from movekd.evaluate.sample import ALL
 
     with progress_bar() as progress:
         outcome = run_exact_match(todo, lambda: load_run(todo.run, device), progress)
     scores = outcome.scores
     if is_json:
-        print_json(
-            {
-                name: asdict(s) | {"accuracy": s.accuracy, "interval": s.interval}
-                for name, s in scores.items()
-            }
-        )
+        found = {
+            name: asdict(s) | {"accuracy": s.accuracy, "interval": outcome.interval(name)}
+            for name, s in scores.items()
+        }
+        found[ALL] |= {
+            "intervals": f"95%, {outcome.about}",
+            "images": outcome.sample.num_images,
+            "comparison": comparison_json(outcome.comparison, outcome.baseline),
+        }
+        print_json(found)
         return
     print_table(
         f"{todo.run}: exact match",
         ["question type", "accuracy", "95% interval", "questions"],
         [
-            [name, f"{s.accuracy:.3f}", f"{s.interval[0]:.3f} - {s.interval[1]:.3f}", s.total]
+            [name, f"{s.accuracy:.3f}", "{:.3f} - {:.3f}".format(*outcome.interval(name)), s.total]
             for name, s in scores.items()
         ],
     )
+    say(f"95% intervals {outcome.about}")
+    for line in comparison_lines(outcome.comparison, outcome.baseline):
+        say(line)
     if todo.answers is not None:
         say(_stored(outcome.num_questions, outcome.num_asked, todo.answers))
 

@@ -46,6 +46,7 @@ def probe_dense(
     from movekd.evaluate.encoder.classify import require_sklearn
     from movekd.evaluate.encoder.dense import run_dense_probe
     from movekd.evaluate.encoder.label_maps import read_mapped_images
+    from movekd.evaluate.sample import PERMUTATION, describe, describe_test
 
     require_sklearn()
     with progress_bar() as progress:
@@ -60,13 +61,14 @@ def probe_dense(
                 "images": counts | {"skipped": found.skipped},
                 "classes": found.num_classes,
                 "scores": scores,
+                "intervals": f"95%, {describe(len(found.test))}; p: {describe_test(PERMUTATION)}",
             }
         )
         return
     print_table(
         f"{images}: {len(found.train)} train, {len(found.test)} test images with label maps, "
         f"{found.num_classes} classes",
-        ["model", "mIoU", "95% interval", "minus first", "95% interval", "C"],
+        ["model", "mIoU", "95% interval", "minus first", "95% interval", "p", "C"],
         [
             [
                 score.model,
@@ -74,11 +76,13 @@ def probe_dense(
                 _interval(score.interval),
                 "-" if score.difference is None else f"{score.difference:+.3f}",
                 _interval(score.difference_interval),
+                "-" if score.p is None else f"{score.p:.4f}",
                 f"{score.C:g}",
             ]
             for score in scores
         ],
     )
+    say(f"95% intervals {describe(len(found.test))}; p: {describe_test(PERMUTATION)}")
     if found.skipped:
         say(f"{len(found.skipped)} of {found.num_found} files are not used:", err=True)
         for name, reason in list(found.skipped.items())[:_MAX_SHOWN]:

@@ -24,7 +24,10 @@ def as_json(
         "test": len(found.test),
         "skipped": found.skipped,
     }
-    content = {"images": images, "classes": found.classes, "scores": scores}
+    from movekd.evaluate.sample import MCNEMAR, describe
+
+    about = f"95%, {describe(len(found.test))}; p: {MCNEMAR}"
+    content = {"images": images, "classes": found.classes, "scores": scores, "intervals": about}
     if fit is None:
         return content
     fit_images = {"found": fit.num_found, "used": len(fit.keys), "skipped": fit.skipped}
@@ -39,6 +42,8 @@ def show(
     fit_scores: "list[FitScore]",
 ) -> None:
     """Print the table, and what is not used."""
+    from movekd.evaluate.sample import MCNEMAR, describe
+
     title = (
         f"{images}: {len(found.classes)} classes, {len(found.train)} train, {len(found.test)} test"
     )
@@ -46,10 +51,11 @@ def show(
         title += f"; fit to teachers on {len(fit.keys)} of {fit.num_found} images"
     print_table(
         title,
-        ["model", "probe", "feature", "score", "95% interval", "minus first", "95% interval"],
-        [[s.model, s.probe, s.feature, *_figures(s.accuracy, s)] for s in scores]
-        + [[s.model, s.measure, f"to {s.teacher}", *_figures(s.value, s)] for s in fit_scores],
+        ["model", "probe", "feature", "score", "95% interval", "minus first", "95% interval", "p"],
+        [[s.model, s.probe, s.feature, *_figures(s.accuracy, s), _p(s.p)] for s in scores]
+        + [[s.model, s.measure, f"to {s.teacher}", *_figures(s.value, s), "-"] for s in fit_scores],
     )
+    say(f"95% intervals {describe(len(found.test))}; p: {MCNEMAR}")
     if found.skipped:
         say(f"{len(found.skipped)} of {found.num_found} files are not used:", err=True)
         for name, reason in list(found.skipped.items())[:10]:
@@ -65,6 +71,10 @@ def _figures(value: float, score: "ProbeScore | FitScore") -> list[str]:
         "-" if score.difference is None else f"{score.difference:+.3f}",
         _interval(score.difference_interval),
     ]
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

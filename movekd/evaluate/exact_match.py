@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
-
-ALL = "all"
+from movekd.evaluate.sample import ALL, Sample, Scored, accuracy_sample
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,9 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the accuracy over questions (not over training seeds).
+        """95% interval of the accuracy over questions, which must be independent.
+
+        Where several questions are about one image, take those of ``exact_match_sample``.
 
         Source: Wilson (1927).
         """
@@ -61,6 +62,11 @@ def normalise(answer: str) -> str:
     return " ".join(answer.lower().split()).strip(string.punctuation + " ")
 
 
+def is_right(expected: str, found: str) -> bool:
+    """Return whether an answer matches, by ``normalise``."""
+    return normalise(expected) == normalise(found)
+
+
 def exact_match(
     conversations: Sequence[Conversation], right: Sequence[str], given: Sequence[str]
 ) -> dict[str, Score]:
@@ -75,8 +81,25 @@ def exact_match(
         )
     counts: defaultdict[str, list[bool]] = defaultdict(list)
     for conversation, expected, found in zip(conversations, right, given, strict=True):
-        is_right = normalise(expected) == normalise(found)
-        counts[conversation.question_type or "other"].append(is_right)
-        counts[ALL].append(is_right)
+        counts[conversation.question_type or "other"].append(is_right(expected, found))
+        counts[ALL].append(is_right(expected, found))
     order = sorted(counts, key=lambda name: (name == ALL, name))
     return {name: Score(sum(counts[name]), len(counts[name])) for name in order}
+
+
+def exact_match_sample(
+    conversations: Sequence[Conversation], right: Sequence[str], given: Sequence[str]
+) -> Sample:
+    """Return the accuracies in percent as a sample of images, for intervals and comparisons.
+
+    A question with several images is drawn with the first one; one without any is drawn by itself.
+    """
+    triples = zip(conversations, right, given, strict=True)
+    return accuracy_sample(
+        Scored(
+            asked.images[0] if asked.images else f"question {number}",
+            float(is_right(expected, found)),
+            (asked.question_type or "other",),
+        )
+        for number, (asked, expected, found) in enumerate(triples)
+    )

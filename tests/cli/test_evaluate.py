@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,62 @@ def test_right_answers_score_full_marks_through_the_command(model, files, tmp_pa
     assert f"6 answers in {path}" in table
 
 
+def write_answers(path, model, name, options, say, origin=None):
+    """Write the answers of a made model: question -> text."""
+    questions = BENCHMARKS[name].load(Path(options["questions"]))
+    origin = origin or AnswerProvenance.of(model, Path(options["questions"]), 4)
+    lines = [origin.entry(question, say(question)) for question in questions]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_figures_have_intervals_and_a_paired_test_against_a_baseline(model, files, tmp_path):
+    options, right = files["pope"], lambda q: "Yes" if "3" in q.prompt else "No, none."
+    ours = write_answers(tmp_path / "a.jsonl", model, "pope", options, right)
+    origin = AnswerProvenance.of(model, Path(options["questions"]), 4)
+    other = replace(origin, model_id="base", model="other")
+    theirs = write_answers(tmp_path / "b.jsonl", model, "pope", options, lambda _: "Yes", other)
+    words = ("--answers", ours, "--baseline", theirs)
+    said = evaluate(model, "pope", options, *words)
+    about = said["intervals"]
+    assert about["images"] == 2
+    assert about["about"].startswith("95%, over 2 test images, not over training seeds")
+    assert "2,000 resamples, seed 0" in about["about"]
+    # a draw of only the image without a right yes has F1 0, by POPE's rule
+    assert about["rows"]["mean"]["f1"] == about["figure"] == [0, 100]
+    assert about["rows"]["mean"]["accuracy"] == [100, 100]
+    assert about["rows"].keys() == said["rows"].keys()
+    found = said["comparison"]
+    assert found["baseline"]["model"] == "base"
+    assert found["baseline"]["value"] == pytest.approx(200 / 3)
+    assert found["difference"] == pytest.approx(100 / 3)
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    assert found["p"] == 1  # one image differs: exchanged or not, the difference is as large
+    given = [word for key, value in options.items() for word in (f"--{key}", value)]
+    table = run("evaluate", model, "--benchmark", "pope", *given, *words, *SHORT)
+    assert "95% interval of f1" in " ".join(table.split())
+    assert "minus the baseline 'base' (66.67): +33.33, 95% interval" in table
+    assert "(permutation of whole images, 9,999 draws, seed 0)" in table
+    assert "2 images are few: the intervals are too narrow" in table
+
+
+def test_a_baseline_is_refused_before_a_question_is_asked(model, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("movekd.student.checkpoint.load_student", None)  # calling it would fail
+    options, path = files["vqav2"], tmp_path / "other.jsonl"
+    write_answers(path, model, "vqav2", options, lambda _: "3")
+    text = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(text[:-1]))
+    words = ("--answers", tmp_path / "a.jsonl", "--baseline", path)
+    with pytest.raises(ConfigError, match="answers 3 of the 4 questions, lacks 1 and has 0"):
+        evaluate(model, "vqav2", options, *words)
+    unscored = {key: value for key, value in options.items() if key != "annotations"}
+    with pytest.raises(ConfigError, match="vqav2 is not scored here without right answers"):
+        evaluate(model, "vqav2", unscored, *words)
+    with pytest.raises(ConfigError, match="--partition gives some; run without --partition"):
+        evaluate(model, "vqav2", options, *words, "--partition", "0/2")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def test_interrupted_or_in_parts_the_answers_are_those_of_one_run(model, files, tmp_path):
     whole, torn, parts = (tmp_path / f"{name}.jsonl" for name in ("whole", "torn", "parts"))
     said = evaluate(model, "vqav2", files["vqav2"], "--answers", whole)
@@ -132,6 +189,8 @@ def test_exact_match_is_what_comes_without_a_benchmark(model):
     words = ["--questions", model / "test.json", "--images", model / "images", "--device", "cpu"]
     figures = json.loads(run("evaluate", model, *words, "--json", "--max-new-tokens", 4))
     assert figures["all"]["total"] == 3
+    assert figures["all"]["images"] == 3
+    assert figures["all"]["intervals"].endswith("not over training seeds: Wilson's")
     assert "exact match" in run("evaluate", model, *words, "--max-new-tokens", 4)
 
 
@@ -159,6 +218,24 @@ def asked(model, tmp_path):
 def exact(model, folder, *words):
     given = ("--questions", folder / "q.json", "--images", folder / "images", *SHORT)
     return run("evaluate", model, *given, *words)
+
+
+def test_exact_match_draws_images_and_compares_with_a_baseline(model, asked):
+    ours, theirs = asked / "a.jsonl", asked / "b.jsonl"
+    exact(model, asked, "--answers", ours)
+    lines = [json.loads(line) for line in ours.read_text().splitlines()]
+    right = [line | {"text": "Yes." if line["question_id"] != "text" else "blue"} for line in lines]
+    ours.write_text("".join(json.dumps(line) + "\n" for line in right))
+    theirs.write_text("".join(json.dumps(line | {"text": "?"}) + "\n" for line in right))
+    words = ("--answers", ours, "--baseline", theirs)
+    found = json.loads(exact(model, asked, *words, "--json"))["all"]
+    assert (found["accuracy"], found["images"]) == (1, 3)  # two images, and a question of text
+    assert "percentile bootstrap of whole images, 2,000 resamples, seed 0" in found["intervals"]
+    assert found["comparison"]["difference"] == 100
+    assert found["comparison"]["p"] == pytest.approx(2 / 2**3, abs=0.02)
+    table = exact(model, asked, *words)
+    assert "minus the baseline" in table
+    assert "95% intervals over 3 test images" in table
 
 
 def test_exact_match_resumes_and_gives_what_one_run_gives(model, asked, monkeypatch):

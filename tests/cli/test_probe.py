@@ -52,6 +52,10 @@ def test_students_and_teachers_stand_in_one_table(place):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert {s["model"] for s in found["scores"]} == {s["model"] for s in found["fits"]}
+    assert "over 10 test images, not over training seeds" in found["intervals"]
+    assert found["intervals"].endswith("p: exact McNemar")
+    assert [s["p"] is None for s in found["scores"]] == [True, True, False, False, False, False]
+    assert all(0 < s["p"] <= 1 for s in found["scores"] if s["p"] is not None)
     assert len(found["scores"]) == 3 * 2
     assert len(found["fits"]) == 3 * 2 * 2
     used = found["fit_images"]
@@ -127,6 +131,9 @@ def test_label_maps_segment_images_by_students_and_teachers(place, maps):
     assert [score["model"] for score in found["scores"]] == models
     assert found["images"]["found"] == 61 == 50 + 10 + len(found["images"]["skipped"])
     assert all(score["miou"] > 0.8 for score in found["scores"])  # positions are in the tokens
+    assert found["scores"][0]["p"] is None
+    assert 0 < found["scores"][1]["p"] <= 1
+    assert found["intervals"].endswith("p: permutation of whole images, 9,999 draws, seed 0")
 
 
 @pytest.mark.parametrize("more", [["--cache", "cache/"], ["--no-linear"], ["--k", "5"]])

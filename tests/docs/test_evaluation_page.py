@@ -25,7 +25,7 @@ def test_the_table_is_that_of_the_benchmarks() -> None:
 
 def test_the_options_that_it_names_exist() -> None:
     shown = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
-    named = set(re.findall(r"--[a-z][a-z-]+", PAGE.partition("## lmms-eval")[0]))
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGE.partition("## Exact match")[2]))
     assert named == {
         *(
             "--questions",
@@ -35,7 +35,7 @@ def test_the_options_that_it_names_exist() -> None:
             "--submission",
             "--submission-split",
         ),
-        *("--answers", "--partition", "--max-new-tokens"),
+        *("--answers", "--partition", "--max-new-tokens", "--baseline", "--json"),
     }
     assert all(option in shown for option in named)
 

@@ -1,13 +1,16 @@
 """Tests of movekd.evaluate.lmms against lmms-eval itself, where that is installed."""
 
 import importlib
+import io
 import json
+import re
 import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
 
+from movekd.corpus.conversations import Conversation
 from movekd.errors import ConfigError
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.generate import generate_answers
@@ -206,3 +209,111 @@ def test_lmms_eval_runs_a_task_with_it(models, run, crops, tmp_path, monkeypatch
         process_docs_parallel=1,
     )
     assert results["results"]["movekd_trial"]["is_right,none"] == 0.75
+
+
+PICTURE, MCQ = "a picture", {"question": "Which?\nA. x\nB. y", "answer": "A"}
+DOCUMENTS = {  # task -> split, one document with the columns that the task reads, its metric
+    "mmstar": (
+        "val",
+        {"index": 0, "category": "math", "l2_category": "geometry", "image": PICTURE} | MCQ,
+        "average",
+    ),
+    "mmmu_val": (
+        "validation",
+        {"id": "validation_Art_1", "options": "['x', 'y']", "question_type": "multiple-choice"}
+        | {"question": "What do <image 1> and <image 2> show?", "answer": "A"}
+        | {"image_1": PICTURE, "image_2": PICTURE},
+        "mmmu_acc",
+    ),
+    "ocrbench": (
+        "test",
+        {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "image": PICTURE}
+        | {"question": "What is written?", "answer": ["a"]},
+        "ocrbench_accuracy",
+    ),
+    "chartqa": (
+        "test",
+        {"type": "human_test", "question": "How many?", "answer": "3", "image": PICTURE},
+        "relaxed_overall",
+    ),
+    "docvqa_val": (
+        "validation",
+        {"questionId": "1", "question": "What?", "answers": ["x"], "image": PICTURE},
+        "anls",
+    ),
+    "ai2d": (
+        "test",
+        {"question": "Which?", "options": ["x", "y"], "answer": "0", "image": PICTURE},
+        "exact_match",
+    ),
+    "realworldqa": ("test", {"image": PICTURE} | MCQ, "exact_match"),
+}
+
+
+def png(image):
+    """The bytes of an image."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def documented_tasks():
+    """The tasks of the first lmms-eval command in docs/evaluation.md."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    return re.search(r"--tasks (\S+)", text).group(1).split(",")
+
+
+def test_a_document_of_each_documented_task_is_made_here():
+    assert documented_tasks() == list(DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_todays_benchmarks_run_on_a_document_made_here(
+    name, models, run, crops, tmp_path, monkeypatch
+):
+    """lmms-eval's own task, with one made document: prompt, images, answer, filters, score."""
+    from datasets import Dataset, Image
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)  # some tasks write their results here
+    split, document, metric = DOCUMENTS[name]
+    pictures = [key for key, value in document.items() if value == PICTURE]
+    columns = document | dict.fromkeys(pictures, crops[0])
+    data = Dataset.from_dict({key: [value] for key, value in columns.items()})
+    for key in pictures:
+        data = data.cast_column(key, Image())
+    data.to_parquet(tmp_path / "docs.parquet")
+    manager = TaskManager("ERROR")
+    assert name in manager.all_subtasks
+    source = {"dataset_path": "parquet", "dataset_name": None}
+    source |= {"dataset_kwargs": {"data_files": {split: str(tmp_path / "docs.parquet")}}}
+    results = simple_evaluate(
+        model="movekd",
+        model_args=f"pretrained={run},device=cpu",
+        tasks=[{"task": name} | source],
+        task_manager=manager,
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+    )
+    scores = {
+        key.partition(",")[0]: value
+        for key, value in results["results"][name].items()
+        if isinstance(value, int | float)
+    }
+    assert 0 <= scores[metric] <= 1
+    (sample,) = results["samples"][name]
+    context, keys = sample["arguments"][:2]
+    assert document["question"].partition("\n")[0] in context
+    trained, names = load_student(run), tuple(pictures)
+    turn = "<image>\n" * len(names) + context
+    (expected,) = generate_answers(
+        trained.student,
+        [Conversation("x", names, (("human", turn),))],
+        dict.fromkeys(names, png(crops[0])).__getitem__,
+        prompt=trained.prompt,
+        geometry=trained.geometry,
+        max_new_tokens=keys.get("max_new_tokens", 128),
+    )
+    assert sample["resps"] == [[expected]]

@@ -6,15 +6,18 @@ Input: questions, a model's answers, the benchmark's annotations. Output: a ``Re
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from movekd.corpus.conversations import IMAGE_PLACEHOLDER
 from movekd.errors import ConfigError, shorten
 from movekd.evaluate.benchmarks.json_files import Entry, check_entry, read_json
 from movekd.evaluate.benchmarks.questions import Question
-from movekd.evaluate.benchmarks.report import Report, accuracy_report, accuracy_rows
+from movekd.evaluate.benchmarks.report import Report, accuracy_report
+from movekd.evaluate.sample import ALL, Scored
 
 LETTERS = "ABCDE"
+_VANILLA = "vanilla"
 _COPIES = 1_000_000
 """MMBench adds 1,000,000, 2,000,000, ... to the index for copies with rotated options."""
 
@@ -50,7 +53,7 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
     Source: GQA's eval.py: equality; a question is open if its structural type is query.
     """
     known = read_json(annotations, dict, "GQA's questions by id")
-    scores: list[tuple[tuple[str, ...], float]] = []
+    scored = []
     for question, answer in zip(questions, answers, strict=True):
         found = known.get(str(question.id))
         if not isinstance(found, dict) or "answer" not in found:
@@ -62,8 +65,9 @@ def score_gqa(questions: Sequence[Question], answers: Sequence[str], annotations
         entry = check_entry(_GqaEntry, found, f"{annotations}: question {shorten(question.id)}")
         kind = entry.types.structural
         categories = () if kind is None else ("open" if kind == "query" else "binary",)
-        scores.append((categories, float(gqa_answer(answer) == entry.answer)))
-    return accuracy_report(scores)
+        is_right = gqa_answer(answer) == entry.answer
+        scored.append(Scored(question.cluster, float(is_right), categories))
+    return accuracy_report(scored)
 
 
 def read_letter(answer: str, num_choices: int) -> str | None:
@@ -118,10 +122,10 @@ def score_science(
             f"{shorten(', '.join(splits))}); expected the problems.json and pid_splits.json of one "
             "release."
         )
-    scores: list[tuple[tuple[str, ...], float]] = []
+    scored = []
     for number in split:
         if number not in asked:
-            scores.append((("not asked",), 0.0))
+            scored.append(Scored(f"not asked: {number}", 0.0, ("not asked",)))
             continue
         question, answer = asked[number]
         where = f"{annotations / 'problems.json'}: {shorten(number)}"
@@ -129,11 +133,10 @@ def score_science(
         letter = read_letter(answer, len(problem.choices))
         kind = "image" if IMAGE_PLACEHOLDER in question.prompt else "text"
         is_right = letter is not None and LETTERS.index(letter) == problem.answer
-        scores.append(((kind,), float(is_right)))
-    rows = accuracy_rows(scores)
-    if "image" not in rows:
-        return Report("accuracy", rows["all"]["accuracy"], rows)
-    return Report("accuracy of questions with an image", rows["image"]["accuracy"], rows)
+        scored.append(Scored(question.cluster, float(is_right), (kind,)))
+    if not any("image" in unit.categories for unit in scored):
+        return accuracy_report(scored)
+    return accuracy_report(scored, "image", "accuracy of questions with an image")
 
 
 def read_option(answer: str, options: Sequence[str]) -> str | None:
@@ -175,6 +178,7 @@ def score_mmbench(
     """
     right: dict[int, list[bool]] = defaultdict(list)
     categories: dict[int, str | None] = {}
+    images: dict[int, str] = {}
     unread, vanilla = 0, []
     for question, answer in zip(questions, answers, strict=True):
         if question.answer is None:
@@ -186,21 +190,24 @@ def score_mmbench(
         unread += letter is None
         number = int(question.id) % _COPIES
         right[number].append(letter == question.answer.strip())
+        images.setdefault(number, question.cluster)
         if int(question.id) < _COPIES:
-            vanilla.append(right[number][-1])
+            is_right = float(right[number][-1])
+            vanilla.append(Scored(question.cluster, is_right, (_VANILLA,), in_all=False))
             categories[number] = question.category
-    scores = [
-        ((kind,) if (kind := categories.get(number)) else (), float(all(copies)))
+    scored = [
+        Scored(
+            images[number],
+            float(all(copies)),
+            (kind,) if (kind := categories.get(number)) else (),
+        )
         for number, copies in right.items()
     ]
-    rows = accuracy_rows(scores)
     is_circular = len(right) < len(questions)
-    if is_circular and vanilla:
-        whole = rows.pop("all")
-        share = 100 * sum(vanilla) / len(vanilla)
-        rows["vanilla"] = {"accuracy": share, "questions": len(vanilla)}
-        rows["all"] = whole
-    rows["all"]["asked"] = len(questions)
-    rows["all"]["unread"] = unread
-    name = "circular accuracy" if is_circular else "accuracy"
-    return Report(name, rows["all"]["accuracy"], rows)
+    if is_circular:
+        scored += vanilla
+    report = accuracy_report(scored, figure="circular accuracy" if is_circular else "accuracy")
+    order = sorted(report.rows, key=lambda name: (name == ALL, name == _VANILLA))
+    rows = {name: report.rows[name] for name in order}
+    rows[ALL] |= {"asked": len(questions), "unread": unread}
+    return replace(report, rows=rows)

@@ -7,10 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from movekd.errors import ConfigError, shorten
 from movekd.evaluate.benchmarks.json_files import read_lines
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.report import Report, Row
+from movekd.evaluate.intervals import Array
+from movekd.evaluate.sample import Figures, Sample, percent
 from movekd.files.reading import MIB, read_text
 
 PERCEPTION = (
@@ -19,6 +23,7 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 """MME's subtasks. Source: MME's eval_tool/calculation.py."""
+_SUMS = {"perception": PERCEPTION, "cognition": COGNITION}
 
 _INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
@@ -46,18 +51,33 @@ def mme_says(answer: str) -> str:
 
 def pope_row(labels: Sequence[bool], said: Sequence[bool]) -> Row:
     """Return POPE's five figures; yes is positive, and a division by zero gives 0."""
-    right = sum(label == answer for label, answer in zip(labels, said, strict=True))
-    true_yes = sum(label and answer for label, answer in zip(labels, said, strict=True))
-    precision, recall = _share(true_yes, sum(said)), _share(true_yes, sum(labels))
+    counts_QC = np.array([_pope_counts(*pair) for pair in zip(labels, said, strict=True)], float)
+    figures = pope_figures(counts_QC.sum(0, keepdims=True))
+    return {name: float(value[0]) for name, value in figures.items()} | {"questions": len(labels)}
+
+
+def _pope_counts(label: bool, said: bool) -> list[bool]:
+    """Return of one question: right, yes and right, said yes, labelled yes, asked."""
+    return [label == said, label and said, said, label, True]
+
+
+def pope_figures(sums_RC: Array) -> dict[str, Array]:
+    """Return POPE's five figures in percent; NaN without any question.
+
+    Args:
+        sums_RC: numbers of right answers, right yes, yes, labels yes, questions.
+    """
+    right, true_yes, said, labels, asked = sums_RC.T
+    precision, recall = percent(true_yes, said), percent(true_yes, labels)
     both = precision + recall
-    return {
-        "accuracy": _share(right, len(labels)),
+    figures = {
+        "accuracy": percent(right, asked),
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / both if both else 0.0,
-        "yes_ratio": _share(sum(said), len(labels)),
-        "questions": len(labels),
+        "f1": 2 * precision * recall / np.where(both > 0, both, 1.0),
+        "yes_ratio": percent(said, asked),
     }
+    return {name: np.where(asked > 0, value, np.nan) for name, value in figures.items()}
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
@@ -71,35 +91,45 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str], annotation
     Raises:
         ConfigError: a file is missing, or lacks a question.
     """
-    rows: dict[str, Row] = {}
-    for category in dict.fromkeys(question.category for question in questions):
-        if category is not None and not re.fullmatch(r"\w{1,40}", category):  # a part of a path
+    kinds = list(dict.fromkeys(question.category for question in questions))
+    own = {kind: slice(5 * number, 5 * number + 5) for number, kind in enumerate(kinds)}
+    labels = {kind: _pope_labels(_pope_path(annotations, kind)) for kind in kinds}
+    counts_QS = np.zeros((len(questions), 5 * len(kinds)))
+    for at, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        key, kind = (question.image, question.prompt.partition("\n")[0]), question.category
+        if key not in labels[kind]:
             raise ConfigError(
-                f"a question's category is '{shorten(category)}'; expected random, popular or "
-                "adversarial. Check that --questions is llava_pope_test.jsonl."
+                f"{_pope_path(annotations, kind)} has no label for '{shorten(key[1])}' about "
+                f"{shorten(key[0])} ({len(labels[kind])} labels); "
+                "expected the labels that --questions was made from."
             )
-        path = annotations
-        if annotations.is_dir():
-            path = annotations / f"coco_pope_{category}.json"
-        labels = _pope_labels(path)
-        right, said = [], []
-        for question, answer in zip(questions, answers, strict=True):
-            if question.category != category:
-                continue
-            key = question.image, question.prompt.partition("\n")[0]
-            if key not in labels:
-                raise ConfigError(
-                    f"{path} has no label for '{shorten(key[1])}' about {shorten(key[0])} "
-                    f"({len(labels)} labels); "
-                    "expected the labels that --questions was made from."
-                )
-            right.append(labels[key])
-            said.append(pope_says_yes(answer))
-        rows[str(category)] = pope_row(right, said)
-    names = next(iter(rows.values()))
-    mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in names}
-    mean["questions"] = len(questions)
-    return Report("mean f1", mean["f1"], rows | {"mean": mean})
+        counts_QS[at, own[kind]] = _pope_counts(labels[kind][key], pope_says_yes(answer))
+
+    def figures(sums_RS: Array) -> Figures:
+        rows = {str(kind): pope_figures(sums_RS[:, own[kind]]) for kind in kinds}
+        names = next(iter(rows.values()))
+        nothing = np.zeros(len(sums_RS))
+        return rows | {
+            "mean": {n: sum((row[n] for row in rows.values()), nothing) / len(rows) for n in names}
+        }
+
+    images = [question.cluster for question in questions]
+    sample = Sample(images, counts_QS, figures, ("mean", "f1"))
+    rows: dict[str, Row] = sample.rows()
+    for kind in kinds:
+        rows[str(kind)]["questions"] = int(counts_QS[:, own[kind]][:, -1].sum())
+    rows["mean"]["questions"] = len(questions)
+    return Report("mean f1", rows["mean"]["f1"], rows, sample)
+
+
+def _pope_path(annotations: Path, category: str | None) -> Path:
+    """Return the file of a category's labels."""
+    if category is not None and not re.fullmatch(r"\w{1,40}", category):  # a part of a path
+        raise ConfigError(
+            f"a question's category is '{shorten(category)}'; expected random, popular or "
+            "adversarial. Check that --questions is llava_pope_test.jsonl."
+        )
+    return annotations / f"coco_pope_{category}.json" if annotations.is_dir() else annotations
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str], annotations: Path) -> Report:
@@ -127,35 +157,51 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str], annotations
                 f"'OCR/0001.jpg', with one of {', '.join(unread)}."
             )
         stem = Path(rest).stem
-        said, right = mme_says(answer), _mme_label(annotations, subtask, stem, question.prompt)
+        said, label = mme_says(answer), _mme_label(annotations, subtask, stem, question.prompt)
         unread[subtask] += said == "other"
-        images.setdefault(subtask, {}).setdefault(stem, []).append(said == right)
-    rows = {
-        subtask: _mme_row(subtask, images[subtask]) | {"neither": unread[subtask]}
-        for subtask in unread
-        if subtask in images
-    }
-    sums: dict[str, Row] = {}
-    for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        there = [rows[subtask] for subtask in subtasks if subtask in rows]
-        sums[name] = {"score": sum(row["score"] for row in there), "subtasks": len(there)}
-    return Report("perception score", sums["perception"]["score"], rows | sums)
+        images.setdefault(subtask, {}).setdefault(stem, []).append(said == label)
+    for subtask, answered in images.items():
+        for stem, right in answered.items():
+            if len(right) != 2:
+                raise ConfigError(
+                    f"{subtask}/{shorten(stem)} has {len(right)} questions; expected two per "
+                    "image. Give the whole question file."
+                )
+    there = [subtask for subtask in unread if subtask in images]
+    own = {subtask: slice(3 * number, 3 * number + 3) for number, subtask in enumerate(there)}
+    every = [(subtask, stem) for subtask in there for stem in images[subtask]]
+    counts_IS = np.zeros((len(every), 3 * len(there)))
+    for at, (subtask, stem) in enumerate(every):
+        right = images[subtask][stem]
+        counts_IS[at, own[subtask]] = sum(right), all(right), 1
+
+    def figures(sums_RS: Array) -> Figures:
+        rows = {subtask: _mme_figures(sums_RS[:, own[subtask]]) for subtask in there}
+        nothing = np.zeros(len(sums_RS))
+        return rows | {
+            name: {"score": sum((rows[s]["score"] for s in there if s in subtasks), nothing)}
+            for name, subtasks in _SUMS.items()
+        }
+
+    names = [f"{subtask}/{stem}" for subtask, stem in every]
+    sample = Sample(names, counts_IS, figures, ("perception", "score"))
+    rows: dict[str, Row] = sample.rows()
+    for subtask in there:
+        rows[subtask] |= {"questions": 2 * len(images[subtask]), "neither": unread[subtask]}
+    for name, subtasks in _SUMS.items():
+        rows[name]["subtasks"] = len(set(there) & set(subtasks))
+    return Report("perception score", rows["perception"]["score"], rows, sample)
 
 
-def _mme_row(subtask: str, images: dict[str, list[bool]]) -> Row:
-    for stem, right in images.items():
-        if len(right) != 2:
-            raise ConfigError(
-                f"{subtask}/{shorten(stem)} has {len(right)} questions; expected two per image. "
-                "Give the whole question file."
-            )
-    accuracy = _share(sum(map(sum, images.values())), 2 * len(images))
-    accuracy_plus = _share(sum(map(all, images.values())), len(images))
+def _mme_figures(sums_RC: Array) -> dict[str, Array]:
+    """Return a subtask's figures; the sums are right answers, images with both right, images."""
+    right, both, asked = sums_RC.T
+    accuracy = percent(right, 2 * asked, empty=np.nan)
+    accuracy_plus = percent(both, asked, empty=np.nan)
     return {
         "accuracy": accuracy,
         "accuracy_plus": accuracy_plus,
         "score": accuracy + accuracy_plus,
-        "questions": 2 * len(images),
     }
 
 
@@ -198,7 +244,3 @@ def _pope_labels(path: Path) -> dict[tuple[str | None, str], bool]:
             )
         labels[str(entry.get("image")), str(entry.get("text"))] = entry["label"] == "yes"
     return labels
-
-
-def _share(part: float, whole: float) -> float:
-    return 100 * part / whole if whole else 0.0

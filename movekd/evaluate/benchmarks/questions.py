@@ -15,6 +15,7 @@ model_vqa_mmbench.py.
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import sys
@@ -66,6 +67,13 @@ class Question:
     def key(self) -> tuple[str, str]:
         """Identity of the question in its file."""
         return str(self.id), self.prompt
+
+    @property
+    def cluster(self) -> str:
+        """What the question is drawn with: its image, or the question itself if it has none."""
+        if self.embedded is not None:
+            return hashlib.sha256(self.embedded.encode(errors="replace")).hexdigest()
+        return self.image if self.image is not None else f"question {self.id}: {self.prompt}"
 
     def to_conversation(self, image: str) -> Conversation:
         """Return the question as a conversation; ``image`` names its image."""

@@ -1,7 +1,9 @@
 """The result of a benchmark's scorer: one published figure, and the rows behind it."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from movekd.evaluate.sample import ALL, Sample, Scored, accuracy_sample
 
 Row = dict[str, float]
 
@@ -14,11 +16,14 @@ class Report:
         figure: name of the figure that papers print.
         value: that figure.
         rows: figures per category; the last row is about all questions.
+        sample: what the figures were computed from, for intervals and comparisons; None for a
+            scorer that does not say it.
     """
 
     figure: str
     value: float
     rows: dict[str, Row]
+    sample: Sample | None = field(default=None, repr=False, compare=False)
 
     @property
     def columns(self) -> list[str]:
@@ -26,23 +31,18 @@ class Report:
         return list(dict.fromkeys(name for row in self.rows.values() for name in row))
 
 
-def accuracy_rows(scores: Iterable[tuple[Sequence[str], float]]) -> dict[str, Row]:
+def accuracy_report(
+    scored: Iterable[Scored], headline: str = ALL, figure: str = "accuracy"
+) -> Report:
     """Return accuracy and number of questions per category, and of ``all``.
 
     Args:
-        scores: the categories and the score (0 to 1) of each question.
+        scored: the score of each question.
+        headline: the row whose accuracy papers print.
+        figure: its name.
     """
-    found: dict[str, list[float]] = {}
-    for categories, score in scores:
-        for name in (*categories, "all"):
-            found.setdefault(name, []).append(score)
-    return {
-        name: {"accuracy": 100 * sum(found[name]) / len(found[name]), "questions": len(found[name])}
-        for name in sorted(found, key=lambda name: (name == "all", name))
-    }
-
-
-def accuracy_report(scores: Iterable[tuple[Sequence[str], float]]) -> Report:
-    """Return the accuracy of all questions, with the rows of ``accuracy_rows``."""
-    rows = accuracy_rows(scores)
-    return Report("accuracy", rows["all"]["accuracy"], rows)
+    sample = accuracy_sample(scored, headline)
+    rows: dict[str, Row] = sample.rows()
+    for row, num_questions in zip(rows.values(), sample.counts_QS[:, 1::2].sum(0), strict=True):
+        row["questions"] = int(num_questions)
+    return Report(figure, rows[headline]["accuracy"], rows, sample)

@@ -18,9 +18,11 @@ from movekd.evaluate.benchmarks.answers import (
     Part,
     open_answers,
 )
+from movekd.evaluate.benchmarks.baseline import Baseline, read_baseline
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.registry import BENCHMARKS, Benchmark, find_benchmark
 from movekd.evaluate.benchmarks.report import Report
+from movekd.evaluate.sample import Comparison, compare
 
 if TYPE_CHECKING:  # scoring stored answers loads no torch
     from movekd.student.checkpoint import TrainedStudent
@@ -41,6 +43,7 @@ class BenchmarkRun:
         images: folder of its images, if the question file does not hold them.
         annotations: its right answers.
         answers: answers file; None: ``answers/<question file>.jsonl`` in ``run``.
+        baseline: answers file of a second model, to compare with.
         submission: file to write for the benchmark's server.
         submission_split: question file of the whole split, for VQAv2's server.
         part: part of the questions; None for all.
@@ -59,6 +62,7 @@ class BenchmarkRun:
     part: Part | None = None
     batch_size: int = 32
     max_new_tokens: int = MAX_NEW_TOKENS
+    baseline: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Outcome:
         num_asked: number of questions that had no answer before.
         report: the figures; None without annotations or for a part.
         missing: what to do to get figures; None if ``report`` has them.
+        baseline: the second model's answers.
+        comparison: the model minus the baseline.
     """
 
     answers: Path
@@ -78,6 +84,8 @@ class Outcome:
     num_asked: int
     report: Report | None
     missing: str | None = None
+    baseline: Baseline | None = None
+    comparison: Comparison | None = None
 
 
 def run_benchmark(
@@ -104,6 +112,10 @@ def run_benchmark(
     if todo.part is not None:
         asked, path = todo.part.of(every), todo.part.beside(path)
     origin = AnswerProvenance.of(todo.run, todo.questions, todo.max_new_tokens)
+    baseline = None
+    if todo.baseline is not None:  # before the questions are asked, which may take hours
+        _require_score(benchmark, truth)
+        baseline = read_baseline(todo.baseline, every, origin)
     with open_answers(path, every, origin, take_parts=todo.part is None) as answers:
         num_asked = _answer(todo, load, asked, answers, progress)
         texts = answers.texts(asked)
@@ -117,7 +129,27 @@ def run_benchmark(
         if benchmark.answers_in == "questions":
             missing = "the question file has no answers: --submission is for the server"
         return Outcome(path, len(asked), num_asked, None, missing)
-    return Outcome(path, len(asked), num_asked, benchmark.score(asked, texts, truth))
+    report = benchmark.score(asked, texts, truth)
+    comparison = None
+    if baseline is not None:
+        other = benchmark.score(asked, baseline.texts, truth).sample
+        if report.sample is None or other is None:
+            raise ConfigError(
+                f"the scorer of {benchmark.name} returns a Report without a sample, so no "
+                "comparison can be made; expected one. Leave --baseline out, or set Report.sample."
+            )
+        comparison = compare(report.sample, other)
+    return Outcome(path, len(asked), num_asked, report, None, baseline, comparison)
+
+
+def _require_score(benchmark: Benchmark, truth: Path | None) -> None:
+    """Refuse a comparison where no score is made."""
+    if truth is None:
+        raise ConfigError(
+            f"--baseline compares scores, and {benchmark.name} is not scored here without right "
+            f"answers; expected --annotations: {benchmark.annotations}. Give it, or leave "
+            "--baseline out."
+        )
 
 
 def _check(todo: BenchmarkRun, benchmark: Benchmark) -> None:
@@ -131,6 +163,11 @@ def _check(todo: BenchmarkRun, benchmark: Benchmark) -> None:
     if todo.submission is not None and todo.part is not None:
         raise ConfigError(
             "--submission needs every answer and --partition gives some; run without --partition "
+            "when each part is answered."
+        )
+    if todo.baseline is not None and todo.part is not None:
+        raise ConfigError(
+            "--baseline compares all answers and --partition gives some; run without --partition "
             "when each part is answered."
         )
     if todo.submission_split is not None and not (todo.submission and benchmark.has_split):

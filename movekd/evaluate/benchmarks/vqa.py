@@ -15,6 +15,7 @@ from movekd.evaluate.benchmarks.json_files import Entry, check_entry, objects, r
 from movekd.evaluate.benchmarks.questions import Question
 from movekd.evaluate.benchmarks.report import Report, accuracy_report
 from movekd.evaluate.benchmarks.vqa_normalize import normalise, normalise_evalai
+from movekd.evaluate.sample import Scored
 
 _TEXTVQA_PEOPLE = 10
 _OCR = "Reference OCR token:"
@@ -94,7 +95,7 @@ def score_vqav2(questions: Sequence[Question], answers: Sequence[str], annotatio
     listed = objects(content.get("annotations", []), f"{annotations}: annotations")
     known = {str(entry.get("question_id")): entry for entry in listed}
     entries = [_find(known, str(q.id), f"question {q.id}", annotations) for q in questions]
-    return _score_people(entries, answers, annotations, vqa_accuracy)
+    return _score_people(questions, entries, answers, annotations, vqa_accuracy)
 
 
 def score_vizwiz(
@@ -108,7 +109,7 @@ def score_vizwiz(
     content = read_json(annotations, list, "VizWiz's annotations")
     known = {str(entry.get("image")): entry for entry in objects(content, str(annotations))}
     entries = [_find(known, str(q.image), f"image '{q.image}'", annotations) for q in questions]
-    return _score_people(entries, answers, annotations, vizwiz_accuracy)
+    return _score_people(questions, entries, answers, annotations, vizwiz_accuracy)
 
 
 def score_textvqa(
@@ -124,7 +125,7 @@ def score_textvqa(
         (str(entry.get("image_id")), str(entry.get("question")).lower()): entry
         for entry in objects(content.get("data", []), f"{annotations}: data")
     }
-    scores: list[tuple[tuple[str, ...], float]] = []
+    scored = []
     for question, answer in zip(questions, answers, strict=True):
         asked = asked_question(question.prompt).lower()
         what = f"question '{asked}' about image '{question.id}'"
@@ -135,8 +136,8 @@ def score_textvqa(
                 f"{annotations} has {len(people)} answers to {shorten(what)}; expected "
                 f"{_TEXTVQA_PEOPLE}. Give the annotations of a split with answers."
             )
-        scores.append(((), textvqa_accuracy(answer, people)))
-    return accuracy_report(scores)
+        scored.append(Scored(question.cluster, textvqa_accuracy(answer, people)))
+    return accuracy_report(scored)
 
 
 def asked_question(prompt: str) -> str:
@@ -153,14 +154,15 @@ def asked_question(prompt: str) -> str:
 
 
 def _score_people(
+    questions: Sequence[Question],
     entries: Sequence[Any],
     answers: Sequence[str],
     annotations: Path,
     accuracy: Callable[[str, Sequence[str]], float],
 ) -> Report:
     """Return the scores of the challenge's server for answers in TextVQA's form, as LLaVA's."""
-    scores: list[tuple[tuple[str, ...], float]] = []
-    for entry, answer in zip(entries, answers, strict=True):
+    scored = []
+    for question, entry, answer in zip(questions, entries, answers, strict=True):
         checked = check_entry(_People, entry, str(annotations))
         people = [person.answer for person in checked.answers]
         if not people:
@@ -170,8 +172,9 @@ def _score_people(
             )
         kind = checked.answer_type
         score = accuracy(normalise_evalai(answer), people)
-        scores.append(((kind,) if kind is not None else (), score))
-    return accuracy_report(scores)
+        categories = (kind,) if kind is not None else ()
+        scored.append(Scored(question.cluster, score, categories))
+    return accuracy_report(scored)
 
 
 def _find(known: dict[Any, Any], key: Any, what: str, annotations: Path) -> Any:

@@ -1,7 +1,7 @@
 """Segment test images by a linear classifier on patch tokens: the dense linear probe.
 
 Input: a model, images with label maps. Output: the mean intersection over union (mIoU), its 95%
-interval, and the paired difference to the first model.
+interval, and the paired difference to the first model, with p.
 
 A patch is learned with the share of its pixels in each class. The classifier's values are resized
 bilinearly to the label map, and the largest one is the class of a pixel. Nothing else learns, and
@@ -27,11 +27,17 @@ from torch import Tensor
 from movekd.corpus.transforms import Geometry
 from movekd.evaluate.encoder.classify import require_sklearn
 from movekd.evaluate.encoder.features import BLOCK_IMAGES
-from movekd.evaluate.encoder.intervals import NUM_RESAMPLES, Interval, percentiles
 from movekd.evaluate.encoder.kept_tokens import keeping
 from movekd.evaluate.encoder.label_maps import IGNORED, MappedImage, MappedImages
 from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.image_folder import Progress
+from movekd.evaluate.intervals import (
+    NUM_RESAMPLES,
+    Interval,
+    percentiles,
+    permutation_p,
+    resampled_sums,
+)
 
 MAP_SIDE = 224
 """Side in pixels of the square maps that are scored, equal for all models."""
@@ -53,6 +59,7 @@ class DenseScore:
         difference: mIoU minus that of the first model; None for the first one, or if the two cut
             images in different ways and so see different pixels.
         difference_interval: its interval, from the same resampled images for both models.
+        p: two-sided p of the difference, by a permutation of whole test images.
         C: what the classifier chose.
     """
 
@@ -61,6 +68,7 @@ class DenseScore:
     interval: Interval
     difference: float | None
     difference_interval: Interval | None
+    p: float | None
     C: float
 
 
@@ -82,16 +90,17 @@ def run_dense_probe(
     """
     require_sklearn()
     scores: list[DenseScore] = []
-    first: tuple[Geometry, float, npt.NDArray[np.float64]] | None = None
+    first: tuple[Geometry, float, npt.NDArray[np.float64], Counts] | None = None
     for model in models:
         loaded = keeping(load(model), features)
         counts_NKK, strength = _confusion(loaded, images, side, model, progress)
         value, values_R = miou(counts_NKK.sum(0)), resampled_miou(counts_NKK)
-        compared: tuple[float | None, Interval | None] = (None, None)
+        compared: tuple[float | None, Interval | None, float | None] = (None, None, None)
         if first is None:
-            first = loaded.geometry, value, values_R
+            first = loaded.geometry, value, values_R, counts_NKK
         elif loaded.geometry == first[0]:
-            compared = value - first[1], percentiles(values_R - first[2])
+            p = permuted_p(counts_NKK, first[3])
+            compared = value - first[1], percentiles(values_R - first[2]), p
         del loaded
         scores.append(DenseScore(model, value, percentiles(values_R), *compared, strength))
     return scores
@@ -126,12 +135,23 @@ def resampled_miou(
     Thousands of calls of scikit-learn would take longer than the probe. The draws depend on the
     number of images only, so those of two models are pairs.
     """
-    rng, count = np.random.default_rng(seed), len(counts_NKK)
-    times_RN = np.stack(
-        [np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(num_resamples)]
-    )
-    both_RK = times_RN @ np.diagonal(counts_NKK, axis1=1, axis2=2)
-    true_RK, predicted_RK = times_RN @ counts_NKK.sum(2), times_RN @ counts_NKK.sum(1)
+    return _miou_of(resampled_sums(_areas(counts_NKK), num_resamples, seed))
+
+
+def permuted_p(counts_NKK: Counts, first_NKK: Counts) -> float:
+    """Return the two-sided p of the difference in mIoU, by a permutation of whole images."""
+    return permutation_p(_areas(counts_NKK), _areas(first_NKK), _miou_of)
+
+
+def _areas(counts_NKK: Counts) -> npt.NDArray[np.float64]:
+    """Return per image the pixels that are right, true and predicted, by class: (N, 3 K)."""
+    right_NK = np.diagonal(counts_NKK, axis1=1, axis2=2)
+    return np.concatenate([right_NK, counts_NKK.sum(2), counts_NKK.sum(1)], 1).astype(np.float64)
+
+
+def _miou_of(sums_RS: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the mIoU of sums of ``_areas``; NaN without any class."""
+    both_RK, true_RK, predicted_RK = np.split(sums_RS, 3, 1)
     with np.errstate(invalid="ignore"):  # a class that is not drawn
         values_RK = both_RK / (true_RK + predicted_RK - both_RK)
         means_R: npt.NDArray[np.float64] = np.mean(values_RK, axis=1, where=true_RK > 0)

@@ -1,7 +1,7 @@
 """Probe encoders on labelled images and compare them: `movekd probe`.
 
 Input: names of models, labelled images. Output: for each model, feature and probe the accuracy, its
-95% interval, and the paired difference to the first model with its interval.
+95% interval, and the paired difference to the first model with its interval and p.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from movekd.evaluate.encoder.classify import (
     require_sklearn,
 )
 from movekd.evaluate.encoder.features import encode_images
-from movekd.evaluate.encoder.intervals import Interval, bootstrap_interval
 from movekd.evaluate.encoder.labelled_images import LabelledImages
 from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.image_folder import Progress
+from movekd.evaluate.intervals import Interval, bootstrap_interval, mcnemar_p
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ProbeScore:
         difference: accuracy minus that of the first model; None for the first one, or if the first
             one lacks the feature.
         difference_interval: its interval, from the same resampled images for both models.
+        p: two-sided p of the difference, by McNemar's exact test over test images.
         C: what the linear probe chose.
     """
 
@@ -48,6 +49,7 @@ class ProbeScore:
     interval: Interval
     difference: float | None = None
     difference_interval: Interval | None = None
+    p: float | None = None
     C: float | None = None
 
 
@@ -114,8 +116,9 @@ def run_probe(
 
 def _compared(
     is_right: npt.NDArray[np.bool_], of_first: npt.NDArray[np.bool_] | None
-) -> tuple[float | None, Interval | None]:
+) -> tuple[float | None, Interval | None, float | None]:
     if of_first is None:
-        return None, None
+        return None, None, None
     difference_N = is_right.astype(np.float64) - of_first
-    return float(difference_N.mean()), bootstrap_interval(difference_N)
+    p = mcnemar_p(int((difference_N > 0).sum()), int((difference_N < 0).sum()))
+    return float(difference_N.mean()), bootstrap_interval(difference_N), p

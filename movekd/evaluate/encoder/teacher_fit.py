@@ -29,11 +29,11 @@ from movekd.cache.reader import FeatureCache
 from movekd.distill.token_loss import limit
 from movekd.errors import CacheError, ConfigError
 from movekd.evaluate.encoder.cached_teacher import CachedTeacher
-from movekd.evaluate.encoder.intervals import NUM_RESAMPLES, Interval, percentiles
 from movekd.evaluate.encoder.kept_tokens import keeping
 from movekd.evaluate.encoder.probed_model import ProbedModel
 from movekd.evaluate.encoder.token_fit import STRENGTHS, Moments, Prediction, linear_cka
 from movekd.evaluate.image_folder import Progress
+from movekd.evaluate.intervals import NUM_RESAMPLES, Interval, percentiles
 
 MIN_IMAGES = 20
 _FOLDS, _BLOCK_IMAGES = 5, 16

@@ -50,7 +50,9 @@ def test_a_benchmark_from_outside_runs_through_the_command(mine, tmp_path, crops
     def evaluate(*more):
         return invoke(app, *words, *more).stdout
 
-    assert "give --annotations: a text file with one answer per line" in evaluate()
+    unscored = evaluate()
+    assert "give --annotations: a text file with one answer per line" in unscored
+    assert "no interval: nothing is scored here" in unscored
     given = ("--annotations", tmp_path / "right.txt", "--submission", tmp_path / "s.json")
     said = json.loads(evaluate(*given, "--json"))
     submitted = json.loads((tmp_path / "s.json").read_text())
@@ -58,6 +60,13 @@ def test_a_benchmark_from_outside_runs_through_the_command(mine, tmp_path, crops
     total = sum(len(answer) for _, answer in submitted)
     assert said["figure"] == {"name": "characters", "value": total}
     assert said["asked"] == 0  # the first call asked both
+    assert (said["intervals"], said["comparison"]) == (None, None)
+    assert "no interval: the benchmark's scorer returns a Report without a sample" in evaluate(
+        *given
+    )
+    answers = run / "answers" / "q.jsonl"
+    with pytest.raises(ConfigError, match=r"scorer of mine returns a Report without a sample"):
+        evaluate(*given, "--baseline", answers)
 
 
 def test_a_name_is_registered_once(mine):

@@ -168,11 +168,13 @@ def test_a_tower_reads_the_handwriting_and_tokens_elsewhere_do_not(
         list(loaded), lambda model: loaded[model], images, progress=_quiet, side=48
     )
     first, same, other = scores
-    assert first.difference is None
-    assert (same.difference, same.difference_interval) == (0, (0, 0))
+    assert (first.difference, first.p) == (None, None)
+    assert (same.difference, same.difference_interval, same.p) == (0, (0, 0), 1)
     assert first.interval[0] < first.miou < first.interval[1]
     assert other.difference_interval is not None
     assert other.difference_interval[1] < 0
+    assert other.p is not None
+    assert other.p < 0.05
 
 
 @pytest.mark.slow

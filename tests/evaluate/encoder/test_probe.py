@@ -18,9 +18,9 @@ from movekd.errors import ConfigError, CorpusError, WeightsError
 from movekd.evaluate.encoder.classify import STRENGTHS, knn, linear_probe
 from movekd.evaluate.encoder.encoders import Encoder, load_encoder
 from movekd.evaluate.encoder.features import BLOCK_IMAGES, encode_images
-from movekd.evaluate.encoder.intervals import bootstrap_interval
 from movekd.evaluate.encoder.labelled_images import LabelledImages, read_labelled_images
 from movekd.evaluate.encoder.run import run_probe
+from movekd.evaluate.intervals import bootstrap_interval
 from movekd.student.checkpoint import ABOUT_FILE, PART_FILES, load_student
 from movekd.student.export.formats import export
 from movekd.student.export.model_card import Format
@@ -160,7 +160,9 @@ def test_the_same_model_twice_differs_by_nothing(images: LabelledImages, encoder
     )
     assert [(s.model, s.feature) for s in scores[:2]] == [("a", "cls"), ("a", "patches")]
     assert all(s.difference is None for s in scores[:2])
+    assert all(s.p is None for s in scores[:2])
     assert all(s.difference == 0 and s.difference_interval == (0, 0) for s in scores[2:])
+    assert all(s.p == 1 for s in scores[2:])
 
 
 def test_too_many_neighbours_and_missing_classes_are_refused(
