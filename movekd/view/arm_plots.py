@@ -1,7 +1,7 @@
 """Plot the curves of several arms, one figure per logged value.
 
-Input: arms of ``arms``. Output: figures for ``compare_page``. An arm is a bold line: the mean of its
-ended runs, where all of them logged. Each run is a thin line, dashed if it has not ended.
+Input: arms of ``arms``. Output: figures for ``compare_page``. An arm is a bold line: the mean of
+its ended runs, where all of them logged. Each run is a thin line, dashed if it has not ended.
 """
 
 import math

@@ -32,15 +32,14 @@ _CENTRE = 100
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the page; it replaces the file at ``path`` atomically."""
     runs = [run for arm in comparison.arms for run in arm.runs]
-    measures = list(dict.fromkeys(row.measure for row in comparison.rows))
     x = x_axis(runs)
     curves: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
-    for measure, figure in arm_figures(comparison.arms, measures, x):
+    for measure, figure in arm_figures(comparison.arms, comparison.measures, x):
         curves[measure.group].append((measure.name, to_svg(figure)))
     write_page(
         path,
         "compare.html.j2",
-        name=f"{len(runs)} runs in {len(comparison.arms)} arms",
+        name=f"{_count(len(runs), 'run')} in {_count(len(comparison.arms), 'arm')}",
         baseline=comparison.baseline,
         num_contrasts=comparison.num_contrasts,
         notes=comparison.notes,
@@ -128,7 +127,7 @@ def _figure_row(row: Row, baseline: str, largest: float) -> dict[str, Any]:
         "arm": row.arm,
         "mean": _number(figure.interval.mean) if figure else "-",
         "interval": _ends(figure.interval) if figure else "",
-        "units": f"{figure.interval.num} {figure.unit}{_s(figure.interval.num)}" if figure else "",
+        "units": _count(figure.interval.num, figure.unit) if figure else "",
         "difference": _number(difference.mean, sign=True) if difference else "",
         "ends": _ends(difference, sign=True) if difference else "",
         "bar": _bar(difference, largest),
@@ -144,9 +143,8 @@ def _how(contrast: Contrast | None) -> str:
     if contrast.kind == "not compared":
         return f"not compared: {contrast.reason}"
     if contrast.kind == "paired":
-        num = contrast.nums[0]
-        return f"paired by {contrast.unit}, {num} pair{_s(num)}{reason}"
-    both = f"{contrast.nums[0]} and {contrast.nums[1]} {contrast.unit}s"
+        return f"paired by {contrast.unit}, {_count(contrast.nums[0], 'pair')}{reason}"
+    both = f"{contrast.nums[0]} and {_count(contrast.nums[1], contrast.unit)}"
     return f"not paired (Welch), {both}{reason}"
 
 
@@ -204,5 +202,5 @@ def _range(values: Sequence[float | None]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _s(num: int) -> str:
-    return "" if num == 1 else "s"
+def _count(num: int, what: str) -> str:
+    return f"{num:,} {what}{'' if num == 1 else 's'}"

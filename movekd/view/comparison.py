@@ -96,7 +96,8 @@ class Comparison:
         keys: dotted keys in which arms differ; each arm has its cells.
         arms: in the order given.
         baseline: name of the arm that others are compared with.
-        rows: measure by measure, arm by arm.
+        measures: what any run logged, unfinished ones included.
+        rows: measure by measure, arm by arm; of those that a finished run has.
         costs: arm -> cost -> figure.
         notes: what a reader must know, in sentences.
     """
@@ -104,6 +105,7 @@ class Comparison:
     keys: Sequence[str]
     arms: Sequence[Arm]
     baseline: str
+    measures: Sequence[Measure]
     rows: Sequence[Row]
     costs: Mapping[str, Mapping[str, Figure | None]]
     notes: Sequence[str]
@@ -133,10 +135,10 @@ def compare_runs(runs: Sequence[ComparedRun], baseline: str | None = None) -> Co
             f"--baseline is '{shorten(baseline)}'; expected the name of an arm: "
             f"{shorten('; '.join(names), 1000)}.{did_you_mean(str(baseline), names)}"
         )
-    rows = []
-    for measure in find_measures([run for arm in arms for run in arm.finished]):
+    rows, measures = [], find_measures([run for arm in arms for run in arm.runs])
+    for measure in measures:
         of_arm = {arm.name: _by_unit(arm.finished, measure.value) for arm in arms}
-        for arm in arms:
+        for arm in arms if any(of_arm.values()) else ():
             contrast, own, other = None, of_arm[arm.name], of_arm[first.name]
             if arm is not first and own and other:
                 contrast = _contrast(measure, own, other)
@@ -145,8 +147,8 @@ def compare_runs(runs: Sequence[ComparedRun], baseline: str | None = None) -> Co
         arm.name: {name: _figure(_by_unit(arm.finished, partial(cost, name))) for name in COSTS}
         for arm in arms
     }
-    measures = list(dict.fromkeys(row.measure for row in rows))
-    return Comparison(keys, arms, first.name, rows, costs, describe_runs(arms, measures))
+    notes = describe_runs(arms, measures)
+    return Comparison(keys, arms, first.name, measures, rows, costs, notes)
 
 
 def _by_unit(runs: Sequence[ComparedRun], value: Callable[[ComparedRun], float | None]) -> Values:
@@ -209,9 +211,9 @@ def _contrast(measure: Measure, own: Values, other: Values) -> Contrast:
     obstacles = dict.fromkeys(name for why in unpaired.values() for name in why)
     reason = "no seed in common"
     if obstacles or numbers:
-        reason = f"{_listed(list(obstacles))} differ" if obstacles else "one pair only"
+        reason = f"not the same: {_listed(list(obstacles))}" if obstacles else "one pair only"
     elif {data for data, _ in own} != {data for data, _ in other}:
-        reason = f"{_listed(_unlike(own, other, trained_on))} differ"
+        reason = f"not the same: {_listed(_unlike(own, other, trained_on))}"
     samples = (_over_units(mean, unit) for mean in means)
     return Contrast(difference_interval(*samples), "unpaired", unit, nums, reason)
 
