@@ -211,7 +211,15 @@ def _compared_keys(config: Nested, inputs: Nested | None, depth: int = _MOST_STA
     earlier = _read_earlier(config)
     if earlier is not None and depth:
         keys["init_from"] = _compared_keys(*earlier, depth - 1)
-    return keys | {"data": data}
+    named: Nested = _named(keys | {"data": data})
+    return named
+
+
+def _named(value: Any) -> Any:
+    """Return a value of a config with texts for all keys; a stranger's YAML may have others."""
+    if isinstance(value, Mapping):
+        return {str(key): _named(inner) for key, inner in value.items()}
+    return value
 
 
 def _read_earlier(config: Nested) -> tuple[Nested, Nested | None] | None:

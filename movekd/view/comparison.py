@@ -30,6 +30,8 @@ from movekd.view.measures import (
     trained_on,
 )
 
+MOST_MEASURES = 200
+"""Figures that a page shows; a run with many teachers has 60."""
 Unit = Literal["seed", "data set"]
 Key = tuple[str, str]
 """Data set and seed of a run."""
@@ -135,7 +137,8 @@ def compare_runs(runs: Sequence[ComparedRun], baseline: str | None = None) -> Co
             f"--baseline is '{shorten(baseline)}'; expected the name of an arm: "
             f"{shorten('; '.join(names), 1000)}.{did_you_mean(str(baseline), names)}"
         )
-    rows, measures = [], find_measures([run for arm in arms for run in arm.runs])
+    logged = find_measures([run for arm in arms for run in arm.runs])
+    rows, measures = [], logged[:MOST_MEASURES]
     for measure in measures:
         of_arm = {arm.name: _by_unit(arm.finished, measure.value) for arm in arms}
         for arm in arms if any(of_arm.values()) else ():
@@ -148,6 +151,8 @@ def compare_runs(runs: Sequence[ComparedRun], baseline: str | None = None) -> Co
         for arm in arms
     }
     notes = describe_runs(arms, measures)
+    if len(logged) > len(measures):
+        notes.append(f"{len(logged):,} figures were logged; the first {len(measures)} are shown.")
     return Comparison(keys, arms, first.name, measures, rows, costs, notes)
 
 

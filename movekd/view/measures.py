@@ -83,7 +83,7 @@ def cost(name: str, run: ComparedRun) -> float | None:
             seconds += (entry["step"] - before) / rate
         before = entry["step"]
     per_step = run.samples_per_step
-    if not seconds or not steps:
+    if min(seconds, steps) <= 0:
         return None
     if name == "samples_per_second":
         return steps / seconds

@@ -1,15 +1,19 @@
 """The page of a comparison: complete, safe to open, and no network."""
 
+import copy
 import json
+import math
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 
+from movekd.errors import ConfigError
 from movekd.view.arm_plots import arm_figures, x_axis
 from movekd.view.arms import read_compared
 from movekd.view.compare_page import comparison_json, write_comparison
 from movekd.view.comparison import compare_runs
-from sweep import entries, write_compared
+from sweep import entries, write_compared, write_log
 
 
 class Page(HTMLParser):
@@ -152,3 +156,53 @@ def test_curves_are_over_samples_where_steps_have_other_sizes(runs, tmp_path, co
     assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[4, 8, 12, 16], [8, 16]]
     (large / "inputs.json").unlink()
     assert x_axis([found[0], read_compared(str(large))]) == "optimizer step"
+
+
+ODD = [
+    *(None, True, "abc", "", -1, 0, 10**40, 1e308, math.nan, math.inf, [], {}, [[1]], {"a": 1}),
+    *("<script>alert(1)</script>", "$\\frac{", "\x1b[2J\0", "\ud800", {1: 2, "b": {None: 3}}),
+]
+"""What a stranger may write in place of a number or a word."""
+PLACES = [
+    *(("config.yaml", key) for key in ("training.seed", "training.data_seed", "training")),
+    *(("config.yaml", key) for key in ("init_from", "stage", "student.mole", "data.val_size")),
+    *(("inputs.json", key) for key in ("corpus", "global_batch_size", "split", "features of x")),
+    *(("log.json", key) for key in ("0.step", "0.loss_text", "4.eval_loss_text", "6.step", "4")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_values_end_in_figures_or_a_sentence(runs, tmp_path, number):
+    """A stranger's run beside ours, with an odd value in each place in turn."""
+    odd, files = ODD[number], {}
+    for name in ("config.yaml", "inputs.json", "log.json"):
+        files[name] = yaml.safe_load((runs[1] / name).read_text())
+    for name, key in PLACES:
+        content = copy.deepcopy(files[name])
+        *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+        inner = content
+        for part in parents:
+            inner = inner[part]
+        inner[last] = odd
+        written = json.dumps(content) if name.endswith("json") else yaml.safe_dump(content)
+        (runs[1] / name).write_text(written, "utf-8", "surrogatepass")
+        try:
+            comparison = compare(runs[:2])
+        except ConfigError as error:
+            assert str(error).isprintable()
+            assert len(str(error)) < 2000
+        else:
+            text = json.dumps(comparison_json(comparison), allow_nan=False)
+            assert len(text) < 100_000
+            assert all(len(note) < 3000 for note in comparison.notes)
+        (runs[1] / name).write_text(json.dumps(files[name]))
+    write_comparison(compare(runs[:2]), tmp_path / "page.html")
+
+
+def test_a_log_of_many_names_is_cut_and_says_so(runs, tmp_path):
+    log = entries([1.0])
+    log[0] |= {f"loss_{number}": 1.0 for number in range(300)}
+    write_log(runs[0], log)
+    comparison = compare(runs[:1])
+    assert len(comparison.measures) == 200
+    assert "302 figures were logged; the first 200 are shown." in comparison.notes
