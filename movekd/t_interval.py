@@ -1,4 +1,4 @@
-"""95% intervals of a mean and of a difference of means, by Student's t.
+"""Compute 95% intervals of means, and of differences of means, by Student's t.
 
 Input: a few figures, one per unit (a seed, a world). Output: an ``Interval``. The quantile is
 computed here, because SciPy is no dependency of movekd; a test compares it with SciPy's.

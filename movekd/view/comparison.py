@@ -157,13 +157,13 @@ def compare_runs(runs: Sequence[ComparedRun], baseline: str | None = None) -> Co
 
 
 def _by_unit(runs: Sequence[ComparedRun], value: Callable[[ComparedRun], float | None]) -> Values:
-    """Return the finite values of some runs and who has them, by data set and seed, in order."""
+    """Return the finite values of some runs and who has them, by data set and seed."""
     found: Values = {}
     for run in runs:
         number = value(run)
         if number is not None and math.isfinite(number):
             found.setdefault((data_set(run), run.seed), []).append((run, number))
-    return dict(sorted(found.items(), key=lambda item: item[0]))
+    return found
 
 
 def _means(values: Values) -> dict[Key, float]:

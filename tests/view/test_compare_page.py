@@ -195,8 +195,11 @@ def test_odd_values_end_in_figures_or_a_sentence(runs, tmp_path, number):
             text = json.dumps(comparison_json(comparison), allow_nan=False)
             assert len(text) < 100_000
             assert all(len(note) < 3000 for note in comparison.notes)
+            if PLACES.index((name, key)) == number % len(PLACES):  # pages take time
+                write_comparison(comparison, tmp_path / "page.html")
+                page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+                assert "script" not in page.tags
         (runs[1] / name).write_text(json.dumps(files[name]))
-    write_comparison(compare(runs[:2]), tmp_path / "page.html")
 
 
 def test_a_log_of_many_names_is_cut_and_says_so(runs, tmp_path):

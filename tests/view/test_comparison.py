@@ -287,7 +287,7 @@ def test_runs_without_checksums_are_compared_only_with_themselves(sweep):
 
 
 def test_final_and_best_figures(sweep):
-    losses = [2.0] * 18 + [1.0, 3.0]
+    losses = [5.0] * 18 + [1.0, 3.0]
     log = entries(losses, held_out=[1.0, 0.5, 0.75], eval_knn_cls_accuracy=0.5)
     log.insert(-1, {"step": 8, "eval_knn_cls_accuracy": 0.25})
     sweep.add("a", 0, 0.0, log=log)
