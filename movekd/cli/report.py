@@ -17,7 +17,7 @@ def report(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Output of `movekd train`, finished or not; with --compare several, each RUN or "
             "NAME=RUN.",
         ),
