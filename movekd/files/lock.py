@@ -92,6 +92,21 @@ def hold_lock(
         os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a process holds ``path`` now; a file that a dead one left is not held."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no such file: nobody holds it
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed, below
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _wait(descriptor: int, waiting: Callable[[str], None]) -> None:
     """Lock a file that another process holds, and say so if that takes long."""
     timer = threading.Timer(TELL_AFTER_S, lambda: waiting(_holder(descriptor)))

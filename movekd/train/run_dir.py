@@ -48,6 +48,7 @@ from movekd.train.run_record import (
 )
 
 __all__ = [
+    "CHANGEABLE_KEYS",
     "LOG_FILE",
     "TARGETS_FILE",
     "RunStart",
@@ -55,10 +56,11 @@ __all__ = [
     "last_checkpoint",
     "plan_start",
     "prepare_run",
+    "with_new_keys",
     "write_run_files",
 ]
 
-_CHANGEABLE_KEYS = (
+CHANGEABLE_KEYS = (
     "training.dataloader_num_workers",
     "training.dataloader_pin_memory",
     "training.dataloader_prefetch_factor",
@@ -140,9 +142,9 @@ def plan_start(
             f"{output_dir} holds a run already; give --resume to continue it, --overwrite to "
             "delete it, or another --output."
         )
-    old = _with_new_keys(read_run_config(output_dir / CONFIG_FILE))
+    old = with_new_keys(read_run_config(output_dir / CONFIG_FILE))
     new = yaml.safe_load(config.to_yaml())
-    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(_CHANGEABLE_KEYS)]
+    changed = [d for d in sorted(_differences(old, new)) if not d.startswith(CHANGEABLE_KEYS)]
     if changed:
         raise ConfigError(
             f"{output_dir} was begun with another config: {describe_files(changed)} differ. Give "
@@ -254,7 +256,7 @@ def _refuse_to_delete(config: TrainConfig, output_dir: Path, force: bool) -> Non
         )
 
 
-def _with_new_keys(old: dict[str, Any]) -> dict[str, Any]:
+def with_new_keys(old: dict[str, Any]) -> dict[str, Any]:
     """Return a run's config with defaults for keys that are newer than the run."""
     if isinstance(old.get("distill"), dict):  # a recipe's later default is not the old run's
         old = old | {"distill": NEWER_KEYS | old["distill"]}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from movekd.config import read_yaml
 from movekd.errors import ConfigError, shorten
-from movekd.files.lock import hold_lock
+from movekd.files.lock import hold_lock, is_held
 from movekd.files.ownership import (
     OWNERSHIP_FILE,
     OwnedFile,
@@ -77,6 +77,11 @@ def lock_run(output_dir: Path) -> Iterator[None]:
         if is_new:  # nothing of a run that was refused stays
             with contextlib.suppress(OSError):
                 output_dir.rmdir()
+
+
+def is_training(output_dir: Path) -> bool:
+    """Return whether a process trains in a folder now."""
+    return is_held(output_dir / LOCK_FILE)
 
 
 def write_recorded(output_dir: Path, contents: Mapping[str, str]) -> None:

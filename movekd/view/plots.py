@@ -18,7 +18,8 @@ _LOSSES = {"loss": "all terms", "loss_text": "text", "loss_kd": "KD", "loss_bala
 _COLLAPSE = {"token_std": "standard deviation", "token_rank": "effective rank"}
 _ROUTING = re.compile(r"routing_share_(\d{1,6})_(\d{1,6})", re.ASCII)
 _SVG: Mapping[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "movekd"}
-_WIDTH, _HEIGHT = 5.6, 3.2
+WIDTH, HEIGHT = 5.6, 3.2
+"""Inches of a figure with one panel."""
 _MAX_LINES = 40
 _MAX_BLOCKS = 120
 
@@ -61,7 +62,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) -> Figure:
-    figure = Figure((_WIDTH, _HEIGHT))
+    figure = Figure((WIDTH, HEIGHT))
     axes = figure.subplots()
     for at, name in enumerate(list(names)[:_MAX_LINES]):
         for found, label, line in (
@@ -72,7 +73,7 @@ def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) ->
             if steps:
                 marker = "o" if len(steps) < 12 else ""
                 axes.plot(steps, values, line, color=f"C{at % 10}", label=label, marker=marker)
-    _finish(axes)
+    finish_axes(axes)
     if from_zero:
         axes.set_ylim(bottom=0)
     if len(axes.lines) > 1:
@@ -84,7 +85,7 @@ def _lines(run: RunLog, names: Mapping[str, str], *, from_zero: bool = False) ->
 
 def _collapse(run: RunLog) -> Figure:
     """Plot spread and rank of the tokens; if both fall with the KD loss, the student collapses."""
-    figure = Figure((_WIDTH, _HEIGHT))
+    figure = Figure((WIDTH, HEIGHT))
     axes = figure.subplots()
     for name, at, colour in zip(_COLLAPSE, (axes, axes.twinx()), ("C0", "C1"), strict=True):
         steps, values = run.series(name)
@@ -92,7 +93,7 @@ def _collapse(run: RunLog) -> Figure:
         at.set_ylabel(_COLLAPSE[name], color=colour, fontsize=9)
         finite = [value for value in values if math.isfinite(value) and value > 0]
         at.set_ylim(0, 1.15 * max(finite, default=1))
-    _finish(axes)
+    finish_axes(axes)
     return figure
 
 
@@ -129,8 +130,9 @@ def _common_steps(run: RunLog, names: Sequence[str]) -> tuple[list[float], list[
     return [entry["step"] for entry in entries], [[e[name] for e in entries] for name in names]
 
 
-def _finish(axes: Any) -> None:
-    axes.set_xlabel("optimizer step", fontsize=9)
+def finish_axes(axes: Any, x: str = "optimizer step") -> None:
+    """Give the axes of a figure the labels and the grid that all have."""
+    axes.set_xlabel(x, fontsize=9)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.margins(x=0.02)

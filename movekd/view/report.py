@@ -8,16 +8,13 @@ import base64
 import datetime
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jinja2
 import yaml
 
-from movekd import __version__
 from movekd.corpus.conversations import IMAGE_PLACEHOLDER
 from movekd.corpus.decode import decode_image
 from movekd.errors import ConfigError, shorten
@@ -27,15 +24,13 @@ from movekd.evaluate.exact_match import normalise
 from movekd.evaluate.generate import generate_answers
 from movekd.evaluate.image_folder import Progress, check_images, read_from_folder
 from movekd.evaluate.question_file import load_questions
-from movekd.files.ownership import write_durably
 from movekd.student.checkpoint import TrainedStudent
 from movekd.train.step_losses import MAX_OVER_MEDIAN
+from movekd.view.page import write_page
 from movekd.view.plots import run_figures, to_svg
 from movekd.view.run_log import RunLog
 
 _THUMBNAIL = 160
-_UNFIT = re.compile(r"[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that HTML does not take: control characters and halves of surrogate pairs."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,9 @@ class SampleAnswer:
 
 def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> None:
     """Write the report of a run; it replaces the file at ``path`` atomically."""
-    folder = jinja2.PackageLoader("movekd.view", "templates")
-    environment = jinja2.Environment(
-        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "report.html.j2",
         name=run.directory.resolve().name,
         left_out=run.left_out,
         facts=_facts(run),
@@ -74,11 +67,7 @@ def write_report(run: RunLog, answers: Sequence[SampleAnswer], path: Path) -> No
         teachers=run.teachers,
         distils=run.config.get("distill") is not None,
         config=yaml.safe_dump(dict(run.config), sort_keys=False),
-        version=__version__,
-        date=datetime.date.today().isoformat(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, _UNFIT.sub("\ufffd", page).encode())
 
 
 def ask_samples(

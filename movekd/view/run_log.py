@@ -93,11 +93,16 @@ class RunLog:
 
     def names(self, prefix: str) -> list[str]:
         """Return the logged names with a prefix, sorted."""
-        return sorted({name for entry in self.steps for name in entry if name.startswith(prefix)})
+        entries = self.evaluations if prefix.startswith(_HELD_OUT) else self.steps
+        return sorted({name for entry in entries for name in entry if name.startswith(prefix)})
 
 
-def read_run(directory: Path) -> RunLog:
+def read_run(directory: Path, *, may_be_empty: bool = False) -> RunLog:
     """Return a finished run, or an unfinished one up to its last checkpoint.
+
+    Args:
+        directory: folder of the run.
+        may_be_empty: accept a run that has logged nothing yet.
 
     Raises:
         ConfigError: the folder is not a run, nothing was logged yet, or a file is damaged.
@@ -108,7 +113,7 @@ def read_run(directory: Path) -> RunLog:
         )
     config = read_yaml(directory / CONFIG_FILE)
     log, source = _read_log(directory)
-    if not log:
+    if not log and not may_be_empty:
         raise ConfigError(
             f"{directory} has neither {LOG_FILE} nor a checkpoint yet; the log is written with "
             "each checkpoint (training.save_steps) and at the end. Until then: tensorboard "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from movekd.errors import ConfigError, TrainingError
-from movekd.files.lock import hold_lock, holder
+from movekd.files.lock import hold_lock, holder, is_held
 
 HOLD = """
 import sys
@@ -40,6 +40,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
+        assert is_held(path)
         with (
             pytest.raises(ConfigError, match=f"pid {process.pid} on"),
             hold_lock(path, ConfigError),
@@ -48,9 +49,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert path.exists()
+    assert not is_held(path)
     with hold_lock(path, ConfigError):
-        pass
+        assert is_held(path)
     assert not path.exists()
+    assert not is_held(path)
+    assert not path.exists()  # looking makes no file
 
 
 def test_a_linked_lock_file_is_not_followed(tmp_path: Path) -> None:

@@ -14,25 +14,9 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
+from movekd.t_interval import LEVEL, Interval, mean_interval
 from study.plan import Contrast, RunId
 from study.results import Row
-
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% interval, by Student's t with ``num`` - 1 degrees of freedom."""
-
-    mean: float
-    low: float
-    high: float
-    num: int
-
-    @property
-    def df(self) -> int:
-        """Degrees of freedom."""
-        return self.num - 1
 
 
 @dataclass(frozen=True)
@@ -93,16 +77,6 @@ def accuracies(rows: Sequence[Row], part: str, kind: str = "all") -> dict[RunId,
     }
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and 95% interval; the interval of a single value is infinite."""
-    sample = np.asarray(values, float)
-    mean, num = float(sample.mean()), len(sample)
-    if num < 2:
-        return Interval(mean, float("-inf"), float("inf"), num)
-    half = stats.t.ppf((1 + LEVEL) / 2, num - 1) * sample.std(ddof=1) / np.sqrt(num)
-    return Interval(mean, float(mean - half), float(mean + half), num)
-
-
 def world_means(values: Mapping[RunId, float]) -> tuple[float, ...]:
     """Return the mean over the runs of each world, in the order of the worlds."""
     worlds = sorted({run.world for run in values})
@@ -111,7 +85,7 @@ def world_means(values: Mapping[RunId, float]) -> tuple[float, ...]:
 
 def over_worlds(values: Mapping[RunId, float]) -> Interval:
     """Return mean and 95% interval of one arm's values with worlds as units."""
-    return interval(world_means(values))
+    return mean_interval(world_means(values))
 
 
 def compare(contrast: Contrast, values: Mapping[RunId, float]) -> Comparison | None:
@@ -140,7 +114,7 @@ def t_test(differences: Sequence[float], margin: float | None = None) -> TTest:
 
     Source: Schuirmann (1987), two one-sided tests, for the margin.
     """
-    found = interval(differences)
+    found = mean_interval(differences)
     if found.num < 2:
         return TTest(found, None)
     error = np.std(differences, ddof=1) / np.sqrt(found.num)

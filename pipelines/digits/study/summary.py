@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import scenes
+from movekd.t_interval import Interval
 from study import plan, results
 from study.plan import (
     AFTERWARDS,
@@ -27,7 +28,7 @@ from study.plan import (
     runs,
 )
 from study.results import Row
-from study.statistics import Comparison, Interval, TTest, accuracies, compare, holm, over_worlds
+from study.statistics import Comparison, TTest, accuracies, compare, holm, over_worlds
 
 KINDS = (*scenes.QUESTION_TYPES, "all")
 Summary = dict[str, Any]

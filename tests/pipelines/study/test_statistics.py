@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from study.plan import Contrast, RunId
-from study.statistics import TTest, accuracies, compare, holm, interval, sign_flip_p
+from study.statistics import TTest, accuracies, compare, holm, sign_flip_p
 
 RANDOM = np.random.default_rng(0)
 PAIRS = [(seed, world) for seed in range(4) for world in range(3)]
@@ -19,14 +19,6 @@ def values_of(**arms):
         for arm, values in arms.items()
         for (seed, world), value in zip(PAIRS, values, strict=True)
     }
-
-
-def test_an_interval_is_scipys():
-    sample = RANDOM.normal(0.5, 0.1, 12)
-    found = interval(sample.tolist())
-    expected = stats.t.interval(0.95, 11, sample.mean(), stats.sem(sample))
-    assert (found.low, found.high) == pytest.approx(expected)
-    assert interval([0.5]).high == float("inf")
 
 
 def by_world(values):
