@@ -202,6 +202,8 @@ def _compared_keys(config: Nested, inputs: Nested | None, depth: int = _MOST_STA
     for name, value in (inputs or {}).items():
         if name in _DATA_KEYS:
             data[_DATA_KEYS[name]] = value
+        elif name == "weights":  # the paths of the sources are no difference
+            data["sources"] = {"weight": value}
         elif name == "global_batch_size":
             keys[SAMPLES_PER_STEP] = value
         elif name.startswith(FEATURES_OF):

@@ -177,6 +177,7 @@ def _trained_data(run: ComparedRun) -> dict[str, Any]:
     return {
         "data.shards": inputs.get("corpus"),
         "data.conversations": inputs.get("conversations"),
+        "data.sources.weight": inputs.get("weights"),
         "data.val_size": (lookup(run.keys, "data.val_size"), inputs.get("split")),
     }
 

@@ -8,12 +8,12 @@ from typing import Any
 from PIL import Image
 
 import scenes
-from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.train.config import load_config
 from movekd.train.fingerprints import input_fingerprints
 from movekd.train.run_dir import write_run_files
 from movekd.train.run_record import LOG_FILE, write_recorded
+from movekd.train.sources import open_sources
 
 PIPELINE = Path(scenes.__file__).parent
 PER_STEP = 4
@@ -57,7 +57,7 @@ def write_compared(
     """Write a finished run without distillation; return its folder. Without ``log`` it has none."""
     fixed = [f"data.shards={corpus}", f"training.seed={seed}", "distill=null"]
     config = load_config(PIPELINE / "finetune.yaml", [*fixed, *overrides])
-    inputs = input_fingerprints(config, open_corpus(corpus), None, per_step)
+    inputs = input_fingerprints(config, open_sources(config, None), per_step)
     write_run_files(folder, config, inputs)
     if log:
         write_log(folder, log)

@@ -1,5 +1,6 @@
 """Runs that differ only in their seeds are one arm; others are named by the keys that differ."""
 
+import json
 import shutil
 
 import pytest
@@ -41,6 +42,32 @@ def test_seeds_logging_and_places_make_no_arm(write, tmp_path, corpus_dir):
     assert arm.name == "a"
     assert [run.seed for run in arm.runs] == ["0", "1", "2 (data 9)", "3"]
     assert arm.mixed == []
+
+
+def test_of_several_corpora_the_weights_make_an_arm_and_the_places_none(
+    write, tmp_path, corpus_dir
+):
+    shutil.copytree(corpus_dir, tmp_path / "moved")
+    file = tmp_path / "texts.json"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    file.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+
+    def sources(weight, *places):
+        found = [
+            {"shards": str(place), "conversations": [str(file)], "weight": weight}
+            for place in places
+        ]
+        return ("data.shards=null", f"data.sources={json.dumps(found)}")
+
+    runs = [
+        write("a", 0, *sources(2, corpus_dir, corpus_dir)),
+        write("b", 1, *sources(2, corpus_dir, tmp_path / "moved")),
+        write("c", 0, *sources(3, corpus_dir, corpus_dir)),
+    ]
+    keys, arms = group(*runs)
+    assert keys == ["data.sources.weight"]
+    assert [[run.seed for run in arm.runs] for arm in arms] == [["0", "1"], ["0"]]
+    assert [list(arm.cells) for arm in arms] == [["2, 2"], ["3, 3"]]
 
 
 def test_only_differing_keys_are_shown_by_their_yaml_names(write):
