@@ -1,13 +1,16 @@
 """Check that FSDP2 shards the model if the config asks for it, and gather its parameters.
 
-Used by ``run``. FSDP2 has not been run on several GPUs yet; its files are in pipelines/accelerate.
+Used by ``run`` and ``trainer``. FSDP2 has not been run on several GPUs yet; its files are in
+pipelines/accelerate. What two processes on a CPU show is in tests/train/test_fully_shard.py.
 """
 
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from movekd.errors import ConfigError
@@ -52,3 +55,28 @@ def gather_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
+
+
+def complete_optimizer_state(optimizer: Optimizer) -> None:
+    """Give parameters that never had a gradient the state of a step with gradient 0 and rate 0.
+
+    The tower's last block learns nothing where its output is not used. torch refuses to load a
+    gathered optimizer that lacks the state of a parameter with ``requires_grad``. Call this in
+    every rank, between two steps.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    missing = [p for p in parameters if not optimizer.state.get(p)]
+    if len(missing) in (0, len(parameters)):  # all: an optimizer without state, such as plain SGD
+        return
+    gradients, rates = [p.grad for p in parameters], [g["lr"] for g in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(r) if isinstance(r := group["lr"], torch.Tensor) else 0.0
+    optimizer.step()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

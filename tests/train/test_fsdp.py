@@ -15,7 +15,7 @@ from movekd.distill.objective import count_units, step_loss
 from movekd.errors import ConfigError
 from movekd.resources import resource_dir
 from movekd.student.checkpoint import save_parts
-from movekd.train.fsdp import gather_parameters, require_fsdp2
+from movekd.train.fsdp import complete_optimizer_state, gather_parameters, require_fsdp2
 
 FILES = resource_dir("pipelines") / "accelerate"
 
@@ -86,6 +86,27 @@ def test_a_model_in_pieces_is_saved_whole(digits, tmp_path):
     for name in ("mole_encoder.safetensors", "vision_tower.safetensors"):
         expected = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "gathered" / name).read_bytes() == expected
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_has_the_state_of_every_parameter_and_nothing_else_changes(optimizer):
+    keys = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    learned, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [learned], "lr": 0.5}, {"params": [unused], "lr": 0.25}]
+    made = optimizer(groups, weight_decay=0.1, **keys)
+    complete_optimizer_state(made)
+    assert not made.state  # no step yet
+    learned.grad = torch.ones(2)
+    made.step()
+    before, kept = learned.detach().clone(), {k: v.clone() for k, v in made.state[learned].items()}
+    complete_optimizer_state(made)
+    assert made.state[unused].keys() == kept.keys()
+    assert torch.equal(learned, before)
+    assert torch.equal(unused, torch.ones(2))
+    assert all(torch.equal(made.state[learned][key], value) for key, value in kept.items())
+    assert [group["lr"] for group in made.param_groups] == [0.5, 0.25]
+    assert torch.equal(learned.grad, torch.ones(2))
+    assert unused.grad is None
 
 
 def test_the_shipped_files_are_what_accelerate_and_deepspeed_read():
