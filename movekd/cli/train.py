@@ -75,8 +75,8 @@ def train(
         if resolved.data.shards.exists():
             _say_held_out(resolved)
             if model is not None and Path(model).is_dir():
-                _count_samples(resolved)  # of a hub's id it would download the tokenizer
-                _say_packing(resolved)
+                # of a hub's id it would download the tokenizer
+                _count_samples(resolved, says_packing=resolved.data.packing)
         return
     quiet_libraries()
     if show_samples is not None:
@@ -142,29 +142,30 @@ def _say_held_out(config: "TrainConfig") -> None:
         say(f"movekd: {said}", err=True)
 
 
-def _say_packing(config: "TrainConfig") -> None:
-    """Print on standard error how full the rows of packed samples are."""
+def _count_samples(config: "TrainConfig", says_packing: bool = False) -> None:
+    """Print on standard error how many samples teach nothing, and how full packed rows are."""
     from movekd.train.packed_data import describe_packing
-
-    if config.data.packing and distributed.is_main_process():
-        with progress_bar() as progress:
-            said = describe_packing(config, progress)
-        say(f"movekd: {said}", err=True)
-
-
-def _count_samples(config: "TrainConfig") -> None:
-    """Print on standard error how many samples teach nothing."""
+    from movekd.train.packing_keys import require_packable
     from movekd.train.sample_count import count_samples
     from movekd.train.show_samples import open_conversations
 
     if config.stage == "distill" or not distributed.is_main_process():
         return
     quiet_libraries()
+    if says_packing:
+        require_packable(config)
     trained, held_out = open_conversations(config)
+    lengths: list[int] = []
     for dataset, what in ((trained, "conversations"), (held_out, "held-out conversations")):
         if dataset is None:
             continue
+        packs = says_packing and dataset is trained
         with progress_bar() as progress:
-            count = replace(count_samples(dataset, progress=progress), what=what)
+            count = replace(
+                count_samples(dataset, progress=progress, needs_lengths=packs), what=what
+            )
+        lengths = count.lengths if packs else lengths
         count.require_samples(dataset.max_length)
         say(f"movekd: {count.sentence(dataset.max_length)}", err=True)
+    if says_packing:
+        say(f"movekd: {describe_packing(config, trained, lengths)}", err=True)

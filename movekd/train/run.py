@@ -62,7 +62,7 @@ from movekd.train.run_record import (
     record_curves,
     write_recorded,
 )
-from movekd.train.sample_count import SampleCount, count_samples
+from movekd.train.sample_count import SampleCount, count_all
 from movekd.train.trained_parts import parts_to_save, set_trained
 from movekd.train.trainer import DistillTrainer
 from movekd.train.training_args import divide_step, global_batch_size, training_arguments
@@ -193,11 +193,12 @@ def train(
     set_seed(arguments.seed)
     model, student = build_model(config, cache)
     data = read_data(config, corpus, cache, student)
+    count = None
     if start.checkpoint is None:
-        _count_all_samples(data, arguments, progress, notify)
+        count = _count_all_samples(config, data, arguments, progress, notify)
     else:
         arguments.eval_on_start = False  # it was measured when the run began
-    trained = packed_rows(config, data.trained, arguments, progress, notify)
+    trained = packed_rows(config, data.trained, arguments, progress, notify, count)
     if isinstance(trained, PackedDataset):
         inputs[PACKED_ROWS] = trained.fingerprint()
         if start.checkpoint is not None:
@@ -250,35 +251,30 @@ def train(
 
 
 def _count_all_samples(
+    config: TrainConfig,
     data: RunData,
     arguments: TrainingArguments,
     progress: Progress | None,
     notify: Callable[[str], None] | None,
-) -> None:
-    """Say which samples are held out or teach nothing, before the first step."""
+) -> SampleCount | None:
+    """Say which samples are held out or teach nothing; return the count of those to learn from."""
     tell = notify if notify is not None and arguments.process_index == 0 else None
     if tell is not None and (said := data.describe()) is not None:
         tell(said)
+    counts: list[SampleCount | None] = []
     for dataset, what in ((data.trained, ""), (data.held_out, "held-out ")):
-        if isinstance(dataset, ConversationDataset):
-            _count_samples(dataset, f"{what}conversations", arguments, progress, tell)
-
-
-def _count_samples(
-    dataset: ConversationDataset,
-    what: str,
-    arguments: TrainingArguments,
-    progress: Progress | None,
-    tell: Callable[[str], None] | None,
-) -> None:
-    """Say which samples teach nothing; each rank looks at its share."""
-    rank, num_ranks = arguments.process_index, arguments.world_size
-    count = SampleCount(what)
-    for share in gather(count_samples(dataset, rank, num_ranks, progress if rank == 0 else None)):
-        count.add(share)
-    count.require_samples(dataset.max_length)
-    if tell is not None and count.has_losses:
-        tell(count.sentence(dataset.max_length))
+        if not isinstance(dataset, ConversationDataset):
+            counts.append(None)
+            continue
+        rank, num_ranks = arguments.process_index, arguments.world_size
+        packs = config.data.packing and dataset is data.trained
+        count = count_all(dataset, rank, num_ranks, progress, needs_lengths=packs)
+        count.what = f"{what}conversations"
+        count.require_samples(dataset.max_length)
+        if tell is not None and count.has_losses:
+            tell(count.sentence(dataset.max_length))
+        counts.append(count)
+    return counts[0]
 
 
 class _ShowProgress(TrainerCallback):
