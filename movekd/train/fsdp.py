@@ -1,4 +1,4 @@
-"""Check that FSDP2 shards the model if the config asks for it, and gather its parameters.
+"""Check how FSDP2 or DeepSpeed shards the model, and gather what FSDP2 has sharded.
 
 Used by ``run`` and ``trainer``. FSDP2 has not been run on several GPUs yet; its files are in
 pipelines/accelerate. What two processes on a CPU show is in tests/train/test_fully_shard.py.
@@ -36,12 +36,30 @@ def refuse_fsdp_on_cpu(arguments: TrainingArguments) -> None:
         )
 
 
+def refuse_zero3(plugin: Any) -> None:
+    """Refuse ZeRO-3, whose pieces of parameters nothing here gathers for the files of a run.
+
+    Args:
+        plugin: accelerate's DeepSpeedPlugin, or None.
+
+    Raises:
+        ConfigError: names the stage.
+    """
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ConfigError(
+            "the config of DeepSpeed sets ZeRO stage 3, which cuts parameters into pieces that "
+            "`movekd train` cannot load or save; expected stage 2 or less, as in "
+            "pipelines/accelerate/deepspeed_zero2.json. To divide parameters too, use FSDP2."
+        )
+
+
 def require_fsdp2(arguments: TrainingArguments, accelerator: Any) -> None:
-    """Refuse a run that asks for FSDP and whose model is not sharded by FSDP2.
+    """Refuse a run that asks for FSDP and whose model is not sharded by FSDP2, and ZeRO-3.
 
     Raises:
         ConfigError: names what accelerate chose instead.
     """
+    refuse_zero3(getattr(accelerator.state, "deepspeed_plugin", None))
     if is_fsdp_asked_for(arguments) and not accelerator.is_fsdp2:
         raise ConfigError(
             f"FSDP was asked for, and accelerate chose {accelerator.distributed_type}; expected "

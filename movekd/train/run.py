@@ -45,7 +45,12 @@ from movekd.train.fingerprints import (
     require_same_inputs,
     require_unchanged_inputs,
 )
-from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
+from movekd.train.fsdp import (
+    gather_parameters,
+    refuse_fsdp_on_cpu,
+    refuse_zero3,
+    require_fsdp2,
+)
 from movekd.train.init_from import check_init_from, load_init_from
 from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
@@ -167,6 +172,7 @@ def train(
     """
     arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
+    refuse_zero3(arguments.deepspeed_plugin)
     refuse_sharding_in_4bit(config, arguments)
     if config.data.packing:
         broadcast_decision(lambda: require_packable(config))

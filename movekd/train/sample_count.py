@@ -6,7 +6,7 @@ would be the only other sign.
 
 Tokenising a large corpus as training does takes long. Without packing most samples are so short
 that their bytes show it, for no tokenizer makes more tokens than bytes; of others the number of
-tokens shows it. With packing all are tokenised, once. Processes share the work on many samples.
+tokens shows it. With packing all are tokenised, once, and if they are many, by several processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -138,8 +138,8 @@ def count_samples(
         num_ranks: all that look, each at its share.
         progress: called with what is done, and how many samples of this share.
         needs_lengths: tokenise every sample, and return its length too.
-        num_processes: beside this one; None: as many as the CPUs and the samples are worth, and 0
-            for few samples.
+        num_processes: that look for this one. None: as many as the CPUs and the samples are worth
+            with ``needs_lengths``, otherwise 0, for most samples are told in microseconds.
 
     Raises:
         ConfigError: no prompt can be made with this tokenizer.
@@ -147,7 +147,7 @@ def count_samples(
     positions = range(rank, len(dataset), num_ranks)
     if num_processes is None:
         most = min(_MOST_PROCESSES, num_cpus() // num_ranks)
-        num_processes = min(most, len(positions) // _PER_PROCESS)
+        num_processes = min(most, len(positions) // _PER_PROCESS) if needs_lengths else 0
     looks = DataLoader(
         _Looks(dataset, positions, needs_lengths),
         batch_size=_AT_ONCE,

@@ -15,7 +15,12 @@ from movekd.distill.objective import count_units, step_loss
 from movekd.errors import ConfigError
 from movekd.resources import resource_dir
 from movekd.student.checkpoint import save_parts
-from movekd.train.fsdp import complete_optimizer_state, gather_parameters, require_fsdp2
+from movekd.train.fsdp import (
+    complete_optimizer_state,
+    gather_parameters,
+    refuse_zero3,
+    require_fsdp2,
+)
 
 FILES = resource_dir("pipelines") / "accelerate"
 
@@ -31,12 +36,33 @@ def test_fsdp_on_a_cpu_is_refused_before_anything_is_written(digits, tmp_path, m
 
 def test_what_accelerate_chose_instead_is_named(tmp_path, monkeypatch):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    chosen = SimpleNamespace(is_fsdp2=False, distributed_type="MULTI_GPU")
+    state = SimpleNamespace()
+    chosen = SimpleNamespace(is_fsdp2=False, distributed_type="MULTI_GPU", state=state)
     require_fsdp2(arguments, chosen)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"accelerate chose MULTI_GPU; expected FSDP of version"):
         require_fsdp2(arguments, chosen)
-    require_fsdp2(arguments, SimpleNamespace(is_fsdp2=True, distributed_type="FSDP"))
+    chosen = SimpleNamespace(is_fsdp2=True, distributed_type="FSDP", state=state)
+    require_fsdp2(arguments, chosen)
+
+
+def test_zero_3_is_refused_wherever_it_is_asked_for(tmp_path):
+    """By `training.deepspeed`, or by a config of accelerate that only its state tells of."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for stage in (0, 1, 2, 3):
+        plugin = SimpleNamespace(zero_stage=stage)
+        chosen = SimpleNamespace(
+            is_fsdp2=False, distributed_type="X", state=SimpleNamespace(deepspeed_plugin=plugin)
+        )
+        if stage < 3:
+            refuse_zero3(plugin)
+            require_fsdp2(arguments, chosen)
+            continue
+        with pytest.raises(ConfigError, match=r"ZeRO stage 3, .* expected stage 2 or less"):
+            refuse_zero3(plugin)
+        with pytest.raises(ConfigError, match=r"ZeRO stage 3, .* expected stage 2 or less"):
+            require_fsdp2(arguments, chosen)
+    refuse_zero3(None)
 
 
 def test_a_sharded_model_learns_as_a_whole_one(digits, tmp_path):
