@@ -9,6 +9,7 @@ that their bytes show it, for no tokenizer makes more tokens than bytes; of othe
 tokens shows it. With packing all are tokenised, once, and if they are many, by several processes.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -146,7 +147,8 @@ def count_samples(
     """
     positions = range(rank, len(dataset), num_ranks)
     if num_processes is None:
-        most = min(_MOST_PROCESSES, num_cpus() // num_ranks)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        most = min(_MOST_PROCESSES, num_cpus() // ranks_here)
         num_processes = min(most, len(positions) // _PER_PROCESS) if needs_lengths else 0
     looks = DataLoader(
         _Looks(dataset, positions, needs_lengths),
