@@ -81,8 +81,8 @@ def train(
         if all(source.shards.exists() for source in resolved.data.all_sources()):
             _say_data(resolved)
             if model is not None and Path(model).is_dir():
-                _count_samples(resolved)  # of a hub's id it would download the tokenizer
-                _say_packing(resolved)
+                # of a hub's id it would download the tokenizer
+                _count_samples(resolved, says_packing=resolved.data.packing)
         return
     quiet_libraries()
     if show_samples is not None:
@@ -159,29 +159,30 @@ def _say_data(config: "TrainConfig") -> None:
         say(f"movekd: {line}", err=True)
 
 
-def _say_packing(config: "TrainConfig") -> None:
-    """Print on standard error how full the rows of packed samples are."""
+def _count_samples(config: "TrainConfig", says_packing: bool = False) -> None:
+    """Print on standard error how many samples teach nothing, and how full packed rows are."""
     from movekd.train.packed_data import describe_packing
-
-    if config.data.packing and distributed.is_main_process():
-        with progress_bar() as progress:
-            said = describe_packing(config, progress)
-        say(*(f"movekd: {line}" for line in said), err=True)
-
-
-def _count_samples(config: "TrainConfig") -> None:
-    """Print on standard error how many samples teach nothing."""
+    from movekd.train.packing_keys import require_packable
     from movekd.train.sample_count import count_samples
     from movekd.train.show_samples import open_conversations
 
     if config.stage == "distill" or not distributed.is_main_process():
         return
     quiet_libraries()
+    if says_packing:
+        require_packable(config)
     trained, held_out = open_conversations(config)
+    packed: list[str] = []
     for datasets, what in ((trained, "conversations"), (held_out, "held-out conversations")):
         for dataset in datasets:
             of = f" of {dataset.corpus.data_dir}" if len(datasets) > 1 else ""
+            packs = says_packing and datasets is trained
             with progress_bar() as progress:
-                count = replace(count_samples(dataset, progress=progress), what=what + of)
+                count = count_samples(dataset, progress=progress, needs_lengths=packs)
+            count = replace(count, what=what + of)
             count.require_samples(dataset.max_length)
             say(f"movekd: {count.sentence(dataset.max_length)}", err=True)
+            if packs:
+                packed.append(describe_packing(config, dataset, count.lengths))
+    for line in packed:
+        say(f"movekd: {line}", err=True)

@@ -44,11 +44,11 @@ MADE_BY = "movekd train"
 _MAX_STATE_BYTES = 1024 * MIB  # it holds the whole log
 _NEEDED = {
     "the weights": (CHECKPOINT_FILE, "pytorch_model_fsdp*"),
-    "the state of the optimizer": ("optimizer*",),
+    "the state of the optimizer": ("optimizer*", "global_step*/*optim_states.pt"),
     "the state of the scheduler": ("scheduler.pt",),
     "the state of the random numbers": ("rng_state*.pth",),
 }
-"""What a resume needs to end as an uninterrupted run -> names of its files."""
+"""What a resume needs to end as an uninterrupted run -> names of its files (DeepSpeed's last)."""
 
 
 class _State(BaseModel):

@@ -92,11 +92,14 @@ class DistillModel(nn.Module):
         student_VND = patch_tokens(hidden_VTD, vision_config)
         student_IND = student_VND if target_views is None else student_VND[target_views]
         unused = student_IND.new_zeros((), dtype=torch.float32)
-        text = None
+        text = embeds_BLD = None
         if self.has_language_model:
             assert input_ids is not None
+            if not has_images:
+                embeds_BLD = self._join_features(input_ids, features.pooler_output)
             text = self.vlm(
-                input_ids=input_ids,
+                input_ids=input_ids if has_images else None,
+                inputs_embeds=embeds_BLD,
                 attention_mask=attention_mask if position_ids is None else None,
                 position_ids=position_ids,
                 labels=labels,
@@ -104,8 +107,6 @@ class DistillModel(nn.Module):
                 num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean
                 use_cache=False,
             )
-            if not has_images:
-                unused = unused + 0.0 * torch.cat(list(features.pooler_output)).sum()
         output = StudentOutput(student_VND, student_IND)
         if targets is not None:
             global_VD = global_token(hidden_VTD, vision_config)
@@ -158,6 +159,15 @@ class DistillModel(nn.Module):
             summary_predictions=tuple(head(global_ID.float()) for head in heads),
             summary_goals=tuple(summary_target(targets[n], distill) for n in distill.teachers),
         )
+
+    def _join_features(self, input_ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings (B, L, D) of a text without images, with a black image's times 0.
+
+        Backward then passes the language model's blocks before the tower's, as with images. FSDP2
+        waits for ever where ranks gather blocks in different orders.
+        """
+        embeds_BLD: Tensor = self.vlm.get_input_embeddings()(input_ids)
+        return embeds_BLD + (0.0 * torch.cat(list(features)).sum()).to(embeds_BLD.dtype)
 
     def _touch_adapters(self, student_IND: Tensor) -> Tensor:
         """Return a scalar that depends on the student's tokens and on every adapter and head."""

@@ -9,22 +9,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from movekd.distributed import gather
 from movekd.student.tokenization import IGNORED
 from movekd.train.config import TrainConfig
 from movekd.train.data import ConversationDataset, Sample
 from movekd.train.encoder_data import EncoderDataset
 from movekd.train.packing import pack_rows, padding_share, row_lengths
-from movekd.train.packing_keys import require_packable
+from movekd.train.sample_count import Progress, SampleCount, count_all
 from movekd.train.sampler import EMPTY, GlobalOrderSampler
-from movekd.train.show_samples import open_conversations
 from movekd.train.training_args import global_batch_size
-
-Progress = Callable[[str, int, int], None]
 
 
 class PackedDataset(Dataset[Sample]):
@@ -32,7 +27,7 @@ class PackedDataset(Dataset[Sample]):
 
     Args:
         conversations: the samples.
-        lengths: tokens of each, from ``count_lengths``.
+        lengths: tokens of each, from ``sample_count``.
         seed: decides which samples stand in a row together.
     """
 
@@ -103,44 +98,16 @@ def join(samples: Sequence[Sample]) -> Sample:
     )
 
 
-def count_lengths(
-    dataset: ConversationDataset,
-    rank: int = 0,
-    num_ranks: int = 1,
-    progress: Progress | None = None,
-) -> list[int]:
-    """Return the tokens of every sample as it trains; every rank must call this.
-
-    Each rank tokenises every ``num_ranks``-th sample.
-
-    Raises:
-        ConfigError: a conversation cannot be tokenised.
-    """
-    positions = range(rank, len(dataset), num_ranks)
-    found: list[int] = []
-    for position in positions:
-        found.append(len(dataset.tokenize(position, dataset.max_length).input_ids))
-        if progress is not None and len(found) % 1000 == 0:
-            progress("measure samples", len(found), len(positions))
-    lengths: NDArray[np.int64] = np.zeros(len(dataset), np.int64)
-    for share, counted in enumerate(gather(found) if num_ranks > 1 else [found]):
-        lengths[share::num_ranks] = counted
-    return list(lengths.tolist())
-
-
 def pack(
-    dataset: ConversationDataset,
-    config: TrainConfig,
-    rank: int = 0,
-    num_ranks: int = 1,
-    progress: Progress | None = None,
+    dataset: ConversationDataset, config: TrainConfig, lengths: Sequence[int]
 ) -> PackedDataset:
-    """Return the rows of a run; every rank must call this.
+    """Return the rows of a run.
 
-    Raises:
-        ConfigError: a conversation cannot be tokenised.
+    Args:
+        dataset: the samples.
+        config: the run.
+        lengths: tokens of each sample.
     """
-    lengths = count_lengths(dataset, rank, num_ranks, progress if rank == 0 else None)
     seed = config.training.get("data_seed")
     seed = config.training.get("seed", _SEED) if seed is None else seed
     return PackedDataset(dataset, lengths, seed)
@@ -152,36 +119,48 @@ def packed_rows(
     arguments: TrainingArguments,
     progress: Progress | None,
     notify: Callable[[str], None] | None,
+    count: SampleCount | None = None,
 ) -> ConversationDataset | PackedDataset | EncoderDataset:
     """Return the samples as `data.packing` asks for, and say how much of a row is padding.
 
     Every rank must call this; rank 0 says it.
+
+    Args:
+        config: the run.
+        dataset: its samples.
+        arguments: its arguments.
+        progress: called while samples are tokenised.
+        notify: called with the line to say.
+        count: of all samples, with lengths; None: they are tokenised now.
 
     Raises:
         ConfigError: a conversation cannot be tokenised.
     """
     if not config.data.packing or isinstance(dataset, EncoderDataset):
         return dataset
-    rows = pack(dataset, config, arguments.process_index, arguments.world_size, progress)
+    if count is None:
+        rank, num_ranks = arguments.process_index, arguments.world_size
+        count = count_all(dataset, rank, num_ranks, progress, needs_lengths=True)
+        count.require_tokenized()
+    rows = pack(dataset, config, count.lengths)
     if notify is not None and arguments.process_index == 0:
         notify(rows.describe(arguments.train_batch_size, global_batch_size(arguments)))
     return rows
 
 
-def describe_packing(config: TrainConfig, progress: Progress | None = None) -> list[str]:
-    """Return how full the rows of a run in one process are, a line per source, without weights.
+def describe_packing(
+    config: TrainConfig, dataset: ConversationDataset, lengths: Sequence[int]
+) -> str:
+    """Return how full the rows of a run in one process are, as one line.
 
-    Raises:
-        MovekdError: the samples cannot be packed or tokenised.
+    Args:
+        config: the run.
+        dataset: its samples.
+        lengths: tokens of each sample.
     """
-    require_packable(config)
-    sources, _ = open_conversations(config)
     batch_size = config.training.get("per_device_train_batch_size", _BATCH_SIZE)
     steps = config.training.get("gradient_accumulation_steps", 1)
-    return [
-        pack(conversations, config, progress=progress).describe(batch_size, batch_size * steps)
-        for conversations in sources
-    ]
+    return pack(dataset, config, lengths).describe(batch_size, batch_size * steps)
 
 
 _SEED, _BATCH_SIZE = 42, 8

@@ -44,7 +44,12 @@ from movekd.train.fingerprints import (
     require_same_inputs,
     require_unchanged_inputs,
 )
-from movekd.train.fsdp import gather_parameters, refuse_fsdp_on_cpu, require_fsdp2
+from movekd.train.fsdp import (
+    gather_parameters,
+    refuse_fsdp_on_cpu,
+    refuse_zero3,
+    require_fsdp2,
+)
 from movekd.train.init_from import check_init_from, load_init_from
 from movekd.train.knn_probe import KnnProbe, read_probe_images
 from movekd.train.language_model_keys import refuse_sharding_in_4bit
@@ -62,7 +67,7 @@ from movekd.train.run_record import (
     record_curves,
     write_recorded,
 )
-from movekd.train.sample_count import SampleCount, count_samples
+from movekd.train.sample_count import SampleCount, count_all
 from movekd.train.sources import Source, open_sources
 from movekd.train.trained_parts import parts_to_save, set_trained
 from movekd.train.trainer import DistillTrainer
@@ -168,6 +173,7 @@ def train(
     """
     arguments = training_arguments(config, output_dir)
     refuse_fsdp_on_cpu(arguments)
+    refuse_zero3(arguments.deepspeed_plugin)
     refuse_sharding_in_4bit(config, arguments)
     if config.data.packing:
         broadcast_decision(lambda: require_packable(config))
@@ -199,13 +205,14 @@ def train(
     set_seed(arguments.seed)
     model, student = build_model(config, sources[0].cache)
     data = read_data(config, sources, student)
+    counts: list[SampleCount | None] = [None] * len(data.trained)
     if start.checkpoint is None:
-        _count_all_samples(data, arguments, progress, notify)
+        counts = _count_all_samples(config, data, arguments, progress, notify)
     else:
         arguments.eval_on_start = False  # it was measured when the run began
     parts = [
-        Part(part.source, packed_rows(config, part.dataset, arguments, progress, notify))
-        for part in data.trained
+        Part(part.source, packed_rows(config, part.dataset, arguments, progress, notify, count))
+        for part, count in zip(data.trained, counts, strict=True)
     ]
     trained = join(parts)
     if isinstance(trained, Mixture) and notify is not None and is_main_process():
@@ -265,40 +272,33 @@ def train(
 
 
 def _count_all_samples(
+    config: TrainConfig,
     data: RunData,
     arguments: TrainingArguments,
     progress: Progress | None,
     notify: Callable[[str], None] | None,
-) -> None:
-    """Say which samples are held out or teach nothing, before the first step."""
+) -> list[SampleCount | None]:
+    """Say which samples are held out or teach nothing; return the count of each source's."""
     tell = notify if notify is not None and arguments.process_index == 0 else None
     if tell is not None and (said := data.describe()) is not None:
         tell(said)
-    for datasets, what in (
-        ([part.dataset for part in data.trained], ""),
-        (parts_of(data.held_out), "held-out "),
-    ):
+    trained = [part.dataset for part in data.trained]
+    counts: list[SampleCount | None] = []
+    for datasets, what in ((trained, ""), (parts_of(data.held_out), "held-out ")):
         for dataset in datasets:
-            if isinstance(dataset, ConversationDataset):
-                of = f" of {dataset.corpus.data_dir}" if len(datasets) > 1 else ""
-                _count_samples(dataset, f"{what}conversations{of}", arguments, progress, tell)
-
-
-def _count_samples(
-    dataset: ConversationDataset,
-    what: str,
-    arguments: TrainingArguments,
-    progress: Progress | None,
-    tell: Callable[[str], None] | None,
-) -> None:
-    """Say which samples teach nothing; each rank looks at its share."""
-    rank, num_ranks = arguments.process_index, arguments.world_size
-    count = SampleCount(what)
-    for share in gather(count_samples(dataset, rank, num_ranks, progress if rank == 0 else None)):
-        count.add(share)
-    count.require_samples(dataset.max_length)
-    if tell is not None and count.has_losses:
-        tell(count.sentence(dataset.max_length))
+            if not isinstance(dataset, ConversationDataset):
+                counts.append(None)
+                continue
+            rank, num_ranks = arguments.process_index, arguments.world_size
+            packs = config.data.packing and datasets is trained
+            count = count_all(dataset, rank, num_ranks, progress, needs_lengths=packs)
+            of = f" of {dataset.corpus.data_dir}" if len(datasets) > 1 else ""
+            count.what = f"{what}conversations{of}"
+            count.require_samples(dataset.max_length)
+            if tell is not None and count.has_losses:
+                tell(count.sentence(dataset.max_length))
+            counts.append(count)
+    return counts[: len(trained)]
 
 
 class _ShowProgress(TrainerCallback):

@@ -40,6 +40,7 @@ from movekd.train.config import TrainConfig
 from movekd.train.data import Collator
 from movekd.train.encoder_data import EncoderCollator
 from movekd.train.evaluation import held_out_loader, held_out_losses
+from movekd.train.fsdp import complete_optimizer_state
 from movekd.train.knn_probe import KnnProbe
 from movekd.train.mixture import Mixture, Trained, row_lengths
 from movekd.train.model import DistillModel
@@ -231,6 +232,9 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint whole or not at all, then delete older ones (`save_total_limit`)."""
         self.require_finite()
+        if self.is_fsdp_enabled:
+            optimizer: Any = self.optimizer
+            complete_optimizer_state(getattr(optimizer, "optimizer", optimizer))
         self._step_losses().gather(self.args.world_size)
         self.state.stateful_callbacks[STATE_KEY] = self._step_losses().state()
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from movekd.distill.loss_terms import LossTerm
 from movekd.distill.objective import count_units, step_loss
-from movekd.train.packed_data import PackedDataset, count_lengths
+from movekd.train.packed_data import PackedDataset
+from movekd.train.sample_count import count_samples
 
 TOLERANCE = 1e-5
 
 
 def packed(dataset: Any, seed: int = 0) -> PackedDataset:
     """Return the rows of a data set."""
-    return PackedDataset(dataset, count_lengths(dataset), seed)
+    return PackedDataset(dataset, count_samples(dataset, needs_lengths=True).lengths, seed)
 
 
 def one_by_one(rows: PackedDataset) -> list[Any]:

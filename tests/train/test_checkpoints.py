@@ -230,3 +230,16 @@ def test_weights_that_are_not_finite_are_never_saved(stopped, tmp_path):
             digits.train(run, "pretrain", *keys, saves, learning_rate=1e38)
         assert not list(run.rglob("*.safetensors"))
         assert not numbered_checkpoints(run)
+
+
+def test_a_checkpoint_whose_optimizer_deepspeed_has_saved_is_whole(stopped, tmp_path):
+    """DeepSpeed writes one file per rank, into a folder of its own; test_deepspeed resumes one."""
+    path = copied(stopped, tmp_path) / "checkpoint-2"
+    names = read_owned(path).files.keys() - {"optimizer.pt"}
+    moved = path / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    moved.parent.mkdir()
+    (path / "optimizer.pt").rename(moved)
+    write_owned(path, {*names, moved.relative_to(path).as_posix()}, "movekd train")
+    assert find_whole(tmp_path / "run") == (path, {})
+    flip(moved)
+    assert "of other content" in find_whole(tmp_path / "run").damaged[path]

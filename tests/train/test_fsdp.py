@@ -15,7 +15,12 @@ from movekd.distill.objective import count_units, step_loss
 from movekd.errors import ConfigError
 from movekd.resources import resource_dir
 from movekd.student.checkpoint import save_parts
-from movekd.train.fsdp import gather_parameters, require_fsdp2
+from movekd.train.fsdp import (
+    complete_optimizer_state,
+    gather_parameters,
+    refuse_zero3,
+    require_fsdp2,
+)
 
 FILES = resource_dir("pipelines") / "accelerate"
 
@@ -31,12 +36,33 @@ def test_fsdp_on_a_cpu_is_refused_before_anything_is_written(digits, tmp_path, m
 
 def test_what_accelerate_chose_instead_is_named(tmp_path, monkeypatch):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    chosen = SimpleNamespace(is_fsdp2=False, distributed_type="MULTI_GPU")
+    state = SimpleNamespace()
+    chosen = SimpleNamespace(is_fsdp2=False, distributed_type="MULTI_GPU", state=state)
     require_fsdp2(arguments, chosen)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"accelerate chose MULTI_GPU; expected FSDP of version"):
         require_fsdp2(arguments, chosen)
-    require_fsdp2(arguments, SimpleNamespace(is_fsdp2=True, distributed_type="FSDP"))
+    chosen = SimpleNamespace(is_fsdp2=True, distributed_type="FSDP", state=state)
+    require_fsdp2(arguments, chosen)
+
+
+def test_zero_3_is_refused_wherever_it_is_asked_for(tmp_path):
+    """By `training.deepspeed`, or by a config of accelerate that only its state tells of."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for stage in (0, 1, 2, 3):
+        plugin = SimpleNamespace(zero_stage=stage)
+        chosen = SimpleNamespace(
+            is_fsdp2=False, distributed_type="X", state=SimpleNamespace(deepspeed_plugin=plugin)
+        )
+        if stage < 3:
+            refuse_zero3(plugin)
+            require_fsdp2(arguments, chosen)
+            continue
+        with pytest.raises(ConfigError, match=r"ZeRO stage 3, .* expected stage 2 or less"):
+            refuse_zero3(plugin)
+        with pytest.raises(ConfigError, match=r"ZeRO stage 3, .* expected stage 2 or less"):
+            require_fsdp2(arguments, chosen)
+    refuse_zero3(None)
 
 
 def test_a_sharded_model_learns_as_a_whole_one(digits, tmp_path):
@@ -86,6 +112,27 @@ def test_a_model_in_pieces_is_saved_whole(digits, tmp_path):
     for name in ("mole_encoder.safetensors", "vision_tower.safetensors"):
         expected = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "gathered" / name).read_bytes() == expected
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_has_the_state_of_every_parameter_and_nothing_else_changes(optimizer):
+    keys = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    learned, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [learned], "lr": 0.5}, {"params": [unused], "lr": 0.25}]
+    made = optimizer(groups, weight_decay=0.1, **keys)
+    complete_optimizer_state(made)
+    assert not made.state  # no step yet
+    learned.grad = torch.ones(2)
+    made.step()
+    before, kept = learned.detach().clone(), {k: v.clone() for k, v in made.state[learned].items()}
+    complete_optimizer_state(made)
+    assert made.state[unused].keys() == kept.keys()
+    assert torch.equal(learned, before)
+    assert torch.equal(unused, torch.ones(2))
+    assert all(torch.equal(made.state[learned][key], value) for key, value in kept.items())
+    assert [group["lr"] for group in made.param_groups] == [0.5, 0.25]
+    assert torch.equal(learned.grad, torch.ones(2))
+    assert unused.grad is None
 
 
 def test_the_shipped_files_are_what_accelerate_and_deepspeed_read():

@@ -13,7 +13,10 @@ from movekd.errors import ConfigError
 from movekd.student.tokenization import IGNORED
 from movekd.train.data import Sample
 from movekd.train.packed_data import describe_packing, join
+from movekd.train.packing_keys import require_packable
+from movekd.train.sample_count import count_samples
 from movekd.train.sampler import EMPTY
+from movekd.train.show_samples import open_conversations
 from same_step import assert_same_step, one_by_one, packed, step
 from small_language_model import KINDS, write_language_model
 from torchrun import train_in_two_processes
@@ -183,7 +186,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_says_its_padding(
     inputs.write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match="was begun with other packed rows"):
         digits.train(tmp_path / "parts", "finetune", *keys, *saving, resume=True)
-    assert said == describe_packing(digits.config("finetune", *keys))
+    config = digits.config("finetune", *keys)
+    (dataset,), _ = open_conversations(config)
+    lengths = count_samples(dataset, needs_lengths=True).lengths
+    assert said == [describe_packing(config, dataset, lengths)]
     assert said[0].startswith("16 conversations are packed into ")
 
 
@@ -266,7 +272,7 @@ def test_a_kind_of_language_model_that_nobody_compared_is_refused(digits, tmp_pa
         digits.train(tmp_path / "run", "finetune", *keys)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="'mamba'"):
-        describe_packing(digits.config("finetune", *keys))
+        require_packable(digits.config("finetune", *keys))
 
 
 def test_packing_groups_no_modalities_and_a_run_without_it_has_the_former_defaults(digits):

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from movekd.corpus.conversations import Conversation
 from movekd.corpus.index import open_corpus
 from movekd.errors import ConfigError
+from movekd.student.prompts import V1_SYSTEM
 from movekd.student.tokenization import IGNORED
 from movekd.student.tokenizer import load_tokenizer
 from movekd.train.data import ConversationDataset
@@ -93,15 +95,18 @@ TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
     st.integers(40, 400),
     st.booleans(),
     st.integers(1, 3),
+    st.booleans(),
 )
 @settings(max_examples=30, derandomize=True, deadline=None, database=None)
 def test_the_count_is_that_of_tokenising_all(
-    make, turns_of, prompt, recipe, length, has_image, num_ranks
+    make, turns_of, prompt, recipe, length, has_image, num_ranks, needs_lengths
 ):
     dataset = make(turns_of, prompt, recipe, length, with_image=(0,) if has_image else ())
     found = SampleCount()
     for rank in range(num_ranks):
-        found.add(count_samples(dataset, rank, num_ranks))
+        share = count_samples(dataset, rank, num_ranks, needs_lengths=needs_lengths)
+        assert len(share.lengths) == (share.num_samples if needs_lengths else 0)
+        found.add(share)
     num_cut, unlearned, refused = by_tokenising_all(dataset)
     assert found.num_samples == len(turns_of)
     assert found.num_cut == num_cut
@@ -113,6 +118,53 @@ def test_the_count_is_that_of_tokenising_all(
         assert len(str(caught.value)) < 2000
     else:
         found.require_samples(length)
+
+
+def test_lengths_are_those_of_transformers_own_calls(make):
+    """BOS by the tokenizer, each image as many tokens as it has features, cut at the limit."""
+    pairs = [("How many?", "Two."), ("文字 \ufdfa?", "x" * 99), ("What? " * 40, "A word. " * 40)]
+    turns = [[("human", q), ("gpt", a)] for q, a in pairs]
+    dataset = make(turns, "plain", max_length=200, with_image=(0, 1, 2))
+    images = NUM_IMAGE_TOKENS - 1
+    expected = [len(dataset.tokenizer(f"<image>{a}\n").input_ids) + images for _, a in pairs]
+    assert count_samples(dataset, needs_lengths=True).lengths == [min(n, 200) for n in expected]
+    dataset = make(turns, "v1", max_length=200, with_image=(1,))
+    asked = [pairs[0][0], f"<image>\n{pairs[1][0]}", pairs[2][0]]
+    texts = [
+        f"{V1_SYSTEM} USER: {q} ASSISTANT: {a}</s>" for q, (_, a) in zip(asked, pairs, strict=True)
+    ]
+    expected = [len(dataset.tokenizer(text).input_ids) for text in texts]
+    expected[1] += images
+    assert count_samples(dataset, needs_lengths=True).lengths == [min(n, 200) for n in expected]
+    assert max(expected) > 200 > min(expected)
+    dataset = make(turns, "chat_template", max_length=2000)
+    expected = []
+    for q, a in pairs:
+        messages = [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        expected.append(
+            len(dataset.tokenizer.apply_chat_template(messages, return_dict=True).input_ids)
+        )
+    assert count_samples(dataset, needs_lengths=True).lengths == expected
+
+
+@pytest.mark.parametrize("needs_lengths", [False, True])
+def test_several_processes_count_as_one(make, needs_lengths):
+    dataset = make([SHORT, LONG, LATE, BLANK, SHORT] * 500)
+    one, two = (
+        count_samples(dataset, 1, 2, needs_lengths=needs_lengths, num_processes=number)
+        for number in (0, 2)
+    )
+    assert one == two
+    assert len(one.lengths) == (1250 if needs_lengths else 0)
+    assert one.num_cut == 500
+
+
+def test_the_random_numbers_of_a_run_stay_the_same(make):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    count_samples(make([SHORT, LONG]), needs_lengths=True)
+    assert torch.equal(torch.rand(3), expected)
 
 
 SHORT = [("human", "How many?"), ("gpt", "Two.")]

@@ -14,7 +14,7 @@ from movekd.cache.stats import ChannelStats
 from movekd.cache.targets import TeacherTargets
 from movekd.distill import released_sam_tokens, teacher_weights, token_weights
 from movekd.distill.loss_terms import count_answer_tokens
-from movekd.distill.objective import Objective, count_units
+from movekd.distill.objective import Objective, count_units, step_loss
 from movekd.errors import ConfigError
 from movekd.student import TeacherAdapter, routing
 from movekd.student.vlm import image_features
@@ -181,6 +181,50 @@ def test_text_only_batches_give_zero_gradients_not_none(digits, batch_of, overri
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
     assert model.vlm.lm_head.weight.grad.any()
+
+
+LORA = "student.language_model_lora={r: 4, lora_alpha: 8, lora_dropout: 0}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trained=[mole, projector]",),
+        (LORA, "trained=[mole, projector, language_model]"),
+        (LORA, "trained=[language_model]"),
+        (),
+    ],
+)
+def test_backward_passes_the_same_blocks_in_the_same_order_without_an_image(
+    digits, batch_of, overrides
+):
+    """FSDP2 gathers a block before its backward, and lets go after that of its input.
+
+    Ranks that do so in different orders wait for each other for ever.
+    """
+    passed = []
+    for samples in ([0, 1], [11, 12]):
+        _, model, batch = batch_of("finetune", ["distill.summary_weight=0.5", *overrides], samples)
+        found, vlm = [], model.vlm.model
+        for name, layers in (
+            ("language", vlm.language_model.layers),
+            ("tower", vlm.vision_tower.encoder.layers),
+        ):
+            for number, layer in enumerate(layers):
+                block = (name, number)
+
+                def enter(module, inputs, block=block, found=found):
+                    found.append(("forward", block, inputs[0].requires_grad))
+
+                def leave(module, gradients, block=block, found=found):
+                    found.append(("backward", block))
+
+                layer.register_forward_pre_hook(enter)
+                layer.register_full_backward_pre_hook(leave)
+        step_loss(model(**batch), count_units(batch), 1)[0].backward()
+        passed.append(found)
+    assert passed[0] == passed[1]
+    assert any(kind == "backward" for kind, *_ in passed[0])
 
 
 def test_revised_experts_end_where_the_student_is_read(digits, batch_of):
