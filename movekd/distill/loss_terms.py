@@ -50,6 +50,12 @@ class StudentOutput(NamedTuple):
     unused: Tensor | float = 0.0
     """Zero, to be added to a loss: it gives parameters that this batch does not use a zero
     gradient, because DDP waits for one."""
+    own_predictions: tuple[Tensor, ...] = ()
+    """(I, N, D_t) per teacher, compared with ``goals``: from the tokens of a pass that may choose
+    only the teacher's own expert and the shared ones. Empty without targets, and where no teacher
+    has such a pass."""
+    own_shares: tuple[Tensor, ...] = ()
+    """Per teacher, the share of the tokens of that pass that chose its expert."""
     summary_predictions: tuple[Tensor, ...] = ()
     """(I, D_t) per teacher, float32; empty without targets or with `summary_weight: 0`."""
     summary_goals: tuple[Tensor, ...] = ()
@@ -138,10 +144,10 @@ def register_loss_term(
     Raises:
         ConfigError: the name is one of movekd's own, or another function has it.
     """
-    if name in ("text", "kd", "balance") or name.startswith("kd_"):
+    if name in ("text", "kd", "free_kd", "balance") or name.startswith("kd_"):
         raise ConfigError(
             f"loss term '{name}' has a name that movekd logs itself; expected another than text, "
-            "kd, kd_... and balance. Register it under another name."
+            "kd, kd_..., free_kd and balance. Register it under another name."
         )
     new = RegisteredTerm(function, unit, config, needs_targets)
     if LOSS_TERMS.setdefault(name, new).function is not function:

@@ -10,6 +10,11 @@
     balance   views                   `balance.balance_loss` of the routers
     extra     as registered           `register_loss_term`, `loss_terms:` in student.yaml
 
+With experts per teacher (`student.mole.experts: per_teacher`) a teacher's KD loss is
+
+    (1 - free_kd_share) * loss of a pass that may choose only its own expert and the shared ones
+        + free_kd_share * loss of the pass that may choose all, which is that of the other terms
+
 Each mean runs over one whole optimizer step: all ranks and all accumulation steps. A micro-batch
 therefore returns sums (``LossTerm``), and ``step_loss`` divides them by the counts of the step.
 
@@ -56,12 +61,15 @@ class Objective:
         distill: the keys of the KD loss; None: no distillation.
         balance: form of the balance loss.
         balance_weight: weight of the balance loss.
+        free_kd_share: share of the KD loss that is taken on the pass with all experts; below 1, the
+            forward pass brings ``own_predictions``.
         extra_terms: keys of each registered term that the run uses, by name.
     """
 
     distill: DistillConfig | None = None
     balance: BalanceKind = "batch"
     balance_weight: float = 0.0
+    free_kd_share: float = 1.0
     extra_terms: Mapping[str, LossTermConfig] = field(default_factory=dict)
 
     def terms(self, output: StudentOutput, *, measures_rank: bool = False) -> Terms:
@@ -78,7 +86,7 @@ class Objective:
             text_sum = output.text_output.loss + output.unused
             terms.append(LossTerm("text", text_sum, "answer_tokens", 1.0))
         if self.distill is not None:
-            terms += kd_terms(self.distill, output)
+            terms += kd_terms(self.distill, output, self.free_kd_share)
             if self.distill.summary_weight:
                 terms += summary_terms(self.distill, output)
         if output.routings is not None:
@@ -103,13 +111,17 @@ class Objective:
         ]
 
 
-def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
-    """Return the KD loss, then each teacher's loss before its weight, and the weights."""
+def kd_terms(distill: DistillConfig, output: StudentOutput, free_kd_share: float = 1.0) -> Terms:
+    """Return the KD loss, then each teacher's loss before its weight, and the weights.
+
+    With ``free_kd_share`` below 1, also the KD loss of the pass with all experts, and how many
+    tokens chose their teacher's expert in the other passes.
+    """
     num_images = len(output.student_IND) if output.targets is not None else 0
     if num_images:
-        losses_IT, weights_IT, entropy = _kd(distill, output)
+        losses_IT, free_IT, weights_IT, entropy = _kd(distill, output, free_kd_share)
     else:  # the same names, with zeros
-        losses_IT = weights_IT = output.student_IND.new_zeros(
+        losses_IT = free_IT = weights_IT = output.student_IND.new_zeros(
             (1, len(distill.teachers)), dtype=torch.float32
         )
         entropy = losses_IT.sum()
@@ -119,13 +131,25 @@ def kd_terms(distill: DistillConfig, output: StudentOutput) -> Terms:
         terms.append(LossTerm(f"kd_{name}", losses_IT[:, at].sum().detach(), "images", None))
         weight = weights_IT[:, at].mean().detach()
         terms.append(Statistic(f"teacher_weight_{name}", weight, num_images))
+    if free_kd_share < 1:
+        free_sum = (weights_IT * free_IT).sum().detach()
+        terms.append(LossTerm("free_kd", free_sum, "images", None))
+        shares = output.own_shares or (entropy.detach(),) * len(distill.teachers)
+        for name, share in zip(distill.teachers, shares, strict=True):
+            terms.append(Statistic(f"own_expert_share_{name}", share, num_images))
     if distill.token_weighting != "none":
         terms.append(Statistic("token_weight_entropy", entropy, num_images))
     return terms
 
 
-def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses (I, T), teacher weights (I, T), and the mean entropy of the token weights."""
+def _kd(
+    distill: DistillConfig, output: StudentOutput, free_kd_share: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the KD loss is made of.
+
+    Losses (I, T); those of the pass with all experts (I, T), the same without further passes;
+    teacher weights (I, T); and the mean entropy of the token weights.
+    """
     assert output.targets is not None
     assert distill.token_weighting is not None
     assert distill.teacher_weighting is not None
@@ -141,14 +165,21 @@ def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, 
         )
         share_IN = weights_IN / weights_IN.sum(1, keepdim=True)
         entropy = torch.special.entr(share_IN).sum(1).mean()
-    losses_IT = kd_loss(  # before the teachers' weights, which may depend on them
-        output.predictions,
-        output.goals,
-        entropy.new_ones(len(output.student_IND), len(distill.teachers)),
-        weights_IN,
-        combine="sum" if distill.token_weighting == "softmax" else "mean",
-        form=distill.loss or "mse",
-    ).per_teacher_BT
+
+    def losses(predictions: tuple[Tensor, ...]) -> Tensor:
+        return kd_loss(  # before the teachers' weights, which may depend on them
+            predictions,
+            output.goals,
+            entropy.new_ones(len(output.student_IND), len(distill.teachers)),
+            weights_IN,
+            combine="sum" if distill.token_weighting == "softmax" else "mean",
+            form=distill.loss or "mse",
+        ).per_teacher_BT
+
+    losses_IT = free_IT = losses(output.predictions)
+    if output.own_predictions:
+        own_IT = losses(output.own_predictions)
+        losses_IT = free_kd_share * free_IT + (1 - free_kd_share) * own_IT
     share = distill.anchor_share  # null where the weighting gives the anchor no fixed share
     weights_IT = teacher_weights(
         output.goals,
@@ -158,7 +189,7 @@ def _kd(distill: DistillConfig, output: StudentOutput) -> tuple[Tensor, Tensor, 
         anchor_share=ANCHOR_SHARE if share is None else share,
         losses_BT=losses_IT,
     )
-    return losses_IT, weights_IT, entropy
+    return losses_IT, free_IT, weights_IT, entropy
 
 
 def count_units(batch: Mapping[str, Any]) -> Tensor:

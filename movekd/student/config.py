@@ -44,7 +44,30 @@ Block = Annotated[Integer, Field(ge=-10_000, le=10_000)]
 class MoleKeys(FrozenModel):
     """A Mixture of LoRA Experts in the tower's MLPs. Null keys take the recipe's value."""
 
-    num_experts: Integer = Field(default=3, ge=1, le=256, description="Experts per layer.")
+    experts: Literal["shared", "per_teacher"] = Field(
+        default="shared",
+        description="shared: every teacher teaches all experts. per_teacher: each teacher has an "
+        "expert of its own per layer, beside num_experts shared ones.",
+    )
+    teachers: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = Field(
+        default=None,
+        description="With per_teacher: the teachers whose experts come first, by name. Null: "
+        "`distill.teachers`.",
+    )
+    free_kd_share: Number = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="With per_teacher: share of the KD loss that is taken where all experts may be "
+        "chosen; the rest is taken where a teacher's expert and the shared ones may. 1: only that.",
+    )
+    num_experts: Integer = Field(
+        default=3,
+        ge=1,
+        le=256,
+        description="Experts per layer that no single teacher owns: all of them with experts: "
+        "shared.",
+    )
     r: Integer = Field(default=32, ge=1, le=4096, description="Rank of each expert.")
     lora_alpha: Number | None = Field(
         default=None, gt=0, le=1e6, description="Scale is lora_alpha / r. official: 1; revised: r."
@@ -77,6 +100,17 @@ class MoleKeys(FrozenModel):
     balance_weight: Number = Field(
         default=0.01, ge=0, le=1e4, description="Weight of the balance loss."
     )
+
+    @model_validator(mode="after")
+    def _teachers_have_experts(self) -> "MoleKeys":
+        if self.teachers is not None and self.experts == "shared":
+            raise ValueError(
+                "teachers names experts of teachers, and experts is shared; set experts: "
+                "per_teacher, or leave teachers out"
+            )
+        if self.teachers is not None and len(set(self.teachers)) < len(self.teachers):
+            raise ValueError("a teacher is named twice in teachers")
+        return self
 
     @model_validator(mode="before")
     @classmethod

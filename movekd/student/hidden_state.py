@@ -35,6 +35,13 @@ def image_hidden_state(
     return output, output.hidden_states[layer]
 
 
+def tower_hidden_state(vlm: Any, pixels_BCHW: Tensor) -> Tensor:
+    """Return the hidden state (B, T, D) that the student reads, without projecting it."""
+    output = vlm.model.vision_tower(pixels_BCHW, output_hidden_states=True)
+    hidden_BTD: Tensor = output.hidden_states[vlm.config.vision_feature_layer]
+    return hidden_BTD
+
+
 def patch_tokens(hidden_BTD: Tensor, vision_config: Any) -> Tensor:
     """Return the patch tokens (B, N, D) of a hidden state."""
     return hidden_BTD[:, num_prefix_tokens(vision_config) :]

@@ -55,7 +55,7 @@ def mole_layers(vlm: Any) -> dict[int, dict[str, Any]]:
             continue
         (config,) = mole_config.values()
         layers[int(block[1])] = {
-            "num_experts": config.num_experts,
+            "num_experts": config.num_all_experts,
             "r": config.r,
             "lora_alpha": float(config.lora_alpha),
             "use_gate": bool(config.use_gate),

@@ -26,7 +26,7 @@ from movekd.corpus.transforms import Geometry, ImageTransform
 from movekd.errors import ConfigError
 from movekd.student.config import StudentConfig
 from movekd.student.hf_loading import loading
-from movekd.student.hidden_state import image_hidden_state, patch_tokens
+from movekd.student.hidden_state import image_hidden_state, patch_tokens, tower_hidden_state
 from movekd.student.language_loading import check_language_model, load_language_model
 from movekd.student.language_lora import add_adapter
 from movekd.student.llava import new_llava
@@ -197,9 +197,7 @@ class VisionEncoderOnly(nn.Module):
 
     def hidden_state(self, pixels_BCHW: Tensor) -> Tensor:
         """Return all tokens (B, T, D) of the layer that is read."""
-        output = self.model["vision_tower"](pixels_BCHW, output_hidden_states=True)
-        hidden_BTD: Tensor = output.hidden_states[self.config.vision_feature_layer]
-        return hidden_BTD
+        return tower_hidden_state(self, pixels_BCHW)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the patch tokens (B, N, D) of the layer that is read."""
@@ -215,7 +213,8 @@ def mole_config(config: StudentConfig, num_layers: int, mlp: str = "mlp") -> Mol
         mlp: name of the MLP in a block.
 
     Raises:
-        ConfigError: ``layers_to_transform`` names a block that the tower does not have.
+        ConfigError: ``layers_to_transform`` names a block that the tower does not have, or experts
+            per teacher lack the teachers' names.
     """
     keys = config.mole
     assert keys is not None
@@ -229,7 +228,13 @@ def mole_config(config: StudentConfig, num_layers: int, mlp: str = "mlp") -> Mol
             f"student.mole.layers_to_transform names block {outside[0]}; the vision tower has "
             f"{num_layers} blocks, 0 to {num_layers - 1}. Name some of these, or use all or read."
         )
+    if keys.experts == "per_teacher" and keys.teachers is None:
+        raise ConfigError(
+            "student.mole.experts is per_teacher, and student.mole.teachers is null; expected the "
+            "names of the teachers that have experts. Name them."
+        )
     return MoleConfig(
+        teachers=keys.teachers,
         num_experts=keys.num_experts,
         r=keys.r,
         lora_alpha=keys.lora_alpha,

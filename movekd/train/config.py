@@ -28,6 +28,7 @@ from movekd.files.reading import parse_yaml
 from movekd.student.config import Recipe, StudentConfig
 from movekd.train.data_keys import DataConfig
 from movekd.train.evaluation_keys import evaluation_keys
+from movekd.train.expert_keys import check_experts, fill_teachers
 from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.packing_keys import check_packing_keys
 from movekd.train.recipes import RECIPES, keep_values
@@ -102,7 +103,7 @@ class TrainConfig(FrozenModel):
         student, distill = self.student, self.distill
         if student.mole is not None:
             mole = fill(fill(student.mole, defaults["mole"]), {"lora_alpha": float(student.mole.r)})
-            student = student.model_copy(update={"mole": mole})
+            student = student.model_copy(update={"mole": fill_teachers(mole, distill)})
         if distill is not None:
             distill = fill_distill(distill, defaults["distill"])
             if distill.teacher_weighting in WITH_ANCHOR_SHARE:
@@ -200,6 +201,7 @@ def _check(config: TrainConfig) -> None:
             "stretch, or leave it out."
         )
     evaluation_keys(config)
+    check_experts(config)
     if distill is None:
         return
     if distill.views == "all" and student.architecture == "llava" and config.stage != "distill":

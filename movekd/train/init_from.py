@@ -26,7 +26,7 @@ from movekd.student.tower_loading import require_same_image_size
 from movekd.student.vlm import Student
 from movekd.train.config import ENCODER_PARTS, TrainConfig
 
-_MOLE_KEYS = ("num_experts", "r", "lora_alpha", "use_gate")
+_MOLE_KEYS = ("teachers", "num_experts", "r", "lora_alpha", "use_gate")
 _LORA_KEYS = ("r", "lora_alpha")
 
 
@@ -87,6 +87,7 @@ def check_same_base(config: TrainConfig, directory: Path) -> None:
         expected["projector_type"] = earlier.get("projector_type", "mlp2x_gelu")
     if (directory / PART_FILES["mole"]).exists():
         old = earlier.get("mole") or {}
+        expected["mole.experts"] = old.get("experts", "shared")  # an older run does not name it
         expected |= {f"mole.{key}": old.get(key) for key in _MOLE_KEYS}
     if (directory / PART_FILES["vision_tower"]).exists():
         require_same_image_size(earlier, config.student, str(config.init_from))

@@ -4,6 +4,8 @@ Input: a collated batch, with targets as the cache stores them. Output: the term
 ``distill.objective``, for the trainer to normalise. DDP and FSDP wrap this module, so its output
 holds scalars only, apart from the routers' shares.
 
+With experts per teacher the tower runs once more per teacher, see ``teacher_passes``.
+
 Legend: B samples, V views of images (LLaVA-1.5: one per image), I views with targets, N student
 tokens, D student width, M teacher tokens, T teachers.
 """
@@ -25,9 +27,16 @@ from movekd.distill.objective import Objective
 from movekd.distill.summary import head_name, summary_target
 from movekd.distill.target_tokens import may_rotate, target_tokens
 from movekd.errors import ConfigError
-from movekd.student import StudentHead, TeacherAdapter, clear_routing, routing
+from movekd.student import (
+    StudentHead,
+    TeacherAdapter,
+    checkpoint_contexts,
+    clear_routing,
+    routing,
+)
 from movekd.student.hidden_state import global_token, image_hidden_state, patch_tokens
 from movekd.student.vlm import Student
+from movekd.train.teacher_passes import TeacherPass, teacher_passes
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,11 @@ class DistillModel(nn.Module):
         if objective.distill is not None:
             self.adapters.update(_adapters(student, objective.distill, shapes))
 
+    @property
+    def has_teacher_passes(self) -> bool:
+        """Whether the tower runs once more per teacher."""
+        return self.objective.distill is not None and self.objective.free_kd_share < 1
+
     def forward(
         self,
         pixel_values: Tensor | None,
@@ -85,9 +99,8 @@ class DistillModel(nn.Module):
         has_images = pixel_values is not None
         if pixel_values is None:  # every rank needs a gradient for every parameter, in each step
             pixel_values, image_sizes = self._blank(next(self.parameters()).device)
-        features, hidden_VTD = image_hidden_state(
-            self.vlm, pixel_values.to(self.vlm.dtype), image_sizes
-        )
+        pixel_values = pixel_values.to(self.vlm.dtype)
+        features, hidden_VTD = image_hidden_state(self.vlm, pixel_values, image_sizes)
         vision_config = self.vlm.config.vision_config
         student_VND = patch_tokens(hidden_VTD, vision_config)
         student_IND = student_VND if target_views is None else student_VND[target_views]
@@ -107,16 +120,25 @@ class DistillModel(nn.Module):
                 num_items_in_batch=torch.ones((), device=input_ids.device),  # a sum, not a mean
                 use_cache=False,
             )
+        routings = routing(self.vlm) if self.has_experts else None
+        passes: list[TeacherPass] = []
+        if self.has_teacher_passes:
+            assert self.objective.distill is not None
+            # without targets, too: with FSDP every rank gathers the weights equally often
+            seen_ICHW = pixel_values if target_views is None else pixel_values[target_views]
+            seen_ICHW = seen_ICHW[:1] if targets is None else seen_ICHW
+            passes = teacher_passes(self.vlm, seen_ICHW, self.objective.distill.teachers)
         output = StudentOutput(student_VND, student_IND)
         if targets is not None:
             global_VD = global_token(hidden_VTD, vision_config)
             global_ID = global_VD if target_views is None else global_VD[target_views]
-            output = self.compare(student_IND, targets, global_ID)
+            output = self.compare(student_IND, targets, global_ID, passes)
         elif self.objective.distill is not None:
             unused = unused + 0.0 * self._touch_adapters(student_IND.float())
+            unused = unused + sum(0.0 * each.tokens_IND.float().sum() for each in passes)
         output = output._replace(
             student_VND=student_VND,
-            routings=routing(self.vlm) if self.has_experts else None,
+            routings=routings,
             labels=labels,
             text_output=text,
             has_images=has_images,
@@ -129,29 +151,38 @@ class DistillModel(nn.Module):
         student_IND: Tensor,
         targets: Mapping[str, TeacherTargets],
         global_ID: Tensor | None = None,
+        passes: Sequence[TeacherPass] = (),
     ) -> StudentOutput:
         """Return what the KD loss compares: predictions and goals, (I, N, D_t) per teacher.
 
-        With ``global_ID``, the student's global tokens, also what the global loss compares.
+        With ``global_ID``, the student's global tokens, also what the global loss compares. With
+        ``passes``, one per teacher in order, also what each predicts of its own teacher.
         """
         distill = self.objective.distill
         assert distill is not None
         targets = {name: targets[name].to(student_IND.device) for name in distill.teachers}
         tokens_IND = student_IND.float()  # as heads and targets are, whatever the weights' dtype
-        predictions, goals = [], []
+        predictions, own_predictions, goals = [], [], []
         rotates = may_rotate(distill) and not self.objective.extra_terms  # which may read channels
-        for name in distill.teachers:
+        for at, name in enumerate(distill.teachers):
             rotate = targets[name].rotate if rotates and targets[name].rotates else None
             goal_IMD = target_tokens(
                 targets[name], name, distill, self.side, is_rotated=rotate is not None
             )
+            own = [each.tokens_IND.float() for each in passes[at : at + 1]]
             if distill.adapters == "student":
                 predictions.append(self.adapters[name](tokens_IND, rotate))
+                own_predictions += [self.adapters[name](each, rotate) for each in own]
                 goals.append(goal_IMD)
             else:  # the anchor has no adapter: its tokens are compared as they are
                 predictions.append(tokens_IND)
+                own_predictions += own
                 goals.append(self.adapters[name](goal_IMD) if name in self.adapters else goal_IMD)
         output = StudentOutput(student_IND, student_IND, tuple(predictions), tuple(goals), targets)
+        output = output._replace(
+            own_predictions=tuple(own_predictions),
+            own_shares=tuple(each.own_share for each in passes),
+        )
         if not distill.summary_weight or global_ID is None:
             return output
         heads = [self.adapters[head_name(name)] for name in distill.teachers]
@@ -200,6 +231,14 @@ class DistillModel(nn.Module):
         model = self.vlm if self.has_language_model else self.vlm.model["vision_tower"]
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
         keys = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if self.has_teacher_passes:
+            if keys["use_reentrant"]:
+                raise ConfigError(
+                    "training.activation_checkpointing_kwargs has use_reentrant: true, which "
+                    "computes a block again without the restriction of student.mole.experts: "
+                    "per_teacher. Leave use_reentrant out."
+                )
+            keys["context_fn"] = checkpoint_contexts(self.vlm)
         (enable or model.gradient_checkpointing_enable)(keys, **layers)
 
     def gradient_checkpointing_enable(

@@ -346,6 +346,8 @@ def build_model(config: TrainConfig, cache: FeatureCache | None) -> tuple[Distil
     if (mole := config.student.mole) is not None:
         assert mole.balance is not None
         objective = replace(objective, balance=mole.balance, balance_weight=mole.balance_weight)
+        if mole.experts == "per_teacher":
+            objective = replace(objective, free_kd_share=mole.free_kd_share)
     model = DistillModel(student, objective, shapes)
     if config.init_from is not None:
         model.loaded_parts = load_init_from(config, student, model.adapters)

@@ -2,7 +2,8 @@
 
 ``get_peft_model(clip_vision_model, MoleConfig(...))`` gives every MLP of a vision tower experts and
 a router. ``routing(model)`` then returns what the routers chose in the last forward pass, for the
-balance loss. ``save_tower`` writes a tower whose base was trained as well. Importing this package
+balance loss. Inside ``restricted(model, teacher)`` only a teacher's own expert and the shared ones
+may be chosen. ``save_tower`` writes a tower whose base was trained as well. Importing this package
 registers the tuner with PEFT.
 """
 
@@ -17,6 +18,7 @@ from movekd.student.mole.layer import (
     routing,
 )
 from movekd.student.mole.model import MoleModel
+from movekd.student.mole.restriction import checkpoint_contexts, restricted
 from movekd.student.mole.saving import save_tower
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "MoleLayer",
     "MoleModel",
     "Routing",
+    "checkpoint_contexts",
     "clear_routing",
     "recorded_routing",
+    "restricted",
     "routing",
     "save_tower",
 ]

@@ -39,7 +39,10 @@ class MoleConfig(PeftConfig):
     ``MoleConfig(lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming")``.
 
     Attributes:
-        num_experts: Experts per layer.
+        num_experts: Experts per layer that no single teacher owns: all, without ``teachers``.
+        teachers: Names of the teachers that have an expert per layer for themselves. These experts
+            come first, in this order, and the ``num_experts`` shared ones behind them. None: only
+            shared ones.
         r: Rank of each expert.
         lora_alpha: The experts' output is scaled by ``lora_alpha / r``; None means ``r``.
         lora_dropout: Dropout on the input of both LoRA pairs (fc1's and fc2's).
@@ -68,11 +71,14 @@ class MoleConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    teachers: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MolePeftType.MOLE
         keys = {key: getattr(self, key) for key in _CHECKED_KEYS}
+        if self.teachers is not None:
+            keys |= {"experts": "per_teacher", "teachers": self.teachers}
         checked = validate(MoleKeys, keys, "MoleConfig")
         self.lora_alpha = float(self.r) if checked.lora_alpha is None else checked.lora_alpha
         if self.layers_to_transform == []:
@@ -93,3 +99,8 @@ class MoleConfig(PeftConfig):
         """Factor ``s = lora_alpha / r`` on the experts' output."""
         assert self.lora_alpha is not None  # set in __post_init__
         return self.lora_alpha / self.r
+
+    @property
+    def num_all_experts(self) -> int:
+        """Experts per layer, those of teachers included."""
+        return len(self.teachers or ()) + self.num_experts

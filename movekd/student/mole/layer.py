@@ -13,6 +13,10 @@ gradient in every step (zeros where no token chose it), as distributed training 
 
 ``model.MoleModel`` puts these layers into a tower; the trainer reads ``routing(model)``.
 
+With ``MoleConfig.teachers``, the first experts belong to teachers. Inside ``restricted(model, t)``
+the logits of the other teachers' experts are -inf, so p, e and every gradient are those of a router
+over t's expert and the shared ones.
+
 Dimensions: B batch, N tokens with [CLS], X all tokens of a batch, E experts, R rank, K = E R,
 J = K + E, D the tower's width, H the MLP's, I features in, O features out.
 
@@ -68,6 +72,8 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         base_layer: The MLP itself, frozen by PEFT.
         routing: ``Routing`` of the last forward pass that trained, or None.
         records_evaluation: Keep the routing of passes that do not train, too.
+        teacher: The teacher whose expert may be chosen beside the shared ones; None: all may. Set
+            by ``restriction.restricted``.
 
     Raises:
         ConfigError: the module is another kind of MLP.
@@ -90,17 +96,21 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         self.mole_config: dict[str, MoleConfig] = {}
         self.routing: Routing | None = None
         self.records_evaluation = False
+        self.teacher: str | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: MoleConfig) -> None:
         """Add the experts and the router of one more adapter."""
         fc1, _, fc2 = self._base_parts()
-        shape = (config.num_experts, config.r, config.init_lora_weights)
+        shape = (config.num_all_experts, config.r, config.init_lora_weights)
         self.mole_fc1[adapter_name] = StackedLora(fc1, *shape)
         self.mole_fc2[adapter_name] = StackedLora(fc2, *shape)
         self.mole_router[adapter_name] = nn.Linear(
-            fc1.in_features, config.num_experts, device=fc1.weight.device, dtype=fc1.weight.dtype
+            fc1.in_features,
+            config.num_all_experts,
+            device=fc1.weight.device,
+            dtype=fc1.weight.dtype,
         )
         self.mole_config[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -137,8 +147,12 @@ class MoleLayer(nn.Module, BaseTunerLayer):
         inputs_XD = tokens_XD.to(base_XH.dtype)
         dtype = inputs_XD.dtype
         logits_XE = F.linear(inputs_XD, router.weight.to(dtype), router.bias.to(dtype))
+        experts = torch.arange(config.num_all_experts, device=logits_XE.device)
+        if self.teacher is not None:
+            teachers = config.teachers or []
+            is_other = (experts < len(teachers)) & (experts != teachers.index(self.teacher))
+            logits_XE = logits_XE.masked_fill(is_other, float("-inf"))
         probabilities_XE = logits_XE.softmax(dim=-1, dtype=torch.float32)
-        experts = torch.arange(config.num_experts, device=logits_XE.device)
         is_chosen = probabilities_XE.argmax(dim=-1, keepdim=True) == experts
         choice_XE = is_chosen.to(probabilities_XE.dtype)
         mask_XE = (choice_XE * probabilities_XE if config.use_gate else choice_XE).to(dtype)
