@@ -42,11 +42,11 @@ def check_experts(config: "TrainConfig") -> None:
         )
     if distill is None:
         return
-    if others := [name for name in distill.teachers if name not in mole.teachers]:
+    if set(distill.teachers) != set(mole.teachers):
         raise ConfigError(
-            f"distill.teachers names '{others[0]}', which has no expert: student.mole.teachers is "
-            f"{', '.join(mole.teachers)}. Add it there (not with init_from, whose experts are "
-            "those), or take it out of distill.teachers."
+            f"distill.teachers is {', '.join(distill.teachers)}, and student.mole.teachers is "
+            f"{', '.join(mole.teachers)}; expected the same ones, in any order, since each has an "
+            "expert. Leave student.mole.teachers out, or distil from those."
         )
     if config.stage == "distill" and mole.free_kd_share == 0:
         raise ConfigError(

@@ -232,12 +232,6 @@ class DistillModel(nn.Module):
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
         keys = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if self.has_teacher_passes:
-            if keys["use_reentrant"]:
-                raise ConfigError(
-                    "training.activation_checkpointing_kwargs has use_reentrant: true, which "
-                    "computes a block again without the restriction of student.mole.experts: "
-                    "per_teacher. Leave use_reentrant out."
-                )
             keys["context_fn"] = checkpoint_contexts(self.vlm)
         (enable or model.gradient_checkpointing_enable)(keys, **layers)
 

@@ -72,7 +72,7 @@ def contents() -> dict[str, dict[str, Any]]:
     full["student"]["mole"]["layers_to_transform"] = [0, 1]
     optional = ["student.language_model_lora={}", "learning_rates={mole: 1.0e-3, heads: 1.0e-4}"]
     optional += ["data.val_size=0.1", "training.eval_steps=5", "student.image_size=48"]
-    optional += ["data.probe_images=photos"]
+    optional += ["data.probe_images=photos", "student.mole.experts=per_teacher"]
     tuned = load_config(resource_dir("pipelines") / "digits" / "finetune.yaml", optional)
     source = "{shards: a, cache: b, conversations: [c], eval_conversations: [d], weight: 2}"
     several = [f"data.sources=[{source}]", "data.shards=null", "data.conversations=[]"]

@@ -37,8 +37,16 @@ def test_two_ranks_equal_one_where_samples_do_not_fill_the_last_batch(digits, tm
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("recipe", ["official", "revised"])
-def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tmp_path, recipe):
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("recipe=official",),
+        ("recipe=revised",),
+        ("recipe=revised", "student.mole.experts=per_teacher"),
+    ],
+    ids=["official", "revised", "per_teacher"],
+)
+def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tmp_path, own):
     """One process, two, or two micro-batches: the same gradients to 1e-5, recomputed in backward.
 
     One step of plain SGD at rate 1 moves every weight by its gradient. The samples are not grouped
@@ -48,7 +56,7 @@ def test_gradients_are_those_of_one_process_also_of_text_only_batches(digits, tm
     first_step = list(GlobalOrderSampler(16, seed))[:4]
     assert [position > 10 for position in first_step] == [True, True, False, False]  # 11-15: text
     keys = (
-        f"recipe={recipe}",
+        *own,
         "data.group_by_modality_length=false",
         "distill.summary_weight=0.5",
         "student.mole.balance_weight=0",

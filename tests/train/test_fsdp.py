@@ -65,9 +65,11 @@ def test_zero_3_is_refused_wherever_it_is_asked_for(tmp_path):
     refuse_zero3(None)
 
 
-def test_a_sharded_model_learns_as_a_whole_one(digits, tmp_path):
+@pytest.mark.parametrize("experts", ["shared", "per_teacher"])
+def test_a_sharded_model_learns_as_a_whole_one(digits, tmp_path, experts):
     """FSDP2 gathers the pieces again in backward only for tensors that it finds in the output."""
-    config = digits.config("distill", "distill.summary_weight=0.5")
+    keys = ("distill.summary_weight=0.5", f"student.mole.experts={experts}")
+    config = digits.config("distill", *keys)
     gradients = {}
     for kind in ("whole", "sharded"):
         model, _, dataset, collator = digits.parts(config)

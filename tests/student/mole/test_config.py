@@ -30,6 +30,8 @@ def test_a_saved_config_comes_back_equal_through_peft(tmp_path: Path) -> None:
         ({"lora_dropout": 1.0}, r"lora_dropout: .*less than 1 \(found 1\.0\)"),
         ({"r": "8a"}, r"MoleConfig: r: .*valid integer.*\(found '8a'\)"),
         ({"init_lora_weights": "zeros"}, r"'kaiming' or 'zero' \(found 'zeros'\).*'zero'\?"),
+        ({"teachers": []}, r"teachers: .*at least 1 item"),
+        ({"teachers": ["sam", "sam"]}, r"a teacher is named twice in teachers"),
         ({"layers_to_transform": []}, r"=\[\]; expected the index of at least one block"),
         (
             {"target_modules": ".*mlp", "layers_to_transform": [0]},
