@@ -46,8 +46,8 @@ class MoleKeys(FrozenModel):
 
     experts: Literal["shared", "per_teacher"] = Field(
         default="shared",
-        description="shared: every teacher teaches all experts. per_teacher: each teacher has an "
-        "expert of its own per layer, beside num_experts shared ones.",
+        description="shared: every teacher teaches all experts. per_teacher: each teacher has one "
+        "expert per layer for itself, beside num_experts shared ones.",
     )
     teachers: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = Field(
         default=None,

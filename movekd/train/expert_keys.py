@@ -36,9 +36,9 @@ def check_experts(config: "TrainConfig") -> None:
         )
     if mole.teachers is None:
         raise ConfigError(
-            "student.mole.experts is per_teacher, and distill is null, so the teachers whose "
-            "experts there are have no names. Set student.mole.teachers to those of the stage "
-            "that distilled."
+            "student.mole.experts is per_teacher, and distill is null; expected the names of the "
+            "teachers that have experts. Set student.mole.teachers to those of the stage that "
+            "distilled."
         )
     if distill is None:
         return

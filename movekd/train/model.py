@@ -156,7 +156,7 @@ class DistillModel(nn.Module):
         """Return what the KD loss compares: predictions and goals, (I, N, D_t) per teacher.
 
         With ``global_ID``, the student's global tokens, also what the global loss compares. With
-        ``passes``, one per teacher in order, also what each predicts of its own teacher.
+        ``passes``, one per teacher in order, also what each pass predicts of its teacher.
         """
         distill = self.objective.distill
         assert distill is not None
