@@ -190,9 +190,13 @@ def test_checkpointing_changes_no_weight_and_saves_fewer_activations(digits, tmp
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Dynamo turns a warning that is an error into its own
-@pytest.mark.parametrize("stage", ["distill", "finetune"])
-def test_a_compiled_student_trains_as_an_eager_one(digits, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "experts"),
+    [("distill", "shared"), ("finetune", "shared"), ("distill", "per_teacher")],
+)
+def test_a_compiled_student_trains_as_an_eager_one(digits, tmp_path, stage, experts):
     keys = ("training.max_steps=3", "student.mole.lora_dropout=0")
+    keys += (f"student.mole.experts={experts}",)
     eager = digits.train(tmp_path / "eager", stage, *keys)
     torch.compiler.reset()
     compiled = digits.train(tmp_path / "compiled", stage, *keys, "training.torch_compile=true")
