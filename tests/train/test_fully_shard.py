@@ -40,6 +40,7 @@ ADAMW = ("training.learning_rate=2e-3", "learning_rates={mole: 1e-3, projector: 
 CASES = {
     "adapter": (170, (*LORA, *SGD)),
     "all": (170, (*ALL, *SGD)),
+    "per_teacher": (170, (*LORA, *SGD, "student.mole.experts=per_teacher")),
     "adamw": (170, (*LORA, *ADAMW)),
     "qwen3": (170, (*LORA, *SGD)),
     "gemma3": (150, (*LORA, *SGD)),
