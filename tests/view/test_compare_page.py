@@ -171,7 +171,10 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(ODD)))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(at, marks=[pytest.mark.slow] * (at % 3 > 0)) for at in range(len(ODD))],
+)
 def test_odd_values_end_in_figures_or_a_sentence(runs, tmp_path, number):
     """A stranger's run beside ours, with an odd value in each place in turn."""
     odd, files = ODD[number], {}

@@ -128,6 +128,7 @@ def test_a_block_that_is_computed_again_sees_its_restriction_again() -> None:
         gradients(model)  # without the contexts PyTorch finds another computation
 
 
+@pytest.mark.slow
 def test_restricted_passes_compile_without_graph_breaks() -> None:
     model = student()
     tower = model.get_base_model()
