@@ -79,7 +79,7 @@ def study_part() -> list[str]:
     else:
         what = (
             f"**Not a result**: validation scenes, {scenes}, and {len(found['seeds'])} of 8 seeds. "
-            "The test scenes are looked at when all runs are done."
+            "The answers about test scenes are read when all runs have them."
         )
     return [what, "", *_table(header, rows)]
 
