@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from movekd.cache.reader import FeatureCache, Rows, TeacherCache
+from movekd.cache.reader import Rows, TeacherCache
 from movekd.cache.targets import TeacherTargets
 from movekd.corpus.index import Corpus
 from movekd.train.mixed_targets import MixedTargets
@@ -50,11 +50,6 @@ class JoinedCaches:
 
     def __getitem__(self, teacher: str) -> "JoinedTeacher":
         return JoinedTeacher([cache[teacher] for cache in self._caches], self._starts)
-
-    @property
-    def caches(self) -> list[FeatureCache]:
-        """The distinct caches, in the order of the sources."""
-        return self._caches
 
 
 class JoinedTeacher:

@@ -16,10 +16,7 @@ from movekd.errors import CacheError, ConfigError
 from movekd.train.config import TrainConfig
 from movekd.train.data_keys import DataConfig, SourceConfig
 
-_FREE_KEYS = (
-    *("codec", "compressor", "recoded_from"),
-    *("calibration_images", "std_floor", "revision"),
-)
+_FREE_KEYS = ["codec", "compressor", "recoded_from", "calibration_images", "std_floor", "revision"]
 """Keys of a spec in which caches of one run may differ: they say how tokens are stored.
 
 Of the weights that ``revision`` leads to, the SHA-256 is compared.

@@ -3,34 +3,17 @@
 import copy
 import json
 import math
-from html.parser import HTMLParser
 
 import pytest
 import yaml
 
+from html_page import Page
 from movekd.errors import ConfigError
 from movekd.view.arm_plots import arm_figures, x_axis
 from movekd.view.arms import read_compared
 from movekd.view.compare_page import comparison_json, write_comparison
 from movekd.view.comparison import compare_runs
 from sweep import entries, write_compared, write_log
-
-
-class Page(HTMLParser):
-    """Collects what a page loads, its tags and its text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.loads, self.tags, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loads += [v for n, v in attributes if n in ("src", "srcset", "data", "xlink:href")]
-        self.loads += [v for n, v in attributes if n == "href" and tag in ("link", "image")]
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture

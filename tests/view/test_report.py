@@ -3,13 +3,13 @@
 import json
 import math
 import os
-from html.parser import HTMLParser
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from html_page import Page
 from movekd.errors import ConfigError
 from movekd.view.plots import run_figures
 from movekd.view.report import SampleAnswer, stored_answers, write_report
@@ -76,23 +76,6 @@ def run(tmp_path):
     (folder / "log.json").write_text(json.dumps([*STEPS, ENDING]))
     (folder / "targets.json").write_text(json.dumps([TEACHER]))
     return folder
-
-
-class Page(HTMLParser):
-    """Collects what a page loads, its scripts and its text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.loads, self.tags, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loads += [v for n, v in attributes if n in ("src", "srcset", "data", "xlink:href")]
-        self.loads += [v for n, v in attributes if n == "href" and tag in ("link", "image")]
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_a_report_holds_everything_and_loads_nothing(run):

@@ -21,7 +21,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "prepare": "make the worlds: teachers, scenes, caches",
-        "run": "make the worlds if missing, then every run without a row",
+        "run": "make worlds, then every run without a row (--codecs: and its test answers)",
         "final": "answer the test questions, once",
         "report": "tables and figures of validation scenes; with --final of test scenes",
         "explore": "runs outside the plan, on validation scenes",

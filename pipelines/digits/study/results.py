@@ -2,7 +2,7 @@
 
     runs.jsonl         per run: accuracy on validation scenes
     curves.jsonl       per run: logged curves; of the first seed also the routers' choices
-    final.jsonl        per run: accuracy on test scenes, from the final pass
+    final.jsonl        per run: accuracy on test scenes, answered once
     exploratory.jsonl  per exploratory run: accuracy on validation scenes
 
 ``summary`` makes ``report.json`` from them.
