@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
-.PHONY: clean codecs study study-full study-final study-codecs demo-real gpu-check gpu-wheels
+.PHONY: clean codecs study study-full study-final study-codecs study-tune study-twelve demo-real gpu-check gpu-wheels
 
 demo: install
 	$(BIN)/movekd demo
@@ -110,9 +110,16 @@ study-final: install
 
 # Do few bits cost accuracy? docs/study.md, "Codecs"; results in docs/codecs.md.
 study-codecs: install
-	$(STUDY) run --codecs
-	$(STUDY) report --codecs
+	$(STUDY) run --study codecs
+	$(STUDY) report --study codecs
 	$(BIN)/python docs/hooks/codecs_page.py
+
+# docs/study.md, "Twelve worlds": first the official recipe is tuned, then worlds are run, WORLDS="3 4" or all.
+study-tune: install
+	$(STUDY) tune
+
+study-twelve: install
+	$(STUDY) run --study twelve --worlds $(WORLDS)
 
 # Tables and figure of docs/codecs.md, from the committed figures.
 codecs: install

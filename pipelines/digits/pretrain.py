@@ -182,6 +182,15 @@ class PatchDigits(nn.Module):
         return loss, _share((logits_BNC.argmax(-1) == labels_BN)[is_digit_BN])
 
 
+def stroke_labels(batch: Scenes, side: int) -> Tensor:
+    """Return for each pixel of a token whether a stroke or its edge is there, (B, N, pixels)."""
+    ink_B1HW = torch.from_numpy(batch.ink_BHW)[:, None]
+    stroke_B1HW = (ink_B1HW > 0.35).float()
+    edge_B1HW = F.max_pool2d(stroke_B1HW, 3, 1, 1) - stroke_B1HW
+    target_BCHW = torch.cat([stroke_B1HW, edge_B1HW], 1)
+    return F.unfold(target_BCHW, SIZE // side, stride=SIZE // side).mT
+
+
 class Strokes(nn.Module):
     """Classify each pixel of a token as on a stroke, and as on the edge of a stroke.
 
@@ -190,16 +199,12 @@ class Strokes(nn.Module):
 
     def __init__(self, side: int = 12, width: int = 48) -> None:
         super().__init__()
-        self.patch = SIZE // side
-        self.head = nn.Linear(width, 2 * self.patch**2)
+        self.side = side
+        self.head = nn.Linear(width, 2 * (SIZE // side) ** 2)
 
     def forward(self, tower: Any, batch: Scenes) -> tuple[Tensor, float]:
         """Return the loss and the accuracy of a batch."""
-        ink_B1HW = torch.from_numpy(batch.ink_BHW)[:, None]
-        stroke_B1HW = (ink_B1HW > 0.35).float()
-        edge_B1HW = F.max_pool2d(stroke_B1HW, 3, 1, 1) - stroke_B1HW
-        target_BCHW = torch.cat([stroke_B1HW, edge_B1HW], 1)
-        target_BCN = F.unfold(target_BCHW, self.patch, stride=self.patch)
+        target_BCN = stroke_labels(batch, self.side).mT
         logits_BCN = self.head(tokens(tower, pixels(batch.images_BHW))).mT
         loss = F.binary_cross_entropy_with_logits(logits_BCN, target_BCN)
         said, true = logits_BCN > 0, target_BCN > 0

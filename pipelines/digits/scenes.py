@@ -52,8 +52,25 @@ PARTS: dict[Part, tuple[int, Split, int]] = {
     "val": (2, "val", 1),
     "test": (3, "test", 1),
 }  # number of the random stream, split of the handwriting, questions per scene
-MAX_STROKES = 5
 MIN_PATCH_INK = 0.12  # a patch with more mean ink counts as covered by its digit
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a scene has beside its digits.
+
+    Attributes:
+        strokes: most clutter strokes.
+        noise: range of the standard deviation of a scene's pixel noise; white is 1.
+    """
+
+    strokes: int = 5
+    noise: tuple[float, float] = (0.02, 0.1)
+
+
+PLAIN = Look()
+LOOKS = {"plain": PLAIN, "clutter": Look(strokes=12), "noise": Look(noise=(0.15, 0.25))}
+"""The look of every scene that somebody learns from, and two that nobody has seen."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,11 @@ def draw_digits(num_scenes: int, rng: np.random.Generator, topic: str = "any") -
 
 
 def compose(
-    digits_BC: Ints, split: Split, rng: np.random.Generator, split_seed: int = SPLIT_SEED
+    digits_BC: Ints,
+    split: Split,
+    rng: np.random.Generator,
+    split_seed: int = SPLIT_SEED,
+    look: Look = PLAIN,
 ) -> Scenes:
     """Return scenes that show ``digits_BC`` in the handwriting of ``split``.
 
@@ -139,8 +160,8 @@ def compose(
     contrast_BC11 = rng.uniform(0.3, 0.7, (num_scenes, 4, 1, 1)).astype(np.float32)
     images_BHW = _background(num_scenes, rng)
     images_BHW += _join_cells(ink_BCSS * contrast_BC11)
-    images_BHW = np.maximum(images_BHW, _clutter(num_scenes, rng))
-    sigma_B11 = rng.uniform(0.02, 0.1, (num_scenes, 1, 1)).astype(np.float32)
+    images_BHW = np.maximum(images_BHW, _clutter(num_scenes, rng, look.strokes))
+    sigma_B11 = rng.uniform(*look.noise, (num_scenes, 1, 1)).astype(np.float32)
     images_BHW += sigma_B11 * rng.standard_normal(images_BHW.shape, dtype=np.float32)
     return Scenes(
         images_BHW=(images_BHW.clip(0, 1) * 255).round().astype(np.uint8),
@@ -193,9 +214,9 @@ def _background(num_scenes: int, rng: np.random.Generator) -> Floats:
     return np.asarray(0.2 + 0.25 * level + 0.3 * slope_BHW, np.float32)
 
 
-def _clutter(num_scenes: int, rng: np.random.Generator) -> Floats:
-    """Return up to five short straight strokes per scene, (B, H, W); 0 elsewhere."""
-    shape = (num_scenes, MAX_STROKES, 1, 1)
+def _clutter(num_scenes: int, rng: np.random.Generator, strokes: int) -> Floats:
+    """Return up to ``strokes`` short straight strokes per scene, (B, H, W); 0 elsewhere."""
+    shape = (num_scenes, strokes, 1, 1)
     centre_y, centre_x = rng.uniform(0, SIZE, (2, *shape)).astype(np.float32)
     angle = rng.uniform(0, np.pi, shape).astype(np.float32)
     half_length = rng.uniform(2, 7, shape).astype(np.float32)
@@ -262,7 +283,11 @@ def majority_accuracy(entries: list[dict[str, Any]]) -> float:
 
 
 def draw_part(
-    name: Part, num_scenes: int, seed: int, split_seed: int = SPLIT_SEED
+    name: Part,
+    num_scenes: int,
+    seed: int,
+    split_seed: int = SPLIT_SEED,
+    look: Look = PLAIN,
 ) -> Iterator[tuple[Scenes, list[list[Question]]]]:
     """Yield a part of the corpus, up to 256 scenes at a time, with the questions of each scene.
 
@@ -277,7 +302,7 @@ def draw_part(
         digits_BC, questions = draw_digits(num_scenes, rng), [[]] * num_scenes
     for first in range(0, num_scenes, 256):  # limits memory
         rows = slice(first, first + 256)
-        yield compose(digits_BC[rows], split, rng, split_seed), questions[rows]
+        yield compose(digits_BC[rows], split, rng, split_seed, look), questions[rows]
 
 
 def write_corpus(
@@ -288,6 +313,7 @@ def write_corpus(
     num_test: int = 512,
     seed: int = 0,
     split_seed: int = SPLIT_SEED,
+    look: Look = PLAIN,
 ) -> dict[str, float]:
     """Write the corpus below ``out`` and return its figures.
 
@@ -311,19 +337,42 @@ def write_corpus(
             continue
         is_single = PARTS[name][2] == 1
         entries: list[dict[str, Any]] = []
-        for scenes, questions in draw_part(name, num_scenes, seed, split_seed):
+        for scenes, questions in draw_part(name, num_scenes, seed, split_seed, look):
             for image_HW, digits_C, asked in zip(
                 scenes.images_BHW, scenes.digits_BC, questions, strict=True
             ):
                 image = f"{name}_{len(entries):05d}.png"
-                picture = Image.fromarray(image_HW).convert("RGB")
-                picture.save(out / "images" / image, compress_level=1)
+                _save(image_HW, out / "images" / image)
                 entries.append(_entry(image, digits_C, asked, is_single=is_single))
         (out / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
         figures[name] = num_scenes
         if is_single:
             figures[f"majority_{name}"] = majority_accuracy(entries)
     return figures
+
+
+def write_single_digits(
+    out: Path, num_scenes: int, seed: int, split_seed: int = SPLIT_SEED
+) -> None:
+    """Write scenes of one digit each as ``out/train|test/DIGIT/*.png``: a task for a classifier.
+
+    Those of ``train`` are in training handwriting, those of ``test`` in test handwriting,
+    ``num_scenes`` of each. Digits take turns.
+    """
+    splits: tuple[Split, ...] = ("train", "test")
+    for number, split in enumerate(splits):
+        rng = np.random.default_rng([seed, len(PARTS) + number])
+        digits_BC = np.full((num_scenes, 4), EMPTY)
+        digits_BC[range(num_scenes), rng.integers(0, 4, num_scenes)] = np.arange(num_scenes) % 10
+        drawn = compose(digits_BC, split, rng, split_seed)
+        for i, image_HW in enumerate(drawn.images_BHW):
+            folder = out / split / str(i % 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(image_HW, folder / f"{i:05d}.png")
+
+
+def _save(image_HW: NDArray[np.uint8], path: Path) -> None:
+    Image.fromarray(image_HW).convert("RGB").save(path, compress_level=1)
 
 
 def _entry(

@@ -34,7 +34,7 @@ from pilot_arms import ARMS, TEACHERS, Arm
 from pilot_images import Sizes, divide
 from pilot_rows import Row, scores, tables, training_figures
 from study import results
-from study.worlds import shuffle_cache
+from study.controls import shuffle_cache
 from weights import make_weights
 
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "pilot"

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from study import queue, results
-from study.plan import FIRST_EXPLORATORY_SEED, MAX_EXPLORATORY, RunId, find_arm
+from study.plan import FIRST_EXPLORATORY_SEED, MAX_EXPLORATORY, Arm, RunId
+from study.results import Row
 from study.run import Task
+
+KEYS = ("keys", "pretrain", "finetune")
+"""Columns of a row that say what was tried."""
 
 
 @dataclass(frozen=True)
@@ -22,56 +26,70 @@ class Trial:
         base: arm that is changed.
         keys: changes in both stages, as ``a.b=c``.
         pretrain: changes in stage 1 only.
+        finetune: changes in stage 2 only.
     """
 
     name: str
     question: str
-    base: str
+    base: Arm
     keys: tuple[str, ...] = ()
     pretrain: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
 
 
 def run(
     place: queue.Place, trial: Trial, world_numbers: Sequence[int], seeds: Sequence[int]
-) -> None:
-    """Run a trial in some worlds with some seeds. An unchanged arm does not count for the limit.
+) -> list[Row]:
+    """Run a trial in some worlds with some seeds; return its rows.
+
+    A run that has a row already is not made again. An unchanged arm does not count for the limit.
 
     Raises:
-        SystemExit: the final pass has run, the question has used up its runs, or the study uses a
-            seed.
+        SystemExit: the final pass has run, the question has used up its runs, the study uses a
+            seed, or an earlier trial of this name had other keys.
     """
-    base = find_arm(trial.base)
+    base = trial.base
     arm = replace(
         base,
         name=trial.name,
         keys=(*base.keys, *trial.keys),
         pretrain=(*base.pretrain, *trial.pretrain),
+        finetune=(*base.finetune, *trial.finetune),
         matches_time_of=None,
     )
-    tasks = [
-        Task(RunId(seed, number, arm.name), arm, place.world(number))
-        for seed in seeds
-        for number in world_numbers
-    ]
+    about = {
+        "question": trial.question,
+        "base": base.name,
+        "is_change": bool(trial.keys or trial.pretrain or trial.finetune),
+        "keys": list(arm.keys),
+        "pretrain": list(arm.pretrain),
+        "finetune": list(arm.finetune),
+    }
     earlier = results.read(place.results, "exploratory")
-    is_change = bool(trial.keys or trial.pretrain)
+    have = results.by_run(row for row in earlier if row["arm"] == arm.name)
+    for row in have.values():
+        if any(row.get(name, []) != about[name] for name in ("question", *KEYS)):
+            raise SystemExit(
+                f"study: a trial '{arm.name}' was made with other keys or for another question "
+                f"({row['question']}); give this one another name."
+            )
+    tasks = [
+        Task(run_id, arm, place.world(run_id.world))
+        for run_id in (RunId(seed, number, arm.name) for seed in seeds for number in world_numbers)
+        if run_id not in have
+    ]
     made = sum(row["question"] == trial.question and row["is_change"] for row in earlier)
-    if results.read(place.results, "final"):
+    if tasks and results.read(place.results, "final"):
         raise SystemExit(
             "study: the test scenes have been looked at; nothing is chosen after that."
         )
     if min(seeds) < FIRST_EXPLORATORY_SEED:
         raise SystemExit(f"study: exploratory seeds begin at {FIRST_EXPLORATORY_SEED}.")
-    if is_change and made + len(tasks) > MAX_EXPLORATORY:
+    if about["is_change"] and made + len(tasks) > MAX_EXPLORATORY:
         raise SystemExit(
             f"study: {made} runs were made for '{trial.question}', and {len(tasks)} more are "
             f"asked for; the limit is {MAX_EXPLORATORY}."
         )
-    about = {
-        "question": trial.question,
-        "base": base.name,
-        "is_change": is_change,
-        "keys": list(arm.keys),
-        "pretrain": list(arm.pretrain),
-    }
-    queue.explore(place, tasks, about)
+    if tasks:
+        queue.explore(place, tasks, about)
+    return [row for row in results.read(place.results, "exploratory") if row["arm"] == arm.name]

@@ -1,9 +1,10 @@
-"""The plan of the study: arms, contrasts, worlds, seeds and sizes, fixed before the first run.
+"""The plan of the first study, and of the comparison of codecs, fixed before their first runs.
 
-docs/study.md explains it. An arm is the two YAML files of the digits pipeline, a cache, and the
-keys that it changes.
+docs/study.md explains it; ``plan_twelve`` has the study with twelve worlds. An arm is the two YAML
+files of the digits pipeline, a cache, and the keys that it changes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from demo import TEACHERS
@@ -32,12 +33,21 @@ class Sizes:
     teacher_steps: int | None = None
     """Replaces the number of steps of each teacher; only tests set it."""
 
+    @property
+    def num_probe(self) -> int:
+        """Scenes of one digit in each half of a probe; a probe needs some of each digit."""
+        return max(self.num_test // 2, 40)
+
 
 FULL_SIZE = Sizes()
 SMOKE = Sizes(
     num_pretrain=64, num_finetune=32, num_val=16, num_test=16, logging_steps=2, teacher_steps=2
 )
 """Sizes for tests of the code; results mean nothing."""
+
+
+SHIPPED_CACHE = "pooled_int8"
+"""The cache that the teachers' shipped specs make."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,25 @@ class Arm:
         cache: which of ``CACHES`` or ``DERIVED`` it distils from; None without distillation.
         keys: changes in both stages, as ``a.b=c``.
         pretrain: changes in stage 1 only.
+        finetune: changes in stage 2 only.
         matches_time_of: this arm trains as long as that one.
+        counts_teachers: to that time belong the teachers' training and the building of the cache.
         seeds: seeds of its runs.
+        worlds: worlds of its runs.
+        is_main: its students also answer scenes with more clutter or noise, and are probed.
     """
 
     name: str
     what: str
-    cache: str | None = "pooled_int8"
+    cache: str | None = SHIPPED_CACHE
     keys: tuple[str, ...] = ()
     pretrain: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
     matches_time_of: str | None = None
+    counts_teachers: bool = False
     seeds: tuple[int, ...] = SEEDS
+    worlds: tuple[int, ...] = WORLDS
+    is_main: bool = False
 
     @property
     def has_experts(self) -> bool:
@@ -71,13 +89,16 @@ class Arm:
 CODECS = ("int8", "int4", "lloyd4", "lloyd3", "lloyd2", "lowrank16", "lowrank8", "lowrank4")
 """Codecs that are compared with float16, from the largest rows to the smallest."""
 CACHES: dict[str, dict[str, str]] = {
-    "pooled_int8": {},
+    SHIPPED_CACHE: {},
     "native_int8": {"grid": "native"},
     "pooled_float16": {"codec": "float16"},
 }
 """Changes of the teachers' specs per cache that is built."""
-DERIVED = {"shuffled": "pooled_int8"} | {f"recoded_{codec}": "pooled_float16" for codec in CODECS}
-"""Caches that are made from another one. ``shuffled``: images have features of others."""
+DERIVED = {"shuffled": SHIPPED_CACHE, "labels": SHIPPED_CACHE} | {
+    f"recoded_{codec}": "pooled_float16" for codec in CODECS
+}
+"""Caches that are made from another one. ``shuffled``: images have features of others. ``labels``:
+tokens are what the teachers with dense labels were trained to say."""
 
 FULL = {"keys": ("student.mole=null",), "pretrain": ("trained=[vision_tower, projector]",)}
 """Full fine-tuning: no experts; the tower's weights learn in both stages."""
@@ -223,13 +244,13 @@ def arms(everything: bool) -> tuple[Arm, ...]:
     return tuple(chosen.values())
 
 
-def find_arm(name: str) -> Arm:
-    """Return an arm by name.
+def find_arm(name: str, among: Sequence[Arm] = ()) -> Arm:
+    """Return an arm by name; by default one of the first study or of the comparison of codecs.
 
     Raises:
         SystemExit: the name is unknown.
     """
-    every = (*arms(everything=True), *CODEC_ARMS)
+    every = tuple(among) or (*arms(everything=True), *CODEC_ARMS)
     for arm in every:
         if arm.name == name:
             return arm
@@ -246,20 +267,21 @@ class RunId:
     arm: str
 
 
-def runs(chosen: tuple[Arm, ...]) -> list[RunId]:
+def runs(chosen: Sequence[Arm]) -> list[RunId]:
     """Return all runs, seed by seed, so that an interrupted study is a smaller balanced one.
 
     Arms that match the training time of others are last.
     """
     order = sorted(chosen, key=lambda arm: arm.matches_time_of is not None)
     seeds = sorted({seed for arm in chosen for seed in arm.seeds})
+    worlds = sorted({world for arm in chosen for world in arm.worlds})
     timed = [arm for arm in order if arm.matches_time_of]
     plain = [arm for arm in order if not arm.matches_time_of]
     return [
         RunId(seed, world, arm.name)
         for part in (plain, timed)
         for seed in seeds
-        for world in WORLDS
+        for world in worlds
         for arm in part
-        if seed in arm.seeds
+        if seed in arm.seeds and world in arm.worlds
     ]

@@ -3,26 +3,19 @@
 Every process computes with one thread, because the rows do not record the number of threads.
 """
 
-import fcntl
-import os
-import signal
 import statistics
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from demo import TEACHERS
 from study import results, worlds
-from study.plan import DERIVED, TIME_BASE, WORLDS, Arm, RunId, Sizes, find_arm, runs
+from study.plan import DERIVED, SHIPPED_CACHE, TIME_BASE, Arm, RunId, Sizes, runs
+from study.processes import each, lock, pool_of
 from study.results import Row
 from study.run import Task, execute, execute_and_test, final, settings
 from study.worlds import World
@@ -49,21 +42,22 @@ class Place:
         return World(number, self.work, self.sizes)
 
 
-def prepare(place: Place, chosen: Sequence[Arm]) -> list[World]:
-    """Make what the arms need of every world, unless it exists; return the worlds."""
-    made = [place.world(number) for number in WORLDS]
-    with _pool(place.jobs) as pool:
+def prepare(place: Place, chosen: Sequence[Arm]) -> dict[int, World]:
+    """Make what the arms need of their worlds, unless it exists; return the worlds by number."""
+    numbers = sorted({number for arm in chosen for number in arm.worlds})
+    made = [place.world(number) for number in numbers]
+    with pool_of(place.jobs) as pool:
         teachers = [(w, name) for w in made if not w.shipped_weights for name in TEACHERS]
-        _all(pool, worlds.train_teacher, [t for t in teachers if not _has_weights(*t)])
+        each(pool, worlds.train_teacher, [t for t in teachers if not _has_weights(*t)])
         for world in made:
             worlds.collect_weights(world)
-        _all(pool, worlds.write_scenes, [(world,) for world in made])
-        names = {arm.cache for arm in chosen if arm.cache}
-        built = sorted({DERIVED.get(name, name) for name in names})
-        derived = sorted(names & DERIVED.keys())
+        each(pool, worlds.write_scenes, [(world,) for world in made])
+        needed = {(n, arm.cache) for arm in chosen if arm.cache for n in arm.worlds}
+        built = sorted({(n, DERIVED.get(name, name)) for n, name in needed})
+        derived = sorted((n, name) for n, name in needed if name in DERIVED)
         for part in (built, derived):
-            _all(pool, worlds.build, [(world, name) for name in part for world in made])
-    return [place.world(number) for number in WORLDS]
+            each(pool, worlds.build, [(place.world(number), name) for number, name in part])
+    return {number: place.world(number) for number in numbers}
 
 
 def run_all(place: Place, chosen: Sequence[Arm]) -> None:
@@ -72,26 +66,18 @@ def run_all(place: Place, chosen: Sequence[Arm]) -> None:
     Raises:
         SystemExit: rows have other settings, or runs failed (raised after all others).
     """
-    with _lock(place.work):
+    with lock(place.work):
         made = prepare(place, chosen)
         _refuse_other_settings(place, chosen, made)
-        for is_timed in (False, True):
-            part = tuple(arm for arm in chosen if bool(arm.matches_time_of) is is_timed)
+        for part in _untimed_first(chosen):
             have = results.by_run(results.read(place.results, "runs"))
-            tasks = [
-                Task(run, find_arm(run.arm), made[run.world], time_factor(have, run.arm))
-                for run in runs(part)
-                if run not in have
-            ]
+            left = [run for run in runs(part) if run not in have]
 
             def note(outcome: tuple[Row, Row]) -> Row:
-                row, curves = outcome
-                row["commit"] = _commit()
-                results.append(place.results, "curves", curves)  # first: the row marks completion
-                results.append(place.results, "runs", row)
-                return row
+                _append(place, *outcome)
+                return outcome[0]
 
-            _go_through(place.jobs, execute, tasks, note, "val")
+            _go_through(place.jobs, execute, _tasks(left, chosen, made, have), note, "val")
 
 
 def run_and_test_all(place: Place, chosen: Sequence[Arm]) -> None:
@@ -104,27 +90,62 @@ def run_and_test_all(place: Place, chosen: Sequence[Arm]) -> None:
     Raises:
         SystemExit: rows have other settings, or runs failed (raised after all others).
     """
-    with _lock(place.work):
+    with lock(place.work):
         made = prepare(place, chosen)
         _refuse_other_settings(place, chosen, made)
-        for world in made:
+        for number, world in made.items():
             worlds.write_test_scenes(world)
-        have = results.by_run(results.read(place.results, "runs"))
-        seen = results.by_run(results.read(place.results, "final"))
-        left = [run for run in runs(tuple(chosen)) if run not in seen]
-        left.sort(key=lambda run: run in have)  # those without any row first
-        tasks = [Task(run, find_arm(run.arm), made[run.world], row=have.get(run)) for run in left]
+            if any(arm.is_main and number in arm.worlds for arm in chosen):
+                worlds.write_more_tests(world)
+        for part in _untimed_first(chosen):
+            have = results.by_run(results.read(place.results, "runs"))
+            seen = results.by_run(results.read(place.results, "final"))
+            left = [run for run in runs(part) if run not in seen]
+            left.sort(key=lambda run: run in have)  # those without any row first
 
-        def note(outcome: tuple[Row, Row, Row]) -> Row:
-            row, curves, tested = outcome
-            if results.run_id(row) not in have:
-                row["commit"] = _commit()
-                results.append(place.results, "curves", curves)
-                results.append(place.results, "runs", row)
-            results.append(place.results, "final", tested)
-            return row
+            def note(outcome: tuple[Row, Row, Row], have: dict[RunId, Row] = have) -> Row:
+                row, curves, tested = outcome
+                if results.run_id(row) not in have:
+                    _append(place, row, curves)
+                results.append(place.results, "final", tested)
+                return row
 
-        _go_through(place.jobs, execute_and_test, tasks, note, "val")
+            tasks = _tasks(left, chosen, made, have)
+            _go_through(place.jobs, execute_and_test, tasks, note, "val")
+
+
+def _untimed_first(chosen: Sequence[Arm]) -> list[tuple[Arm, ...]]:
+    """Return the arms in two parts: the second one matches times of the first one's rows."""
+    return [
+        tuple(arm for arm in chosen if (arm.matches_time_of is not None) is is_timed)
+        for is_timed in (False, True)
+    ]
+
+
+def _tasks(
+    left: Sequence[RunId],
+    chosen: Sequence[Arm],
+    made: Mapping[int, World],
+    have: Mapping[RunId, Row],
+) -> list[Task]:
+    """Return a task per run. A run that has a row must repeat it, for as many epochs."""
+    named = {arm.name: arm for arm in chosen}
+    return [
+        Task(
+            run,
+            named[run.arm],
+            made[run.world],
+            time_factor(have, named[run.arm], made),
+            have.get(run),
+        )
+        for run in left
+    ]
+
+
+def _append(place: Place, row: Row, curves: Row) -> None:
+    row["commit"] = _commit()
+    results.append(place.results, "curves", curves)  # first: the row marks completion
+    results.append(place.results, "runs", row)
 
 
 def run_final(place: Place, chosen: Sequence[Arm]) -> None:
@@ -135,9 +156,9 @@ def run_final(place: Place, chosen: Sequence[Arm]) -> None:
     Raises:
         SystemExit: runs are missing, or some failed (raised after all others).
     """
-    with _lock(place.work):
+    with lock(place.work):
         have = results.by_run(results.read(place.results, "runs"))
-        missing = [run for run in runs(tuple(chosen)) if run not in have]
+        missing = [run for run in runs(chosen) if run not in have]
         if missing:
             raise SystemExit(
                 f"study: {len(missing)} runs have no row yet ({missing[0]}, ...); the test scenes "
@@ -145,14 +166,10 @@ def run_final(place: Place, chosen: Sequence[Arm]) -> None:
             )
         made = prepare(place, chosen)
         _refuse_other_settings(place, chosen, made)
-        for world in made:
+        for world in made.values():
             worlds.write_test_scenes(world)
         seen = results.by_run(results.read(place.results, "final"))
-        tasks = [
-            Task(run, find_arm(run.arm), made[run.world], have[run]["epochs"], have[run])
-            for run in runs(tuple(chosen))
-            if run not in seen
-        ]
+        tasks = _tasks([run for run in runs(chosen) if run not in seen], chosen, made, have)
 
         def note(row: Row) -> Row:
             results.append(place.results, "final", row)
@@ -163,8 +180,8 @@ def run_final(place: Place, chosen: Sequence[Arm]) -> None:
 
 def explore(place: Place, tasks: Sequence[Task], about: Row) -> None:
     """Run arms outside the plan on validation scenes; add ``about`` to their rows."""
-    with _lock(place.work):
-        prepare(place, [task.arm for task in tasks])
+    with lock(place.work):
+        prepare(place, [replace(task.arm, worlds=(task.run.world,)) for task in tasks])
 
         def note(outcome: tuple[Row, Row]) -> Row:
             row = {**about, **outcome[0], "commit": _commit()}
@@ -174,29 +191,35 @@ def explore(place: Place, tasks: Sequence[Task], about: Row) -> None:
         _go_through(place.jobs, execute, tasks, note, "val")
 
 
-def time_factor(have: dict[RunId, Row], name: str) -> float:
+def time_factor(have: Mapping[RunId, Row], arm: Arm, made: Mapping[int, World]) -> float:
     """Return the factor on an arm's epochs that makes it train as long as another arm.
 
     It is the factor in the arm's rows. Without a row it is the median ratio of the training times
-    of the runs that both arms have.
+    of the runs that both arms have, in the worlds of the arm.
 
     Raises:
         SystemExit: the arms have no such run yet.
     """
-    longer = find_arm(name).matches_time_of
+    longer = arm.matches_time_of
     if longer is None:
         return 1.0
     for run, row in have.items():
-        if run.arm == name:
+        if run.arm == arm.name:
             return float(row["epochs"])
+
+    def teachers(run: RunId) -> float:
+        return made[run.world].teacher_seconds(SHIPPED_CACHE) if arm.counts_teachers else 0.0
+
     ratios = [
-        _train_seconds(row) / _train_seconds(have[base])
+        (_train_seconds(row) + teachers(run)) / _train_seconds(have[base])
         for run, row in have.items()
-        if run.arm == longer and (base := RunId(run.seed, run.world, TIME_BASE[longer])) in have
+        if run.arm == longer
+        and run.world in arm.worlds
+        and (base := RunId(run.seed, run.world, TIME_BASE[longer])) in have
     ]
     if not ratios:
         raise SystemExit(
-            f"study: '{name}' trains as long as '{longer}', which has no row yet; run "
+            f"study: '{arm.name}' trains as long as '{longer}', which has no row yet; run "
             f"'{longer}' and '{TIME_BASE[longer]}' first."
         )
     return round(statistics.median(ratios), 3)
@@ -207,7 +230,7 @@ def _train_seconds(row: Row) -> float:
     return float(row["cpu_seconds"]["pretrain"] + row["cpu_seconds"]["finetune"])
 
 
-def _refuse_other_settings(place: Place, chosen: Sequence[Arm], made: Sequence[World]) -> None:
+def _refuse_other_settings(place: Place, chosen: Sequence[Arm], made: Mapping[int, World]) -> None:
     """Refuse rows of another plan, other sizes or other worlds.
 
     Raises:
@@ -216,7 +239,9 @@ def _refuse_other_settings(place: Place, chosen: Sequence[Arm], made: Sequence[W
     names = {arm.name: arm for arm in chosen}
     for row in results.read(place.results, "runs"):
         arm = names.get(row["arm"])
-        if arm is not None and row["settings"] != settings(arm, made[row["world"]]):
+        if arm is None or row["world"] not in made:
+            continue
+        if row["settings"] != settings(arm, made[row["world"]]):
             raise SystemExit(
                 f"study: {place.results}/runs.jsonl holds a row of {results.run_id(row)} that was "
                 "made with other settings than the plan, the YAML files or the world are of now; "
@@ -237,7 +262,7 @@ def _go_through(
         SystemExit: some failed; raised after all others.
     """
     started, failed = time.monotonic(), []
-    with _pool(min(jobs, max(len(tasks), 1))) as pool:
+    with pool_of(min(jobs, max(len(tasks), 1))) as pool:
         waiting: dict[Future[Any], Task] = {pool.submit(work, task): task for task in tasks}
         for number, done in enumerate(as_completed(waiting), start=1):
             task = waiting.pop(done)
@@ -260,52 +285,6 @@ def _go_through(
 def _has_weights(world: World, teacher: str) -> bool:
     name = f"{teacher}/model.safetensors"
     return any((world.folder / part / name).exists() for part in ("weights", f"training/{teacher}"))
-
-
-def _all(pool: ProcessPoolExecutor, work: Callable[..., None], arguments: Sequence[Any]) -> None:
-    for done in as_completed([pool.submit(work, *each) for each in arguments]):
-        done.result()
-
-
-@contextmanager
-def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of one-thread processes; after an interruption, do not wait for them."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _begin_process() -> None:
-    """Use one thread, and end with the parent: the next study would make the same runs."""
-    torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes; the parent handles it
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    """Refuse a second study in the same folder."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(f"study: another study is running in {work}; wait for it.") from None
-        yield
 
 
 def _commit() -> str:

@@ -22,8 +22,9 @@ Row = dict[str, Any]
 Name = Literal["runs", "curves", "final", "exploratory"]
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "study"
+"""Rows of the first study."""
 CODEC_RESULTS = RESULTS.with_name("codecs")
-"""Rows of the comparison of codecs."""
+TWELVE_RESULTS = RESULTS.with_name("twelve")
 
 
 def read(folder: Path, name: Name) -> list[Row]:

@@ -25,9 +25,6 @@ from movekd.cache import open_cache
 from movekd.cache.layout import teacher_layout
 from movekd.cache.verify import status
 from movekd.config import read_yaml
-from movekd.corpus.conversations import load_conversations
-from movekd.evaluate.exact_match import exact_match, split_questions
-from movekd.evaluate.generate import generate_answers
 from movekd.evaluate.image_folder import read_from_folder
 from movekd.student import recorded_routing, routing
 from movekd.student.checkpoint import TrainedStudent, load_student
@@ -35,9 +32,10 @@ from movekd.student.hf_loading import quiet_libraries
 from movekd.student.vlm import image_features
 from movekd.train.config import load_config
 from movekd.train.run import train
+from study.answers import answer, probe
 from study.plan import Arm, RunId
 from study.results import Row
-from study.worlds import YAMLS, World
+from study.worlds import UNSEEN_LOOKS, YAMLS, World, write_probe, write_test_scenes
 
 STAGES = ("pretrain", "finetune")
 CURVES = ("loss_text", "loss_kd", "token_std", "token_rank", "routing_max_share")
@@ -74,6 +72,8 @@ def settings(arm: Arm, world: World) -> str:
     """Return a hash of everything that a row depends on except the seed and movekd's code."""
     digest = hashlib.sha256(repr((arm.cache, arm.keys, arm.pretrain)).encode())
     digest.update(repr((arm.matches_time_of, world.sizes)).encode())
+    if arm.finetune or arm.counts_teachers or arm.is_main:  # rows of earlier plans have none
+        digest.update(repr((arm.finetune, arm.counts_teachers, arm.is_main)).encode())
     digest.update(world.fingerprint.encode())
     for name in YAMLS:
         digest.update(json.dumps(read_yaml(world.folder / name), sort_keys=True).encode())
@@ -170,7 +170,7 @@ def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
     if stage == "pretrain":
         overrides += arm.pretrain
     else:
-        overrides.append(f"init_from={task.folder / 'pretrain'}")
+        overrides += [*arm.finetune, f"init_from={task.folder / 'pretrain'}"]
     config = load_config(world.folder / f"{stage}.yaml", overrides)
     cache = None if arm.cache is None else world.cache(arm.cache)
     return train(config, task.folder / stage, cache).log
@@ -196,22 +196,6 @@ def cache_figures(folder: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
-def answer(trained: TrainedStudent, folder: Path, part: str) -> dict[str, list[int]]:
-    """Answer the questions of ``folder/part.json``; return [right, asked] per question type."""
-    asked, right = split_questions(load_conversations(folder / f"{part}.json"))
-    given = generate_answers(
-        trained.student,
-        asked,
-        read_from_folder(folder / "images"),
-        prompt=trained.prompt,
-        geometry=trained.geometry,
-        batch_size=128,
-        max_new_tokens=4,
-    )
-    scores = exact_match(asked, right, list(given))
-    return {name: [score.correct, score.total] for name, score in scores.items()}
-
-
 def final(task: Task) -> Row:
     """Answer the test questions with the student of a run; return the row of the final file.
 
@@ -223,14 +207,19 @@ def final(task: Task) -> Row:
     quiet_libraries()
     if not (task.folder / "finetune/model").exists():
         execute(task)
-    folder = task.world.folder / "test"
     trained = load_student(task.folder / "finetune")
-    name = {"arm": task.run.arm, "world": task.run.world, "seed": task.run.seed}
-    return {
-        **name,
+    row = {
+        "arm": task.run.arm,
+        "world": task.run.world,
+        "seed": task.run.seed,
         "settings": settings(task.arm, task.world),
-        "test": answer(trained, folder, "test"),
+        "test": answer(trained, write_test_scenes(task.world), "test"),
     }
+    if task.arm.is_main:
+        for look in UNSEEN_LOOKS:
+            row[look] = answer(trained, write_test_scenes(task.world, look), "test")
+        row["probe"] = probe(task.folder / "finetune", write_probe(task.world))
+    return row
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@
       data/            the packed corpus
       caches/NAME/     those of plan.CACHES and plan.DERIVED that arms need
       test/            test scenes; only the final pass draws them
+      test_clutter/ test_noise/   the same questions about scenes as no training has
+      probe/           scenes of one digit, train/DIGIT/ and test/DIGIT/, for `movekd probe`
+      caches/NAME.seconds   CPU seconds that a cache took, interrupted builds included
 
 Everything is made once and kept. All worlds share the language model. It has seen no image, only
 which patches of a cell the training handwriting of world 0 covers.
@@ -15,28 +18,26 @@ which patches of a cell the training handwriting of world 0 covers.
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 import pretrain
 import scenes
 from demo import HERE, TEACHERS
-from movekd.cache import open_cache
-from movekd.cache.layout import CACHE_JSON, INDEX, NAMES, skipped_name, skipped_seal_name
 from movekd.cache.spec import load_spec
-from movekd.cache.storage import open_storage
-from movekd.cache.writer import TeacherWriter, create_group
 from movekd.corpus.index import open_corpus
 from movekd.corpus.pack import pack_llava
 from movekd.extract.options import BuildOptions
 from movekd.extract.recode import recode_cache
 from movekd.extract.run import build_cache
+from study import controls
 from study.plan import CACHES, DERIVED, Sizes
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")
+UNSEEN_LOOKS = tuple(look for look in scenes.LOOKS if look != "plain")
+"""Looks of scenes that no training has."""
 WEIGHTS = Path(__file__).parent / "weights"
 """Teachers of the worlds except 0. Training on another machine would change the last bits."""
 
@@ -75,6 +76,13 @@ class World:
     def cache(self, name: str) -> Path:
         """Folder of a cache."""
         return self.folder / "caches" / name
+
+    def teacher_seconds(self, cache: str) -> float:
+        """Seconds of one core that the teachers' training and the building of a cache took."""
+        path = self.folder / "weights/training.json"
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        built = json.loads(_seconds_file(self, cache).read_text(encoding="utf-8"))
+        return float(sum(trained[name]["seconds"] for name in TEACHERS) + built)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -147,20 +155,53 @@ def write_scenes(world: World) -> None:
     stamp.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
 
 
-def write_test_scenes(world: World) -> Path:
+def write_test_scenes(world: World, look: str = "plain") -> Path:
     """Draw the test scenes, unless they exist; return their folder. Only for the final pass."""
-    folder = world.folder / "test"
+    folder = world.folder / ("test" if look == "plain" else f"test_{look}")
     if not (folder / "test.json").exists():
+        number = world.number
         scenes.write_corpus(
-            folder, 0, 0, 0, world.sizes.num_test, seed=world.number, split_seed=world.number
+            folder,
+            num_pretrain=0,
+            num_finetune=0,
+            num_val=0,
+            num_test=world.sizes.num_test,
+            seed=number,
+            split_seed=number,
+            look=scenes.LOOKS[look],
         )
+    return folder
+
+
+def write_more_tests(world: World) -> None:
+    """Draw what only main arms are measured with: two unseen looks, and the scenes of a probe."""
+    for look in UNSEEN_LOOKS:
+        write_test_scenes(world, look)
+    write_probe(world)
+
+
+def write_probe(world: World) -> Path:
+    """Draw scenes of one digit each, unless they exist; return their folder."""
+    folder = world.folder / "probe"
+    if not folder.exists():
+        begun = folder.with_name("probe.begun")
+        shutil.rmtree(begun, ignore_errors=True)
+        scenes.write_single_digits(begun, world.sizes.num_probe, world.number, world.number)
+        begun.rename(folder)
     return folder
 
 
 def build(world: World, name: str) -> None:
     """Build a cache of a world, or resume its build; one that is derived needs its source."""
     if name == "shuffled":
-        shuffle_cache(world.cache(DERIVED[name]), world.cache(name), world.number)
+        controls.shuffle_cache(world.cache(DERIVED[name]), world.cache(name), world.number)
+        return
+    if name == "labels":
+        counts: dict[scenes.Part, int] = {
+            "pretrain": world.sizes.num_pretrain,
+            "finetune": world.sizes.num_finetune,
+        }
+        controls.label_cache(world.cache(DERIVED[name]), world.cache(name), counts, world.number)
         return
     if name in DERIVED:
         source, codec = world.cache(DERIVED[name]), name.removeprefix("recoded_")
@@ -170,41 +211,13 @@ def build(world: World, name: str) -> None:
     paths = [world.folder / "teachers" / f"{teacher}.yaml" for teacher in TEACHERS]
     specs = [load_spec(str(path)).with_changes(**CACHES[name]) for path in paths]
     options = BuildOptions(batch_size=64, num_workers=0, device="cpu")
-    corpus = open_corpus(world.data)
+    corpus, noted = open_corpus(world.data), _seconds_file(world, name)
+    begun = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else 0.0
+    started = time.process_time()
     for _ in build_cache(world.cache(name), corpus, specs, geometry="crop", options=options):
-        pass
+        seconds = begun + time.process_time() - started
+        noted.write_text(f"{seconds:.1f}\n", encoding="utf-8")
 
 
-def shuffle_cache(source: Path, target: Path, seed: int) -> None:
-    """Write a cache in which every image has the features of another one, unless it exists.
-
-    All teachers and arrays share one permutation. It is a single cycle, so no image keeps its own
-    features. Statistics, sizes and shapes are those of ``source``.
-    """
-    done = target / "shuffled.json"
-    if done.exists():
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in (CACHE_JSON, INDEX, NAMES):
-        shutil.copy(source / name, target / name)
-    cache, storage = open_cache(source), open_storage(target)
-    for teacher in cache.teachers:
-        store = cache[teacher]
-        order = np.random.default_rng([seed, 70]).permutation(store.num_rows)
-        other = np.empty_like(order)
-        other[order] = np.roll(order, 1)
-        create_group(storage, store.spec, store.calibration, store.stats, store.num_rows)
-        writer = TeacherWriter(storage, teacher, store.num_rows)
-        for shard, seal in store.seals.items():
-            stored = store.read(other[slice(*seal.rows)]).stored
-            writer.write_shard(
-                shard,
-                {array: values.numpy() for array, values in stored.items()},
-                keys_xxh3_128=seal.keys_xxh3_128,
-                skipped={},
-                error=seal.error,
-            )
-        for name in (skipped_name(teacher), skipped_seal_name(teacher)):  # no image was skipped
-            shutil.copy(source / name, target / name)
-    done.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
+def _seconds_file(world: World, cache: str) -> Path:
+    return world.folder / "caches" / f"{cache}.seconds"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import torch
 
 import demo
 import study.plan
-import study.queue
-from study import explore, page, results
+import study.summary
+from study import explore, page, plan_twelve, results
 from study.plan import CODEC_ARMS, CODECS, SMOKE, RunId, arms, find_arm
 from study.queue import Place, run_all, run_and_test_all, run_final, time_factor
 from study.run import CURVES, Task, cache_figures, execute, mutual_information
 from study.worlds import World, build, collect_weights, write_scenes
 
 EVERY_ARM = (*arms(everything=True), *CODEC_ARMS)
+TWELVE = tuple(replace(arm, worlds=(0,)) for arm in plan_twelve.ARMS)
 
 
 def test_mutual_information_by_hand():
@@ -38,12 +40,12 @@ def test_a_time_is_matched_by_the_median_ratio_of_pairs():
     rows += [row_of("revised_mole", seed, 10.0 * ratio) for seed, ratio in enumerate((1.2, 2, 1))]
     rows.append(row_of("revised_mole", 7, 1000.0))  # without a pair
     have = results.by_run(rows)
-    assert time_factor(have, "time_mole") == 1.2
-    assert time_factor(have, "float16") == 1
+    assert time_factor(have, find_arm("time_mole"), {}) == 1.2
+    assert time_factor(have, find_arm("float16"), {}) == 1
     one = row_of("time_mole", 0, 10.0)  # all runs of an arm train as long as its first
-    assert time_factor({**have, results.run_id(one): one}, "time_mole") == 1.7
+    assert time_factor({**have, results.run_id(one): one}, find_arm("time_mole"), {}) == 1.7
     with pytest.raises(SystemExit, match=r"as long as 'revised_full', which has no row yet"):
-        time_factor(have, "time_full")
+        time_factor(have, find_arm("time_full"), {})
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +97,9 @@ def test_rows_become_smaller_codec_by_codec(world):
 
 @pytest.mark.slow
 def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
-    for module in (study.plan, study.queue):
-        monkeypatch.setattr(module, "WORLDS", (0,))
-    chosen = (find_arm("none_mole"), find_arm("shuffled_mole"))
+    chosen = tuple(replace(find_arm(name), worlds=(0,)) for name in ("none_mole", "shuffled_mole"))
+    monkeypatch.setattr(study.summary, "arms", lambda everything: chosen)
+    monkeypatch.setattr(study.plan, "WORLDS", (0,))
     place = Place(tmp_path / "work", tmp_path / "results", SMOKE, jobs=1)
 
     def runs_file() -> Path:
@@ -132,7 +134,7 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="have not been looked at"):
         page.write_report(place, is_final=True)
 
-    trial = explore.Trial("more", "rank", "none_mole", keys=("student.mole.r=4",))
+    trial = explore.Trial("more", "rank", chosen[0], keys=("student.mole.r=4",))
     with pytest.raises(SystemExit, match="exploratory seeds begin at 100"):
         explore.run(place, trial, [0], [0])
     with pytest.raises(SystemExit, match=r"0 runs were made .* 21 more are asked for"):
@@ -180,10 +182,8 @@ def test_a_study_from_nothing_to_its_page(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_runs_that_answer_at_once_equal_runs_and_a_final_pass(tmp_path, monkeypatch, capsys):
-    for module in (study.plan, study.queue):
-        monkeypatch.setattr(module, "WORLDS", (0,))
-    chosen = (find_arm("none_mole"),)
+def test_runs_that_answer_at_once_equal_runs_and_a_final_pass(tmp_path, capsys):
+    chosen = (replace(find_arm("none_mole"), worlds=(0,)),)
     apart = Place(tmp_path / "work", tmp_path / "apart", SMOKE, jobs=1)
     run_all(apart, chosen)
     run_final(apart, chosen)

@@ -1,17 +1,24 @@
-"""Every world has its own split and no test scenes; the shuffled cache is a valid cache."""
+"""Every world has its own split, and no test scenes before they are asked for."""
 
 import hashlib
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import scenes
 from demo import TEACHERS
-from movekd.cache import open_cache
-from movekd.cache.verify import verify
 from study.plan import FULL_SIZE, SMOKE, WORLDS
-from study.worlds import World, collect_weights, shuffle_cache, write_scenes, write_test_scenes
+from study.worlds import (
+    UNSEEN_LOOKS,
+    World,
+    collect_weights,
+    write_more_tests,
+    write_probe,
+    write_scenes,
+    write_test_scenes,
+)
 
 
 def test_worlds_split_the_handwriting_in_their_own_ways():
@@ -80,29 +87,49 @@ def test_worlds_of_other_sizes_train_their_own(tmp_path):
     assert World(1, tmp_path, SMOKE).shipped_weights is None
 
 
-def test_every_image_of_a_shuffled_cache_has_the_features_of_another(cache_dir, tmp_path):
-    shuffle_cache(cache_dir, tmp_path / "shuffled", seed=1)
-    assert list(verify(tmp_path / "shuffled")) == []
-    source, shuffled = open_cache(cache_dir), open_cache(tmp_path / "shuffled")
-    assert shuffled.teachers == source.teachers
-    rows = np.arange(len(source.keys))
-    orders = []
-    for teacher in source.teachers:
-        before, after = source[teacher].read(rows).stored, shuffled[teacher].read(rows).stored
-        flat = {n: a.numpy().reshape(len(rows), -1) for n, a in before.items()}
-        order = [
-            next(r for r in rows if (flat["tokens"][r] == row.numpy().reshape(-1)).all())
-            for row in after["tokens"]
-        ]
-        assert sorted(order) == rows.tolist()
-        assert all(order != rows)
-        for name, array in after.items():  # all arrays of a row move together
-            np.testing.assert_array_equal(array.numpy().reshape(len(rows), -1), flat[name][order])
-        assert (shuffled[teacher].stats.mean_D == source[teacher].stats.mean_D).all()
-        orders.append(order)
-    assert orders[0] == orders[1]  # and all teachers of an image
-    shuffle_cache(cache_dir, tmp_path / "shuffled", seed=2)  # there already: kept
-    shuffle_cache(cache_dir, tmp_path / "other", seed=2)
-    first = shuffled[source.teachers[0]].read(rows).stored["tokens"]
-    assert (open_cache(tmp_path / "shuffled")["clip"].read(rows).stored["tokens"] == first).all()
-    assert (open_cache(tmp_path / "other")["clip"].read(rows).stored["tokens"] != first).any()
+def test_unseen_looks_change_what_is_beside_the_digits_only(tmp_path):
+    world = World(3, tmp_path, SMOKE)
+    world.folder.mkdir()
+    write_more_tests(world)
+    plain = write_test_scenes(world)
+    asked = (plain / "test.json").read_bytes()
+    images = {"plain": plain / "images"}
+    for look in UNSEEN_LOOKS:
+        folder = write_test_scenes(world, look)
+        assert (folder / "test.json").read_bytes() == asked
+        images[look] = folder / "images"
+    pixels = {
+        look: np.stack([np.asarray(Image.open(p)) / 255 for p in sorted(folder.glob("*.png"))])
+        for look, folder in images.items()
+    }
+    assert len({array.shape for array in pixels.values()}) == 1
+    rough = {n: np.abs(np.diff(a, axis=2)).mean() for n, a in pixels.items()}
+    assert rough["noise"] > 2 * rough["plain"]
+    assert pixels["clutter"].mean() > pixels["plain"].mean()
+
+
+def test_a_probe_shows_one_digit_in_unseen_handwriting(tmp_path, monkeypatch):
+    shown = []
+    compose = scenes.compose
+
+    def watched(digits_BC, split, rng, split_seed, *look):
+        drawn = compose(digits_BC, split, rng, split_seed, *look)
+        shown.append((split, split_seed, drawn))
+        return drawn
+
+    monkeypatch.setattr(scenes, "compose", watched)
+    world = World(4, tmp_path, SMOKE)
+    world.folder.mkdir()
+    folder = write_probe(world)
+    assert [(split, seed) for split, seed, _ in shown] == [("train", 4), ("test", 4)]
+    for split, _, drawn in shown:
+        allowed = np.concatenate(scenes.split_scans(split, 4))
+        assert ((drawn.digits_BC != scenes.EMPTY).sum(1) == 1).all()
+        assert np.isin(drawn.scans_BC.max(1), allowed).all()
+        digits = drawn.digits_BC.max(1)
+        for i, digit in enumerate(digits):
+            saved = np.asarray(Image.open(folder / split / str(digit) / f"{i:05d}.png"))
+            assert (saved[..., 0] == drawn.images_BHW[i]).all()
+        assert len(list(folder.glob(f"{split}/*/*.png"))) == world.sizes.num_probe
+    assert write_probe(world) == folder
+    assert len(shown) == 2  # kept

@@ -11,13 +11,13 @@ import demo
 
 WAITING = """
 import os, signal, sys
-from study.queue import _pool
+from study.processes import pool_of
 
 if __name__ == "__main__":
     # a shell that starts the tests in its background has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _pool(1) as pool:
+        with pool_of(1) as pool:
             working = pool.submit(signal.pause)
             while not working.running():
                 pass

@@ -1,0 +1,205 @@
+"""The plan of the study with twelve worlds, fixed before its first run; docs/study.md explains it.
+
+Worlds are the units. Six main arms run in all worlds, single parts and controls in eight of them.
+Every revised arm names the recipe of its month, so that no later default changes what it was.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from study.plan import FULL, NONE, Arm, Contrast
+
+WORLDS = tuple(range(3, 15))
+SEEDS = (0, 1)
+PART_WORLDS = tuple(range(3, 11))
+"""Worlds of single parts and controls."""
+PART_SEEDS = (0,)
+
+REVISED = ("recipe=revised_2026_11",)
+SCALE_4 = "student.mole.lora_alpha=64"  # at a rank of 16
+EXPERTS = (*REVISED, SCALE_4)
+BASE_IN_STAGE_1 = ("trained=[vision_tower, mole, projector]",)
+OFFICIAL = ("recipe=official",)
+RELEASED_RATE = ("training.learning_rate=2.0e-5",)
+TUNED: tuple[str, ...] = ()
+TUNED_RATE: tuple[str, ...] = ()
+"""Keys of both stages, and of stage 2, that ``tune`` chose for the official recipe."""
+
+MAIN: dict[str, Any] = {"seeds": SEEDS, "worlds": WORLDS, "is_main": True}
+PART: dict[str, Any] = {"seeds": PART_SEEDS, "worlds": PART_WORLDS, "is_main": False}
+
+REVISED_MOLE = Arm(
+    "revised_mole",
+    "MoLE of scale 4, base in stage 1, revised KD",
+    keys=EXPERTS,
+    pretrain=BASE_IN_STAGE_1,
+    **MAIN,
+)
+NONE_MOLE = replace(
+    REVISED_MOLE,
+    name="none_mole",
+    what="the same student, no KD",
+    cache=None,
+    keys=(*EXPERTS, NONE),
+)
+REVISED_FULL = Arm(
+    "revised_full",
+    "full fine-tuning, revised KD",
+    keys=(*REVISED, *FULL["keys"]),
+    pretrain=FULL["pretrain"],
+    **MAIN,
+)
+OFFICIAL_ARM = Arm("official", "MoLE, official KD", "native_int8", OFFICIAL, **MAIN)
+"""What ``tune`` starts from; no arm of the study."""
+OFFICIAL_TUNED = replace(
+    OFFICIAL_ARM,
+    name="official_tuned",
+    what="MoLE, official KD, tuned",
+    keys=(*OFFICIAL, *TUNED),
+    finetune=TUNED_RATE,
+)
+OFFICIAL_RELEASED = replace(
+    OFFICIAL_ARM,
+    name="official_released",
+    what="MoLE, official KD, as released",
+    finetune=RELEASED_RATE,
+)
+PER_TEACHER = replace(
+    REVISED_MOLE,
+    name="per_teacher",
+    what="revised_mole with an expert per teacher",
+    keys=(*EXPERTS, "student.mole.experts=per_teacher"),
+)
+MAIN_ARMS = (
+    NONE_MOLE,
+    REVISED_MOLE,
+    REVISED_FULL,
+    OFFICIAL_TUNED,
+    OFFICIAL_RELEASED,
+    PER_TEACHER,
+)
+
+
+def _minus(part: str, what: str, *keys: str, **others: Any) -> Arm:
+    """Return `revised_mole` with a part of the official recipe in its place."""
+    changes = {"keys": (*EXPERTS, *keys), **PART, **others}
+    return replace(REVISED_MOLE, name=f"revised_minus_{part}", what=what, **changes)
+
+
+def _plus(part: str, what: str, *keys: str, **others: Any) -> Arm:
+    """Return `official_tuned` with a part of the revised recipe in its place."""
+    changes = {"keys": (*OFFICIAL_TUNED.keys, *keys), **PART, **others}
+    return replace(OFFICIAL_TUNED, name=f"official_plus_{part}", what=what, **changes)
+
+
+PARTS = {
+    "heads": ("distill.adapters=student", "distill.adapters=teacher"),
+    "standardised": ("distill.targets=standardised", "distill.targets=raw"),
+    "grid": ("distill.grid=student", "distill.grid=native"),
+    "blend": ("distill.token_weighting=blend", "distill.token_weighting=softmax"),
+    "equal": ("distill.teacher_weighting=equal", "distill.teacher_weighting=anchor"),
+    "gate": ("student.mole.use_gate=true", "student.mole.use_gate=false"),
+    "balance": ("student.mole.balance=batch", "student.mole.balance=sample"),
+    "scale": (SCALE_4, "student.mole.lora_alpha=1"),
+    "zero": ("student.mole.init_lora_weights=zero", "student.mole.init_lora_weights=kaiming"),
+}
+"""Part -> its revised and its official key. Stage 1 with or without the base is no key of these."""
+HEADS, GRID, SCALE, ZERO = (PARTS[part] for part in ("heads", "grid", "scale", "zero"))
+ONE_KEY = ("standardised", "blend", "equal", "gate", "balance", "scale")
+"""Parts that change by themselves in both directions."""
+
+MINUS = (
+    _minus("heads", "adapters on the teachers' side", HEADS[1]),
+    _minus("heads_grid", "and on the teachers' own grids", HEADS[1], GRID[1], cache="native_int8"),
+    *(_minus(part, PARTS[part][1], PARTS[part][1]) for part in ONE_KEY),
+    _minus("base", "the tower's own weights rest in stage 1", pretrain=()),
+    _minus("scale_zero", "Kaiming init at a scale of 1/16", SCALE[1], ZERO[1]),
+)
+PLUS = (
+    _plus("grid", "targets on the student's grid", GRID[0]),
+    _plus("grid_heads", "and heads on the student's side", GRID[0], HEADS[0]),
+    *(_plus(part, PARTS[part][0], PARTS[part][0]) for part in ONE_KEY if part != "equal"),
+    _plus("equal", PARTS["equal"][0], PARTS["equal"][0], "distill.anchor_share=null"),
+    _plus("base", "the tower's own weights learn in stage 1", pretrain=BASE_IN_STAGE_1),
+    _plus("scale_zero", "zero init at a scale of 4", SCALE[0], ZERO[0]),
+    _plus("zero", "zero init at its own scale", ZERO[0]),
+)
+EXPERT_ARMS = (
+    replace(
+        REVISED_MOLE,
+        name="single_lora",
+        what="one LoRA of rank 48, scale 4",
+        keys=(
+            *REVISED,
+            "student.mole.num_experts=1",
+            "student.mole.r=48",
+            "student.mole.lora_alpha=192",
+        ),
+        **PART,
+    ),
+    replace(
+        REVISED_MOLE,
+        name="former_mole",
+        what="scale 1, base rests in stage 1",
+        keys=REVISED,
+        pretrain=(),
+        **PART,
+    ),
+    replace(
+        REVISED_FULL,
+        name="none_full",
+        what="full fine-tuning, no KD",
+        cache=None,
+        keys=(*REVISED_FULL.keys, NONE),
+        **PART,
+    ),
+)
+CONTROLS = (
+    replace(
+        NONE_MOLE,
+        name="time_mole",
+        what="no KD, trained as long as with",
+        matches_time_of="revised_mole",
+        **PART,
+    ),
+    replace(
+        NONE_MOLE,
+        name="time_teachers",
+        what="no KD, as long as with, and as teachers and cache took",
+        matches_time_of="revised_mole",
+        counts_teachers=True,
+        **PART,
+    ),
+    replace(
+        REVISED_MOLE,
+        name="shuffled",
+        what="revised KD, targets of other images",
+        cache="shuffled",
+        **PART,
+    ),
+    replace(
+        REVISED_MOLE,
+        name="only_clip",
+        what="only the teacher without dense labels",
+        keys=(*EXPERTS, "distill.teachers=[clip]"),
+        **PART,
+    ),
+    replace(
+        REVISED_MOLE,
+        name="labels",
+        what="dense labels in place of features",
+        cache="labels",
+        **PART,
+    ),
+)
+ARMS = (*MAIN_ARMS, *MINUS, *PLUS, *EXPERT_ARMS, *CONTROLS)
+
+PRIMARY = Contrast("revised_mole", "none_mole")
+SECONDARY = (
+    Contrast("revised_mole", "revised_full"),
+    Contrast("revised_mole", "official_tuned"),
+    Contrast("per_teacher", "revised_mole"),
+)
+"""Tested in this order if the primary one holds, each at 5%, until one fails."""
+MARGIN = 0.01
+"""Where experts are not better than full fine-tuning: equal, if the difference is smaller."""
