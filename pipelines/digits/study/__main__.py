@@ -31,7 +31,7 @@ def main() -> None:
     arguments = _parser().parse_args()
 
     # they load torch, which --help need not
-    from study import codec_report, explore, page, queue, results, tune
+    from study import codec_report, explore, page, queue, results, tune, twelve_report
 
     committed = {
         "first": results.RESULTS,
@@ -56,6 +56,8 @@ def main() -> None:
         print("python -m study report --final writes it into docs/study.md")
     elif arguments.command == "report" and study == "codecs":
         print(codec_report.write_report(place))
+    elif arguments.command == "report" and study == "twelve":
+        print(twelve_report.write_report(place))
     elif arguments.command == "report":
         print(page.write_report(place, arguments.final))
     elif arguments.command == "tune":

@@ -200,6 +200,39 @@ SECONDARY = (
     Contrast("revised_mole", "official_tuned"),
     Contrast("per_teacher", "revised_mole"),
 )
-"""Tested in this order if the primary one holds, each at 5%, until one fails."""
+"""Tested in this order if the primary one holds, each at 5%, until one shows nothing."""
 MARGIN = 0.01
-"""Where experts are not better than full fine-tuning: equal, if the difference is smaller."""
+"""Experts and full fine-tuning are equal if their difference is smaller, and neither is better."""
+
+_INSTEAD_OF = {
+    "revised_minus_heads_grid": "revised_minus_heads",
+    "revised_minus_scale_zero": "revised_minus_scale",
+    "official_plus_grid_heads": "official_plus_grid",
+    "official_plus_scale_zero": "official_plus_scale",
+}
+"""Arms that change a second part -> the arm that has only the first one."""
+PART_CONTRASTS = (
+    *(Contrast(_INSTEAD_OF.get(arm.name, "revised_mole"), arm.name) for arm in MINUS),
+    *(Contrast(arm.name, _INSTEAD_OF.get(arm.name, "official_tuned")) for arm in PLUS),
+)
+"""Each is what one part of the revised recipe gives, in the revised and in the official one."""
+OTHER_CONTRASTS = (
+    Contrast("revised_mole", "single_lora"),
+    Contrast("revised_mole", "former_mole"),
+    Contrast("revised_full", "none_full"),
+    Contrast("none_mole", "none_full"),
+    Contrast("official_tuned", "none_mole"),
+    Contrast("official_tuned", "official_released"),
+    Contrast("per_teacher", "none_mole"),
+    *(Contrast("revised_mole", arm.name) for arm in CONTROLS),
+    Contrast("shuffled", "none_mole"),
+    Contrast("only_clip", "none_mole"),
+    Contrast("labels", "none_mole"),
+)
+"""Experts and controls. Like the parts they have intervals and no claim."""
+MAIN_CONTRASTS = (
+    PRIMARY,
+    *SECONDARY,
+    *(Contrast(name, "none_mole") for name in ("revised_full", "official_tuned", "per_teacher")),
+)
+"""Main arms on unseen looks and on the probe; intervals and no claim."""

@@ -12,14 +12,21 @@ import torch
 import demo
 import study.plan
 import study.summary
-from study import explore, page, plan_twelve, results
-from study.plan import CODEC_ARMS, CODECS, SMOKE, RunId, arms, find_arm
+from study import explore, page, plan_twelve, results, twelve_report
+from study.plan import CODEC_ARMS, CODECS, SHIPPED_CACHE, SMOKE, RunId, arms, find_arm
 from study.queue import Place, run_all, run_and_test_all, run_final, time_factor
-from study.run import CURVES, Task, cache_figures, execute, mutual_information
+from study.run import (
+    CURVES,
+    Task,
+    cache_figures,
+    execute,
+    execute_and_test,
+    mutual_information,
+    settings,
+)
 from study.worlds import World, build, collect_weights, write_scenes
 
-EVERY_ARM = (*arms(everything=True), *CODEC_ARMS)
-TWELVE = tuple(replace(arm, worlds=(0,)) for arm in plan_twelve.ARMS)
+EVERY_ARM = (*arms(everything=True), *CODEC_ARMS, *plan_twelve.ARMS)
 
 
 def test_mutual_information_by_hand():
@@ -60,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", EVERY_ARM, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", EVERY_ARM, ids=lambda arm: f"{arm.name}-{arm.worlds[-1]}")
 def test_an_arm_runs(world, arm):
     row, curves = execute(Task(RunId(0, 0, arm.name), arm, world))
     assert row["val"]["all"][1] == SMOKE.num_val
@@ -78,6 +85,39 @@ def test_an_arm_runs(world, arm):
     steps = len(curves["finetune"]["step"])
     assert steps == 2
     assert all(len(curves["finetune"].get(name, [0] * steps)) == steps for name in CURVES)
+
+
+@pytest.mark.slow
+def test_students_of_main_arms_answer_unseen_looks_and_are_probed(world):
+    arm = find_arm("revised_mole", plan_twelve.ARMS)
+    _, _, tested = execute_and_test(Task(RunId(0, 0, arm.name), arm, world))
+    for part in ("test", "clutter", "noise"):
+        assert tested[part]["all"][1] == SMOKE.num_test
+    assert set(tested["probe"]) == set(twelve_report.PROBES)
+    assert {asked for _, asked in tested["probe"].values()} == {SMOKE.num_probe}
+    plain = replace(arm, is_main=False)
+    _, _, tested = execute_and_test(Task(RunId(0, 0, arm.name), plain, world))
+    assert not {"clutter", "probe"} & set(tested)
+    assert tested["settings"] != settings(arm, world)
+
+
+def test_the_teachers_time_counts_where_an_arm_says_so(tmp_path):
+    world = World(0, tmp_path, SMOKE)
+    (world.folder / "weights").mkdir(parents=True)
+    (world.folder / "caches").mkdir()
+    trained = {name: {"seconds": 100} for name in (*demo.TEACHERS, "language_model")}
+    (world.folder / "weights/training.json").write_text(json.dumps(trained))
+    (world.folder / "caches" / f"{SHIPPED_CACHE}.seconds").write_text("50.0\n")
+    have = results.by_run([row_of("none_mole", 0, 10.0), row_of("revised_mole", 0, 15.0)])
+    plain, counted = (
+        replace(find_arm(name, plan_twelve.ARMS), worlds=(0,))
+        for name in ("time_mole", "time_teachers")
+    )
+    assert time_factor(have, plain, {0: world}) == 1.5
+    assert time_factor(have, counted, {0: world}) == (3 * 15 + 4 * 100 + 50) / (3 * 10)
+    elsewhere = replace(counted, worlds=(1,))
+    with pytest.raises(SystemExit, match="which has no row yet"):
+        time_factor(have, elsewhere, {0: world})
 
 
 @pytest.mark.slow

@@ -1,0 +1,182 @@
+"""Summarise the study with twelve worlds as ``report.json``: the only figures that docs may quote.
+
+Input: its rows. Output: arms, contrasts and claims with worlds as units. Until every planned run
+has answered the test scenes, the summary is of validation scenes and of worlds whose planned runs
+all have a row, and claims nothing.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from movekd.t_interval import LEVEL
+from study import plan_twelve, results
+from study.plan import Arm, Contrast, RunId, runs
+from study.plan_twelve import (
+    ARMS,
+    MAIN_ARMS,
+    MAIN_CONTRASTS,
+    MARGIN,
+    OTHER_CONTRASTS,
+    PART_CONTRASTS,
+    PRIMARY,
+    SECONDARY,
+)
+from study.queue import Place
+from study.results import Row
+from study.statistics import accuracies, compare, over_worlds, t_test
+from study.summary import KINDS, Summary, contrast_figures, interval_figures, write
+from study.worlds import UNSEEN_LOOKS
+
+PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
+
+
+def summarise(folder: Path) -> Summary:
+    """Return all figures of the study.
+
+    Raises:
+        SystemExit: no world has a row of every planned run.
+    """
+    learned = results.by_run(results.read(folder, "runs"))
+    tested = results.by_run(results.read(folder, "final"))
+    planned = runs(ARMS)
+    is_final = all(run in tested for run in planned)
+    part, have = ("test", tested) if is_final else ("val", learned)
+    complete = [
+        world
+        for world in plan_twelve.WORLDS
+        if all(run in have for run in planned if run.world == world)
+    ]
+    if not complete:
+        raise SystemExit(f"study: no world of {folder}/runs.jsonl has a row of every planned run.")
+    rows = [
+        learned[run] | (tested[run] if is_final else {}) for run in planned if run.world in complete
+    ]
+    values = accuracies(rows, part)
+    summary: Summary = {
+        "unit": "world",
+        "level": LEVEL,
+        "part": part,
+        "worlds": complete,
+        "num_questions": rows[0][part]["all"][1],
+        "arms": [arm_figures(arm, rows, part) for arm in ARMS],
+        "claims": claims(values, is_final=is_final),
+        "mixed_model": mixed_model(PRIMARY, values),
+        "parts": [contrast_figures(c) for c in _compared(PART_CONTRASTS, values)],
+        "others": [contrast_figures(c) for c in _compared(OTHER_CONTRASTS, values)],
+    }
+    if is_final:
+        main = [row for row in rows if row["arm"] in {arm.name for arm in MAIN_ARMS}]
+        summary["unseen"] = {look: more_figures(main, look) for look in UNSEEN_LOOKS}
+        summary["probe"] = {
+            name: more_figures(
+                [row | {"probe": {"all": row["probe"][name]}} for row in main], "probe"
+            )
+            for name in PROBES
+        }
+    return summary
+
+
+def _compared(contrasts: Sequence[Contrast], values: Mapping[RunId, float]) -> list[Any]:
+    return [found for found in (compare(c, values) for c in contrasts) if found is not None]
+
+
+def claims(values: Mapping[RunId, float], *, is_final: bool) -> list[Summary]:
+    """Return the primary contrast and the secondary ones in their order, each with its outcome.
+
+    ``better`` and ``worse``: two-sided p below 5%. ``equal``, only for experts and full
+    fine-tuning: within the margin by two one-sided tests. ``open``: none of these. After the first
+    open one nothing is claimed, and on validation scenes nothing is.
+    """
+    found, may_claim = [], is_final
+    for contrast in (PRIMARY, *SECONDARY):
+        compared = compare(contrast, values)
+        assert compared is not None, f"{contrast.name} has rows"
+        mean, outcome = compared.over_worlds.interval.mean, "open"
+        equal = t_test(compared.worlds, MARGIN).p if contrast == SECONDARY[0] else None
+        if compared.holds:
+            outcome = "better" if mean > 0 else "worse"
+        elif equal is not None and equal < 1 - LEVEL:
+            outcome = "equal"
+        may_claim = may_claim and outcome != "open"
+        found.append(
+            contrast_figures(compared)
+            | {"p_equal": equal, "outcome": outcome, "claimed": may_claim}
+        )
+    return found
+
+
+def mixed_model(contrast: Contrast, values: Mapping[RunId, float]) -> Summary:
+    """Return the difference of two arms by a linear mixed model of its pairs, fitted by REML.
+
+    ``difference = mean + world + pair``, both random and normal. Its interval is by the normal
+    distribution, so with few worlds it is too narrow; the test over worlds decides.
+    """
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    pairs = {
+        run: value - values[RunId(run.seed, run.world, contrast.second)]
+        for run, value in sorted(values.items())
+        if run.arm == contrast.first
+    }
+    points = 100 * np.array(list(pairs.values()))  # it takes variances below 1e-5 for none
+    groups = np.array([run.world for run in pairs])
+    if len(set(groups)) < 3:
+        return {"contrast": contrast.name, "difference": None}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fitted = MixedLM(points, np.ones(len(pairs)), groups).fit(reml=True)
+    low, high = fitted.conf_int(1 - LEVEL)[0]
+    return {
+        "contrast": contrast.name,
+        "difference": _rounded(fitted.fe_params[0] / 100),
+        "low": _rounded(low / 100),
+        "high": _rounded(high / 100),
+        "p": float(f"{fitted.pvalues[0]:.4g}"),
+        "std_between_worlds": _rounded(float(np.sqrt(max(fitted.cov_re[0][0], 0))) / 100),
+        "std_between_pairs": _rounded(float(np.sqrt(fitted.scale)) / 100),
+        "warnings": sorted({str(each.message) for each in said}),
+    }
+
+
+def more_figures(rows: Sequence[Row], part: str) -> Summary:
+    """Return accuracies and contrasts of the main arms on something else than the test scenes."""
+    values = accuracies(rows, part)
+    return {
+        "arms": {arm.name: interval_figures(over_worlds(_of(arm, values))) for arm in MAIN_ARMS},
+        "contrasts": [contrast_figures(c) for c in _compared(MAIN_CONTRASTS, values)],
+    }
+
+
+def _of(arm: Arm, values: Mapping[RunId, float]) -> dict[RunId, float]:
+    return {run: value for run, value in values.items() if run.arm == arm.name}
+
+
+def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
+    """Return an arm's accuracies, training time, and final figures of its tokens."""
+    mine = [row for row in rows if row["arm"] == arm.name]
+    found = {kind: over_worlds(accuracies(mine, part, kind)) for kind in KINDS}
+    seconds = [sum(row["cpu_seconds"][stage] for stage in ("pretrain", "finetune")) for row in mine]
+    return {
+        "arm": arm.name,
+        "what": arm.what,
+        "runs": len(mine),
+        "worlds": len({row["world"] for row in mine}),
+        "kinds": {kind: _rounded(found[kind].mean) for kind in KINDS},
+        "accuracy": interval_figures(found["all"]),
+        "seconds": _rounded(float(np.mean(seconds))),
+        "token_std": _rounded(float(np.mean([row["token_std"][1] for row in mine]))),
+        "token_rank": _rounded(float(np.mean([row["token_rank"][1] for row in mine]))),
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)
+
+
+def write_report(place: Place) -> Path:
+    """Write ``report.json``; return its path."""
+    return write(summarise(place.results), place.results)
