@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from drawing import SIZE
 from language import answer_accuracy, cell_masks, train_language_model
 from scenes import (
     EMPTY,
     NUM_CLASSES,
-    SIZE,
     SPLIT_SEED,
     Scenes,
     Split,
