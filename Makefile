@@ -114,7 +114,7 @@ study-codecs: install
 	$(STUDY) report --study codecs
 	$(BIN)/python docs/hooks/codecs_page.py
 
-# docs/study.md, "Twelve worlds": first the official recipe is tuned, then worlds are run, WORLDS="3 4" or all.
+# docs/twelve-worlds.md: first the official recipe is tuned, then worlds are run, WORLDS="3 4" or all.
 study-tune: install
 	$(STUDY) tune
 

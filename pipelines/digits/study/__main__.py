@@ -31,7 +31,17 @@ def main() -> None:
     arguments = _parser().parse_args()
 
     # they load torch, which --help need not
-    from study import codec_report, explore, page, queue, results, tune, twelve_report
+    from study import (
+        codec_report,
+        explore,
+        page,
+        queue,
+        results,
+        summary,
+        tune,
+        twelve_page,
+        twelve_report,
+    )
 
     committed = {
         "first": results.RESULTS,
@@ -57,11 +67,15 @@ def main() -> None:
     elif arguments.command == "report" and study == "codecs":
         print(codec_report.write_report(place))
     elif arguments.command == "report" and study == "twelve":
-        print(twelve_report.write_report(place))
+        found = twelve_report.summarise(place.results)
+        summary.write(found, place.results)
+        print(twelve_page.write_page(found, place.results))
     elif arguments.command == "report":
         print(page.write_report(place, arguments.final))
     elif arguments.command == "tune":
         tune.tune(place)
+        if not arguments.smoke:
+            print(twelve_page.write_page(summary.read(place.results), place.results))
     else:
         base = find_arm(arguments.base, _arms(arguments))
         changes = (tuple(arguments.set), tuple(arguments.stage1), tuple(arguments.stage2))

@@ -1,7 +1,8 @@
-"""The plan of the study with twelve worlds, fixed before its first run; docs/study.md explains it.
+"""The plan of the study with twelve worlds, fixed before its first run.
 
-Worlds are the units. Six main arms run in all worlds, single parts and controls in eight of them.
-Every revised arm names the recipe of its month, so that no later default changes what it was.
+docs/twelve-worlds.md explains it. Worlds are the units. Six main arms run in all worlds, single
+parts and controls in eight of them. Every revised arm names the recipe of its month, so that no
+later default changes what it was.
 """
 
 from dataclasses import replace

@@ -193,6 +193,15 @@ def write(summary: Summary, folder: Path) -> Path:
     return path
 
 
+def read(folder: Path) -> Summary | None:
+    """Return the summary beside the rows; None without one."""
+    path = folder / REPORT
+    if not path.exists():
+        return None
+    found: Summary = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def _test(test: TTest) -> Summary:
     interval = interval_figures(test.interval)
     return {"difference": interval.pop("mean"), **interval, "p": _significant(test.p)}

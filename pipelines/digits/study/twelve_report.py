@@ -25,10 +25,9 @@ from study.plan_twelve import (
     PRIMARY,
     SECONDARY,
 )
-from study.queue import Place
 from study.results import Row
 from study.statistics import accuracies, compare, over_worlds, t_test
-from study.summary import KINDS, Summary, contrast_figures, interval_figures, write
+from study.summary import KINDS, Summary, contrast_figures, interval_figures
 from study.worlds import UNSEEN_LOOKS
 
 PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
@@ -175,8 +174,3 @@ def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
 
 def _rounded(value: float) -> float:
     return round(value, 6)
-
-
-def write_report(place: Place) -> Path:
-    """Write ``report.json``; return its path."""
-    return write(summarise(place.results), place.results)

@@ -1,5 +1,6 @@
 """The report of twelve worlds: claims in their order, and figures that SciPy gives, too."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from study import plan_twelve, results, twelve_report
+from study import plan_twelve, results, summary, twelve_page, twelve_report
+from study.page import BEGIN, END
 from study.plan import RunId, runs
 from study.plan_twelve import ARMS, MAIN_ARMS
 from study.summary import KINDS
+from study.twelve_page import points
 from study.twelve_report import PROBES, UNSEEN_LOOKS, mixed_model
 
 NUM = 2048
@@ -155,3 +158,47 @@ def test_worlds_that_do_not_differ_leave_a_warning_in_the_report():
     # 0 is the edge of what a variance can be; the optimiser stops where the likelihood is flat
     assert found["std_between_worlds"] < 0.2 * found["std_between_pairs"]
     assert found["warnings"]
+
+
+def test_the_page_has_every_arm_part_and_control(tmp_path):
+    made_rows(tmp_path, BETTER)
+    found = twelve_report.summarise(tmp_path)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = docs / twelve_page.PAGE
+    page.write_text(f"by hand\n{BEGIN}\nearlier\n{END}\nafter\n")
+    trial = {"arm": "official_2", "keys": ["recipe=official", "distill.kd_weight=2"]}
+    for world in range(3):
+        row = {**trial, "finetune": [], "world": world, "seed": 100, "val": {"all": [256, 512]}}
+        results.append(tmp_path, "exploratory", row)
+    text = twelve_page.write_page(found, tmp_path, docs).read_text()
+    assert text.startswith("by hand\n")
+    assert text.endswith("after\n")
+    assert "earlier" not in text
+    assert "Not a result" not in text
+    assert all(f"| `{arm.name}` |" in text for arm in ARMS)
+    assert "| `kd_weight=2` | 0.500, 0.500, 0.500 | 0.5000 |" in text
+    parts = text[text.index("### What each part gives") : text.index("### Experts and controls")]
+    both = [line for line in parts.splitlines() if line.count(" to ") == 2]
+    assert len(both) == 10  # one of the eleven arms of the official recipe has no opposite
+    claims = text[text.index("### Claims") : text.index("### All arms")]
+    primary = next(line for line in claims.splitlines() if "revised_mole - none_mole |" in line)
+    assert points(found["claims"][0]) in primary
+    assert primary.endswith("| better | yes |")
+    assert (docs / twelve_page.FIGURE).stat().st_size > 10_000
+    again = twelve_page.write_page(found, tmp_path, docs).read_text()
+    assert again == text
+    assert "No world has all its runs yet" in "\n".join(twelve_page.results_part(None, []))
+
+
+@pytest.mark.skipif(
+    not (results.TWELVE_RESULTS / "exploratory.jsonl").exists(), reason="no rows yet"
+)
+def test_the_committed_page_is_that_of_the_committed_rows():
+    found = summary.read(results.TWELVE_RESULTS)
+    tried = results.read(results.TWELVE_RESULTS, "exploratory")
+    text = (twelve_page.DOCS / twelve_page.PAGE).read_text(encoding="utf-8")
+    written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert written == "\n".join(twelve_page.results_part(found, tried))
+    if found is not None:
+        assert json.loads(json.dumps(twelve_report.summarise(results.TWELVE_RESULTS))) == found
