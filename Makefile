@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := movekd pipelines benchmarks tests docs/hooks
 
 .PHONY: demo install test test-all test-hostile test-web test-python test-lowest check format keys docs
-.PHONY: clean codecs study study-full study-final study-codecs study-tune study-twelve demo-real gpu-check gpu-wheels
+.PHONY: clean codecs photographs study study-full study-final study-codecs study-tune study-twelve demo-real gpu-check gpu-wheels
 
 demo: install
 	$(BIN)/movekd demo
@@ -93,6 +93,11 @@ gpu-check:
 # Codecs on real features: bits against error. Needs the weights of `make demo-real`.
 curve: install
 	PYTHONPATH=pipelines/photos:pipelines/digits $(BIN)/python benchmarks/curve.py
+
+# docs/photos.md, "Eight subsets": CIFAR-10's images and the weights of `make demo-real`.
+photographs: install
+	PYTHONPATH=pipelines/digits $(BIN)/python pipelines/photos/subsets.py run --images $(IMAGES)
+	PYTHONPATH=pipelines/digits $(BIN)/python pipelines/photos/subsets.py report
 
 # docs/study.md; after an interruption the same command resumes. Two processes, one thread each.
 STUDY := OMP_NUM_THREADS=1 PYTHONPATH=pipelines/digits $(BIN)/python -m study

@@ -83,7 +83,8 @@ class Pilot:
             self._train_arm(arm, run)
             row = {"arm": arm.name, **self._settings(arm), **training_figures(run, arm.teachers)}
             row |= {"seconds": round(time.perf_counter() - started, 1)}
-            row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
+            if self.sizes.val:
+                row["val"] = self._probe(f"probe {arm.name}", "val", [f"base:{run}", run])
             row["corpus"] = open_corpus(self.output / "data").fingerprint()
             row |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
             results.append(self.rows, "runs", row)

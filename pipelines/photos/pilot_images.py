@@ -60,29 +60,39 @@ def divide(images: Path, output: Path, sizes: Sizes) -> None:
         ConfigError: a folder is missing, or a class has too few images.
     """
     kept = sizes.distilled + sizes.val
-    classes = _classes(images, "train")
-    if classes != _classes(images, "test"):
+    trains = class_files(images, "train", kept)
+    tests = class_files(images, "test", sizes.test)
+    if trains.keys() != tests.keys():
         raise ConfigError(
             f"{images}/train and {images}/test have other classes; expected the same folders in "
             "both. Unpack the images again."
         )
-    drawn = draw(classes)
-    for name in classes:
-        train, test = (
-            _files(images / split / name, count, drawn[split, name], WHOLE[split])
-            for split, count in (("train", kept), ("test", sizes.test))
-        )
+    for name, train in trains.items():
         parts = {
             "source": train[: sizes.distilled],
             "val/train": train[: sizes.labelled],
             "val/test": train[sizes.distilled : kept],
             "test/train": train[: sizes.labelled],
-            "test/test": test[: sizes.test],
+            "test/test": tests[name][: sizes.test],
         }
         for part, files in parts.items():
             (output / part / name).mkdir(parents=True, exist_ok=True)
             for file in files:
                 shutil.copyfile(file, output / part / name / file.name)
+
+
+def class_files(images: Path, split: str, count: int) -> dict[str, list[Path]]:
+    """Return the images of each class, ``count`` or more; of the whole data set those of ``draw``.
+
+    Raises:
+        ConfigError: the folder is missing, or a class has too few images.
+    """
+    classes = _classes(images, split)
+    drawn = draw(classes)
+    return {
+        name: _files(images / split / name, count, drawn[split, name], WHOLE[split])
+        for name in classes
+    }
 
 
 def _classes(images: Path, split: str) -> list[str]:

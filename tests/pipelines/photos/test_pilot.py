@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,17 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_test_is_read_once(
     )
     with pytest.raises(ConfigError, match=r"row 'full' of .* was made with .*'steps': 2"):
         idle.train([Arm("full", FULL, ONE, steps=3)])
+
+
+def test_without_validation_images_only_test_images_are_probed(
+    pilot: Callable[..., Pilot],
+) -> None:
+    made = pilot("frozen", sizes=replace(SIZES, val=0))
+    made.train(SMALL[:1])
+    made.final(SMALL[:1])
+    (row,) = rows(made, "runs")
+    assert "val" not in row
+    assert [row["arm"] for row in rows(made, "final")] == ["base", "full"]
 
 
 def test_every_image_of_the_shuffled_cache_has_the_features_of_another(
