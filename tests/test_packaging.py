@@ -60,6 +60,7 @@ def test_the_wheel_holds_no_tests_and_all_of_the_rest(wheel: Path) -> None:
     assert specs == {n.rpartition("/")[2] for n in names if "/cache_specs/" in n}
     assert "movekd/_resources/pipelines/digits/demo.py" in names
     assert not [name for name in names if name.startswith("tests/")]
+    assert wheel.stat().st_size < 8e6  # the demo's weights are half of it; no study's are in it
 
 
 def test_an_installed_wheel_shows_help_and_plans_with_its_specs(

@@ -34,11 +34,12 @@ from movekd.extract.recode import recode_cache
 from movekd.extract.run import build_cache
 from study import controls
 from study.plan import CACHES, DERIVED, Sizes
+from study.results import RESULTS
 
 YAMLS = ("pretrain.yaml", "finetune.yaml")
 UNSEEN_LOOKS = tuple(look for look in scenes.LOOKS if look != "plain")
 """Looks of scenes that no training has."""
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = RESULTS.with_name("teachers")
 """Teachers of the worlds except 0. Training on another machine would change the last bits."""
 
 
@@ -106,7 +107,11 @@ def train_teacher(world: World, name: str) -> None:
 
 
 def collect_weights(world: World) -> None:
-    """Collect the weights of a world, with the pipeline's YAML files beside them."""
+    """Collect the weights of a world, with the pipeline's YAML files beside them.
+
+    Teachers that were trained here at full size are copied to ``WEIGHTS``, to be committed with the
+    rows that they made.
+    """
     weights = world.folder / "weights"
     world.folder.mkdir(parents=True, exist_ok=True)
     language_model = HERE / "weights/language_model"
@@ -118,6 +123,10 @@ def collect_weights(world: World) -> None:
             result = json.loads((part / "training.json").read_text(encoding="utf-8"))[part.name]
             shutil.copytree(part / part.name, weights / part.name, dirs_exist_ok=True)
             pretrain.record_training(weights, part.name, result)
+        if world.sizes.teacher_steps is None:
+            kept = WEIGHTS / f"world{world.number}"
+            is_shared = shutil.ignore_patterns("language_model")
+            shutil.copytree(weights, kept, ignore=is_shared, dirs_exist_ok=True)
         shutil.rmtree(world.folder / "training", ignore_errors=True)
     shutil.copytree(HERE / "teachers", world.folder / "teachers", dirs_exist_ok=True)
     for name in YAMLS:

@@ -9,6 +9,7 @@ from PIL import Image
 
 import scenes
 from demo import TEACHERS
+from study import worlds
 from study.plan import FULL_SIZE, SMOKE, WORLDS
 from study.worlds import (
     UNSEEN_LOOKS,
@@ -81,6 +82,32 @@ def test_worlds_take_the_weights_that_ship(tmp_path, number):
         digest, name = line.split()
         found = hashlib.sha256((world.folder / "weights" / name).read_bytes()).hexdigest()
         assert found == digest, name
+
+
+def test_teachers_trained_at_full_size_are_kept_to_be_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds, "WEIGHTS", tmp_path / "teachers")
+    trained = World(1, tmp_path / "work", FULL_SIZE)
+    assert trained.shipped_weights is None
+    for name in TEACHERS:
+        part = trained.folder / "training" / name
+        (part / name).mkdir(parents=True)
+        (part / name / "model.safetensors").write_text(f"weights of {name}")
+        (part / "training.json").write_text(json.dumps({name: {"seconds": 1}}))
+    collect_weights(trained)
+    assert not (trained.folder / "training").exists()
+    kept = tmp_path / "teachers/world1"
+    assert {path.name for path in kept.iterdir()} == {*TEACHERS, "training.json", "SHA256SUMS"}
+    elsewhere = World(1, tmp_path / "elsewhere", FULL_SIZE)
+    assert elsewhere.shipped_weights == kept
+    collect_weights(elsewhere)
+    for file in sorted(p for p in (trained.folder / "weights").rglob("*") if p.is_file()):
+        other = elsewhere.folder / "weights" / file.relative_to(trained.folder / "weights")
+        assert other.read_bytes() == file.read_bytes()
+
+    tiny = World(1, tmp_path / "tiny", SMOKE)
+    (tiny.folder / "training").mkdir(parents=True)
+    collect_weights(tiny)
+    assert [path.name for path in (tmp_path / "teachers").iterdir()] == ["world1"]
 
 
 def test_worlds_of_other_sizes_train_their_own(tmp_path):
