@@ -224,12 +224,14 @@ def _panel(axes: Any, points: Sequence[tuple[str, float, float, float, float]], 
     for name, share, middle, low, high in points:
         down, up = 100 * (middle - low), 100 * (high - middle)
         axes.errorbar(share, 100 * middle, yerr=[[down], [up]], fmt="o", color="#1f77b4", capsize=3)
-        place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(name, (share, 100 * middle), **place)
+        place = {"xytext": (-2, 5), "textcoords": "offset points", "fontsize": 8, "rotation": 60}
+        axes.annotate(name, (share, 100 * high), **place)
     axes.set_title(text[0], fontsize=10)
     axes.set_ylabel(text[1])
     axes.set_xscale("log")
     axes.set_xlim(0.03, 0.7)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.22 * (high - low))  # for the names
     ticks = (0.04, 0.07, 0.13, 0.25, 0.5)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)

@@ -54,6 +54,7 @@ def plans(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
         ("official, int8", "int8", False, 4),
         ("revised, float16", "float16", True, 4),
         ("revised, int8", "int8", True, 4),
+        ("revised, lloyd4", "lloyd4", True, 4),
         ("revised, int8, only clip and eva02", "int8", True, 2),
     ],
 )

@@ -92,3 +92,24 @@ def test_the_committed_tests_are_two_one_sided_t_tests_of_the_worlds_means():
         holds.append(part == "test" and max(above, below) < 0.05)
     claimed = [contrast["claimed"] for contrast in REPORT["contrasts"]]
     assert claimed == list(accumulate(holds, lambda before, now: before and now))
+
+
+def test_the_page_says_in_words_what_the_report_says():
+    page = (results.RESULTS.parents[2] / "docs/codecs.md").read_text(encoding="utf-8")
+    words = " ".join(page[page.index("<!-- study: end -->") : page.index("## Photographs")].split())
+    energy = {codec["codec"]: codec["energy_error"]["mean"] for codec in REPORT["codecs"]}
+    found = {c["contrast"].split()[0].removeprefix("codec_"): c for c in REPORT["contrasts"]}
+    for codec in ("lloyd3", "lowrank8", "lloyd2", "lowrank4"):
+        loss = f"{-100 * found[codec]['difference']:.2f}".removeprefix("0")
+        assert f"{loss} at {energy[codec]:.1%}" in words, codec
+    for codec in ("int8", "int4", "lloyd4", "lowrank16"):
+        assert round(abs(100 * found[codec]["difference"]), 2) <= 0.04
+        assert energy[codec] <= 0.0251
+    unclaimed = [codec for codec, contrast in found.items() if not contrast["claimed"]]
+    assert unclaimed == ["lowrank4"]
+    ends = [f"{-100 * found['lloyd2'][end]:.2f}".removeprefix("0") for end in ("high", "low")]
+    assert f"({' to '.join(ends)} over worlds" in words
+    for codec, contrast in found.items():  # all other intervals contain zero
+        if codec not in ("lloyd2", "lowrank4"):
+            for interval in (contrast, contrast["pooled_pairs"]):
+                assert interval["low"] < 0 < interval["high"], codec
