@@ -22,8 +22,8 @@ EXPERTS = (*REVISED, SCALE_4)
 BASE_IN_STAGE_1 = ("trained=[vision_tower, mole, projector]",)
 OFFICIAL = ("recipe=official",)
 RELEASED_RATE = ("training.learning_rate=2.0e-5",)
-TUNED: tuple[str, ...] = ()
-TUNED_RATE: tuple[str, ...] = ()
+TUNED = ("distill.kd_weight=0.5", "distill.anchor_share=0.25")
+TUNED_RATE = ("training.learning_rate=1.0e-3",)
 """Keys of both stages, and of stage 2, that ``tune`` chose for the official recipe."""
 
 MAIN: dict[str, Any] = {"seeds": SEEDS, "worlds": WORLDS, "is_main": True}

@@ -102,6 +102,17 @@ def load_values(name, pair):
     return {"true": True, "false": False}.get(value, float(value) if value.isdigit() else value)
 
 
+def test_what_was_tuned_is_what_the_rows_say(monkeypatch):
+    rows = results.read(results.TWELVE_RESULTS, "exploratory")
+    assert len(rows) == 8 * len(plan.WORLDS)
+    monkeypatch.setattr(queue, "explore", lambda *_: pytest.fail("a run lacks its row"))
+    found = tune.tune(queue.Place(Path("unused"), results.TWELVE_RESULTS, SMOKE))
+    assert len(found) == 8
+    both, stage_2 = tune.keys_of(list(found)[-1])
+    assert (both, stage_2) == (plan_twelve.TUNED, plan_twelve.TUNED_RATE)
+    assert max(found.values()) == list(found.values())[-1]
+
+
 def test_tuning_takes_the_best_of_each_step_and_resumes(tmp_path, monkeypatch):
     made = []
 
