@@ -8,6 +8,7 @@ import pytest
 import demo
 from movekd.train.config import load_config
 from study import explore, plan, plan_twelve, queue, results, tune
+from study.__main__ import _chosen, _parser
 from study.plan import CACHES, DERIVED, SMOKE, Contrast, runs
 from study.plan_twelve import ARMS, MAIN_ARMS, MINUS, PLUS
 
@@ -148,3 +149,26 @@ def test_tuning_takes_the_best_of_each_step_and_resumes(tmp_path, monkeypatch):
     trial = explore.Trial(row["arm"], "another question", plan_twelve.OFFICIAL_ARM)
     with pytest.raises(SystemExit, match="made with other keys or for another question"):
         explore.run(place, trial, [0], [100])
+
+
+@pytest.mark.parametrize(
+    ("words", "num_arms", "num_runs"),
+    [("", 35, 376), ("--worlds 3", 35, 6 * 2 + 29), ("--worlds 11 14", 6, 2 * 6 * 2)],
+)
+def test_a_part_of_the_worlds_can_be_run(words, num_arms, num_runs):
+    given = _parser().parse_args(["run", "--study", "twelve", *words.split()])
+    chosen = _chosen(given)
+    assert (len(chosen), len(runs(chosen))) == (num_arms, num_runs)
+    assert set(runs(chosen)) <= set(runs(ARMS))
+
+
+def test_every_study_finds_its_arms():
+    for study, arm, other in (
+        ("first", "none_full", "codec_int8"),
+        ("codecs", "codec_int8", "none_mole"),
+        ("twelve", "labels", "scale_4"),
+    ):
+        (found,) = _chosen(_parser().parse_args(["run", "--study", study, "--arms", arm]))
+        assert found.name == arm
+        with pytest.raises(SystemExit, match=f"no arm is named '{other}'"):
+            _chosen(_parser().parse_args(["run", "--study", study, "--arms", other]))
