@@ -146,6 +146,12 @@ def check_distill(distill: DistillConfig, loss_terms: Iterable[str] = ()) -> Non
             "distill.teacher_weighting: similarity compares teachers token by token and needs "
             "distill.grid: student."
         )
+    if distill.teacher_weighting == "anchor" and distill.adapters == "student":
+        raise ConfigError(
+            "distill.teacher_weighting: anchor compares the anchor's [CLS] with tokens adapted to "
+            "its width, and adapters: student adapts none. Set teacher_weighting: anchor_equal, "
+            "or adapters: teacher."
+        )
     if distill.sam_layout == "released" and (
         distill.adapters != "teacher" or distill.grid != "native" or "sam" not in distill.teachers
     ):

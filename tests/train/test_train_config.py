@@ -94,6 +94,10 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
         ("distill.anchor=clib", r"anchor 'clib' is not among .*Did you mean 'clip'"),
         ("distill.grid=native", r"adapters: student .*needs distill\.grid: student"),
         (
+            "distill.teacher_weighting=anchor",
+            r"anchor compares .*and adapters: student adapts none",
+        ),
+        (
             "distill={teachers: [clip], adapters: teacher, grid: native, "
             "teacher_weighting: similarity}",
             r"similarity .*needs distill\.grid: student",

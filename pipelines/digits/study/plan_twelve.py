@@ -106,20 +106,24 @@ PARTS = {
 }
 """Part -> its revised and its official key. Stage 1 with or without the base is no key of these."""
 HEADS, GRID, SCALE, ZERO = (PARTS[part] for part in ("heads", "grid", "scale", "zero"))
-ONE_KEY = ("standardised", "blend", "equal", "gate", "balance", "scale")
+FIXED = "distill.teacher_weighting=anchor_equal"
+"""A fixed share for the anchor: official weights compare adapted tokens, and heads adapt none."""
+ONE_KEY = ("standardised", "blend", "gate", "balance", "scale")
 """Parts that change by themselves in both directions."""
 
 MINUS = (
     _minus("heads", "adapters on the teachers' side", HEADS[1]),
     _minus("heads_grid", "and on the teachers' own grids", HEADS[1], GRID[1], cache="native_int8"),
     *(_minus(part, PARTS[part][1], PARTS[part][1]) for part in ONE_KEY),
+    _minus("equal", "the anchor has a fixed share of .8", FIXED),
     _minus("base", "the tower's own weights rest in stage 1", pretrain=()),
     _minus("scale_zero", "Kaiming init at a scale of 1/16", SCALE[1], ZERO[1]),
 )
 PLUS = (
     _plus("grid", "targets on the student's grid", GRID[0]),
-    _plus("grid_heads", "and heads on the student's side", GRID[0], HEADS[0]),
-    *(_plus(part, PARTS[part][0], PARTS[part][0]) for part in ONE_KEY if part != "equal"),
+    _plus("grid_fixed", "and equal shares beside the anchor's", GRID[0], FIXED),
+    _plus("grid_fixed_heads", "and heads on the student's side", GRID[0], FIXED, HEADS[0]),
+    *(_plus(part, PARTS[part][0], PARTS[part][0]) for part in ONE_KEY),
     _plus("equal", PARTS["equal"][0], PARTS["equal"][0], "distill.anchor_share=null"),
     _plus("base", "the tower's own weights learn in stage 1", pretrain=BASE_IN_STAGE_1),
     _plus("scale_zero", "zero init at a scale of 4", SCALE[0], ZERO[0]),
@@ -208,7 +212,8 @@ MARGIN = 0.01
 _INSTEAD_OF = {
     "revised_minus_heads_grid": "revised_minus_heads",
     "revised_minus_scale_zero": "revised_minus_scale",
-    "official_plus_grid_heads": "official_plus_grid",
+    "official_plus_grid_fixed": "official_plus_grid",
+    "official_plus_grid_fixed_heads": "official_plus_grid_fixed",
     "official_plus_scale_zero": "official_plus_scale",
 }
 """Arms that change a second part -> the arm that has only the first one."""

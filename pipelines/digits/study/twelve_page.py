@@ -184,7 +184,8 @@ def parts_table(parts: Sequence[Summary]) -> list[str]:
 
 _NAMES = {
     "heads": "heads on the student's side",
-    "grid_heads": "heads on the student's side",
+    "grid_fixed_heads": "heads on the student's side",
+    "grid_fixed": "equal shares beside the anchor's",
     "grid": "the student's grid",
     "heads_grid": "the student's grid",
     "standardised": "standardised targets",
