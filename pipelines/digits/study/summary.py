@@ -136,7 +136,7 @@ def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
         "what": arm.what,
         "runs": len(rows),
         "worlds": sorted({row["world"] for row in rows}),
-        "kinds": {kind: _rounded(found[kind].mean) for kind in KINDS},
+        "kinds": {kind: rounded(found[kind].mean) for kind in KINDS},
         "accuracy": interval_figures(found["all"]),
         "seconds": _mean(seconds),
         "token_std": _mean([row["token_std"][1] for row in rows]),
@@ -154,7 +154,7 @@ def contrast_figures(comparison: Comparison) -> Summary:
         "contrast": contrast.name,
         "margin": contrast.margin,
         "pairs": comparison.num_pairs,
-        "worlds": [_rounded(world) for world in comparison.worlds],
+        "worlds": [rounded(world) for world in comparison.worlds],
         **_test(comparison.over_worlds),
         "df": comparison.over_worlds.interval.df,
         "p_holm": _significant(comparison.corrected),
@@ -211,17 +211,18 @@ def interval_figures(interval: Interval) -> Summary:
     """Return an interval as JSON; bounds that are infinite are null."""
     is_finite = np.isfinite(interval.low)
     return {
-        "mean": _rounded(interval.mean),
-        "low": _rounded(interval.low) if is_finite else None,  # JSON knows no infinity
-        "high": _rounded(interval.high) if is_finite else None,
+        "mean": rounded(interval.mean),
+        "low": rounded(interval.low) if is_finite else None,  # JSON knows no infinity
+        "high": rounded(interval.high) if is_finite else None,
     }
 
 
 def _mean(values: Sequence[float]) -> float:
-    return _rounded(sum(values) / len(values))
+    return rounded(sum(values) / len(values))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Return a figure as the reports hold it."""
     return round(value, 6)
 
 

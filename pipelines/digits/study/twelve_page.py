@@ -154,7 +154,7 @@ def arms_table(arms: Sequence[Summary]) -> list[str]:
             [
                 f"`{arm['arm']}`",
                 arm["what"],
-                f"{arm['runs']} in {arm['worlds']}",
+                f"{arm['runs']} in {len(arm['worlds'])}",
                 *(f"{arm['kinds'][kind]:.3f}" for kind in KINDS[:-1]),
                 f"{mean:.3f}{interval}",
                 f"{arm['seconds']:.0f}",

@@ -27,7 +27,7 @@ from study.plan_twelve import (
 )
 from study.results import Row
 from study.statistics import accuracies, compare, over_worlds, t_test
-from study.summary import KINDS, Summary, contrast_figures, interval_figures
+from study.summary import Summary, arm_figures, contrast_figures, interval_figures, rounded
 from study.worlds import UNSEEN_LOOKS
 
 PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
@@ -61,7 +61,9 @@ def summarise(folder: Path) -> Summary:
         "part": part,
         "worlds": complete,
         "num_questions": rows[0][part]["all"][1],
-        "arms": [arm_figures(arm, rows, part) for arm in ARMS],
+        "arms": [
+            arm_figures(arm, [row for row in rows if row["arm"] == arm.name], part) for arm in ARMS
+        ],
         "claims": claims(values, is_final=is_final),
         "mixed_model": mixed_model(PRIMARY, values),
         "parts": [contrast_figures(c) for c in _compared(PART_CONTRASTS, values)],
@@ -131,12 +133,12 @@ def mixed_model(contrast: Contrast, values: Mapping[RunId, float]) -> Summary:
     low, high = fitted.conf_int(1 - LEVEL)[0]
     return {
         "contrast": contrast.name,
-        "difference": _rounded(fitted.fe_params[0] / 100),
-        "low": _rounded(low / 100),
-        "high": _rounded(high / 100),
+        "difference": rounded(fitted.fe_params[0] / 100),
+        "low": rounded(low / 100),
+        "high": rounded(high / 100),
         "p": float(f"{fitted.pvalues[0]:.4g}"),
-        "std_between_worlds": _rounded(float(np.sqrt(max(fitted.cov_re[0][0], 0))) / 100),
-        "std_between_pairs": _rounded(float(np.sqrt(fitted.scale)) / 100),
+        "std_between_worlds": rounded(float(np.sqrt(max(fitted.cov_re[0][0], 0))) / 100),
+        "std_between_pairs": rounded(float(np.sqrt(fitted.scale)) / 100),
         "warnings": sorted({str(each.message) for each in said}),
     }
 
@@ -152,25 +154,3 @@ def more_figures(rows: Sequence[Row], part: str) -> Summary:
 
 def _of(arm: Arm, values: Mapping[RunId, float]) -> dict[RunId, float]:
     return {run: value for run, value in values.items() if run.arm == arm.name}
-
-
-def arm_figures(arm: Arm, rows: Sequence[Row], part: str) -> Summary:
-    """Return an arm's accuracies, training time, and final figures of its tokens."""
-    mine = [row for row in rows if row["arm"] == arm.name]
-    found = {kind: over_worlds(accuracies(mine, part, kind)) for kind in KINDS}
-    seconds = [sum(row["cpu_seconds"][stage] for stage in ("pretrain", "finetune")) for row in mine]
-    return {
-        "arm": arm.name,
-        "what": arm.what,
-        "runs": len(mine),
-        "worlds": len({row["world"] for row in mine}),
-        "kinds": {kind: _rounded(found[kind].mean) for kind in KINDS},
-        "accuracy": interval_figures(found["all"]),
-        "seconds": _rounded(float(np.mean(seconds))),
-        "token_std": _rounded(float(np.mean([row["token_std"][1] for row in mine]))),
-        "token_rank": _rounded(float(np.mean([row["token_rank"][1] for row in mine]))),
-    }
-
-
-def _rounded(value: float) -> float:
-    return round(value, 6)
