@@ -197,7 +197,22 @@ CONTROLS = (
         **PART,
     ),
 )
-ARMS = (*MAIN_ARMS, *MINUS, *PLUS, *EXPERT_ARMS, *CONTROLS)
+IDEAS = tuple(
+    replace(REVISED_MOLE, name=f"idea_{name}", what=what, keys=(*EXPERTS, *keys), **PART)
+    for name, what, keys in (
+        ("summary", "and a global loss on [CLS]", ("distill.summary_weight=1",)),
+        ("scaled", "targets with one scale per teacher", ("distill.targets=scaled",)),
+        ("balanced", "teachers weighted by their losses", ("distill.teacher_weighting=balanced",)),
+        (
+            "drop_best",
+            "without the teacher of the smallest loss",
+            ("distill.kd_weight=0", "loss_terms={without_best_teacher: {weight: 2}}"),
+        ),
+        ("relations", "and a loss on token pairs", ("loss_terms={relations: {weight: 1}}",)),
+    )
+)
+"""Ideas of other work, added to `revised_mole`; none is tuned."""
+ARMS = (*MAIN_ARMS, *MINUS, *PLUS, *EXPERT_ARMS, *CONTROLS, *IDEAS)
 
 PRIMARY = Contrast("revised_mole", "none_mole")
 SECONDARY = (
@@ -234,8 +249,9 @@ OTHER_CONTRASTS = (
     Contrast("shuffled", "none_mole"),
     Contrast("only_clip", "none_mole"),
     Contrast("labels", "none_mole"),
+    *(Contrast(arm.name, "revised_mole") for arm in IDEAS),
 )
-"""Experts and controls. Like the parts they have intervals and no claim."""
+"""Experts, controls and ideas. Like the parts they have intervals and no claim."""
 MAIN_CONTRASTS = (
     PRIMARY,
     *SECONDARY,

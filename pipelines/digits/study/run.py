@@ -32,6 +32,7 @@ from movekd.student.hf_loading import quiet_libraries
 from movekd.student.vlm import image_features
 from movekd.train.config import load_config
 from movekd.train.run import train
+from study import ideas  # noqa: F401 (registers loss terms that arms name)
 from study.answers import answer, probe
 from study.plan import Arm, RunId
 from study.results import Row

@@ -84,7 +84,7 @@ def main_part(found: Summary) -> list[str]:
         "",
         f"![What each part gives in either recipe, with 95% intervals over worlds]({FIGURE})",
         "",
-        "### Experts and controls",
+        "### Experts, controls and ideas",
         "",
         *differences_table(found["others"]),
     ]

@@ -7,7 +7,7 @@ import pytest
 
 import demo
 from movekd.train.config import load_config
-from study import explore, plan, plan_twelve, queue, results, tune
+from study import explore, ideas, plan, plan_twelve, queue, results, tune
 from study.__main__ import _chosen, _parser
 from study.plan import CACHES, DERIVED, SMOKE, Contrast, runs
 from study.plan_twelve import ARMS, MAIN_ARMS, MINUS, PLUS
@@ -58,8 +58,8 @@ def test_an_arm_resolves(arm, stage):
 def test_sizes_are_those_of_the_page():
     assert len(NAMED) == len(ARMS)
     main, others = len(runs(MAIN_ARMS)), len(runs(ARMS)) - len(runs(MAIN_ARMS))
-    assert (main, others) == (144, 240)
-    assert f"{main} runs of main arms and {others} of parts and controls" in PLAN
+    assert (main, others) == (144, 280)
+    assert f"{main} runs of main arms and {others} of parts, controls and ideas" in PLAN
     assert not {world for arm in ARMS for world in arm.worlds} & set(plan.WORLDS)
     assert all(seed < plan.FIRST_EXPLORATORY_SEED for arm in ARMS for seed in arm.seeds)
 
@@ -87,6 +87,30 @@ def test_a_part_is_one_change(arm):
     wanted = {key_of[name] for name in part.split("_")}
     # a limit on targets belongs to standardised ones, the share to anchored weights
     assert wanted <= differing(arm, base) <= wanted | {"distill.anchor_share"}
+
+
+@pytest.mark.parametrize(
+    ("idea", "keys"),
+    [
+        ("summary", {"distill.summary_weight"}),
+        ("scaled", {"distill.targets"}),
+        ("balanced", {"distill.teacher_weighting"}),
+        ("drop_best", {"distill.kd_weight", "loss_terms.without_best_teacher.weight"}),
+        ("relations", {"loss_terms.relations.weight"}),
+    ],
+)
+def test_an_idea_is_one_change(idea, keys):
+    arms = NAMED[f"idea_{idea}"], NAMED["revised_mole"]
+    assert differing(*arms) == differing(*arms, "pretrain") == keys
+
+
+def test_dropping_the_best_teacher_replaces_a_loss_of_the_same_weight():
+    dropped, base = (resolved(NAMED[n], "finetune") for n in ("idea_drop_best", "revised_mole"))
+    assert dropped.loss_terms["without_best_teacher"]["weight"] == base.distill.kd_weight
+    assert dropped.distill.anchor == ideas.ANCHOR
+    assert base.distill.token_weighting == "blend"
+    assert base.distill.token_blend == 0.5
+    assert base.distill.loss == "mse"
 
 
 def test_both_directions_lead_to_the_same_values():
@@ -154,7 +178,7 @@ def test_tuning_takes_the_best_of_each_step_and_resumes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "num_arms", "num_runs"),
-    [("", 36, 384), ("--worlds 3", 36, 6 * 2 + 30), ("--worlds 11 14", 6, 2 * 6 * 2)],
+    [("", 41, 424), ("--worlds 3", 41, 6 * 2 + 35), ("--worlds 11 14", 6, 2 * 6 * 2)],
 )
 def test_a_part_of_the_worlds_can_be_run(words, num_arms, num_runs):
     given = _parser().parse_args(["run", "--study", "twelve", *words.split()])

@@ -178,7 +178,7 @@ def test_the_page_has_every_arm_part_and_control(tmp_path):
     assert "Not a result" not in text
     assert all(f"| `{arm.name}` |" in text for arm in ARMS)
     assert "| `kd_weight=2` | 0.500, 0.500, 0.500 | 0.5000 |" in text
-    parts = text[text.index("### What each part gives") : text.index("### Experts and controls")]
+    parts = text[text.index("### What each part gives") : text.index("### Experts, controls")]
     both = [line for line in parts.splitlines() if line.count(" to ") == 2]
     assert len(both) == 10  # one of the eleven arms of the official recipe has no opposite
     claims = text[text.index("### Claims") : text.index("### All arms")]
