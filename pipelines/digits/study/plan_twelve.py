@@ -242,9 +242,6 @@ OTHER_CONTRASTS = (
     Contrast("revised_mole", "former_mole"),
     Contrast("revised_full", "none_full"),
     Contrast("none_mole", "none_full"),
-    Contrast("official_tuned", "none_mole"),
-    Contrast("official_tuned", "official_released"),
-    Contrast("per_teacher", "none_mole"),
     *(Contrast("revised_mole", arm.name) for arm in CONTROLS),
     Contrast("shuffled", "none_mole"),
     Contrast("only_clip", "none_mole"),
@@ -252,9 +249,10 @@ OTHER_CONTRASTS = (
     *(Contrast(arm.name, "revised_mole") for arm in IDEAS),
 )
 """Experts, controls and ideas. Like the parts they have intervals and no claim."""
-MAIN_CONTRASTS = (
-    PRIMARY,
-    *SECONDARY,
+MAIN_OTHERS = (
     *(Contrast(name, "none_mole") for name in ("revised_full", "official_tuned", "per_teacher")),
+    Contrast("official_tuned", "official_released"),
 )
+"""Main arms without a claim."""
+MAIN_CONTRASTS = (PRIMARY, *SECONDARY, *MAIN_OTHERS)
 """Main arms on unseen looks and on the probe; intervals and no claim."""

@@ -22,7 +22,7 @@ PAGE = "twelve-worlds.md"
 FIGURE = "study/twelve-parts.png"
 NOT_YET = (
     "**Not a result**: validation scenes, on which settings were chosen, and only worlds whose "
-    "planned runs all have a row. The answers about test scenes are read when all runs have them."
+    "runs of {what} all have a row. The answers about test scenes are read when all runs have them."
 )
 
 
@@ -30,7 +30,7 @@ def write_page(found: Summary | None, folder: Path, docs: Path = DOCS) -> Path:
     """Write the results part and its figure; return the page.
 
     Args:
-        found: the report; None before a world has all its runs.
+        found: the report; None before a world has all runs of main arms.
         folder: of the rows.
         docs: folder of the page.
     """
@@ -38,9 +38,9 @@ def write_page(found: Summary | None, folder: Path, docs: Path = DOCS) -> Path:
     whole = page.read_text(encoding="utf-8")
     before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
     lines = results_part(found, results.read(folder, "exploratory"))
-    if found is not None:
+    if found is not None and found["rest"] is not None:
         (docs / FIGURE).parent.mkdir(exist_ok=True)
-        draw_parts(found, docs / FIGURE)
+        draw_parts(found["rest"], docs / FIGURE)
     text = "\n".join(lines)
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{after}", encoding="utf-8")
     return page
@@ -50,23 +50,22 @@ def results_part(found: Summary | None, tried: Sequence[Row]) -> list[str]:
     """Return the results as lines of Markdown."""
     lines = ["## Results"]
     if found is None:
-        lines += ["", "No world has all its runs yet."]
+        lines += ["", "No world has all runs of the main arms yet."]
     else:
-        lines += main_part(found)
+        lines += main_part(found["main"])
+        lines += ["", "### Parts, experts, controls and ideas", ""]
+        rest = found["rest"]
+        lines += ["No world has all of these runs yet."] if rest is None else rest_part(rest)
     if tried:
         lines += ["", "### Tuning of the official recipe", "", *tuning_part(tried)]
     return lines
 
 
 def main_part(found: Summary) -> list[str]:
-    """Return claims, arms, parts, controls and robustness."""
-    scenes = "test scenes" if found["part"] == "test" else "validation scenes"
-    lines = [] if found["part"] == "test" else ["", NOT_YET]
-    asked, worlds = f"{found['num_questions']:,}", len(found["worlds"])
-    lines += [
+    """Return claims, main arms and robustness."""
+    lines = [
         "",
-        f"Accuracy on {scenes}, {asked} questions per world, {worlds} worlds. Differences are in "
-        "points, with 95% intervals over worlds.",
+        *_introduction(found, "main arms"),
         "",
         "### Claims",
         "",
@@ -74,17 +73,9 @@ def main_part(found: Summary) -> list[str]:
         "",
         mixed_sentence(found["mixed_model"]),
         "",
-        "### All arms",
+        "### Main arms",
         "",
         *arms_table(found["arms"]),
-        "",
-        "### What each part gives",
-        "",
-        *parts_table(found["parts"]),
-        "",
-        f"![What each part gives in either recipe, with 95% intervals over worlds]({FIGURE})",
-        "",
-        "### Experts, controls and ideas",
         "",
         *differences_table(found["others"]),
     ]
@@ -92,6 +83,32 @@ def main_part(found: Summary) -> list[str]:
         lines += ["", "### Unseen clutter and noise, and the encoder by itself", ""]
         lines += more_table(found)
     return lines
+
+
+def rest_part(found: Summary) -> list[str]:
+    """Return single parts, experts, controls and ideas."""
+    return [
+        *_introduction(found, "parts, experts, controls and ideas"),
+        "",
+        *parts_table(found["parts"]),
+        "",
+        f"![What each part gives in either recipe, with 95% intervals over worlds]({FIGURE})",
+        "",
+        *differences_table(found["others"]),
+        "",
+        *arms_table(found["arms"]),
+    ]
+
+
+def _introduction(found: Summary, what: str) -> list[str]:
+    """Return what the figures of a part of the report are of."""
+    is_test, worlds = found["part"] == "test", len(found["worlds"])
+    scenes, asked = "test scenes" if is_test else "validation scenes", found["num_questions"]
+    return [
+        *([] if is_test else [NOT_YET.format(what=what), ""]),
+        f"Accuracy on {scenes}, {asked:,} questions per world, {worlds} worlds. Differences are in "
+        "points, with 95% intervals over worlds.",
+    ]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

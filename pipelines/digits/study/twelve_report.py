@@ -1,27 +1,30 @@
 """Summarise the study with twelve worlds as ``report.json``: the only figures that docs may quote.
 
-Input: its rows. Output: arms, contrasts and claims with worlds as units. Until every planned run
-has answered the test scenes, the summary is of validation scenes and of worlds whose planned runs
-all have a row, and claims nothing.
+Input: its rows. Output: two parts with worlds as units. ``main`` has the main arms and the claims,
+``rest`` the single parts, experts, controls and ideas, in the worlds that have them. Until every
+planned run of a part has answered the test scenes, the part is of validation scenes and of worlds
+whose runs of it all have a row, and claims nothing.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from movekd.t_interval import LEVEL
-from study import plan_twelve, results
+from study import results
 from study.plan import Arm, Contrast, RunId, runs
 from study.plan_twelve import (
     ARMS,
     MAIN_ARMS,
     MAIN_CONTRASTS,
+    MAIN_OTHERS,
     MARGIN,
     OTHER_CONTRASTS,
     PART_CONTRASTS,
+    PART_WORLDS,
     PRIMARY,
     SECONDARY,
 )
@@ -33,52 +36,95 @@ from study.worlds import UNSEEN_LOOKS
 PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
 
 
+class Answers(NamedTuple):
+    """Rows of planned runs, and of which scenes their accuracies are."""
+
+    part: str
+    """``test`` if all planned runs have answered, ``val`` before."""
+    worlds: list[int]
+    """Worlds in which all planned runs have a row."""
+    rows: list[Row]
+
+
 def summarise(folder: Path) -> Summary:
     """Return all figures of the study.
 
     Raises:
-        SystemExit: no world has a row of every planned run.
+        SystemExit: no world has a row of every main arm.
     """
     learned = results.by_run(results.read(folder, "runs"))
     tested = results.by_run(results.read(folder, "final"))
-    planned = runs(ARMS)
-    is_final = all(run in tested for run in planned)
-    part, have = ("test", tested) if is_final else ("val", learned)
-    complete = [
-        world
-        for world in plan_twelve.WORLDS
-        if all(run in have for run in planned if run.world == world)
-    ]
-    if not complete:
-        raise SystemExit(f"study: no world of {folder}/runs.jsonl has a row of every planned run.")
-    rows = [
-        learned[run] | (tested[run] if is_final else {}) for run in planned if run.world in complete
-    ]
-    values = accuracies(rows, part)
-    summary: Summary = {
+    main = _answers(runs(MAIN_ARMS), learned, tested)
+    if main is None:
+        raise SystemExit(f"study: no world of {folder}/runs.jsonl has a row of every main arm.")
+    planned = [run for run in runs(ARMS) if run.world in PART_WORLDS]
+    rest = _answers(planned, learned, tested)
+    return {
         "unit": "world",
         "level": LEVEL,
-        "part": part,
-        "worlds": complete,
-        "num_questions": rows[0][part]["all"][1],
-        "arms": [
-            arm_figures(arm, [row for row in rows if row["arm"] == arm.name], part) for arm in ARMS
-        ],
+        "main": main_figures(main),
+        "rest": None if rest is None else rest_figures(rest),
+    }
+
+
+def _answers(
+    planned: Sequence[RunId], learned: Mapping[RunId, Row], tested: Mapping[RunId, Row]
+) -> Answers | None:
+    """Return the rows of the planned runs; None before a world has all of them."""
+    is_final = all(run in tested for run in planned)
+    have = tested if is_final else learned
+    worlds = [
+        world
+        for world in sorted({run.world for run in planned})
+        if all(run in have for run in planned if run.world == world)
+    ]
+    rows = [
+        learned[run] | (tested[run] if is_final else {}) for run in planned if run.world in worlds
+    ]
+    return Answers("test" if is_final else "val", worlds, rows) if rows else None
+
+
+def main_figures(found: Answers) -> Summary:
+    """Return the claims and what else is known of the main arms."""
+    values = accuracies(found.rows, found.part)
+    is_final = found.part == "test"
+    summary: Summary = {
+        **_head(found, MAIN_ARMS),
         "claims": claims(values, is_final=is_final),
         "mixed_model": mixed_model(PRIMARY, values),
-        "parts": [contrast_figures(c) for c in _compared(PART_CONTRASTS, values)],
-        "others": [contrast_figures(c) for c in _compared(OTHER_CONTRASTS, values)],
+        "others": [contrast_figures(c) for c in _compared(MAIN_OTHERS, values)],
     }
     if is_final:
-        main = [row for row in rows if row["arm"] in {arm.name for arm in MAIN_ARMS}]
-        summary["unseen"] = {look: more_figures(main, look) for look in UNSEEN_LOOKS}
+        summary["unseen"] = {look: more_figures(found.rows, look) for look in UNSEEN_LOOKS}
         summary["probe"] = {
             name: more_figures(
-                [row | {"probe": {"all": row["probe"][name]}} for row in main], "probe"
+                [row | {"probe": {"all": row["probe"][name]}} for row in found.rows], "probe"
             )
             for name in PROBES
         }
     return summary
+
+
+def rest_figures(found: Answers) -> Summary:
+    """Return what each part gives, and the experts, controls and ideas; nothing is claimed."""
+    values = accuracies(found.rows, found.part)
+    return {
+        **_head(found, [arm for arm in ARMS if arm not in MAIN_ARMS]),
+        "parts": [contrast_figures(c) for c in _compared(PART_CONTRASTS, values)],
+        "others": [contrast_figures(c) for c in _compared(OTHER_CONTRASTS, values)],
+    }
+
+
+def _head(found: Answers, arms: Sequence[Arm]) -> Summary:
+    return {
+        "part": found.part,
+        "worlds": found.worlds,
+        "num_questions": found.rows[0][found.part]["all"][1],
+        "arms": [
+            arm_figures(arm, [row for row in found.rows if row["arm"] == arm.name], found.part)
+            for arm in arms
+        ],
+    }
 
 
 def _compared(contrasts: Sequence[Contrast], values: Mapping[RunId, float]) -> list[Any]:

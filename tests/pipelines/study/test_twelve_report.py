@@ -43,7 +43,7 @@ def made_rows(folder: Path, better: Mapping[str, float], spread: float = 0.003) 
 
 
 def outcomes(found):
-    return [(c["outcome"], c["claimed"]) for c in found["claims"]]
+    return [(c["outcome"], c["claimed"]) for c in found["main"]["claims"]]
 
 
 def test_equality_lets_the_next_test_begin_and_the_first_open_one_ends_the_claims(tmp_path):
@@ -55,17 +55,21 @@ def test_equality_lets_the_next_test_begin_and_the_first_open_one_ends_the_claim
         ("better", True),
         ("open", False),
     ]
-    assert found["claims"][1]["p_equal"] < 0.05
-    assert found["claims"][2]["p_equal"] is None
-    assert (found["part"], found["worlds"]) == ("test", list(plan_twelve.WORLDS))
-    assert [arm["arm"] for arm in found["arms"]] == [arm.name for arm in ARMS]
-    assert {arm["runs"] for arm in found["arms"]} == {24, 8}
-    assert {len(arm["worlds"]) for arm in found["arms"]} == {12, 8}
-    contrasts = [*found["parts"], *found["others"]]
+    main, rest = found["main"], found["rest"]
+    assert main["claims"][1]["p_equal"] < 0.05
+    assert main["claims"][2]["p_equal"] is None
+    assert (main["part"], main["worlds"]) == ("test", list(plan_twelve.WORLDS))
+    assert (rest["part"], rest["worlds"]) == ("test", list(plan_twelve.PART_WORLDS))
+    assert [arm["arm"] for arm in (*main["arms"], *rest["arms"])] == [arm.name for arm in ARMS]
+    for figures, num_runs, num_worlds in ((main, 24, 12), (rest, 8, 8)):
+        assert {arm["runs"] for arm in figures["arms"]} == {num_runs}
+        assert {len(arm["worlds"]) for arm in figures["arms"]} == {num_worlds}
+    contrasts = [*rest["parts"], *rest["others"]]
     assert len(contrasts) == len(plan_twelve.PART_CONTRASTS) + len(plan_twelve.OTHER_CONTRASTS)
-    assert {c["pairs"] for c in contrasts} == {8, 24}
-    assert not any("claimed" in c for c in contrasts)
-    assert found["probe"]["linear cls"]["arms"]["revised_mole"]["mean"] == pytest.approx(
+    assert {c["pairs"] for c in contrasts} == {8}
+    assert {c["pairs"] for c in main["others"]} == {24}
+    assert not any("claimed" in c for c in (*contrasts, *main["others"]))
+    assert main["probe"]["linear cls"]["arms"]["revised_mole"]["mean"] == pytest.approx(
         0.56, abs=2e-3
     )
 
@@ -89,7 +93,7 @@ def test_tests_are_scipys_over_the_means_of_the_worlds(tmp_path):
     made_rows(tmp_path, BETTER)
     found = twelve_report.summarise(tmp_path)
     rows = results.by_run(results.read(tmp_path, "final"))
-    for claim in found["claims"]:
+    for claim in found["main"]["claims"]:
         first, second = claim["contrast"].split(" - ")
         means = [
             np.mean(
@@ -111,19 +115,50 @@ def test_tests_are_scipys_over_the_means_of_the_worlds(tmp_path):
         assert (claim["low"], claim["high"]) == pytest.approx(tuple(interval), abs=2e-6)
 
 
+def cut(folder, names, run):
+    """Take a run out of files of rows."""
+    for name in names:
+        kept = [row for row in results.read(folder, name) if results.run_id(row) != run]
+        (folder / f"{name}.jsonl").unlink()
+        for row in kept:
+            results.append(folder, name, row)
+
+
 def test_without_all_answers_nothing_is_claimed_and_worlds_are_whole(tmp_path):
     made_rows(tmp_path, BETTER)
-    for name in ("runs", "final"):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    cut(tmp_path, ["final"], runs(MAIN_ARMS)[-1])
     found = twelve_report.summarise(tmp_path)
-    last = runs(ARMS)[-1].world
-    assert found["part"] == "val"
-    assert found["worlds"] == [world for world in plan_twelve.WORLDS if world != last]
+    assert found["main"]["part"] == "val"
+    assert found["main"]["worlds"] == list(plan_twelve.WORLDS)  # all have learned
     assert not any(claimed for _, claimed in outcomes(found))
-    assert "probe" not in found
-    with pytest.raises(SystemExit, match=r"no world of .* has a row of every planned run"):
+    assert "probe" not in found["main"]
+    cut(tmp_path, ["runs"], runs(MAIN_ARMS)[-1])
+    last = runs(MAIN_ARMS)[-1].world
+    worlds = twelve_report.summarise(tmp_path)["main"]["worlds"]
+    assert worlds == [world for world in plan_twelve.WORLDS if world != last]
+    with pytest.raises(SystemExit, match=r"no world of .* has a row of every main arm"):
         twelve_report.summarise(tmp_path / "empty")
+
+
+def test_claims_wait_for_main_arms_and_the_rest_for_all_of_its_worlds(tmp_path):
+    made_rows(tmp_path, BETTER)
+    part = next(run for run in runs(ARMS) if run.arm == "labels" and run.world == 4)
+    cut(tmp_path, ["final", "runs"], part)
+    found = twelve_report.summarise(tmp_path)
+    assert found["main"]["part"] == "test"
+    assert outcomes(found)[0] == ("better", True)
+    assert found["rest"]["part"] == "val"
+    assert found["rest"]["worlds"] == [w for w in plan_twelve.PART_WORLDS if w != 4]
+    main = {arm.name for arm in MAIN_ARMS}
+    for run in runs(ARMS):
+        if run.arm == "labels" and run != part:
+            cut(tmp_path, ["runs"], run)
+    found = twelve_report.summarise(tmp_path)
+    assert found["rest"] is None
+    assert {arm["arm"] for arm in found["main"]["arms"]} == main
+    text = "\n".join(twelve_page.results_part(found, []))
+    assert "No world has all of these runs yet" in text
+    assert "Not a result" not in text
 
 
 def test_a_mixed_model_of_balanced_pairs_has_the_variances_that_anova_gives():
@@ -178,17 +213,20 @@ def test_the_page_has_every_arm_part_and_control(tmp_path):
     assert "Not a result" not in text
     assert all(f"| `{arm.name}` |" in text for arm in ARMS)
     assert "| `kd_weight=2` | 0.500, 0.500, 0.500 | 0.5000 |" in text
-    parts = text[text.index("### What each part gives") : text.index("### Experts, controls")]
+    parts = text[text.index("### Parts, experts, controls and ideas") :]
+    parts = parts[: parts.index("contrast | difference")]
     both = [line for line in parts.splitlines() if line.count(" to ") == 2]
     assert len(both) == 10  # one of the eleven arms of the official recipe has no opposite
-    claims = text[text.index("### Claims") : text.index("### All arms")]
+    claims = text[text.index("### Claims") : text.index("### Main arms")]
     primary = next(line for line in claims.splitlines() if "revised_mole - none_mole |" in line)
-    assert points(found["claims"][0]) in primary
+    assert points(found["main"]["claims"][0]) in primary
     assert primary.endswith("| better | yes |")
     assert (docs / twelve_page.FIGURE).stat().st_size > 10_000
     again = twelve_page.write_page(found, tmp_path, docs).read_text()
     assert again == text
-    assert "No world has all its runs yet" in "\n".join(twelve_page.results_part(None, []))
+    assert "No world has all runs of the main arms yet" in "\n".join(
+        twelve_page.results_part(None, [])
+    )
 
 
 def test_the_committed_page_is_that_of_the_committed_rows():
