@@ -60,7 +60,8 @@ def main() -> None:
         queue.run_all(place, chosen)
         print(page.write_report(place, is_final=False))
     elif arguments.command == "run":
-        queue.run_and_test_all(place, chosen)
+        for part in _main_first(chosen):
+            queue.run_and_test_all(place, part)
     elif arguments.command == "final":
         queue.run_final(place, chosen)
         print("python -m study report --final writes it into docs/study.md")
@@ -135,6 +136,12 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Arm, ...]:
     worlds = set(arguments.worlds)
     kept = tuple(replace(a, worlds=tuple(w for w in a.worlds if w in worlds)) for a in chosen)
     return tuple(arm for arm in kept if arm.worlds)
+
+
+def _main_first(chosen: tuple[Arm, ...]) -> list[tuple[Arm, ...]]:
+    """Return the main arms, which suffice for the claims, and then the others, if there are any."""
+    parts = (tuple(arm for arm in chosen if arm.is_main is is_main) for is_main in (True, False))
+    return [part for part in parts if part]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import demo
 from movekd.train.config import load_config
 from study import explore, ideas, plan, plan_twelve, queue, results, tune
-from study.__main__ import _chosen, _parser
+from study.__main__ import _chosen, _main_first, _parser
 from study.plan import CACHES, DERIVED, SMOKE, Contrast, runs
 from study.plan_twelve import ARMS, MAIN_ARMS, MINUS, PLUS
 
@@ -185,6 +185,12 @@ def test_a_part_of_the_worlds_can_be_run(words, num_arms, num_runs):
     chosen = _chosen(given)
     assert (len(chosen), len(runs(chosen))) == (num_arms, num_runs)
     assert set(runs(chosen)) <= set(runs(ARMS))
+
+
+def test_main_arms_run_first():
+    assert _main_first(ARMS) == [MAIN_ARMS, ARMS[len(MAIN_ARMS) :]]
+    assert _main_first(MINUS) == [MINUS]
+    assert _main_first(plan.CODEC_ARMS) == [plan.CODEC_ARMS]
 
 
 def test_every_study_finds_its_arms():
