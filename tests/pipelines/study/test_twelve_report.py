@@ -132,6 +132,9 @@ def test_without_all_answers_nothing_is_claimed_and_worlds_are_whole(tmp_path):
     assert found["main"]["worlds"] == list(plan_twelve.WORLDS)  # all have learned
     assert not any(claimed for _, claimed in outcomes(found))
     assert "probe" not in found["main"]
+    page = "\n".join(twelve_page.results_part(found, []))
+    assert "Nothing is tested yet" in page
+    assert "outcome" not in page
     cut(tmp_path, ["runs"], runs(MAIN_ARMS)[-1])
     last = runs(MAIN_ARMS)[-1].world
     worlds = twelve_report.summarise(tmp_path)["main"]["worlds"]
