@@ -139,7 +139,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Arm, ...]:
 
 
 def _main_first(chosen: tuple[Arm, ...]) -> list[tuple[Arm, ...]]:
-    """Return the main arms, which suffice for the claims, and then the others, if there are any."""
+    """Return the main arms, which suffice for the claims, and the others, each if it has arms."""
     parts = (tuple(arm for arm in chosen if arm.is_main is is_main) for is_main in (True, False))
     return [part for part in parts if part]
 

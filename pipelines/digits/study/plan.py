@@ -87,7 +87,7 @@ class Arm:
 
 
 CODECS = ("int8", "int4", "lloyd4", "lloyd3", "lloyd2", "lowrank16", "lowrank8", "lowrank4")
-"""Codecs that are compared with float16, from the largest rows to the smallest."""
+"""Codecs that are compared with float16, from the most bits to the fewest."""
 CACHES: dict[str, dict[str, str]] = {
     SHIPPED_CACHE: {},
     "native_int8": {"grid": "native"},
