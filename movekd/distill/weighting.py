@@ -143,6 +143,18 @@ def _similarity_shares(others_BND: Sequence[Tensor], cls_BD: Tensor) -> Tensor:
     )
 
 
+def token_relations(tokens_BND: Tensor) -> Tensor:
+    """Return the centred products of all token pairs, float32 (B, N * N), of length 1 per sample.
+
+    The inner product of two of them is linear CKA. Source: Kornblith et al. (arXiv 1905.00414).
+    """
+    tokens_BND = tokens_BND.float()
+    tokens_BND = tokens_BND - tokens_BND.mean(dim=1, keepdim=True)
+    with torch.autocast(tokens_BND.device.type, enabled=False):
+        gram_BX = (tokens_BND @ tokens_BND.mT).flatten(1)
+    return torch.nn.functional.normalize(gram_BX, dim=1)
+
+
 def _alike(tokens_BND: Sequence[Tensor], anchor: int) -> Tensor:
     """Return each teacher's linear CKA with the anchor, over their sum, (B, T)."""
     sizes = [tokens.shape[1] for tokens in tokens_BND]
@@ -151,13 +163,7 @@ def _alike(tokens_BND: Sequence[Tensor], anchor: int) -> Tensor:
             f"teacher weighting 'similarity' was asked for with tokens of {sizes} places; expected "
             "as many of every teacher. Set distill.grid: student."
         )
-    grams = []
-    for tokens in tokens_BND:
-        tokens = tokens.detach().float()
-        tokens = tokens - tokens.mean(dim=1, keepdim=True)
-        with torch.autocast(tokens.device.type, enabled=False):
-            gram_BX = (tokens @ tokens.mT).flatten(1)
-        grams.append(torch.nn.functional.normalize(gram_BX, dim=1))
+    grams = [token_relations(tokens.detach()) for tokens in tokens_BND]
     alike_BT = torch.stack([(gram * grams[anchor]).sum(dim=1) for gram in grams], dim=1)
     alike_BT = alike_BT.clamp_min(torch.finfo(alike_BT.dtype).eps)  # teachers without any contrast
     return alike_BT / alike_BT.sum(dim=1, keepdim=True)

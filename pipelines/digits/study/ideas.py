@@ -10,12 +10,11 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from movekd.cache.grid import resize_attention
 from movekd.distill import LossTermConfig, StudentOutput, register_loss_term
 from movekd.distill.kd import kd_loss
-from movekd.distill.weighting import token_weights
+from movekd.distill.weighting import token_relations, token_weights
 
 ANCHOR = "clip"
 
@@ -49,16 +48,9 @@ def relations(output: StudentOutput, keys: LossTermConfig) -> Tensor:
 
     Source: Kornblith et al. (arXiv 1905.00414) for CKA.
     """
-    student_IX = _relations(output.student_IND)
-    alike = [(student_IX * _relations(goal_IND)).sum(dim=1) for goal_IND in output.goals]
+    student_IX = token_relations(output.student_IND)
+    alike = [(student_IX * token_relations(goal_IND)).sum(dim=1) for goal_IND in output.goals]
     return (1 - torch.stack(alike)).mean(dim=0).sum()
-
-
-def _relations(tokens_IND: Tensor) -> Tensor:
-    """Return the centred products of all token pairs, (I, N * N), each image's of length 1."""
-    tokens_IND = tokens_IND.float()
-    tokens_IND = tokens_IND - tokens_IND.mean(dim=1, keepdim=True)
-    return normalize((tokens_IND @ tokens_IND.mT).flatten(1), dim=1)
 
 
 for name, term in (("without_best_teacher", without_best_teacher), ("relations", relations)):

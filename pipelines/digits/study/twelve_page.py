@@ -21,8 +21,8 @@ from matplotlib import pyplot as plt
 PAGE = "twelve-worlds.md"
 FIGURE = "study/twelve-parts.png"
 NOT_YET = (
-    "**Not a result**: validation scenes, on which settings were chosen, and only worlds whose "
-    "runs of {what} all have a row. The answers about test scenes are read when all runs have them."
+    "**Not a result**: validation scenes, and only worlds whose runs of {what} all have a row. "
+    "The answers about test scenes are read when all runs have them."
 )
 
 
