@@ -16,8 +16,9 @@ from pydantic.fields import FieldInfo
 
 from cli_page import escaped
 from movekd.cache.spec import CacheSpec
-from movekd.train.config import TRAINED, TrainConfig
-from movekd.train.recipes import PLACES, RECIPES
+from movekd.train.config import TrainConfig
+from movekd.train.recipes import LORA_SCALE, PLACES, RECIPES
+from movekd.train.trained_keys import TRAINED
 from movekd.train.training_args import _DEFAULTS
 from movekd.train.training_keys import TrainingKeys
 
@@ -90,11 +91,12 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
 def recipe_values() -> dict[str, list[str]]:
     """Return key -> its values in the recipes, in the order of ``RECIPES``."""
     values: dict[str, list[str]] = {}
-    for recipe in RECIPES.values():
-        for section, defaults in recipe.items():
+    for recipe, parts in RECIPES.items():
+        scale = LORA_SCALE.get(recipe)
+        by_rank = {} if scale is None else {"lora_alpha": f"{scale} r"}
+        for section, defaults in (parts | {"mole": by_rank | parts["mole"]}).items():
             for name, value in defaults.items():
-                shown = "`r`" if value is None else _code(value)  # lora_alpha, see RECIPES
-                values.setdefault(".".join((*PLACES[section], name)), []).append(shown)
+                values.setdefault(".".join((*PLACES[section], name)), []).append(_code(value))
     return values
 
 

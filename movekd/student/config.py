@@ -70,7 +70,10 @@ class MoleKeys(FrozenModel):
     )
     r: Integer = Field(default=32, ge=1, le=4096, description="Rank of each expert.")
     lora_alpha: Number | None = Field(
-        default=None, gt=0, le=1e6, description="Scale is lora_alpha / r. official: 1; revised: r."
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Scale is lora_alpha / r. official: 1; revised: 4 r.",
     )
     lora_dropout: Number = Field(
         default=0.05, ge=0, lt=1, description="Dropout on the experts' input."

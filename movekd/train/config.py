@@ -8,7 +8,7 @@ written beside the results. ``recipe`` sets the defaults of the keys in which th
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, field_validator
@@ -31,25 +31,13 @@ from movekd.train.evaluation_keys import evaluation_keys
 from movekd.train.expert_keys import check_experts, fill_teachers
 from movekd.train.language_model_keys import check_language_model_keys
 from movekd.train.packing_keys import check_packing_keys
-from movekd.train.recipes import RECIPES, keep_values
+from movekd.train.recipes import RECIPES, keep_values, mole_defaults
+from movekd.train.trained_keys import ENCODER_PARTS, Part, Stage, fill_trained
 from movekd.train.training_keys import (
     LearningRates,
     check_learning_rates,
     check_training_keys,
 )
-
-Stage = Literal["distill", "pretrain", "finetune"]
-Part = Literal["mole", "projector", "vision_tower", "language_model"]
-
-TRAINED: dict[Stage, tuple[Part, ...]] = {
-    "distill": ("mole",),
-    "pretrain": ("mole", "projector"),
-    "finetune": ("mole", "projector", "vision_tower", "language_model"),
-}
-"""Default of `trained`: the parts that learn in each stage. Adapters and heads always learn."""
-
-ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
-"""The parts of a student without a language model."""
 
 
 class TrainConfig(FrozenModel):
@@ -79,13 +67,14 @@ class TrainConfig(FrozenModel):
     trained: list[Part] | None = Field(
         default=None,
         min_length=1,
-        description="Parts that learn. Null: mole and projector in pretrain, all in finetune, mole "
-        "in distill (vision_tower if mole is null).",
+        description="Parts that learn. Null: mole and projector in pretrain (with revised "
+        "vision_tower as well, at its own rate), all in finetune, mole in distill (vision_tower if "
+        "mole is null).",
     )
     learning_rates: LearningRates | None = Field(
         default=None,
         description="Learning rates of parts; the others learn at `training.learning_rate`. All "
-        "follow the same schedule.",
+        "follow the same schedule. revised, in pretrain, if trained is null: vision_tower 1e-4.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of transformers.TrainingArguments."
@@ -102,7 +91,7 @@ class TrainConfig(FrozenModel):
         is_finetune = self.stage == "finetune"
         student, distill = self.student, self.distill
         if student.mole is not None:
-            mole = fill(fill(student.mole, defaults["mole"]), {"lora_alpha": float(student.mole.r)})
+            mole = fill(student.mole, mole_defaults(self.recipe, student.mole.r))
             student = student.model_copy(update={"mole": fill_teachers(mole, distill)})
         if distill is not None:
             distill = fill_distill(distill, defaults["distill"])
@@ -114,10 +103,13 @@ class TrainConfig(FrozenModel):
         geometry = "stretch" if student.architecture == "llava_next" else "crop"
         is_grouped = is_finetune and not self.data.packing
         data = fill(self.data, {"geometry": geometry, "group_by_modality_length": is_grouped})
-        trained = self.trained
-        if trained is None:
-            trained = [p for p in TRAINED[self.stage] if p != "mole" or student.mole is not None]
-            trained = trained or ["vision_tower"]
+        trained, rates = fill_trained(
+            self.stage,
+            self.recipe,
+            self.trained,
+            self.learning_rates,
+            has_experts=student.mole is not None,
+        )
         terms = read_loss_terms(self.loss_terms, has_targets=self.distill is not None)
         update = {
             "student": student,
@@ -125,6 +117,7 @@ class TrainConfig(FrozenModel):
             "loss_terms": {name: keys.model_dump(mode="json") for name, keys in terms.items()},
             "data": data,
             "trained": trained,
+            "learning_rates": rates,
         }
         return self.model_copy(update=update)
 

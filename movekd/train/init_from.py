@@ -24,7 +24,8 @@ from movekd.student.checkpoint import (
 from movekd.student.language_lora import LORA_FILE
 from movekd.student.tower_loading import require_same_image_size
 from movekd.student.vlm import Student
-from movekd.train.config import ENCODER_PARTS, TrainConfig
+from movekd.train.config import TrainConfig
+from movekd.train.trained_keys import ENCODER_PARTS
 
 _MOLE_KEYS = ("teachers", "num_experts", "r", "lora_alpha", "use_gate")
 _LORA_KEYS = ("r", "lora_alpha")

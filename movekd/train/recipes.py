@@ -9,6 +9,7 @@ from typing import Any
 
 from movekd.distill.config import NEWER_KEYS
 from movekd.student.config import Recipe
+from movekd.train.trained_keys import fill_trained
 
 RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
     "official": {
@@ -32,7 +33,6 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
     },
     "revised": {
         "mole": {
-            "lora_alpha": None,  # r, so that the scale is 1
             "use_gate": True,
             "init_lora_weights": "zero",
             "layers_to_transform": "read",
@@ -56,8 +56,21 @@ RECIPES["revised_2026_11"] = copy.deepcopy(RECIPES["revised"])
 A recipe with a month is `revised` as it was then, for runs that are to be repeated.
 """
 
+LORA_SCALE: dict[Recipe, int] = {"revised": 4, "revised_2026_11": 1}
+"""lora_alpha / r, of recipes that set lora_alpha by the rank."""
+
+_TOWER = "vision_tower"
+
 PLACES = {"mole": ("student", "mole"), "distill": ("distill",)}
 """Section of ``RECIPES`` -> path of its keys in student.yaml."""
+
+
+def mole_defaults(recipe: Recipe, r: int) -> dict[str, Any]:
+    """Return what a recipe sets of `student.mole`, for experts of rank ``r``."""
+    defaults = RECIPES[recipe]["mole"]
+    if recipe in LORA_SCALE:
+        return {"lora_alpha": float(LORA_SCALE[recipe] * r)} | defaults
+    return defaults
 
 
 def keep_values(content: dict[str, Any], begun: dict[str, Any]) -> list[str]:
@@ -82,16 +95,42 @@ def keep_values(content: dict[str, Any], begun: dict[str, Any]) -> list[str]:
             continue
         if part == "distill":
             theirs = NEWER_KEYS | theirs
+        elif isinstance(rank := theirs.get("r"), int):
+            defaults = mole_defaults(recipe, rank)
         for key, default in defaults.items():
             if ours.get(key) is not None or theirs.get(key) is None:
                 continue
             ours[key] = theirs[key]
-            today = theirs.get("r") if key == "lora_alpha" and default is None else default
-            if today != theirs[key]:
+            if default != theirs[key]:
                 name = ".".join((*PLACES[part], key))
                 lines.append(
-                    f"{name} is {theirs[key]} in this run; recipe {recipe} sets {today} today."
+                    f"{name} is {theirs[key]} in this run; recipe {recipe} sets {default} today."
                 )
+    return lines + _keep_trained(content, begun)
+
+
+def _keep_trained(content: dict[str, Any], begun: dict[str, Any]) -> list[str]:
+    """Keep which parts learn, and the tower's rate, where the config leaves both to the recipe."""
+    theirs, recipe = begun.get("trained"), content["recipe"]
+    if content.get("trained") is not None or not isinstance(theirs, list):
+        return []
+    has_experts = content["student"].get("mole", {}) is not None
+    parts, rates = fill_trained(content["stage"], recipe, None, None, has_experts=has_experts)
+    content["trained"] = theirs
+    lines = []
+    if sorted(theirs) != sorted(parts):
+        lines.append(f"trained is {theirs} in this run; recipe {recipe} sets {parts} today.")
+    begun_rate = (begun.get("learning_rates") or {}).get(_TOWER)
+    ours = content.get("learning_rates") or {}
+    if begun_rate is None or _TOWER not in theirs or ours.get(_TOWER) is not None:
+        return lines
+    content["learning_rates"] = ours | {_TOWER: begun_rate}
+    today = None if rates is None else rates.vision_tower
+    if today not in (None, begun_rate):
+        lines.append(
+            f"learning_rates.{_TOWER} is {begun_rate} in this run; recipe {recipe} sets {today} "
+            "today."
+        )
     return lines
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from movekd.student.checkpoint import part_of
 from movekd.student.language_lora import LORA_PART, is_adapter
-from movekd.train.config import ENCODER_PARTS, TrainConfig
+from movekd.train.config import TrainConfig
+from movekd.train.trained_keys import ENCODER_PARTS
 
 
 def set_trained(config: TrainConfig, vlm: Any) -> None:

@@ -172,6 +172,7 @@ class Pilot:
 
     def _train_arm(self, arm: Arm, run: Path) -> None:
         keys = [
+            "recipe=revised_2026_11",
             f"data.shards={self.output / 'data'}",
             f"student.vision_tower={self.weights / 'vit_s'}",
             f"distill.teachers=[{', '.join(arm.teachers)}]",

@@ -89,7 +89,11 @@ def test_gpu_memory_is_that_of_the_weights_and_of_adamw() -> None:
     num_language = sum(p.numel() for p in language_model.parameters())
     assert num_language == pytest.approx(6.74e9, rel=1e-3)
     everything = num_base + num_experts + num_projector + num_language
-    trained = {"pretrain": num_experts + num_projector, "finetune, over all GPUs": everything}
+    trained = {
+        "pretrain, revised": num_experts + num_projector + num_base,
+        "pretrain, official": num_experts + num_projector,
+        "finetune, over all GPUs": everything,
+    }
     for stage, num_trained in trained.items():
         # a gradient and AdamW's two moments have the dtype of the weight
         gib = [(everything + 3 * num_trained) * size / 2**30 for size in (4, 2)]

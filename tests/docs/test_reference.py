@@ -14,8 +14,9 @@ from cli_page import cli_page, commands
 from config_page import PAGE, config_page, stage_values
 from movekd.cache.spec import CacheSpec
 from movekd.cli.main import app
-from movekd.train.config import TRAINED, load_config
-from movekd.train.recipes import RECIPES
+from movekd.train.config import load_config
+from movekd.train.recipes import RECIPES, mole_defaults
+from movekd.train.trained_keys import TRAINED
 from movekd.train.training_keys import TrainingKeys, check_training_keys
 from reference import ROOMS, pages
 
@@ -82,7 +83,9 @@ def test_what_a_stage_sets_is_what_a_run_of_it_gets(rows: dict[str, dict[str, st
     assert shown == set(stage_values())
     assert shown >= {"trained", "student.prompt", "data.group_by_modality_length"}
     for number, stage in enumerate(TRAINED):
-        overrides = [f"stage={stage}"] + ["data.conversations=[]"] * (stage == "distill")
+        overrides = [f"stage={stage}", "recipe=revised"] + ["data.conversations=[]"] * (
+            stage == "distill"
+        )
         content = load_config(RUN, overrides).model_dump(mode="json")
         for key in shown:
             cell = stage_values()[key][number].strip("`")
@@ -102,12 +105,15 @@ def test_the_values_of_the_recipes_are_those_that_a_run_gets(
     rows: dict[str, dict[str, str]], recipe: str
 ) -> None:
     shown = {key: row[recipe].strip("`") for key, row in rows.items() if row.get(recipe)}
-    assert len(shown) == sum(len(section) for section in RECIPES[recipe].values())
+    assert {key.rpartition(".")[2] for key in shown} == {
+        *RECIPES[recipe]["distill"],
+        *mole_defaults(recipe, r=32),
+    }
     content = load_config(RUN, [f"recipe={recipe}"]).model_dump(mode="json")
     for key, cell in shown.items():
         value = value_at(content, key)
-        if cell == "r":
-            assert value == content["student"]["mole"]["r"]
+        if cell.endswith(" r"):
+            assert value == int(cell.removesuffix(" r")) * content["student"]["mole"]["r"]
         else:
             assert cell == (value if isinstance(value, str) else json.dumps(value)), key
 

@@ -1,4 +1,4 @@
-"""Every figure on the study in README and docs/study.md is in its report."""
+"""Every figure on the first study in docs/study.md is in its report."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from quoted_figures import DECIMAL, decimals, ends, intervals, points
 from study import page, results, summary
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 REPORT = json.loads((results.RESULTS / summary.REPORT).read_text(encoding="utf-8"))
 CONTRASTS: dict[str, dict[str, Any]] = {
     c["contrast"]: c
@@ -20,46 +20,10 @@ CONTRASTS: dict[str, dict[str, Any]] = {
     for c in REPORT[part][family]
 }
 ARMS = {arm["arm"]: arm["accuracy"]["mean"] for arm in REPORT["test"]["arms"]}
-README_ROWS = (  # contrast; the arms whose accuracy the row names
-    ("revised_mole - none_mole", "revised_mole", "none_mole"),
-    ("revised_mole - time_mole",),
-    ("revised_mole - float16",),
-    ("revised_mole - shuffled_mole",),
-    ("revised_mole - official_mole", "official_mole"),
-    ("revised_full - none_full", "revised_full", "none_full"),
-    ("revised_mole - revised_full",),
-    ("official_mole - none_mole", "official_mole", "none_mole"),
-)
 SETTINGS = {"0.5", "12.5"}
 """Decimals of `In words` that are not results: a KD weight, and a share of test_start."""
-INTERVAL = re.compile(r"([+-]?\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)\)")
-
-
-def points(share: float) -> str:
-    return f"{100 * share:.1f}".replace("-0.0", "0.0")
-
-
-def ends(found: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """Return difference and bounds as pages write them, for both orders of the arms."""
-    if found["low"] is None:
-        return set()
-    mean, low, high = (found[key] for key in ("difference", "low", "high"))
-    return {
-        (points(mean), points(low), points(high)),
-        (points(-mean), points(-high), points(-low)),
-    }
-
-
-def decimals(p: float) -> str:
-    return f"{p:#.2g}".removeprefix("0")
-
-
 OVER_WORLDS = {e for c in CONTRASTS.values() for e in ends(c)}
 OVER_PAIRS = {e for c in CONTRASTS.values() for e in ends(c["pooled_pairs"])}
-
-
-def intervals(text: str) -> list[tuple[str, str, str]]:
-    return [(m.lstrip("+"), low, high) for m, low, high in INTERVAL.findall(text)]
 
 
 def said() -> tuple[str, str]:
@@ -68,33 +32,14 @@ def said() -> tuple[str, str]:
     return holds.replace("\n  ", " "), back
 
 
-def evidence() -> str:
-    return README.split("## Does it help?")[1].split("\n## ")[0]
-
-
 def test_the_results_part_is_the_committed_report() -> None:
     drawn = [name for name in page.CAPTIONS if (ROOT / "docs/study" / name).exists()]
     text = page.results_part(REPORT, drawn).replace("](", "](study/")
     assert PAGE.split(page.BEGIN)[1].split(page.END)[0] == f"\n\n{text}\n"
 
 
-def test_the_table_of_the_readme_is_the_report() -> None:
-    lines = [line for line in evidence().splitlines() if line.startswith("|")]
-    assert f"constant answers score {points(REPORT['constant_answers']['all'])}." in evidence()
-    for line, (contrast, *named) in zip(lines[2:], README_ROWS, strict=True):
-        what, difference, p, verdict = (cell.strip() for cell in line.strip("|").split("|"))
-        found = CONTRASTS[contrast]
-        assert intervals(difference)[0] in ends(found), contrast
-        assert difference.startswith("-" if found["difference"] < 0 else "+")
-        assert p == decimals(found["p"] if found["p_holm"] is None else found["p_holm"])
-        assert verdict.split(":")[0] == ("yes" if found["holds"] else "no")
-        if named:
-            accuracies = ", ".join(points(ARMS[arm]) for arm in named)
-            assert f"({accuracies})" in what
-
-
-@pytest.mark.parametrize("text", [said()[0], evidence()], ids=["study.md", "README"])
-def test_every_figure_in_words_is_in_the_report(text: str) -> None:
+def test_every_figure_in_words_is_in_the_report() -> None:
+    text = said()[0]
     found = intervals(text)
     # one interval is over pairs: that of the contrast whose worlds lie closer than its seeds
     assert set(found) <= OVER_WORLDS
@@ -110,7 +55,7 @@ def test_every_figure_in_words_is_in_the_report(text: str) -> None:
     }
     allowed |= {f"{a:.3f}"[1:] for a in (*ARMS.values(), REPORT["constant_answers"]["all"])}
     allowed |= {decimals(c[key]) for c in CONTRASTS.values() for key in ("p", "p_holm") if c[key]}
-    assert set(re.findall(r"(?<![\d.\w])\d*\.\d+", text)) <= allowed
+    assert set(DECIMAL.findall(text)) <= allowed
 
 
 def test_what_is_taken_back_is_named_with_both_figures() -> None:

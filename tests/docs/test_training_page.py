@@ -101,6 +101,7 @@ def test_the_memory_of_a_24_gb_gpu_is_computed_as_the_page_says() -> None:
     rows = re.findall(r"^\| (`stage.*?) \| \w+ \| ([\d.]+) \|$", PAGE, re.MULTILINE)
     assert dict(rows) == {
         "`stage: distill`: experts, no language model": gib(tower + mole, mole, 4),
+        "`stage: pretrain`: experts, projector, tower": gib(everything, mole + projector + tower),
         "`stage: pretrain`: experts and projector": gib(everything, mole + projector),
         "`stage: finetune`: experts, projector, LoRA": gib(
             everything, mole + projector, more=16 * lora

@@ -191,23 +191,30 @@ def test_memory_and_hours_are_computed_as_the_readme_says() -> None:
     def gib(weights: int, learning: int, size: int, lora: int = 0) -> str:
         return f"{(size * (weights + 3 * learning) + 16 * lora) / 2**30:.1f}"
 
-    def hours(samples: int, tokens: int, learning: float) -> str:
+    def hours(samples: int, tokens: int, learning: float, tower: float) -> str:
         """2 FLOPs per weight and token: forward, again for checkpointing, inputs, weights."""
         vision = num["tower"] + num["mole"]
-        per_sample = 2 * (576 * vision + tokens * num["language_model"]) * (3 + learning)
+        language = tokens * num["language_model"] * (3 + learning)
+        per_sample = 2 * (576 * vision * (3 + tower) + language)
         return f"{samples * per_sample / (TFLOPS * 1e12) / 3600:.0f}"
 
     encoder = 2 * 576 * num["tower"] * 4 * 558_000 / (TFLOPS * 1e12) / 3600
     expected = {
-        "`pretrain.yaml`": [gib(whole, small, 2), hours(558_000, 144 + 30, 0)],
-        "`finetune_lora.yaml`": [gib(whole, small, 2, num["lora"]), hours(665_000, 144 + 250, 0)],
+        "`pretrain.yaml`": [
+            gib(whole, small + num["tower"], 2),
+            hours(558_000, 144 + 30, 0, 1),
+        ],
+        "`finetune_lora.yaml`": [
+            gib(whole, small, 2, num["lora"]),
+            hours(665_000, 144 + 250, 0, 0),
+        ],
         "`finetune.yaml`, `student.dtype=bfloat16`": [
             gib(whole, whole, 2),
-            hours(665_000, 144 + 250, 1),
+            hours(665_000, 144 + 250, 1, 1),
         ],
         "`finetune.yaml`, float32, over all GPUs": [
             gib(whole, whole, 4),
-            hours(665_000, 144 + 250, 1),
+            hours(665_000, 144 + 250, 1, 1),
         ],
         "`distill.yaml`, float32": [gib(num["tower"], num["tower"], 4), f"{encoder:.0f}"],
     }

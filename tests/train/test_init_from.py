@@ -35,7 +35,7 @@ def another_tower(digits, folder: Path):
             "student.mole.use_gate=false",
             r"student\.mole\.use_gate 'True', and this run has 'False'",
         ),
-        ("student.mole.lora_alpha=1", r"student\.mole\.lora_alpha '16\.0'"),
+        ("student.mole.lora_alpha=1", r"student\.mole\.lora_alpha '64\.0'"),
         ("student.vision_feature_layer=-1", r"student\.vision_feature_layer '-2'"),
         ("student.projector_hidden_act=relu", r"student\.projector_hidden_act 'gelu'"),
     ],
@@ -45,7 +45,9 @@ def test_experts_that_compute_something_else_are_refused(digits, tmp_path, first
         digits.train(tmp_path, "finetune", f"init_from={first}", key)
 
 
-def test_another_base_is_refused_and_a_copy_of_the_same_is_not(digits, tmp_path, first):
+def test_another_base_is_refused_and_a_copy_of_the_same_is_not(digits, tmp_path):
+    first = tmp_path / "first"
+    digits.train(first, "pretrain", "trained=[mole, projector]", "training.max_steps=1")
     other = another_tower(digits, tmp_path / "other")
     begin = [f"init_from={first}", "training.max_steps=1"]
     with pytest.raises(ConfigError, match=r"student\.vision_tower .* do not fit this model"):

@@ -112,17 +112,22 @@ def test_every_parameter_that_learns_is_in_the_group_of_its_part(digits, tmp_pat
 
 
 def test_only_parts_that_learn_have_a_rate(digits, tmp_path):
-    trainer = trainer_of(digits, tmp_path, "pretrain", "learning_rates={mole: 1e-4, heads: 0}")
+    rates = "learning_rates={mole: 1e-5, heads: 0}"
+    trainer = trainer_of(digits, tmp_path, "pretrain", rates)
     learning = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     groups = groups_of(trainer)
     assert {name for names, *_ in groups for name in names} == learning
-    assert [rate for *_, rate in groups] == [1e-3, 1e-3, 1e-4, 1e-4, 0, 0]
+    # the tower's is the recipe's
+    assert [rate for *_, rate in groups] == [1e-3, 1e-3, 1e-5, 1e-5, 1e-4, 1e-4, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["learning_rates.vision_tower=1e-5"], r"vision_tower is 1e-05, but .* mole, projector, h"),
+        (
+            ["learning_rates.vision_tower=1e-5", "recipe=revised_2026_11"],
+            r"vision_tower is 1e-05, but .* mole, projector, h",
+        ),
         (["learning_rates.heads=1", "distill=null"], r"heads do not learn in this run; .* Take it"),
         (["learning_rates.heads=1", "recipe=official", "distill.teachers=[clip]"], "heads do not"),
         (["student.mole=null", "learning_rates.mole=1"], r"mole does not learn.*projector, heads"),
@@ -144,7 +149,7 @@ def test_rates_are_read_back_and_may_be_null(digits, tmp_path):
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "again.yaml") == config
     assert config.learning_rates.given() == {"projector": 2e-3, "vision_tower": 2e-4, "heads": 0.01}
-    trainer = trainer_of(digits, tmp_path, "pretrain", "learning_rates={mole: null}")
+    trainer = trainer_of(digits, tmp_path, "finetune", "learning_rates={mole: null}")
     assert len(groups_of(trainer)) == 2
 
 
@@ -206,6 +211,7 @@ def test_the_rate_of_all_is_logged_where_something_learns_at_it(digits, tmp_path
 @pytest.mark.slow
 def test_a_run_without_the_keys_of_today_is_resumed(digits, tmp_path):
     keys = ("training.save_strategy=steps", "training.save_steps=1", "training.max_steps=3")
+    keys += ("recipe=revised_2026_11",)
     digits.train(tmp_path / "whole", "pretrain", *keys)
     with pytest.raises(KeyboardInterrupt):
         digits.train(tmp_path / "parts", "pretrain", *keys, progress=stop_at(2))

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 from movekd.cli.main import app
 from movekd.errors import ConfigError
 from movekd.train.config import load_config
-from movekd.train.recipes import RECIPES, keep_values
+from movekd.train.recipes import LORA_SCALE, RECIPES, keep_values
+from movekd.train.trained_keys import TOWER_RATE
 
-LATER = {"mole": {"lora_alpha": 64.0, "use_gate": False}, "distill": {"kd_weight": 0.25}}
+LATER = {"mole": {"use_gate": False}, "distill": {"kd_weight": 0.25}}
 
 
 @pytest.fixture
@@ -22,6 +23,8 @@ def later_recipe(monkeypatch):
             for key, value in values.items():
                 assert RECIPES["revised"][part][key] != value
                 monkeypatch.setitem(RECIPES["revised"][part], key, value)
+        monkeypatch.setitem(LORA_SCALE, "revised", 8)
+        monkeypatch.setitem(TOWER_RATE, "revised", 3e-4)
 
     return change
 
@@ -42,6 +45,7 @@ def test_a_resume_keeps_what_the_recipe_set_when_the_run_began(digits, tmp_path,
         for key in list(part):
             if any(key in defaults for defaults in RECIPES["revised"].values()):
                 del part[key]  # as a user's file, which leaves them to the recipe
+    del content["student"]["mole"]["lora_alpha"], content["trained"], content["learning_rates"]
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(content))
     later_recipe()
 
@@ -50,21 +54,27 @@ def test_a_resume_keeps_what_the_recipe_set_when_the_run_began(digits, tmp_path,
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     said = [line for line in result.stderr.splitlines() if "recipe revised sets" in line]
-    assert len(said) == 3
+    assert len(said) == 4
     r = begun["student"]["mole"]["r"]
-    assert f"student.mole.lora_alpha is {float(r)} in this run; recipe revised sets 64.0" in said[0]
+    alpha = f"student.mole.lora_alpha is {4.0 * r} in this run; recipe revised sets {8.0 * r} today"
+    assert any(alpha in line for line in said)
+    rate = "learning_rates.vision_tower is 0.0001 in this run; recipe revised sets 0.0003 today"
+    assert any(rate in line for line in said)
     one, two = digits.weights(tmp_path / "whole"), digits.weights(tmp_path / "parts")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
     # a new run has the new values
-    assert load_config(tmp_path / "student.yaml").student.mole.lora_alpha == 64
+    new = load_config(tmp_path / "student.yaml")
+    assert new.student.mole.lora_alpha == 8 * r
+    assert new.learning_rates.given() == {"vision_tower": 3e-4}
 
 
 def test_what_the_config_says_itself_is_not_the_recipes(digits, tmp_path, later_recipe):
     config = digits.config("pretrain", "distill.kd_weight=2.0")
     begun = yaml.safe_load(config.to_yaml())
     later_recipe()
-    given = {"recipe": "revised", "student": {}, "distill": {"kd_weight": 0.5}}
+    given = {"recipe": "revised", "stage": "pretrain", "student": {}}
+    given |= {"distill": {"kd_weight": 0.5}, "trained": begun["trained"]}
     lines = keep_values(given, begun)
     assert given["distill"]["kd_weight"] == 0.5  # and the resume is refused, by its key
     assert given["student"]["mole"]["use_gate"] is True
@@ -74,8 +84,25 @@ def test_what_the_config_says_itself_is_not_the_recipes(digits, tmp_path, later_
     ]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(config.to_yaml())
-    with pytest.raises(ConfigError, match=r"another config: distill\.kd_weight, student"):
+    with pytest.raises(ConfigError, match=r"another config: distill\.kd_weight, learning_rates"):
         digits.train(tmp_path / "run", "pretrain", "distill.kd_weight=0.5", resume=True)
+
+
+def test_a_run_that_began_without_the_tower_goes_on_without_it(digits):
+    begun = yaml.safe_load(digits.config("pretrain", "recipe=revised_2026_11").to_yaml())
+    begun["recipe"] = "revised"  # as it was in November 2026
+    given = {"recipe": "revised", "stage": "pretrain", "student": {}, "distill": {}}
+    lines = keep_values(given, begun)
+    assert given["trained"] == ["mole", "projector"]
+    assert "learning_rates" not in given
+    assert [line.partition(" in this run")[0] for line in lines] == [
+        f"student.mole.lora_alpha is {float(begun['student']['mole']['r'])}",
+        "trained is ['mole', 'projector']",
+    ]
+    assert lines[1].endswith("sets ['mole', 'projector', 'vision_tower'] today.")
+    named = given | {"trained": ["mole"]}
+    assert keep_values(named, begun) == []
+    assert named["trained"] == ["mole"]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +110,8 @@ def test_what_the_config_says_itself_is_not_the_recipes(digits, tmp_path, later_
     [
         {"recipe": "official", "student": {}},
         {"student": {}},
-        {"recipe": "revised", "student": {"mole": None}, "distill": None},
-        {"recipe": "revised", "student": {"mole": None}},
+        {"recipe": "revised", "student": {"mole": None}, "distill": None, "trained": ["projector"]},
+        {"recipe": "revised", "student": {"mole": None}, "trained": ["projector"]},
     ],
 )
 def test_other_recipes_and_null_sections_are_left_as_they_are(digits, content):

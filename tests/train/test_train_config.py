@@ -7,7 +7,7 @@ import yaml
 
 from movekd.errors import ConfigError
 from movekd.train.config import TrainConfig, load_config
-from movekd.train.recipes import RECIPES
+from movekd.train.recipes import RECIPES, mole_defaults
 
 MINIMAL = {
     "recipe": "revised",
@@ -41,17 +41,41 @@ def test_a_resolved_run_reads_back_as_itself(write, tmp_path, recipe, stage):
     assert again.to_yaml() == config.to_yaml()
 
 
-@pytest.mark.parametrize("recipe", ["official", "revised"])
-def test_a_recipe_fills_every_key_in_which_recipes_differ(write, recipe):
-    config = load_config(write(recipe=recipe))
+@pytest.mark.parametrize(
+    ("recipe", "alpha_of_16"), [("official", 1), ("revised", 64), ("revised_2026_11", 16)]
+)
+def test_a_recipe_fills_every_key_in_which_recipes_differ(write, recipe, alpha_of_16):
+    config = load_config(write(recipe=recipe), ["student.mole.r=16"])
     for key, value in RECIPES[recipe]["distill"].items():
         assert getattr(config.distill, key) == value
-    for key, value in RECIPES[recipe]["mole"].items():
-        if key != "lora_alpha":
-            assert getattr(config.student.mole, key) == value
-    assert config.student.mole.lora_alpha == (1.0 if recipe == "official" else 32.0)
-    assert RECIPES["official"]["distill"].keys() == RECIPES["revised"]["distill"].keys()
-    assert RECIPES["official"]["mole"].keys() == RECIPES["revised"]["mole"].keys()
+    mole = mole_defaults(recipe, 16)
+    for key, value in mole.items():
+        assert getattr(config.student.mole, key) == value
+    assert mole["lora_alpha"] == alpha_of_16
+    assert RECIPES["official"]["distill"].keys() == RECIPES[recipe]["distill"].keys()
+    assert mole_defaults("official", 16).keys() == mole.keys()
+
+
+def test_only_the_revised_recipe_trains_the_tower_in_stage_1_and_at_its_own_rate(write):
+    def learns(*overrides, **changes):
+        config = load_config(write(**changes), list(overrides))
+        rates = config.learning_rates
+        return config.trained, None if rates is None else rates.given()
+
+    both = ["mole", "projector"]
+    assert learns() == ([*both, "vision_tower"], {"vision_tower": 1e-4})
+    assert learns("recipe=revised_2026_11") == (both, None)
+    assert learns(recipe="official") == (both, None)
+    # what the file says wins, and the other rates stay
+    rates = "learning_rates={vision_tower: 2.0e-5, projector: 1.0e-3}"
+    assert learns(rates)[1] == {"vision_tower": 2e-5, "projector": 1e-3}
+    rates = "learning_rates={projector: 2.0e-3}"
+    assert learns(rates)[1] == {"vision_tower": 1e-4, "projector": 2e-3}
+    assert learns("trained=[mole, projector]") == (both, None)
+    named = "trained=[mole, projector, vision_tower]"
+    assert learns(named) == ([*both, "vision_tower"], None)  # at training.learning_rate
+    assert learns("student.mole=null") == (["projector"], None)
+    assert learns(stage="finetune")[1] is None
 
 
 def test_a_key_in_the_yaml_wins_over_the_recipe(write):
@@ -72,7 +96,7 @@ def test_a_stage_decides_prompt_grouping_and_parts(write):
         False,
         True,
     )
-    assert first.trained == ["mole", "projector"]
+    assert first.trained == ["mole", "projector", "vision_tower"]
     assert second.trained == ["mole", "projector", "vision_tower", "language_model"]
     assert load_config(write(), ["student.mole=null"]).trained == ["projector"]
 

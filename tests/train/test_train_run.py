@@ -162,14 +162,18 @@ def test_accumulated_micro_batches_equal_one_batch(digits, tmp_path, stage):
             assert first[name] == pytest.approx(second[name], rel=1e-4)
 
 
-def test_pretrain_changes_experts_projector_and_heads_alone(digits, tmp_path):
-    keys = ["training.max_steps=3", *SAVING, "training.save_steps=3"]
+@pytest.mark.parametrize("recipe", ["revised", "revised_2026_11"])
+def test_pretrain_changes_experts_projector_and_heads_and_the_tower_by_recipe(
+    digits, tmp_path, recipe
+):
+    keys = ["training.max_steps=3", *SAVING, "training.save_steps=3", f"recipe={recipe}"]
     digits.train(tmp_path, "pretrain", *keys)
     files = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
     assert files == {
         "mole_encoder.safetensors",
         "mm_projector.safetensors",
         "encoder_adapter.safetensors",
+        *(["vision_tower.safetensors"] if recipe == "revised" else []),
     }
     base = build_vlm(digits.config().student)
     trained = load_student(tmp_path).student
@@ -178,7 +182,7 @@ def test_pretrain_changes_experts_projector_and_heads_alone(digits, tmp_path):
     for name, parameter in trained.vlm.named_parameters():
         if not torch.equal(parameter, kept[name]):
             changed.add(part_of(name))
-    assert changed == {"mole", "projector"}
+    assert changed == {"mole", "projector"} | ({"vision_tower"} if recipe == "revised" else set())
     stored = digits.weights(tmp_path)
     names = {name.split("/")[1] for name in stored if "encoder_adapter" in name}
     assert {name.split(".")[0] for name in names} == {"clip", "sam"}

@@ -150,7 +150,7 @@ def _fed(batch):
 
 
 def test_a_checkpoint_holds_what_learns_and_is_checked_when_read(make, tmp_path):
-    trainer, _ = make("pretrain")
+    trainer, _ = make("pretrain", "trained=[mole, projector]")
     trainer._save(str(tmp_path))
     saved = load_file(tmp_path / CHECKPOINT_FILE)
     learning = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -35,8 +35,8 @@ class MolePeftType(StrEnum):
 class MoleConfig(PeftConfig):
     """Configuration of a Mixture of LoRA Experts.
 
-    The defaults are those of the revised recipe. The official one is
-    ``MoleConfig(lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming")``.
+    The defaults are those of `recipe: revised_2026_11`; `revised` has ``lora_alpha=4 * r``. The
+    official recipe is ``MoleConfig(lora_alpha=1.0, use_gate=False, init_lora_weights="kaiming")``.
 
     Attributes:
         num_experts: Experts per layer that no single teacher owns: all, without ``teachers``.

@@ -60,17 +60,21 @@ def write_report(place: Place, is_final: bool) -> Path:
     return page
 
 
+def constant_sentence(found: dict[str, float]) -> str:
+    """Return what an answer without a look at the image reaches."""
+    shares = ", ".join(f"{kind} {found[kind]:.3f}" for kind in KINDS)
+    return f"The best constant answer per question type scores: {shares}."
+
+
 def results_part(found: Summary, drawn: Sequence[str]) -> str:
     """Return the tables and figures as Markdown."""
-    guess = found["constant_answers"]
-    constant = ", ".join(f"{kind} {guess[kind]:.3f}" for kind in KINDS)
     lines = [
         "Worlds are the units of every interval and p: the mean over the seeds of a world first, "
         "then Student's t over the worlds. The last column of the contrasts takes every pair as a "
         "unit, as the plan did; pairs of one world are not independent, so no claim rests on it. "
         "Where its interval is the wider one, the worlds lie close together by chance.",
         "",
-        f"The best constant answer per question type scores: {constant}.",
+        constant_sentence(found["constant_answers"]),
     ]
     if "test" in found:
         test = found["test"]

@@ -46,6 +46,9 @@ SMOKE = Sizes(
 """Sizes for tests of the code; results mean nothing."""
 
 
+REVISED = "recipe=revised_2026_11"
+FROZEN = (REVISED, "learning_rates=null")
+"""First keys of every run: the recipe, and the pipeline's YAML, as they were in that month."""
 SHIPPED_CACHE = "pooled_int8"
 """The cache that the teachers' shipped specs make."""
 

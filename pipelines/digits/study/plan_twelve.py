@@ -8,7 +8,7 @@ later default changes what it was.
 from dataclasses import replace
 from typing import Any
 
-from study.plan import FULL, NONE, Arm, Contrast
+from study.plan import FULL, NONE, REVISED, Arm, Contrast
 
 WORLDS = tuple(range(3, 15))
 SEEDS = (0, 1)
@@ -16,9 +16,8 @@ PART_WORLDS = tuple(range(3, 11))
 """Worlds of single parts and controls."""
 PART_SEEDS = (0,)
 
-REVISED = ("recipe=revised_2026_11",)
 SCALE_4 = "student.mole.lora_alpha=64"  # at a rank of 16
-EXPERTS = (*REVISED, SCALE_4)
+EXPERTS = (REVISED, SCALE_4)
 BASE_IN_STAGE_1 = ("trained=[vision_tower, mole, projector]",)
 OFFICIAL = ("recipe=official",)
 RELEASED_RATE = ("training.learning_rate=2.0e-5",)
@@ -46,7 +45,7 @@ NONE_MOLE = replace(
 REVISED_FULL = Arm(
     "revised_full",
     "full fine-tuning, revised KD",
-    keys=(*REVISED, *FULL["keys"]),
+    keys=(REVISED, *FULL["keys"]),
     pretrain=FULL["pretrain"],
     **MAIN,
 )
@@ -135,7 +134,7 @@ EXPERT_ARMS = (
         name="single_lora",
         what="one LoRA of rank 48, scale 4",
         keys=(
-            *REVISED,
+            REVISED,
             "student.mole.num_experts=1",
             "student.mole.r=48",
             "student.mole.lora_alpha=192",
@@ -146,7 +145,7 @@ EXPERT_ARMS = (
         REVISED_MOLE,
         name="former_mole",
         what="scale 1, base rests in stage 1",
-        keys=REVISED,
+        keys=(REVISED,),
         pretrain=(),
         **PART,
     ),

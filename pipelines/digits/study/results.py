@@ -19,7 +19,7 @@ from typing import Any, Literal
 from study.plan import RunId
 
 Row = dict[str, Any]
-Name = Literal["runs", "curves", "final", "exploratory"]
+Name = Literal["runs", "curves", "final", "exploratory", "afterwards"]
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "study"
 """Rows of the first study."""

@@ -61,7 +61,11 @@ def summarise(folder: Path, sizes: Sizes, is_final: bool) -> Summary:
         "unit": "world",
         "level": 0.95,
         "num_questions": sizes.num_test if is_final else sizes.num_val,
-        "constant_answers": constant_answers(sizes, "test" if is_final else "val"),
+        "constant_answers": constant_answers(
+            sizes.num_test if is_final else sizes.num_val,
+            "test" if is_final else "val",
+            plan.WORLDS,
+        ),
     }
     if is_final:
         summary["test"] = part_of(tested, "test", tested)
@@ -164,7 +168,7 @@ def contrast_figures(comparison: Comparison) -> Summary:
     }
 
 
-def constant_answers(sizes: Sizes, part: scenes.Part) -> dict[str, float]:
+def constant_answers(num_scenes: int, part: scenes.Part, worlds: Sequence[int]) -> dict[str, float]:
     """Return the accuracy of the best constant answer per question type of a part.
 
     It is the most frequent answer among the questions of the part, so no constant scores more. Mean
@@ -172,8 +176,7 @@ def constant_answers(sizes: Sizes, part: scenes.Part) -> dict[str, float]:
     """
     shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
     number, _, turns = scenes.PARTS[part]
-    num_scenes = sizes.num_test if part == "test" else sizes.num_val
-    for world in plan.WORLDS:
+    for world in worlds:
         rng = np.random.default_rng([world, number])
         _, asked = scenes.draw_questions(num_scenes, rng, turns)
         answers: dict[str, list[str]] = {}

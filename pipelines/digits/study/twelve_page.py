@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from study import results, tune
-from study.page import BEGIN, DOCS, END
+from study.page import BEGIN, DOCS, END, constant_sentence
 from study.plan_twelve import PART_CONTRASTS
 from study.results import Row
 from study.summary import KINDS, Summary
@@ -37,7 +37,8 @@ def write_page(found: Summary | None, folder: Path, docs: Path = DOCS) -> Path:
     page = docs / PAGE
     whole = page.read_text(encoding="utf-8")
     before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
-    lines = results_part(found, results.read(folder, "exploratory"))
+    tried, later = (results.read(folder, kind) for kind in ("exploratory", "afterwards"))
+    lines = results_part(found, tried, later)
     if found is not None and found["rest"] is not None:
         (docs / FIGURE).parent.mkdir(exist_ok=True)
         draw_parts(found["rest"], docs / FIGURE)
@@ -46,7 +47,9 @@ def write_page(found: Summary | None, folder: Path, docs: Path = DOCS) -> Path:
     return page
 
 
-def results_part(found: Summary | None, tried: Sequence[Row]) -> list[str]:
+def results_part(
+    found: Summary | None, tried: Sequence[Row], later: Sequence[Row] = ()
+) -> list[str]:
     """Return the results as lines of Markdown."""
     lines = ["## Results"]
     if found is None:
@@ -58,6 +61,8 @@ def results_part(found: Summary | None, tried: Sequence[Row]) -> list[str]:
         lines += ["No world has all of these runs yet."] if rest is None else rest_part(rest)
     if tried:
         lines += ["", "### Tuning of the official recipe", "", *tuning_part(tried)]
+    if later:
+        lines += ["", "### Learning rates, afterwards", "", *rates_part(later)]
     return lines
 
 
@@ -74,6 +79,8 @@ def main_part(found: Summary) -> list[str]:
         mixed_sentence(found["mixed_model"]),
         "",
         "### Main arms",
+        "",
+        constant_sentence(found["constant_answers"]),
         "",
         *arms_table(found["arms"]),
         "",
@@ -267,6 +274,23 @@ def tuning_part(tried: Sequence[Row]) -> list[str]:
         "Validation scenes of the old worlds, one exploratory run each: no result.",
         "",
         *_table(("setting", "worlds 0, 1, 2", "mean"), rows),
+    ]
+
+
+def rates_part(tried: Sequence[Row]) -> list[str]:
+    """Return a line per trial that was made after the answers about test scenes."""
+    rows = []
+    for name in dict.fromkeys(row["arm"] for row in tried):
+        mine = sorted((row for row in tried if row["arm"] == name), key=lambda row: row["world"])
+        shares = [row["val"]["all"][0] / row["val"]["all"][1] for row in mine]
+        rates = [key for key in (*mine[0]["keys"], *mine[0]["pretrain"]) if "learning_rate" in key]
+        changed = ", ".join(f"`{key}`" for key in rates) or "-"
+        each = ", ".join(f"{share:.3f}" for share in shares)
+        rows.append([f"`{mine[0]['base']}`", changed, each, f"{tune.mean_accuracy(mine):.4f}"])
+    return [
+        "Validation scenes of the old worlds, one exploratory run each: no result.",
+        "",
+        *_table(("arm", "changed", "worlds 0, 1, 2", "mean"), rows),
     ]
 
 

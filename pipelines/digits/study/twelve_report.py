@@ -9,7 +9,7 @@ whose runs of it all have a row, and claims nothing.
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,14 @@ from study.plan_twelve import (
 )
 from study.results import Row
 from study.statistics import accuracies, compare, over_worlds, t_test
-from study.summary import Summary, arm_figures, contrast_figures, interval_figures, rounded
+from study.summary import (
+    Summary,
+    arm_figures,
+    constant_answers,
+    contrast_figures,
+    interval_figures,
+    rounded,
+)
 from study.worlds import UNSEEN_LOOKS
 
 PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
@@ -39,7 +46,7 @@ PROBES = ("linear cls", "linear patches", "knn cls", "knn patches")
 class Answers(NamedTuple):
     """Rows of planned runs, and of which scenes their accuracies are."""
 
-    part: str
+    part: Literal["test", "val"]
     """``test`` if all planned runs have answered, ``val`` before."""
     worlds: list[int]
     """Worlds in which all planned runs have a row."""
@@ -90,6 +97,7 @@ def main_figures(found: Answers) -> Summary:
     is_final = found.part == "test"
     summary: Summary = {
         **_head(found, MAIN_ARMS),
+        "constant_answers": constant_answers(num_questions(found), found.part, found.worlds),
         "claims": claims(values, is_final=is_final),
         "mixed_model": mixed_model(PRIMARY, values),
         "others": [contrast_figures(c) for c in _compared(MAIN_OTHERS, values)],
@@ -119,12 +127,18 @@ def _head(found: Answers, arms: Sequence[Arm]) -> Summary:
     return {
         "part": found.part,
         "worlds": found.worlds,
-        "num_questions": found.rows[0][found.part]["all"][1],
+        "num_questions": num_questions(found),
         "arms": [
             arm_figures(arm, [row for row in found.rows if row["arm"] == arm.name], found.part)
             for arm in arms
         ],
     }
+
+
+def num_questions(found: Answers) -> int:
+    """Return the number of questions of a world."""
+    total: int = found.rows[0][found.part]["all"][1]
+    return total
 
 
 def _compared(contrasts: Sequence[Contrast], values: Mapping[RunId, float]) -> list[Any]:

@@ -209,6 +209,8 @@ def test_the_page_has_every_arm_part_and_control(tmp_path):
     for world in range(3):
         row = {**trial, "finetune": [], "world": world, "seed": 100, "val": {"all": [256, 512]}}
         results.append(tmp_path, "exploratory", row)
+        rate = {"arm": "slow", "base": "revised_full", "keys": ["training.learning_rate=1e-4"]}
+        results.append(tmp_path, "afterwards", row | rate | {"pretrain": []})
     text = twelve_page.write_page(found, tmp_path, docs).read_text()
     assert text.startswith("by hand\n")
     assert text.endswith("after\n")
@@ -216,6 +218,7 @@ def test_the_page_has_every_arm_part_and_control(tmp_path):
     assert "Not a result" not in text
     assert all(f"| `{arm.name}` |" in text for arm in ARMS)
     assert "| `kd_weight=2` | 0.500, 0.500, 0.500 | 0.5000 |" in text
+    assert "| `revised_full` | `training.learning_rate=1e-4` | 0.500, 0.500, 0.500 |" in text
     parts = text[text.index("### Parts, experts, controls and ideas") :]
     parts = parts[: parts.index("contrast | difference")]
     both = [line for line in parts.splitlines() if line.count(" to ") == 2]
@@ -234,9 +237,11 @@ def test_the_page_has_every_arm_part_and_control(tmp_path):
 
 def test_the_committed_page_is_that_of_the_committed_rows():
     found = summary.read(results.TWELVE_RESULTS)
-    tried = results.read(results.TWELVE_RESULTS, "exploratory")
+    tried, later = (
+        results.read(results.TWELVE_RESULTS, kind) for kind in ("exploratory", "afterwards")
+    )
     text = (twelve_page.DOCS / twelve_page.PAGE).read_text(encoding="utf-8")
     written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
-    assert written == "\n".join(twelve_page.results_part(found, tried))
+    assert written == "\n".join(twelve_page.results_part(found, tried, later))
     if found is not None:
         assert json.loads(json.dumps(twelve_report.summarise(results.TWELVE_RESULTS))) == found
