@@ -69,8 +69,8 @@ def test_it_learns_and_does_not_collapse(digits, tmp_path):
 
 
 def test_pretrain_goes_on_from_it_and_it_from_pretrain(digits, tmp_path):
-    digits.train(tmp_path / "distill", "distill", "training.max_steps=2")
-    still = ("training.max_steps=1", "training.learning_rate=0")
+    digits.train(tmp_path / "distill", "distill", "training.max_steps=2", "recipe=revised_2026_11")
+    still = ("training.max_steps=1", "training.learning_rate=0", "recipe=revised_2026_11")
     begin = f"init_from={tmp_path / 'distill'}"
     digits.train(tmp_path / "pretrain", "pretrain", begin, *still)
     first, second = digits.weights(tmp_path / "distill"), digits.weights(tmp_path / "pretrain")

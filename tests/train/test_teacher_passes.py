@@ -247,7 +247,7 @@ def test_teachers_of_shared_experts_are_refused(digits):
 
 def test_shared_experts_are_what_they_were(digits, tmp_path):
     """Against numbers of the version before experts per teacher."""
-    config = digits.config("distill")
+    config = digits.config("distill", "recipe=revised_2026_11")
     assert config.student.mole.experts == "shared"
     assert config.student.mole.teachers is None
     model, _, _, _ = digits.parts(config)
@@ -260,7 +260,7 @@ def test_shared_experts_are_what_they_were(digits, tmp_path):
     ):
         assert parameters[name].shape == shape
         assert parameters[name].double().sum().item() == pytest.approx(total, rel=1e-6)
-    keys = ("training.max_steps=3", "student.mole.lora_dropout=0.3")
+    keys = ("training.max_steps=3", "student.mole.lora_dropout=0.3", "recipe=revised_2026_11")
     steps = digits.logged(digits.train(tmp_path / "run", "distill", *keys))
     figures = ("loss", "loss_kd", "loss_kd_sam", "loss_balance", "grad_norm")
     before = (

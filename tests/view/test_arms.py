@@ -154,7 +154,7 @@ def test_runs_of_one_given_name_are_one_arm_which_says_what_else_differs(write):
     assert arm.name == "mixed"
     assert arm.mixed == ["student.mole.lora_alpha", "student.mole.r"]
     assert arm.cells[keys.index("student.mole.r")] == "16 | 8"
-    assert other.name == "lora_alpha=4, r=4"
+    assert other.name == "lora_alpha=16, r=4"
 
 
 def test_a_folder_with_an_equals_sign_is_a_folder(write):

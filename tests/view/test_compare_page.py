@@ -54,7 +54,7 @@ def test_a_page_holds_everything_and_loads_nothing(runs, tmp_path):
     assert "eval_loss_text, final (lower is better)" in text
     assert "paired by seed, 2 pairs" in text
     assert "Over: optimizer step." in text
-    assert "minus lora_alpha=16, r=16" in text
+    assert "minus lora_alpha=64, r=16" in text
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
@@ -66,14 +66,14 @@ def test_the_same_runs_give_the_same_page(runs, tmp_path):
 def test_json_has_the_figures_of_the_page(runs):
     comparison = compare(runs)
     found = json.loads(json.dumps(comparison_json(comparison), allow_nan=False))
-    assert found["baseline"] == "lora_alpha=16, r=16"
+    assert found["baseline"] == "lora_alpha=64, r=16"
     assert [len(arm["runs"]) for arm in found["arms"]] == [2, 3]
     assert found["arms"][1]["keys"]["student.mole.r"] == "8"
     assert found["arms"][1]["runs"][2]["state"] == "interrupted"
     assert found["arms"][0]["runs"][0]["samples"] == 16
     (row,) = [
         f for f in found["figures"]
-        if (f["measure"], f["at"], f["arm"]) == ("eval_loss_text", "final", "lora_alpha=8, r=8")
+        if (f["measure"], f["at"], f["arm"]) == ("eval_loss_text", "final", "lora_alpha=32, r=8")
     ]  # fmt: skip
     assert row["figure"]["mean"] == 0.5625
     assert row["figure"]["low"] < 0.5625 < row["figure"]["high"]

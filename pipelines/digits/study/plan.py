@@ -47,8 +47,7 @@ SMOKE = Sizes(
 
 
 REVISED = "recipe=revised_2026_11"
-FROZEN = (REVISED, "learning_rates=null")
-"""First keys of every run: the recipe, and the pipeline's YAML, as they were in that month."""
+"""The first key of every run: `revised` as it was when the studies were planned."""
 SHIPPED_CACHE = "pooled_int8"
 """The cache that the teachers' shipped specs make."""
 

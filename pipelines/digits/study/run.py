@@ -34,7 +34,7 @@ from movekd.train.config import load_config
 from movekd.train.run import train
 from study import ideas  # noqa: F401 (registers loss terms that arms name)
 from study.answers import answer, probe
-from study.plan import FROZEN, Arm, RunId
+from study.plan import REVISED, Arm, RunId
 from study.results import Row
 from study.worlds import UNSEEN_LOOKS, YAMLS, World, write_probe, write_test_scenes
 
@@ -77,9 +77,7 @@ def settings(arm: Arm, world: World) -> str:
         digest.update(repr((arm.finetune, arm.counts_teachers, arm.is_main)).encode())
     digest.update(world.fingerprint.encode())
     for name in YAMLS:
-        content = read_yaml(world.folder / name)
-        content.pop("learning_rates", None)  # newer than the studies, and taken out by FROZEN
-        digest.update(json.dumps(content, sort_keys=True).encode())
+        digest.update(json.dumps(read_yaml(world.folder / name), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -160,7 +158,7 @@ def train_stage(task: Task, stage: str) -> list[dict[str, float]]:
     arm, world = task.arm, task.world
     epochs = task.epochs * (world.sizes.finetune_epochs if stage == "finetune" else 1.0)
     overrides = [
-        *FROZEN,
+        REVISED,
         f"data.shards={world.data}",
         f"data.conversations=[{world.source / stage}.json]",
         f"training.seed={task.run.seed}",

@@ -13,8 +13,8 @@ from study.plan import (
     CODEC_CONTRASTS,
     CODECS,
     DERIVED,
-    FROZEN,
     PRIMARY,
+    REVISED,
     SECONDARY,
     SECONDARY_MORE,
     STUDY,
@@ -31,7 +31,7 @@ PAGE = (Path(__file__).parents[3] / "docs/study.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("arm", arms(everything=True), ids=lambda arm: arm.name)
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_an_arm_resolves(arm, stage):
-    changes = [*FROZEN, *arm.keys, *(arm.pretrain if stage == "pretrain" else ())]
+    changes = [REVISED, *arm.keys, *(arm.pretrain if stage == "pretrain" else ())]
     config = load_config(demo.HERE / f"{stage}.yaml", changes)
     assert (config.distill is None) is (arm.cache is None)
     assert (config.student.mole is not None) is arm.has_experts
@@ -43,15 +43,15 @@ def test_an_arm_resolves(arm, stage):
 
 
 def test_arms_differ_from_what_they_are_compared_with():
-    shipped = load_config(demo.HERE / "finetune.yaml", list(FROZEN))
+    shipped = load_config(demo.HERE / "finetune.yaml", [REVISED])
     seen = {}
     for arm in arms(everything=True):
         if arm.matches_time_of is None:
-            config = load_config(demo.HERE / "finetune.yaml", [*FROZEN, *arm.keys])
+            config = load_config(demo.HERE / "finetune.yaml", [REVISED, *arm.keys])
             key = (config.to_yaml(), arm.pretrain, arm.cache)
             assert key not in seen, (arm.name, seen.get(key))
             seen[key] = arm.name
-    former = [*FROZEN, *find_arm("revised_mole").keys]
+    former = [REVISED, *find_arm("revised_mole").keys]
     assert load_config(demo.HERE / "finetune.yaml", former) == shipped
 
 

@@ -18,7 +18,7 @@ NAMED = {arm.name: arm for arm in ARMS}
 
 
 def resolved(arm, stage):
-    changes = [*plan.FROZEN, *arm.keys, *(arm.pretrain if stage == "pretrain" else arm.finetune)]
+    changes = [plan.REVISED, *arm.keys, *(arm.pretrain if stage == "pretrain" else arm.finetune)]
     return load_config(demo.HERE / f"{stage}.yaml", changes)
 
 

@@ -13,7 +13,7 @@ import pretrain
 import scenes
 from movekd.student.vlm import build_vlm, image_features
 from movekd.train.config import load_config
-from study.plan import FROZEN, SEEDS, find_arm
+from study.plan import REVISED, SEEDS, find_arm
 
 PAGE = (Path(__file__).parents[3] / "docs/study.md").read_text(encoding="utf-8")
 
@@ -22,7 +22,7 @@ PAGE = (Path(__file__).parents[3] / "docs/study.md").read_text(encoding="utf-8")
 def start_tokens(arm: str, seed: int) -> torch.Tensor:
     """Patch tokens (B, N, D) of an untrained student of world 0 over validation scenes."""
     torch.manual_seed(seed)
-    config = load_config(demo.HERE / "pretrain.yaml", [*FROZEN, *find_arm(arm).keys])
+    config = load_config(demo.HERE / "pretrain.yaml", [REVISED, *find_arm(arm).keys])
     student = build_vlm(config.student)
     student.vlm.eval()
     batch, _ = next(scenes.draw_part("val", 64, 0, 0))
