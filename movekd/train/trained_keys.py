@@ -26,7 +26,7 @@ ENCODER_PARTS: tuple[Part, ...] = ("mole", "vision_tower")
 TOWER_RATE: dict[Recipe, float] = {"revised": 1.0e-4}
 """Recipes in which the tower's own weights learn beside experts in `pretrain` -> their rate there.
 
-Projector and experts learn at 1e-3 there, ten times what a trained tower bears.
+Not that of projector and experts, 1e-3: a pretrained ViT-S was harmed at 3e-4 (docs/photos.md).
 """
 
 
