@@ -24,13 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import scenes
+from demo_report import report
+from movekd.config import read_yaml
 
 HERE = Path(__file__).resolve().parent
 TEACHERS = ("clip", "eva", "convnext", "sam")
 ARMS = {"without teachers": ["distill=null"], "with teachers": []}
 TOWER_RATE = "learning_rates.vision_tower=1.0e-3"
 """In stage 1. The recipe's 1e-4 is for a pretrained CLIP; this tower is small, its task another."""
-COLUMNS = ("where", "exists", "largest", "sum", "all")
+NUM_SHOWN = 12
+"""Test questions whose answers are printed: those about the first three scenes."""
+SETTINGS = ("recipe", "distill", "trained", "learning_rates", "training")
+"""Sections of a run's config.yaml that ``demo.json`` keeps, beside the student's experts."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,17 @@ def run(output: Path, seed: int = 0, retrain: bool = False, size: int = 1) -> di
         movekd("cache", "plan", *teachers, "--shards", data, "--cache", cache, "--student-grid", 6)
     with timed("cache", steps):
         movekd("cache", "build", *teachers, "--shards", data, "--cache", cache, "--batch-size", 64)
-    figures: dict[str, Any] = {"seed": seed, "arms": {}}
+    figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "seed": seed, "arms": {}}
     for result in run_arms(pipeline, output, seed):
         figures["arms"][result["arm"]] = result["figures"]
         steps += [Step(**step) for step in result["steps"]]
+    figures["questions"] = [
+        [
+            asked["conversations"][0]["value"].removeprefix("<image>\n"),
+            asked["conversations"][1]["value"],
+        ]
+        for asked in json.loads((source / "test.json").read_text(encoding="utf-8"))[:NUM_SHOWN]
+    ]
     with timed("look", steps):
         trained = output / "runs/with_teachers/finetune"
         sheets = ("--random", 2, "--output", output / "sheets")
@@ -162,8 +174,9 @@ def run_arm(arm: str, pipeline: Path, output: Path, seed: int) -> dict[str, Any]
         after = ["init_from=" + str(folder / "pretrain"), *changes]
         second = train(pipeline, folder, "finetune", data, source, cache, seed, after)
     with timed(f"evaluate {arm}", steps):
-        accuracy = evaluate(folder / "finetune", source)
-    figures = {"accuracy": accuracy, "pretrain": first, "finetune": second}
+        accuracy, answers = evaluate(folder / "finetune", source)
+    figures = {"accuracy": accuracy, "answers": answers, "pretrain": first, "finetune": second}
+    figures["settings"] = {stage: settings(folder / stage) for stage in ("pretrain", "finetune")}
     return {"arm": arm, "figures": figures, "steps": [vars(step) for step in steps]}
 
 
@@ -213,13 +226,23 @@ def train(
     return [entry for entry in log if "loss" in entry]
 
 
-def evaluate(run_dir: Path, source: Path) -> dict[str, Any]:
-    """Evaluate on unseen scans; return accuracy and interval per question type."""
+def evaluate(run_dir: Path, source: Path) -> tuple[dict[str, Any], list[str]]:
+    """Evaluate on unseen scans; return accuracy and interval per question type, and answers."""
+    answers = run_dir.parent / "answers.jsonl"
+    answers.unlink(missing_ok=True)  # of an earlier demo; `evaluate` would refuse its model
     printed = movekd(
         "evaluate", run_dir, "--questions", source / "test.json", "--images", source / "images",
-        "--batch-size", 128, "--max-new-tokens", 4, "--json", run_quietly=True,
+        "--batch-size", 128, "--max-new-tokens", 4, "--answers", answers, "--json",
+        run_quietly=True,
     )  # fmt: skip
-    return dict(json.loads(printed))
+    lines = answers.read_text(encoding="utf-8").splitlines()[:NUM_SHOWN]
+    return dict(json.loads(printed)), [json.loads(line)["text"] for line in lines]
+
+
+def settings(run_dir: Path) -> dict[str, Any]:
+    """Return what the recipe and the YAML file set in a run, without its paths."""
+    config = read_yaml(run_dir / "config.yaml")
+    return {"mole": config["student"]["mole"]} | {name: config[name] for name in SETTINGS}
 
 
 def retrained_pipeline(output: Path, seed: int) -> Path:
@@ -243,56 +266,6 @@ def timed(name: str, steps: list[Step]) -> Iterator[None]:
     yield
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
     steps.append(Step(name, time.perf_counter() - started, peak))
-
-
-def report(figures: dict[str, Any], output: Path, pipeline: Path) -> None:
-    """Print the tables, and what to look at next."""
-    from movekd.cli.output import print_table
-
-    print()
-    arms = figures["arms"]
-    print_table(
-        "accuracy on unseen scans (exact match; interval over questions)",
-        ["arm", *COLUMNS, "95% interval of all"],
-        [
-            [
-                arm,
-                *(f"{arms[arm]['accuracy'][column]['accuracy']:.3f}" for column in COLUMNS),
-                "{:.3f} - {:.3f}".format(*arms[arm]["accuracy"]["all"]["interval"]),
-            ]
-            for arm in arms
-        ],
-    )
-    print_table(
-        "collapse or learning? the KD loss must fall while the tokens keep their spread",
-        ["arm", "stage", "KD loss first", "last", "token std first", "last"],
-        [
-            [arm, stage, *_first_last(log, "loss_kd"), *_first_last(log, "token_std")]
-            for arm, result in arms.items()
-            for stage, log in (("pretrain", result["pretrain"]), ("finetune", result["finetune"]))
-        ],
-    )
-    print_table(
-        f"{figures['seconds']:.0f} s in all; both arms ran at the same time",
-        ["step", "seconds", "peak memory of its process so far, GiB"],
-        [[s["name"], f"{s['seconds']:.1f}", f"{s['peak_gib']:.2f}"] for s in figures["steps"]],
-    )
-    cache, run_dir = output / "cache", output / "runs" / "with_teachers" / "finetune"
-    print(
-        "One seed illustrates and does not prove: another seed moves these figures by points.\n"
-        f"Look at {output / 'sheets'}/*.png and {run_dir / 'report.html'}; then\n"
-        f"  movekd view --cache {cache} --shards {output / 'data'} --run {run_dir}\n"
-        f"  python -c \"import zarr; print(zarr.open('{cache}/clip.zarr').tree())\"\n"
-        f"  movekd ask {run_dir} {output}/source/images/test_00000.png "
-        '"What is the sum of the digits?"\n'
-        f"  tensorboard --logdir {output / 'runs'}\n"
-        f"  {pipeline / 'finetune.yaml'}"
-    )
-
-
-def _first_last(log: list[dict[str, float]], name: str) -> tuple[str, str]:
-    values = [entry[name] for entry in log if name in entry]
-    return (f"{values[0]:.3f}", f"{values[-1]:.3f}") if values else ("-", "-")
 
 
 if __name__ == "__main__":

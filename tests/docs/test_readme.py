@@ -12,13 +12,16 @@ from peft import get_peft_model
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import demo
 from movekd.cache.spec import shipped_specs
 from movekd.cli.main import app
 from movekd.student import MoleConfig
+from movekd.train.config import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASURED = ROOT / "benchmarks/results/train_real.json"
+DEMO = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
 STAGES = ("558000", "378000")
 """Images of LLaVA-1.5's two stages."""
 
@@ -110,6 +113,31 @@ def test_the_cost_of_a_step_is_the_benchmarks() -> None:
         *(f"{figures['cached_step_s']:.1f}", f"{peaks[1]:.1f}", "0")
     ]
     assert f"the other {peaks[0] - peaks[1] - weights:.1f} GiB" in README
+
+
+def test_the_demo_answers_as_readme_says() -> None:
+    accuracy = [
+        DEMO["arms"][arm]["accuracy"]["all"] for arm in ("with teachers", "without teachers")
+    ]
+    shares = [f"{found['accuracy']:.3f}".removeprefix("0") for found in accuracy]
+    said = f"On {DEMO['date']} they answered {shares[0]} and {shares[1]} of {accuracy[0]['total']}"
+    assert said in README
+    for number, (question, right) in list(enumerate(DEMO["questions"]))[-4:]:
+        answers = [
+            DEMO["arms"][arm]["answers"][number] for arm in ("with teachers", "without teachers")
+        ]
+        assert row(question) == [right, *answers]
+
+
+@pytest.mark.parametrize("arm", demo.ARMS)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_answers_are_of_todays_settings(arm: str, stage: str, tmp_path: Path) -> None:
+    """If not: `make bench-main` runs the demo and writes its answers; README quotes them."""
+    changes = [*([demo.TOWER_RATE] if stage == "pretrain" else []), *demo.ARMS[arm]]
+    changes.append(f"training.seed={DEMO['seed']}")
+    config = load_config(demo.HERE / f"{stage}.yaml", changes)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert demo.settings(tmp_path) == DEMO["arms"][arm]["settings"][stage]
 
 
 def test_teachers_are_all_named() -> None:
