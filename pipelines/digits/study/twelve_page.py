@@ -199,6 +199,15 @@ def arms_table(arms: Sequence[Summary]) -> list[str]:
 
 def parts_table(parts: Sequence[Summary]) -> list[str]:
     """Return a line per part: what it gives in the revised and in the official recipe."""
+    rows = [
+        [part, *(points(found[r]) if r in found else "-" for r in _RECIPES)]
+        for part, found in _by_part(parts).items()
+    ]
+    return _table(("part", "in the revised recipe", "in the official one"), rows)
+
+
+def _by_part(parts: Sequence[Summary]) -> dict[str, dict[str, Summary]]:
+    """Return what each part gives: its name -> recipe -> contrast."""
     by_part: dict[str, dict[str, Summary]] = {}
     figures = {c["contrast"]: c for c in parts}
     for contrast in PART_CONTRASTS:
@@ -206,13 +215,11 @@ def parts_table(parts: Sequence[Summary]) -> list[str]:
         recipe, part = changed.split("_", 1)[0], changed.split("_", 2)[2]
         title = _ZERO.get((recipe, part)) or _NAMES[part]
         by_part.setdefault(title, {})[recipe] = figures[contrast.name]
-    rows = [
-        [part, *(points(found[r]) if r in found else "-" for r in ("revised", "official"))]
-        for part, found in by_part.items()
-    ]
-    return _table(("part", "in the revised recipe", "in the official one"), rows)
+    return by_part
 
 
+_RECIPES = {"revised": "#1f77b4", "official": "#d62728"}
+"""Recipe -> its colour."""
 _NAMES = {
     "heads": "heads on the student's side",
     "grid_fixed_heads": "heads on the student's side",
@@ -295,17 +302,21 @@ def rates_part(tried: Sequence[Row]) -> list[str]:
 
 
 def draw_parts(found: Summary, path: Path) -> None:
-    """Plot what each part gives, a dot and an interval per contrast."""
-    contrasts = found["parts"]
-    figure, axes = plt.subplots(figsize=(8, 0.34 * len(contrasts) + 1))
-    for at, contrast in enumerate(reversed(contrasts)):
-        is_revised = "revised_minus" in contrast["contrast"]
-        mean, low, high = (contrast[key] for key in ("difference", "low", "high"))
-        low, high = (mean if low is None else low), (mean if high is None else high)
-        colour = "#1f77b4" if is_revised else "#d62728"
-        axes.plot([100 * low, 100 * high], [at, at], color=colour, linewidth=1.5)
-        axes.plot([100 * mean], [at], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(contrasts)), [c["contrast"] for c in reversed(contrasts)], fontsize=8)
+    """Plot what each part gives in either recipe, a dot and an interval each."""
+    by_part = _by_part(found["parts"])
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(by_part) + 1))
+    for at, contrasts in enumerate(reversed(by_part.values())):
+        for recipe, contrast in contrasts.items():
+            mean, low, high = (contrast[key] for key in ("difference", "low", "high"))
+            low, high = (mean if low is None else low), (mean if high is None else high)
+            place = at + (0.14 if recipe == "revised" else -0.14)
+            colour = _RECIPES[recipe]
+            axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=1.5)
+            axes.plot([100 * mean], [place], "o", color=colour, markersize=5)
+    for recipe, colour in _RECIPES.items():
+        axes.plot([], [], "o-", color=colour, label=f"in the {recipe} recipe")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+    axes.set_yticks(range(len(by_part)), list(reversed(by_part)), fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("points of accuracy that the part gives, 95% over worlds")
     axes.grid(axis="x", alpha=0.3)
