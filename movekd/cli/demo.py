@@ -18,7 +18,7 @@ def demo(
         bool, typer.Option("--json", help="Print JSON; the commands go to stderr.")
     ] = False,
 ) -> None:
-    """Pack, plan, cache four teachers, train with and without them, evaluate: 90 seconds.
+    """Pack, plan, cache four teachers, train with and without them, evaluate: two minutes.
 
     The script is pipelines/digits/demo.py; it calls the commands of this tool.
 
