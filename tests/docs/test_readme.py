@@ -116,17 +116,17 @@ def test_the_cost_of_a_step_is_the_benchmarks() -> None:
 
 
 def test_the_demo_answers_as_readme_says() -> None:
-    accuracy = [
-        DEMO["arms"][arm]["accuracy"]["all"] for arm in ("with teachers", "without teachers")
-    ]
-    shares = [f"{found['accuracy']:.3f}".removeprefix("0") for found in accuracy]
-    said = f"On {DEMO['date']} they answered {shares[0]} and {shares[1]} of {accuracy[0]['total']}"
-    assert said in README
-    for number, (question, right) in list(enumerate(DEMO["questions"]))[-4:]:
-        answers = [
-            DEMO["arms"][arm]["answers"][number] for arm in ("with teachers", "without teachers")
-        ]
-        assert row(question) == [right, *answers]
+    arms = [DEMO["arms"][arm] for arm in ("with teachers", "without teachers")]
+    with_share, without_share = (
+        f"{arm['accuracy']['all']['accuracy']:.3f}".removeprefix("0") for arm in arms
+    )
+    total = arms[0]["accuracy"]["all"]["total"]
+    assert (
+        f"On {DEMO['date']} they answered {with_share} and {without_share} of {total} questions"
+        in README
+    )
+    for number, (question, answer) in list(enumerate(DEMO["questions"]))[-4:]:
+        assert row(question) == [answer, *(arm["answers"][number] for arm in arms)]
 
 
 @pytest.mark.parametrize("arm", demo.ARMS)
